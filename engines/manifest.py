@@ -1,0 +1,174 @@
+"""The types that travel between export, engines and runtime: what a module is, and what a file is.
+
+An export is a folder of ONNX modules with `manifest.json` beside them, an engine is a folder with
+`engine.json`. Both manifests refuse unknown fields and file names that leave their folder, both are
+written last, so a folder without one is unfinished by definition.
+"""
+
+import json
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+from fastface_trt.errors import ExportIncomplete, ManifestError
+
+SCHEMA_VERSION = 1
+EXPORT_MANIFEST = "manifest.json"
+ENGINE_MANIFEST = "engine.json"
+
+MODULE_NAMES = (
+    "text_encoder",
+    "text_encoder_2",
+    "image_encoder",
+    "face_projection",
+    "unet",
+    "vae_decoder",
+)
+
+DType = Literal["float32", "float16", "bfloat16", "int64", "int32"]
+Dimension = int | str
+"""A fixed size, or the name of a dynamic one: batch, requests, height, width (latent pixels)."""
+
+
+def _stays_inside(path: str) -> str:
+    pure = PurePosixPath(path)
+    if not path or pure.is_absolute() or ".." in pure.parts or "\\" in path:
+        raise ValueError(f"file name {path!r} leaves its folder")
+    return path
+
+
+RelativePath = Annotated[str, AfterValidator(_stays_inside)]
+
+
+class Strict(BaseModel):
+    """Frozen and closed: a field that this version does not know is an error, not a surprise."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class TensorSpec(Strict):
+    """One named input or output of a module."""
+
+    name: str
+    dtype: DType
+    shape: tuple[Dimension, ...]
+
+
+class FileEntry(Strict):
+    """A file of this folder with its size in bytes and SHA-256 (hexadecimal)."""
+
+    path: RelativePath
+    bytes: int = Field(ge=0)
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+
+
+class ModuleSpec(Strict):
+    """One ONNX module: `files[0]` is the graph, the others hold its external data."""
+
+    name: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    files: tuple[FileEntry, ...] = Field(min_length=1)
+
+    def dtype_of(self, name: str) -> DType:
+        """The element type of the input or output called `name`."""
+        return next(t.dtype for t in (*self.inputs, *self.outputs) if t.name == name)
+
+
+class Source(Strict):
+    """Where weights came from: what was asked for, which revision, and under which licence."""
+
+    role: str
+    location: str
+    revision: str | None = None
+    sha256: str | None = None
+    licence: str = "unknown"
+
+
+class LoraFused(Strict):
+    """A LoRA whose product was added to the weights before export, and by which factor."""
+
+    role: Literal["distillation", "faceid"]
+    scale: float
+
+
+class ExportManifest(Strict):
+    """Everything about an export that the runtime or a builder needs; see the module docstring."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    checkpoint: str
+    adapter: str
+    precision: Literal["fp32", "fp16"]
+    weight_storage: Literal["fp32", "fp16"]
+    modules: dict[str, ModuleSpec]
+    extra_files: tuple[FileEntry, ...] = ()
+    sources: tuple[Source, ...] = ()
+    loras: tuple[LoraFused, ...] = ()
+    scheduler: dict[str, Any]
+    steps: int
+    allowed_steps: tuple[int, ...]
+    height: int
+    width: int
+    fixed_size: bool = False
+    vae_scale_factor: int
+    latent_channels: int
+    image_token_count: int
+    image_encoder_size: int
+    image_mean: tuple[float, float, float]
+    image_std: tuple[float, float, float]
+    force_zeros_for_empty_prompt: bool = True
+    face_model: str
+    random_weights: bool = False
+    tool_versions: dict[str, str] = {}
+
+    def files(self) -> list[FileEntry]:
+        """Every file of the export, modules' and others'."""
+        return [f for m in self.modules.values() for f in m.files] + list(self.extra_files)
+
+
+class EngineManifest(Strict):
+    """What one built engine is and what it was built from; `key` is its identity in the cache."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    key: str
+    backend: str
+    backend_version: str
+    module: ModuleSpec
+    options: dict[str, Any] = {}
+    hardware: dict[str, str] = {}
+    files: tuple[FileEntry, ...] = Field(min_length=1)
+    build_seconds: float = Field(ge=0)
+
+
+Manifest = TypeVar("Manifest", bound=Strict)
+
+
+def read_manifest(path: Path, kind: type[Manifest]) -> Manifest:
+    """Read and check a manifest file; raise `ManifestError` with the first thing that is wrong."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ExportIncomplete(
+            f"{path.parent} has no {path.name}, so it is not a finished folder.",
+            "Run the export or build again; it starts over safely.",
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ManifestError(f"{path} cannot be read: {error}.", "Export or build it again.") from None
+    try:
+        version = json.loads(text).get("schema_version")
+        if version != SCHEMA_VERSION:
+            raise ManifestError(
+                f"{path} has schema version {version!r}; this program reads {SCHEMA_VERSION}.",
+                "Export or build it again with this version.",
+            )
+        return kind.model_validate_json(text)
+    except (json.JSONDecodeError, AttributeError):
+        raise ManifestError(f"{path} is not a manifest.", "Export or build it again.") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise ManifestError(
+            f"{path} is not valid at {where or 'the top'}: {first['msg']}.",
+            "Export or build it again.",
+        ) from None

@@ -1,0 +1,32 @@
+"""FastFace-TRT: identity-preserving few-step SDXL generation from exported engines.
+
+The package is torch-free: only `fastface_trt.export` imports torch. Public names are loaded on
+first use, so that importing a sub-package costs no more than that sub-package.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+__all__ = ["FastFace", "FastFaceError", "GenerationRequest", "GenerationResult", "__version__"]
+
+if TYPE_CHECKING:
+    from fastface_trt.errors import FastFaceError
+    from fastface_trt.pipeline import FastFace
+    from fastface_trt.runtime.request import GenerationRequest
+    from fastface_trt.runtime.result import GenerationResult
+
+_HOMES = {
+    "FastFace": "fastface_trt.pipeline",
+    "FastFaceError": "fastface_trt.errors",
+    "GenerationRequest": "fastface_trt.runtime.request",
+    "GenerationResult": "fastface_trt.runtime.result",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(_HOMES[name]), name)

@@ -1,0 +1,124 @@
+"""One family of errors: each has a stable code, one sentence, and the mend.
+
+The command line prints `message` and `mend` and exits with 2; a server maps `code` to a status.
+Library code raises these for everything a user can cause, and lets programming errors through.
+"""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class FastFaceError(Exception):
+    """Base of every error that a user can cause.
+
+    `message` is one sentence saying what is wrong, `mend` says what to do about it.
+    """
+
+    code = "error"
+
+    def __init__(self, message: str, mend: str = "") -> None:
+        super().__init__(f"{message} {mend}".strip())
+        self.message = message
+        self.mend = mend
+
+
+class InvalidRequest(FastFaceError):
+    """A parameter of a request is out of its range, or two of them do not fit together."""
+
+    code = "invalid_request"
+
+
+class UnknownName(FastFaceError):
+    """A name (checkpoint, preset, schedule, backend, …) that is not in its registry."""
+
+    code = "unknown_name"
+
+    def __init__(self, kind: str, name: str, known: Iterable[str]) -> None:
+        names = sorted(known)
+        near = get_close_matches(name, names, n=1, cutoff=0.5)
+        hint = f"Did you mean {near[0]!r}? " if near else ""
+        super().__init__(f"Unknown {kind} {name!r}.", f"{hint}Known: {', '.join(names)}.")
+
+
+class BadPicture(FastFaceError):
+    """A picture that cannot be read, is too large, or is not a picture."""
+
+    code = "bad_picture"
+
+
+class NoFaceFound(FastFaceError):
+    """The detector found no face at any of its input sizes."""
+
+    code = "no_face_found"
+
+
+class FaceIndexOutOfRange(FastFaceError):
+    """A face was asked for by index, and the picture has fewer faces."""
+
+    code = "face_index_out_of_range"
+
+
+class WeightsError(FastFaceError):
+    """A checkpoint, adapter or LoRA file is missing, truncated, or does not fit."""
+
+    code = "weights"
+
+
+class ExportIncomplete(FastFaceError):
+    """An export folder without a manifest, or whose files do not match it."""
+
+    code = "export_incomplete"
+
+
+class ManifestError(FastFaceError):
+    """A manifest that cannot be read: bad JSON, unknown fields, other schema version, bad path."""
+
+    code = "manifest"
+
+
+class EngineMismatch(FastFaceError):
+    """An engine that was built for something else than what is asked of it."""
+
+    code = "engine_mismatch"
+
+
+class BackendUnavailable(FastFaceError):
+    """A backend or execution provider that this machine cannot run."""
+
+    code = "backend_unavailable"
+
+
+class BuildFailed(FastFaceError):
+    """The builder of a backend refused an ONNX module, or could not write its engine."""
+
+    code = "build_failed"
+
+
+class EngineFailed(FastFaceError):
+    """An engine failed while running, or returned something that is not finite."""
+
+    code = "engine_failed"
+
+
+class StorageError(FastFaceError):
+    """A disk is full or not writable; nothing half-written was left behind."""
+
+    code = "storage"
+
+
+class MissingDependency(FastFaceError):
+    """An optional package that the asked-for feature needs is not installed."""
+
+    code = "missing_dependency"
+
+
+class LicenceNotAcknowledged(FastFaceError):
+    """Weights whose licence must be acknowledged before first use."""
+
+    code = "licence_not_acknowledged"
+
+
+class Cancelled(FastFaceError):
+    """The per-step callback asked the run to stop."""
+
+    code = "cancelled"
