@@ -1,0 +1,191 @@
+"""From whatever a user hands over to RGB pixels, with every limit checked before the costly step.
+
+The order matters: existence, bytes, format and size in pixels are all known from the header, so a
+decompression bomb or a foreign format is refused before a single pixel is decoded.
+"""
+
+import io
+import os
+import re
+import warnings
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from fastface_trt.errors import BadPicture
+
+PictureSource = str | os.PathLike[str] | bytes | BinaryIO | Image.Image | NDArray[np.uint8]
+
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")
+MIN_SIDE = 16
+"""Pixels; no detector finds a face in less, and it catches icons and tracking pixels."""
+
+_CONVERT = "Open it in an image editor and save it as PNG or JPEG."
+
+
+def load_picture(source: PictureSource, *, max_pixels: int = 64_000_000) -> NDArray[np.uint8]:
+    """Read a picture as RGB, uint8 [H, W, 3], owned by the caller.
+
+    `source` is a path, the bytes of a file, an open binary file, a PIL image, or RGB pixels (uint8
+    [H, W, 3]). Files may be PNG, JPEG, WebP, BMP or TIFF. The EXIF orientation is applied,
+    transparency is laid on white, 16 bits are scaled to 8, and of an animation the first frame is
+    taken. Raises `BadPicture`, naming the file, for anything that gives no such picture, that has
+    more than `max_pixels` pixels, or fewer than `MIN_SIDE` on a side. PIL's own bomb limit, about
+    179 million pixels, holds whatever `max_pixels` says.
+    """
+    name = _name_of(source)
+    if isinstance(source, np.ndarray):
+        if source.dtype != np.uint8 or source.ndim != 3 or source.shape[2] != 3:
+            raise BadPicture(
+                f"{name} has dtype {source.dtype} and shape {list(source.shape)}.",
+                "Pass RGB pixels as uint8 with shape [height, width, 3].",
+            )
+        _check_size(name, source.shape[1], source.shape[0], max_pixels)
+        return np.array(source, order="C")
+    if isinstance(source, Image.Image):
+        return _decode(name, source, max_pixels)
+    # A path is opened here and closed here; a file of the caller's stays open.
+    if isinstance(source, (str, os.PathLike)):
+        with _open_file(Path(source)) as stream:
+            return _decode(name, _open_image(name, stream), max_pixels)
+    stream = io.BytesIO(source) if isinstance(source, bytes) else _seekable(name, source)
+    return _decode(name, _open_image(name, stream), max_pixels)
+
+
+def _name_of(source: PictureSource) -> str:
+    """What to call the picture in an error: its file name where it has one."""
+    if isinstance(source, (str, os.PathLike)):
+        return f"The picture {os.fspath(source)}"
+    name = getattr(source, "name", None) or getattr(source, "filename", None)
+    return f"The picture {name}" if isinstance(name, str) else "The picture"
+
+
+def _open_file(path: Path) -> BinaryIO:
+    name = _name_of(path)
+    try:
+        # is_file() before open(): opening a pipe would wait for a writer that may never come.
+        if not path.exists():
+            # Path() has already made one slash of the two.
+            address = re.match(r"https?:/", str(path))
+            raise BadPicture(
+                f"{name} does not exist.",
+                "Download it and pass the path of the file." if address else "Check its path.",
+            )
+        if not path.is_file():
+            raise BadPicture(f"{name} is not a file.", "Pass the path of one picture.")
+        return path.open("rb")
+    except (OSError, ValueError) as error:  # ValueError: a null character in the path
+        reason = getattr(error, "strerror", None) or str(error)
+        raise BadPicture(
+            f"{name} cannot be opened: {reason}.", "Check its path and permissions."
+        ) from None
+
+
+def _seekable(name: str, stream: BinaryIO) -> BinaryIO:
+    """The stream itself, or its content in memory: PIL needs to seek, a socket cannot."""
+    try:
+        return stream if stream.seekable() else io.BytesIO(stream.read())
+    except (OSError, ValueError) as error:  # ValueError: the stream is closed
+        raise BadPicture(f"{name} cannot be read: {error}.", "Pass an open binary file.") from None
+
+
+def _open_image(name: str, stream: BinaryIO) -> Image.Image:
+    """Read the header only; PIL decodes nothing before `load()`."""
+    try:
+        position = stream.tell()
+        empty = not stream.read(1)
+        stream.seek(position)
+        if empty:
+            raise BadPicture(f"{name} is empty (0 bytes).", "Save or download it again.")
+        with warnings.catch_warnings():
+            # Our own limit is checked right after; PIL's warning would only be noise before it.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            return Image.open(stream, formats=FORMATS)
+    except BadPicture:
+        raise
+    except Image.DecompressionBombError:
+        raise BadPicture(
+            f"{name} has more pixels than can be decoded safely.", "Scale it down first."
+        ) from None
+    except UnidentifiedImageError:
+        raise BadPicture(
+            f"{name} is not a PNG, JPEG, WebP, BMP or TIFF picture, or its beginning is broken.",
+            _CONVERT,
+        ) from None
+    except Exception as error:  # each of PIL's readers fails in its own way on hostile headers
+        raise _broken(name, error) from None
+
+
+def _check_size(name: str, width: int, height: int, max_pixels: int) -> None:
+    if width * height > max_pixels:
+        raise BadPicture(
+            f"{name} has {width} × {height} pixels, more than the limit of {max_pixels:,}.",
+            "Scale it down first.",
+        )
+    if min(width, height) < MIN_SIDE:
+        raise BadPicture(
+            f"{name} has {width} × {height} pixels, fewer than {MIN_SIDE} on a side.",
+            "Use a larger picture of the face.",
+        )
+
+
+def _decode(name: str, image: Image.Image, max_pixels: int) -> NDArray[np.uint8]:
+    _check_size(name, image.width, image.height, max_pixels)
+    try:
+        image.load()
+    except Exception as error:  # OSError, SyntaxError, ValueError, struct.error, … by format
+        raise _broken(name, error) from None
+    try:
+        return _to_rgb(_upright(image))
+    except Exception as error:
+        raise BadPicture(
+            f"{name} has colours (mode {image.mode}) that cannot be read: {_sentence(error)}.",
+            _CONVERT,
+        ) from None
+
+
+def _broken(name: str, error: Exception) -> BadPicture:
+    return BadPicture(
+        f"{name} is truncated or broken: {_sentence(error)}.", "Save or download it again."
+    )
+
+
+def _sentence(error: Exception) -> str:
+    return str(error).strip().rstrip(".") or type(error).__name__
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Apply the EXIF orientation; a broken EXIF block is no reason to refuse good pixels."""
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:
+        return image
+
+
+def _to_rgb(image: Image.Image) -> NDArray[np.uint8]:
+    """RGB, uint8 [H, W, 3], of a decoded image in any mode; raises ValueError for those without."""
+    if image.mode.startswith("I") or image.mode == "F":
+        grey = _eight_bits(np.asarray(image))
+        return np.repeat(grey[:, :, None], 3, axis=2)
+    if image.has_transparency_data:
+        layer = image.convert("RGBA")
+        white = Image.new("RGBA", layer.size, "white")
+        image = Image.alpha_composite(white, layer)
+    return np.array(image.convert("RGB"))
+
+
+def _eight_bits(values: NDArray[np.generic]) -> NDArray[np.uint8]:
+    """Scale 16-bit grey [H, W] to 8 bits, rounding to nearest.
+
+    PIL's own conversion clips at 255, which turns a 16-bit picture white. Wider numbers (32-bit
+    integers beyond 16 bits, floats) say nothing about what white is, so they are refused.
+    """
+    if not np.issubdtype(values.dtype, np.integer):
+        raise ValueError("floating-point pixels have no defined white")
+    wide = values.astype(np.int64)
+    if wide.size and (wide.min() < 0 or wide.max() > 65535):
+        raise ValueError("32-bit pixels have no defined white")
+    return ((wide * 255 + 32767) // 65535).astype(np.uint8)
