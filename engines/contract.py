@@ -1,0 +1,39 @@
+"""The UNet module's contract: the names of its inputs and the layout of its parameter rows.
+
+Export writes graphs to it and the runtime feeds them; neither defines a name of its own.
+
+Shape legend: B rows = requests × branches, requests-major; R requests (parameter rows);
+T image tokens; C text width; h, w latent size. The graph derives the number of branches as B / R
+and reduces statistics per parameter row, so a host that sends R = B rows gets statistics per
+branch (scope `branch`), and one that sends a row per request gets them per request.
+"""
+
+SAMPLE = "sample"  # [B, 4, h, w], already scaled by the schedule's k_t
+TIMESTEP = "timestep"  # [B] float32
+TEXT = "encoder_hidden_states"  # [B, 77, C]
+POOLED_TEXT = "text_embeds"  # [B, P]
+TIME_IDS = "time_ids"  # [B, 6] float32
+IMAGE_TOKENS = "image_tokens"  # [B, T, C]
+IP_ADAPTER_SCALE = "ip_adapter_scale"  # [R, parts] float32, λ of Eq. 1
+MANIPULATION = "attention_manipulation"  # [R, parts, columns] float32
+NOISE_PREDICTION = "noise_prediction"  # [B, 4, h, w]
+
+PARTS = ("down", "mid", "up")
+"""Parts of the UNet, in the order of the second axis of the two parameter inputs."""
+
+KINDS = ("off", "scale_power", "softmask")
+"""Kinds of attention manipulation; the index is the value of column `kind`."""
+
+MANIPULATION_COLUMNS = (
+    "kind",  # index into KINDS
+    "scale",  # s of Eq. 7 and 9
+    "power",  # p of Eq. 7
+    "quantile",  # level of Q in Eq. 8
+    "sharpness",  # d of Eq. 9
+    "adain_weight",  # w of Eq. 10; 1 leaves AdaIN out
+    "invert_first_token",  # 1 or 0, appendix E
+    "upper_bound",  # f(A) is clamped to it
+)
+
+FUNCTION_DOMAIN = "fastface"
+FUNCTION_NAME = "DecoupledAttention"

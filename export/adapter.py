@@ -1,0 +1,136 @@
+"""IP-Adapter FaceID-Plus-v2 files: read them, check that they fit, and put them into a UNet.
+
+A file has two parts: `image_proj` (the projection) and `ip_adapter`, whose keys start with the
+index of a layer in `unet.attn_processors`: `N.to_k_ip`, `N.to_v_ip` and, per projection, the LoRA
+`N.to_{q,k,v,out}_lora.{down,up}`.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from fastface_trt.errors import WeightsError
+from fastface_trt.export.attention import attach_processors
+from fastface_trt.export.projection import FaceProjection
+
+State = dict[str, Tensor]
+_LORA_TARGETS = {"to_q": "to_q", "to_k": "to_k", "to_v": "to_v", "to_out": "to_out.0"}
+
+
+@dataclass(frozen=True)
+class AdapterWeights:
+    """The two parts of an adapter file."""
+
+    image_proj: State
+    ip_adapter: State
+
+
+def read_tensors(path: Path) -> State:
+    """Tensors of a `.safetensors` or a `.bin` file (weights only), nested dicts joined by dots."""
+    if not path.is_file():
+        raise WeightsError(f"There is no file {path}.", "Check the path, or download it again.")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        nested = torch.load(path, map_location="cpu", weights_only=True)
+        return {
+            f"{outer}.{inner}" if isinstance(value, dict) else outer: tensor
+            for outer, value in nested.items()
+            for inner, tensor in (value.items() if isinstance(value, dict) else [("", value)])
+        }
+    except Exception as error:
+        raise WeightsError(
+            f"{path.name} is not a readable weights file ({type(error).__name__}).",
+            "It may be truncated or hold something else: download it again.",
+        ) from error
+
+
+def read_adapter(path: Path) -> AdapterWeights:
+    """Read an adapter file; raise `WeightsError` when it is not a FaceID-Plus-v2 adapter."""
+    tensors = read_tensors(path)
+    parts: dict[str, State] = {"image_proj": {}, "ip_adapter": {}}
+    for key, tensor in tensors.items():
+        part, _, rest = key.partition(".")
+        if part in parts:
+            parts[part][rest] = tensor
+    if not parts["image_proj"] or not parts["ip_adapter"]:
+        raise WeightsError(
+            f"{path.name} is not an IP-Adapter file: it lacks image_proj or ip_adapter.",
+            "Use ip-adapter-faceid-plusv2_sdxl.bin or a file of the same layout.",
+        )
+    if "perceiver_resampler.proj_in.weight" not in parts["image_proj"]:
+        raise WeightsError(
+            f"{path.name} is an adapter of another kind than FaceID-Plus-v2.",
+            "Use ip-adapter-faceid-plusv2_sdxl.bin or a file of the same layout.",
+        )
+    return AdapterWeights(**parts)
+
+
+def load_projection(adapter: AdapterWeights) -> FaceProjection:
+    """The face projection of an adapter, in float32."""
+    try:
+        return FaceProjection.from_state_dict({k: v.float() for k, v in adapter.image_proj.items()})
+    except (KeyError, RuntimeError, IndexError) as error:
+        raise WeightsError(
+            f"The adapter's image_proj part is incomplete: {str(error).splitlines()[0]}.",
+            "Download the adapter again.",
+        ) from error
+
+
+def _assign(parameter: nn.Parameter, value: Tensor, key: str) -> None:
+    if parameter.shape != value.shape:
+        raise WeightsError(
+            f"The adapter does not fit this checkpoint: {key} is {tuple(value.shape)}, "
+            f"the UNet needs {tuple(parameter.shape)}.",
+            "Use an adapter made for the same base model (SDXL adapters for SDXL checkpoints).",
+        )
+    parameter.copy_(value)
+
+
+@torch.no_grad()
+def attach_adapter(unet: nn.Module, adapter: AdapterWeights, *, lora_scale: float) -> None:
+    """Attach decoupled attention to `unet` and fuse the adapter's LoRA: W ← W + scale · up · down.
+
+    Works on the UNet in place. `lora_scale` is the user-facing scale of the LoRA (1.0 and 0.5 in
+    the paper), separate from λ; it is fused, so another value is another export. Raises
+    `WeightsError` when a layer is missing, left over, or of another shape.
+    """
+    attach_processors(unet)
+    remaining = dict(adapter.ip_adapter)
+
+    def take(key: str) -> Tensor:
+        if key not in remaining:
+            raise WeightsError(
+                f"The adapter does not fit this checkpoint: it has no {key}.",
+                "Use an adapter made for the same base model (SDXL adapters for SDXL checkpoints).",
+            )
+        return remaining.pop(key)
+
+    has_lora = any("_lora." in key for key in remaining)
+    for index, name in enumerate(unet.attn_processors):
+        attention = unet.get_submodule(name.removesuffix(".processor"))
+        if name.endswith("attn2.processor"):
+            for projection in ("to_k_ip", "to_v_ip"):
+                key = f"{index}.{projection}.weight"
+                _assign(getattr(attention.processor, projection).weight, take(key), key)
+        for source, target in _LORA_TARGETS.items() if has_lora else ():
+            down = take(f"{index}.{source}_lora.down.weight").float()
+            up = take(f"{index}.{source}_lora.up.weight").float()
+            weight = attention.get_submodule(target).weight
+            if (up.shape[0], down.shape[1]) != tuple(weight.shape) or up.shape[1] != down.shape[0]:
+                raise WeightsError(
+                    f"The adapter does not fit this checkpoint: the LoRA of {index}.{source} is "
+                    f"{up.shape[0]}x{down.shape[1]}, the UNet's weight {tuple(weight.shape)}.",
+                    "Use an adapter made for the same base model.",
+                )
+            weight.copy_(weight.float() + lora_scale * (up @ down))
+    if remaining:
+        raise WeightsError(
+            f"The adapter does not fit this checkpoint: {len(remaining)} of its tensors have no "
+            f"place in the UNet, first {next(iter(remaining))}.",
+            "Use an adapter made for the same base model.",
+        )

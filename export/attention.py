@@ -1,0 +1,195 @@
+"""Decoupled attention for the UNet being exported: eager arithmetic, and the node it exports as.
+
+Shape legend: B = R·G rows, R requests, G branches, H heads, N query positions, T image tokens,
+L text positions, D head size, C = H·D channels.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as functional
+from torch import Tensor, nn
+
+from fastface_trt.engines.contract import (
+    FUNCTION_DOMAIN,
+    FUNCTION_NAME,
+    KINDS,
+    MANIPULATION_COLUMNS,
+    PARTS,
+)
+
+Row = dict[str, Tensor]
+
+
+def _normalize(x_RGHNT: Tensor) -> Tensor:
+    """norm(X) of Eq. 8, per request and token, 0 where X is flat."""
+    minimum = x_RGHNT.amin((1, 2, 3), keepdim=True)
+    extent = x_RGHNT.amax((1, 2, 3), keepdim=True) - minimum
+    return (x_RGHNT - minimum) / extent.clamp_min(1e-12)
+
+
+def _match_statistics(x: Tensor, reference: Tensor, weight: Tensor) -> Tensor:
+    """w x + (1 − w) AdaIN(x, reference) of Eq. 10 over the last axis, unbiased std."""
+    gain = reference.std(-1, keepdim=True) / (x.std(-1, keepdim=True) + 1e-6)
+    blended = (x - x.mean(-1, keepdim=True)) * gain + reference.mean(-1, keepdim=True)
+    return weight * x + (1 - weight) * blended
+
+
+def _quantile(x_RGHNT: Tensor, level_R: Tensor) -> Tensor:
+    """torch.quantile over N at one level per request, [R,G,H,1,T]."""
+    per_request = [
+        torch.quantile(x, level, dim=2, keepdim=True)
+        for x, level in zip(x_RGHNT, level_R, strict=True)
+    ]
+    return torch.stack(per_request)
+
+
+def _softmask(a_RGHNT: Tensor, row: Row) -> Tensor:
+    """AM2, Eq. 8 to 10 with appendix E; see `functions.Softmask`."""
+    tokens = torch.arange(a_RGHNT.shape[-1], device=a_RGHNT.device)
+    inverted = (tokens == 0) & (row["invert_first_token"] > 0.5)
+    entering = torch.where(inverted, 1 - a_RGHNT, a_RGHNT)
+    quantile = _quantile(entering, row["quantile"].flatten()).clamp_min(1e-6)
+    shifted = row["sharpness"] * (_normalize(entering) - quantile)
+    mask = torch.minimum(row["scale"] * _normalize(torch.sigmoid(shifted)), row["upper_bound"])
+    leaving = torch.where(inverted, mask.amax(3, keepdim=True) - mask, mask)
+    return _match_statistics(leaving, a_RGHNT, row["adain_weight"])
+
+
+def decoupled_attention(
+    q_BHND: Tensor, k_BHTD: Tensor, v_BHTD: Tensor, manipulation_RP: Tensor, ip_scale_R: Tensor
+) -> Tensor:
+    """λ · f(A) V' of Eq. 6, the eager meaning of `functions.DecoupledAttention`.
+
+    Returns [B,H,N,D] in the dtype of q. Any floating dtype works; float64 gives the reference that
+    tests compare backends with.
+    """
+    requests = manipulation_RP.shape[0]
+    statistics = torch.promote_types(q_BHND.dtype, torch.float32)
+    row = {
+        name: column[:, None, None, None, None]
+        for name, column in zip(
+            MANIPULATION_COLUMNS, manipulation_RP.to(statistics).unbind(1), strict=True
+        )
+    }
+    scaled = q_BHND / q_BHND.shape[-1] ** 0.5
+    a_BHNT = torch.softmax((scaled @ k_BHTD.transpose(-2, -1)).to(statistics), dim=-1)
+    a = a_BHNT.unflatten(0, (requests, -1))
+    v = v_BHTD.to(statistics).unflatten(0, (requests, -1))
+
+    scale_power = torch.minimum(row["scale"] * a.pow(row["power"]), row["upper_bound"])  # Eq. 7
+    is_softmask = row["kind"] == KINDS.index("softmask")
+    f = torch.where(row["kind"] == KINDS.index("scale_power"), scale_power, a)
+    if bool(is_softmask.any()):
+        f = torch.where(is_softmask, _softmask(a, row), f)
+    hidden = f @ v
+    if bool(is_softmask.any()):
+        matched = _match_statistics(hidden, a @ v, row["adain_weight"])
+        hidden = torch.where(is_softmask, matched, hidden)
+    scaled_by_lambda = hidden * ip_scale_R.to(statistics)[:, None, None, None, None]
+    return scaled_by_lambda.flatten(0, 1).to(q_BHND.dtype)
+
+
+def _heads(x: Tensor, heads: int) -> Tensor:
+    """[B, N, H·D] to [B, H, N, D]."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+class SelfAttentionProcessor:
+    """Plain attention over the picture; takes and ignores what the decoupled blocks need."""
+
+    def __call__(
+        self,
+        attn: nn.Module,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+        *,
+        image_tokens: Tensor | None = None,
+        ip_adapter_scale: Tensor | None = None,
+        attention_manipulation: Tensor | None = None,
+    ) -> Tensor:
+        """Attn(Q, K, V) of hidden_states [B,N,C] with itself, or with encoder_hidden_states."""
+        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        q_BHND, k_BHLD, v_BHLD = (
+            _heads(projection(x), attn.heads)
+            for projection, x in (
+                (attn.to_q, hidden_states),
+                (attn.to_k, context),
+                (attn.to_v, context),
+            )
+        )
+        attended = functional.scaled_dot_product_attention(q_BHND, k_BHLD, v_BHLD)
+        return attn.to_out[0](attended.transpose(1, 2).flatten(2))
+
+
+class DecoupledAttentionProcessor(nn.Module):
+    """Text attention plus λ · f(A) V' over the image tokens (Eq. 1 and 6) of one block.
+
+    `part` is the part of the UNet that the block lies in, which selects the column of the two
+    parameter inputs.
+    """
+
+    def __init__(self, part: str, channels: int, text_width: int) -> None:
+        super().__init__()
+        self.part = PARTS.index(part)
+        self.to_k_ip = nn.Linear(text_width, channels, bias=False)
+        self.to_v_ip = nn.Linear(text_width, channels, bias=False)
+
+    def __call__(
+        self,
+        attn: nn.Module,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+        *,
+        image_tokens: Tensor,
+        ip_adapter_scale: Tensor,
+        attention_manipulation: Tensor,
+    ) -> Tensor:
+        """z_new of Eq. 1 for hidden_states [B,N,C], text [B,L,·] and image tokens [B,T,·]."""
+        q_BHND = _heads(attn.to_q(hidden_states), attn.heads)
+        k_BHLD = _heads(attn.to_k(encoder_hidden_states), attn.heads)
+        v_BHLD = _heads(attn.to_v(encoder_hidden_states), attn.heads)
+        text = functional.scaled_dot_product_attention(q_BHND, k_BHLD, v_BHLD)
+
+        inputs = (
+            q_BHND,
+            _heads(self.to_k_ip(image_tokens), attn.heads),
+            _heads(self.to_v_ip(image_tokens), attn.heads),
+            attention_manipulation[:, self.part],
+            ip_adapter_scale[:, self.part],
+        )
+        if torch.onnx.is_in_onnx_export():
+            image = torch.onnx.ops.symbolic(
+                f"{FUNCTION_DOMAIN}::{FUNCTION_NAME}",
+                inputs,
+                dtype=q_BHND.dtype,
+                shape=q_BHND.shape,
+                version=1,
+            )
+        else:
+            image = decoupled_attention(*inputs)
+        return attn.to_out[0]((text + image).transpose(1, 2).flatten(2))
+
+
+def attach_processors(unet: nn.Module) -> None:
+    """Give every attention of a diffusers UNet the processors of this file.
+
+    Cross-attentions (`attn2`) become decoupled ones with fresh `to_k_ip` and `to_v_ip`; the order
+    of `unet.attn_processors` is kept, since adapter files number their layers by it.
+    """
+    processors: dict[str, Any] = {}
+    for name in unet.attn_processors:
+        if name.endswith("attn1.processor"):
+            processors[name] = SelfAttentionProcessor()
+            continue
+        attention = unet.get_submodule(name.removesuffix(".processor"))
+        part = name.split("_", 1)[0].split(".", 1)[0]
+        processor = DecoupledAttentionProcessor(
+            part, attention.to_q.out_features, unet.config.cross_attention_dim
+        )
+        processors[name] = processor.to(attention.to_q.weight.device, attention.to_q.weight.dtype)
+    unet.set_attn_processor(processors)

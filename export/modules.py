@@ -1,0 +1,252 @@
+"""The six modules of an export as torch modules, with their example inputs and dynamic sizes.
+
+Shape legend: B rows, R requests, T image tokens, C text width, P pooled width, S CLIP positions,
+K CLIP width, E face-embedding size, h × w latent size.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from fastface_trt.engines import contract
+from fastface_trt.engines.manifest import Dimension
+
+TEXT_POSITIONS = 77
+EXAMPLE_REQUESTS = 2  # at least 2, or the exporter takes the size for a constant
+EXAMPLE_ROWS = 6
+
+
+@dataclass(frozen=True)
+class ModuleExport:
+    """What the writer needs to export one module.
+
+    `inputs` maps names to example tensors, in the order of `module.forward`; `shapes` gives every
+    input's and output's shape with names for its dynamic sizes.
+    """
+
+    name: str
+    module: nn.Module
+    inputs: Mapping[str, Tensor]
+    outputs: tuple[str, ...]
+    shapes: Mapping[str, tuple[Dimension, ...]]
+    multiples: Mapping[str, int] = field(default_factory=dict)
+    """Dynamic sizes that are multiples of a number (height and width of the UNet)."""
+
+
+class TextEncoderModule(nn.Module):
+    """input_ids [B,77] to the penultimate hidden states [B,77,C], and the pooled text [B,P]."""
+
+    def __init__(self, encoder: nn.Module, *, pooled: bool) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.pooled = pooled
+
+    def forward(self, input_ids: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """Hidden states, and the projected pooled output where the encoder is SDXL's second."""
+        output = self.encoder(input_ids, output_hidden_states=True)
+        hidden = output.hidden_states[-2]
+        return (hidden, output.text_embeds) if self.pooled else hidden
+
+
+class ImageEncoderModule(nn.Module):
+    """pixel_values [B,3,S,S], CLIP-normalised, to the penultimate hidden states [B,S,K]."""
+
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """Hidden states before the last layer, as FaceID-Plus-v2 was trained on."""
+        return self.encoder(pixel_values, output_hidden_states=True).hidden_states[-2]
+
+
+class _CastOutput(nn.Module):
+    """Runs a module and casts what it returns.
+
+    SDXL concatenates the pooled text with an embedding of `time_ids` that is always float32. Eager
+    PyTorch promotes silently; ONNX does not, and TensorRT rejects a Concat of two types.
+    """
+
+    def __init__(self, inner: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.inner = inner
+        self.dtype = dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The inner module's output in the chosen dtype."""
+        return self.inner(x).to(self.dtype)
+
+
+class UNetModule(nn.Module):
+    """A diffusers SDXL UNet with decoupled attention behind the contract of the UNet module."""
+
+    def __init__(self, unet: nn.Module) -> None:
+        super().__init__()
+        if not isinstance(unet.add_time_proj, _CastOutput):
+            unet.add_time_proj = _CastOutput(unet.add_time_proj, unet.dtype)
+        self.unet = unet
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        text_embeds: Tensor,
+        time_ids: Tensor,
+        image_tokens: Tensor,
+        ip_adapter_scale: Tensor,
+        attention_manipulation: Tensor,
+    ) -> Tensor:
+        """Noise prediction [B,4,h,w]; shapes of the inputs in `fastface_trt.engines.contract`."""
+        return self.unet(
+            sample,
+            timestep,
+            encoder_hidden_states,
+            added_cond_kwargs={"text_embeds": text_embeds, "time_ids": time_ids},
+            cross_attention_kwargs={
+                "image_tokens": image_tokens,
+                "ip_adapter_scale": ip_adapter_scale,
+                "attention_manipulation": attention_manipulation,
+            },
+            return_dict=False,
+        )[0]
+
+
+class VaeDecoderModule(nn.Module):
+    """Scheduler latents [B,4,h,w] to a picture [B,3,H,W] in [0, 1]."""
+
+    def __init__(self, vae: nn.Module) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, latents: Tensor) -> Tensor:
+        """Undo the VAE's scaling, decode, and map [−1, 1] to [0, 1]."""
+        shift = getattr(self.vae.config, "shift_factor", None) or 0.0
+        latents = latents / self.vae.config.scaling_factor + shift
+        picture = self.vae.decode(latents, return_dict=False)[0]
+        return (picture / 2 + 0.5).clamp(0, 1)
+
+
+def text_encoder_export(name: str, encoder: nn.Module) -> ModuleExport:
+    """One of SDXL's two text encoders; the second also gives the pooled text."""
+    pooled = name == "text_encoder_2"
+    shapes: dict[str, tuple[Dimension, ...]] = {
+        "input_ids": ("batch", TEXT_POSITIONS),
+        "hidden_states": ("batch", TEXT_POSITIONS, encoder.config.hidden_size),
+    }
+    if pooled:
+        shapes["text_embeds"] = ("batch", encoder.config.projection_dim)
+    ids = torch.zeros((EXAMPLE_REQUESTS, TEXT_POSITIONS), dtype=torch.int64)
+    ids[:, 5:] = encoder.config.eos_token_id
+    return ModuleExport(
+        name,
+        TextEncoderModule(encoder, pooled=pooled),
+        {"input_ids": ids},
+        ("hidden_states", "text_embeds") if pooled else ("hidden_states",),
+        shapes,
+    )
+
+
+def image_encoder_export(encoder: nn.Module) -> ModuleExport:
+    """The CLIP image encoder whose penultimate hidden states feed the projection."""
+    config = encoder.config
+    positions = (config.image_size // config.patch_size) ** 2 + 1
+    example = torch.zeros(EXAMPLE_REQUESTS, 3, config.image_size, config.image_size)
+    return ModuleExport(
+        "image_encoder",
+        ImageEncoderModule(encoder),
+        {"pixel_values": example.to(encoder.dtype)},
+        ("clip_embeds",),
+        {
+            "pixel_values": ("batch", 3, config.image_size, config.image_size),
+            "clip_embeds": ("batch", positions, config.hidden_size),
+        },
+    )
+
+
+def face_projection_export(projection: nn.Module, positions: int | str) -> ModuleExport:
+    """The adapter's projection; `positions` is the image encoder's sequence length S."""
+    dtype = projection.norm.weight.dtype
+    embedding = projection.proj[0].in_features
+    features = projection.perceiver_resampler.proj_in.in_features
+    example_positions = positions if isinstance(positions, int) else 17
+    return ModuleExport(
+        "face_projection",
+        projection,
+        {
+            "face_embeds": torch.zeros(EXAMPLE_REQUESTS, embedding, dtype=dtype),
+            "clip_embeds": torch.zeros(EXAMPLE_REQUESTS, example_positions, features, dtype=dtype),
+        },
+        (contract.IMAGE_TOKENS,),
+        {
+            "face_embeds": ("batch", embedding),
+            "clip_embeds": ("batch", positions, features),
+            contract.IMAGE_TOKENS: (
+                "batch",
+                projection.tokens,
+                projection.norm.normalized_shape[0],
+            ),
+        },
+    )
+
+
+def unet_export(
+    unet: nn.Module, *, tokens: int, latent_size: tuple[int, int], fixed_size: bool
+) -> ModuleExport:
+    """The UNet with its adapter attached; `latent_size` is (h, w), fixed or only the example's."""
+    config, dtype, rows = unet.config, unet.dtype, EXAMPLE_ROWS
+    text_width = config.cross_attention_dim
+    pooled_width = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+    parts, columns = len(contract.PARTS), len(contract.MANIPULATION_COLUMNS)
+    height, width = latent_size
+    size: tuple[Dimension, Dimension] = latent_size if fixed_size else ("height", "width")
+    inputs = {
+        contract.SAMPLE: torch.zeros(rows, config.in_channels, height, width, dtype=dtype),
+        contract.TIMESTEP: torch.zeros(rows),
+        contract.TEXT: torch.zeros(rows, TEXT_POSITIONS, text_width, dtype=dtype),
+        contract.POOLED_TEXT: torch.zeros(rows, pooled_width, dtype=dtype),
+        contract.TIME_IDS: torch.zeros(rows, 6),
+        contract.IMAGE_TOKENS: torch.zeros(rows, tokens, text_width, dtype=dtype),
+        contract.IP_ADAPTER_SCALE: torch.zeros(EXAMPLE_REQUESTS, parts),
+        contract.MANIPULATION: torch.zeros(EXAMPLE_REQUESTS, parts, columns),
+    }
+    shapes: dict[str, tuple[Dimension, ...]] = {
+        name: (
+            ("requests" if tensor.shape[0] == EXAMPLE_REQUESTS else "batch"),
+            *tensor.shape[1:],
+        )
+        for name, tensor in inputs.items()
+    }
+    shapes[contract.SAMPLE] = ("batch", config.in_channels, *size)
+    shapes[contract.NOISE_PREDICTION] = ("batch", config.out_channels, *size)
+    levels = 2 ** (len(config.block_out_channels) - 1)
+    return ModuleExport(
+        "unet",
+        UNetModule(unet),
+        inputs,
+        (contract.NOISE_PREDICTION,),
+        shapes,
+        {} if fixed_size else {"height": levels, "width": levels},
+    )
+
+
+def vae_decoder_export(
+    vae: nn.Module, *, latent_size: tuple[int, int], scale_factor: int, fixed_size: bool
+) -> ModuleExport:
+    """The VAE's decoder (AutoencoderKL or the tiny one)."""
+    channels = vae.config.latent_channels
+    size: tuple[Dimension, Dimension] = latent_size if fixed_size else ("height", "width")
+    picture: tuple[Dimension, Dimension] = (
+        (latent_size[0] * scale_factor, latent_size[1] * scale_factor)
+        if fixed_size
+        else (f"{scale_factor}*height", f"{scale_factor}*width")
+    )
+    return ModuleExport(
+        "vae_decoder",
+        VaeDecoderModule(vae),
+        {"latents": torch.zeros(EXAMPLE_REQUESTS, channels, *latent_size, dtype=vae.dtype)},
+        ("picture",),
+        {"latents": ("batch", channels, *size), "picture": ("batch", 3, *picture)},
+    )

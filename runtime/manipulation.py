@@ -1,0 +1,161 @@
+"""Attention manipulation as data: validated parameters per part of the UNet and per step.
+
+`ManipulationSchedule.row(step)` is the row that the UNet module takes, so changing anything here
+needs no export and no build.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from math import isfinite
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastface_trt.engines.contract import KINDS, MANIPULATION_COLUMNS, PARTS
+from fastface_trt.errors import InvalidRequest, UnknownName
+
+PerStep = float | Sequence[float]
+"""One value for all steps, or one per step."""
+
+
+@dataclass(frozen=True, slots=True)
+class PartManipulation:
+    """Manipulation of the decoupled blocks in one part of the UNet (Eq. 7 to 10).
+
+    kind: `off`, `scale_power` (AM1) or `softmask` (AM2). scale: s > 0. power: p ≥ 0 (scale_power).
+    quantile: level in [0, 1], sharpness: d, adain_weight: w in [0, 1] with 1 = no AdaIN,
+    invert_first_token: appendix E (softmask). upper_bound: f(A) is clamped to it.
+    """
+
+    kind: str = "off"
+    scale: PerStep = 1.0
+    power: PerStep = 1.0
+    quantile: PerStep = 0.65
+    sharpness: PerStep = 5.0
+    adain_weight: PerStep = 1.0
+    invert_first_token: bool = True
+    upper_bound: float = 10.0
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise UnknownName("attention manipulation", str(self.kind), KINDS)
+        for name, low, high, meaning in (
+            ("scale", 0.0, None, "at least 0"),
+            ("power", 0.0, None, "at least 0"),
+            ("quantile", 0.0, 1.0, "between 0 and 1"),
+            ("sharpness", None, None, "finite"),
+            ("adain_weight", 0.0, 1.0, "between 0 and 1"),
+            ("upper_bound", 0.0, None, "at least 0"),
+        ):
+            value = getattr(self, name)
+            for number in value if isinstance(value, Sequence) else [value]:
+                if (
+                    isinstance(number, bool)
+                    or not isinstance(number, int | float)
+                    or not isfinite(number)
+                    or (low is not None and number < low)
+                    or (high is not None and number > high)
+                ):
+                    raise InvalidRequest(
+                        f"Attention manipulation: {name} is {number!r}.",
+                        f"It must be a number that is {meaning}.",
+                    )
+
+    def row(self, step: int, steps: int) -> list[float]:
+        """Column values for one step, in the order of `MANIPULATION_COLUMNS`."""
+        values = []
+        for column in MANIPULATION_COLUMNS:
+            value = getattr(self, column)
+            if column == "kind":
+                value = KINDS.index(value)
+            elif isinstance(value, Sequence):
+                if len(value) != steps:
+                    raise InvalidRequest(
+                        f"Attention manipulation: {column} has {len(value)} values "
+                        f"for {steps} steps.",
+                        "Give one number, or one per step.",
+                    )
+                value = value[step]
+            values.append(float(value))
+        return values
+
+
+OFF = PartManipulation()
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionManipulation:
+    """Manipulation per part of the UNet; the method leaves `mid` alone."""
+
+    down: PartManipulation = OFF
+    mid: PartManipulation = OFF
+    up: PartManipulation = OFF
+
+    def rows(self, step: int, steps: int) -> NDArray[np.float32]:
+        """Parameters of one step, float32 [parts, columns] as the UNet module takes them."""
+        return np.array([getattr(self, p).row(step, steps) for p in PARTS], dtype=np.float32)
+
+    @property
+    def uses_softmask(self) -> bool:
+        """Whether any part normalises over the branches of its request (fastface §3.4)."""
+        return any(getattr(self, part).kind == "softmask" for part in PARTS)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values of the parts that are not off, for metadata and JSON."""
+        return {
+            part: {f.name: _plain(getattr(getattr(self, part), f.name)) for f in fields(OFF)}
+            for part in PARTS
+            if getattr(self, part).kind != "off"
+        }
+
+    @classmethod
+    def from_dict(cls, parts: Mapping[str, Mapping[str, Any]]) -> "AttentionManipulation":
+        """The inverse of `to_dict`; unknown parts or parameters raise `UnknownName`."""
+        made = {}
+        for part, values in parts.items():
+            if part not in PARTS:
+                raise UnknownName("part of the UNet", part, PARTS)
+            made[part] = replace_checked(OFF, values)
+        return cls(**made)
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
+
+
+def replace_checked(base: PartManipulation, values: Mapping[str, Any]) -> PartManipulation:
+    """`base` with some parameters changed; an unknown parameter raises `UnknownName`."""
+    known = [f.name for f in fields(PartManipulation)]
+    for name in values:
+        if name not in known:
+            raise UnknownName("parameter of attention manipulation", name, known)
+    return replace(base, **dict(values))
+
+
+def parse_manipulation(text: str, base: PartManipulation) -> PartManipulation:
+    """Read `scale=1.55,power=1.3` or `kind=softmask,sharpness=7.5/5/5/5` over a preset's values.
+
+    `/` separates per-step values. Without `kind` and with no preset active, `power` means
+    scale_power and any parameter of softmask means softmask.
+    """
+    values: dict[str, Any] = {}
+    for item in filter(None, (part.strip() for part in text.split(","))):
+        name, _, value = item.partition("=")
+        try:
+            if name == "kind":
+                values[name] = value
+            elif name == "invert_first_token":
+                values[name] = value.lower() in ("1", "true", "yes", "on")
+            else:
+                numbers = [float(x) for x in value.split("/")]
+                values[name] = numbers[0] if len(numbers) == 1 else tuple(numbers)
+        except ValueError:
+            raise InvalidRequest(
+                f"{item!r} is not a parameter of attention manipulation.",
+                "Write e.g. scale=1.55,power=1.3 (per-step values with /: 1/1.5/1.5/1).",
+            ) from None
+    if "kind" not in values and base.kind == "off" and values:
+        softmask_only = {"quantile", "sharpness", "adain_weight", "invert_first_token"}
+        values["kind"] = "softmask" if softmask_only & values.keys() else "scale_power"
+    return replace_checked(base, values)
