@@ -1,0 +1,221 @@
+"""CLIP's tokenizer without transformers: the same ids, and what did not fit is reported.
+
+Reads the folder that diffusers ships with a checkpoint (`tokenizer`, `tokenizer_2`), in either of
+its two forms: `vocab.json` and `merges.txt`, or one `tokenizer.json`.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers
+from tokenizers.models import BPE
+
+from fastface_trt.errors import InvalidRequest, WeightsError
+
+BOS = "<|startoftext|>"
+EOS = "<|endoftext|>"
+DEFAULT_LENGTH = 77
+
+_WORDS = (
+    r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+)
+_NAMED = ("bos_token", "eos_token", "unk_token", "pad_token")
+_MEND = "Copy the checkpoint's tokenizer folder again, or export it again."
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """Token ids of some prompts, and what was cut from each."""
+
+    input_ids: NDArray[np.int64]
+    """[B, max_length]: start, the prompt, end, padding."""
+    cut: tuple[str, ...]
+    """Per prompt the text behind its last token that fitted, "" when all of it fitted."""
+
+
+class ClipTokenizer:
+    """Turns prompts into the ids that transformers' CLIPTokenizer gives (padded, truncated)."""
+
+    def __init__(self, tokenizer: Tokenizer, ids: Mapping[str, int], max_length: int) -> None:
+        """`ids` are those of bos_token, eos_token and pad_token; see `from_folder`."""
+        self._tokenizer = tokenizer
+        self.bos_id = ids["bos_token"]
+        self.eos_id = ids["eos_token"]
+        self.pad_id = ids["pad_token"]
+        self.max_length = max_length
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> "ClipTokenizer":
+        """Read a tokenizer folder; raise `WeightsError` when a file is missing or corrupt."""
+        if not folder.is_dir():
+            raise WeightsError(f"The tokenizer folder {folder} does not exist.", _MEND)
+        config = _read_json(folder / "tokenizer_config.json", required=False)
+        # Where the configuration lists the added tokens it is complete; before that, the special
+        # tokens had a file of their own, which then wins.
+        if "added_tokens_decoder" not in config:
+            config |= _read_json(folder / "special_tokens_map.json", required=False)
+        named = _special_tokens(config, folder)
+        if (folder / "tokenizer.json").exists():
+            tokenizer = _from_tokenizer_json(folder / "tokenizer.json")
+        else:
+            tokenizer = _from_vocabulary(folder, named["unk_token"].content)
+        _add_special_tokens(tokenizer, config, named, folder)
+        ids = {}
+        for key, token in named.items():
+            found = tokenizer.token_to_id(token.content)
+            if found is None:
+                # An id past the vocabulary would read past the text encoder's embedding table.
+                raise WeightsError(
+                    f"The tokenizer in {folder} has no {key} {token.content!r} in its vocabulary.",
+                    _MEND,
+                )
+            ids[key] = found
+        return cls(tokenizer, ids, _length(config, folder))
+
+    def encode(self, prompts: Sequence[str]) -> Tokens:
+        """Tokenise `prompts` [B] into int64 [B, max_length].
+
+        A prompt that is too long loses its tail, which `Tokens.cut` returns word for word. Raises
+        `InvalidRequest` for text that is not valid Unicode.
+        """
+        room = self.max_length - 2
+        rows = np.full((len(prompts), self.max_length), self.pad_id, dtype=np.int64)
+        cut = []
+        for row, prompt in zip(rows, prompts, strict=True):
+            try:
+                prompt.encode("utf-8")
+            except UnicodeEncodeError:
+                raise InvalidRequest(
+                    "The prompt holds characters that are not valid Unicode.",
+                    "Type it again, or save its file as UTF-8.",
+                ) from None
+            encoding = self._tokenizer.encode(prompt, add_special_tokens=False)
+            ids = encoding.ids[:room]
+            row[: len(ids) + 2] = [self.bos_id, *ids, self.eos_id]
+            too_long = len(encoding.ids) > room
+            cut.append(prompt[encoding.offsets[room][0] :] if too_long else "")
+        return Tokens(rows, tuple(cut))
+
+
+def _read_json(path: Path, *, required: bool = True) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        if not required:
+            return {}
+        raise WeightsError(f"The tokenizer file {path} is missing.", _MEND) from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise WeightsError(f"The tokenizer file {path} is broken: {error}.", _MEND) from None
+    if not isinstance(content, dict):
+        raise WeightsError(f"The tokenizer file {path} holds no JSON object.", _MEND)
+    return content
+
+
+def _special_tokens(config: Mapping[str, Any], folder: Path) -> dict[str, AddedToken]:
+    """The four named special tokens; CLIP's own where the configuration says nothing."""
+    named = {}
+    for key in _NAMED:
+        value = config.get(key) or (BOS if key == "bos_token" else EOS)
+        named[key] = _added_token(value, folder)
+    return named
+
+
+def _added_token(value: Any, folder: Path) -> AddedToken:
+    """A special token from its JSON form: the text alone, or an object with matching rules."""
+    if isinstance(value, str):
+        return AddedToken(value, special=True, normalized=False)
+    try:
+        rules = {k: bool(value.get(k)) for k in ("lstrip", "rstrip", "single_word")}
+        normalized = bool(value.get("normalized", False))
+        return AddedToken(str(value["content"]), special=True, normalized=normalized, **rules)
+    except (AttributeError, KeyError, TypeError):
+        raise WeightsError(
+            f"The tokenizer in {folder} has a special token {value!r} that is none.", _MEND
+        ) from None
+
+
+def _from_vocabulary(folder: Path, unknown: str) -> Tokenizer:
+    """CLIP's byte-level BPE from `vocab.json` and `merges.txt`."""
+    vocabulary, merges = folder / "vocab.json", folder / "merges.txt"
+    for path in (vocabulary, merges):
+        if not path.is_file():
+            raise WeightsError(f"The tokenizer file {path} is missing.", _MEND)
+    try:
+        model = BPE(
+            *BPE.read_file(str(vocabulary), str(merges)),
+            continuing_subword_prefix="",
+            end_of_word_suffix="</w>",
+            fuse_unk=False,
+            unk_token=unknown,
+        )
+    except Exception as error:  # the tokenizers library raises bare Exceptions
+        raise WeightsError(
+            f"The tokenizer files in {folder} are broken or do not fit each other: {error}.", _MEND
+        ) from None
+    tokenizer = Tokenizer(model)
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_WORDS), behavior="removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    return tokenizer
+
+
+def _from_tokenizer_json(path: Path) -> Tokenizer:
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the tokenizers library raises bare Exceptions
+        raise WeightsError(f"The tokenizer file {path} is broken: {error}.", _MEND) from None
+    # A file may carry both; then what was cut would be lost before we could tell.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def _add_special_tokens(
+    tokenizer: Tokenizer, config: Mapping[str, Any], named: Mapping[str, AddedToken], folder: Path
+) -> None:
+    """Make special tokens match as a whole inside prompts, as transformers does.
+
+    That has a visible effect in SDXL: `tokenizer_2` pads with "!", so there every "!" of a prompt
+    becomes the padding id 0.
+    """
+    listed = config.get("added_tokens_decoder", {})
+    try:
+        added = {int(i): _added_token(token, folder) for i, token in listed.items()}
+    except (AttributeError, ValueError):
+        raise WeightsError(f"The tokenizer in {folder} has a broken token list.", _MEND) from None
+    tokens = [added[i] for i in sorted(added)]
+    known = {token.content for token in tokens}
+    known |= {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    # A named token outside the vocabulary is not added: it would get an id that no model knows.
+    tokens += [
+        token
+        for token in named.values()
+        if token.content not in known and tokenizer.token_to_id(token.content) is not None
+    ]
+    tokenizer.add_special_tokens(tokens)
+    for i, token in added.items():
+        if tokenizer.token_to_id(token.content) != i:
+            raise WeightsError(
+                f"The tokenizer in {folder} lists {token.content!r} as {i}, its vocabulary as "
+                f"{tokenizer.token_to_id(token.content)}.",
+                _MEND,
+            )
+
+
+def _length(config: Mapping[str, Any], folder: Path) -> int:
+    """Tokens per prompt with start and end; transformers writes 1e30 for "no limit known"."""
+    value = config.get("model_max_length", DEFAULT_LENGTH)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 3:
+        raise WeightsError(f"The tokenizer in {folder} has the length {value!r}.", _MEND)
+    return DEFAULT_LENGTH if value > 1_000_000 else int(value)
