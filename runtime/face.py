@@ -1,0 +1,330 @@
+"""Find a face, align it, embed it: what FaceID-Plus-v2 wants to know about a person.
+
+All of it is InsightFace's own code; this module chooses the face, the detector's input size, and
+says in one sentence what went wrong.
+"""
+
+import contextlib
+import os
+import sys
+import threading
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from fastface_trt.errors import (
+    BackendUnavailable,
+    EngineFailed,
+    FaceIndexOutOfRange,
+    FastFaceError,
+    LicenceNotAcknowledged,
+    MissingDependency,
+    NoFaceFound,
+    UnknownName,
+    WeightsError,
+)
+
+DETECTOR_SIZES = (640, 576, 512, 448, 384, 320)
+"""Detector input sizes in pixels, tried in this order, as in the paper's evaluation."""
+CROP_SIZE = 224
+EMBEDDING_SIZE = 512
+PACKS = ("antelopev2", "buffalo_l", "buffalo_m", "buffalo_s", "buffalo_sc")
+ACCEPT_VARIABLE = "FASTFACE_ACCEPT_LICENCES"
+
+
+@dataclass(frozen=True, slots=True)
+class Face:
+    """One face of a picture."""
+
+    embedding: NDArray[np.float32]
+    """[512], of length 1: InsightFace's `normed_embedding`."""
+    crop_bgr: NDArray[np.uint8]
+    """[224, 224, 3] in BGR order, aligned by InsightFace's `norm_crop`."""
+    box: tuple[float, float, float, float]
+    """Left, top, right, bottom in pixels of the picture; may reach beyond its edges."""
+    score: float
+    """The detector's confidence, 0 to 1."""
+    index: int
+    """Place in the order by area, 0 is the largest."""
+    count: int
+    """How many faces the picture has."""
+    detector_size: int
+    """The detector's input size in pixels at which the faces were found."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """Faces by area, largest first: boxes [n, 5] with scores, key points [n, 5, 2], in pixels."""
+
+    boxes: NDArray[np.float32]
+    points: NDArray[np.float32]
+    detector_size: int
+
+
+class FaceAnalyzer:
+    """InsightFace's detector and recogniser, loaded at first use; may be shared by threads."""
+
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        providers: Sequence[str] = ("CPUExecutionProvider",),
+        licence_acknowledged: bool = False,
+    ) -> None:
+        """`model` is a folder with a detector and a recogniser (ONNX), or a pack's name.
+
+        A pack is downloaded by InsightFace at first use. Raises `WeightsError` when the folder does
+        not exist, `UnknownName` for an unknown pack, `LicenceNotAcknowledged` for a pack without
+        `licence_acknowledged` or FASTFACE_ACCEPT_LICENCES=1 in the environment. Everything else
+        that can be wrong with the models shows when they are loaded; `load` does that at once.
+        """
+        folder = Path(model).expanduser()
+        if folder.is_dir():
+            self._model = str(folder.resolve())
+        elif isinstance(model, Path) or any(mark in model for mark in ("/", "\\", "~")):
+            raise WeightsError(
+                f"The face model folder {model} does not exist.",
+                "Pass a folder with a detector and a recogniser as ONNX files, or 'buffalo_l'.",
+            )
+        elif model not in PACKS:
+            raise UnknownName("face model", model, PACKS)
+        elif not licence_acknowledged and os.environ.get(ACCEPT_VARIABLE) != "1":
+            raise LicenceNotAcknowledged(
+                f"InsightFace's model pack {model} is for non-commercial research only.",
+                f"If that is your use, acknowledge it with {ACCEPT_VARIABLE}=1 in the environment.",
+            )
+        else:
+            self._model = model
+        self._providers = tuple(providers)
+        self._analysis: Any = None
+        self._lock = threading.Lock()
+
+    def load(self) -> None:
+        """Load the models now instead of at first use.
+
+        Raises `WeightsError` when they cannot be downloaded or opened, `BackendUnavailable` when
+        they would not run on the providers asked for, `MissingDependency` when InsightFace cannot
+        be imported.
+        """
+        self._loaded()
+
+    def analyze(
+        self, picture: NDArray[np.uint8], *, index: int | None = None, pad: bool = True
+    ) -> Face:
+        """The face number `index` by area (None and 0: the largest) of an RGB picture.
+
+        `picture` is uint8 [H, W, 3]. The detector is tried at `DETECTOR_SIZES` until it finds
+        something. A face that fills the whole picture is too large for any of them, so with `pad`
+        all sizes are tried once more with a black border of half the picture's size on every side;
+        the original IP-Adapter and the paper's evaluation do not do that. Raises `NoFaceFound`,
+        `FaceIndexOutOfRange`, and what `load` raises.
+        """
+        bgr = _bgr(picture)
+        found = self._find(bgr, pad=pad)
+        if found is None:
+            raise NoFaceFound(
+                f"No face was found at any detector size from {DETECTOR_SIZES[0]} "
+                f"to {DETECTOR_SIZES[-1]}.",
+                "Use a sharp, well-lit picture with one upright face that fills about half of it.",
+            )
+        count = len(found.boxes)
+        chosen = 0 if index is None else index
+        if not 0 <= chosen < count:
+            raise FaceIndexOutOfRange(
+                f"Face {chosen} was asked for, and the picture has {count}.",
+                f"Use an index from 0 (the largest face) to {count - 1}.",
+            )
+        return self._embed(bgr, found, chosen)
+
+    def faces(self, picture: NDArray[np.uint8], *, pad: bool = True) -> list[Face]:
+        """All faces of an RGB picture (uint8 [H, W, 3]), largest first; see `analyze`."""
+        bgr = _bgr(picture)
+        found = self._find(bgr, pad=pad)
+        return [self._embed(bgr, found, i) for i in range(len(found.boxes))] if found else []
+
+    def _find(self, bgr: NDArray[np.uint8], *, pad: bool) -> _Found | None:
+        found = self._detect(bgr)
+        if found or not pad:
+            return found
+        # The detector shrinks it anyway; this keeps a huge picture from growing fourfold first.
+        step = max(1, max(bgr.shape[:2]) // (2 * DETECTOR_SIZES[0]))
+        small = bgr[::step, ::step]
+        top, left = small.shape[0] // 2, small.shape[1] // 2
+        # Black, because that is what the detector's and norm_crop's own borders are.
+        found = self._detect(np.pad(small, ((top, top), (left, left), (0, 0))))
+        if found is None:
+            return None
+        # Back to the picture's own pixels; norm_crop draws the same black beyond its edges.
+        boxes, points = found.boxes.copy(), (found.points - (left, top)) * step
+        boxes[:, :4] = (boxes[:, :4] - (left, top, left, top)) * step
+        return _Found(boxes, points.astype(np.float32), found.detector_size)
+
+    def _detect(self, bgr: NDArray[np.uint8]) -> _Found | None:
+        detector = self._loaded().det_model
+        fixed = detector.static_input_size
+        sizes = [tuple(fixed)] if fixed is not None else [(s, s) for s in DETECTOR_SIZES]
+        height, width = bgr.shape[:2]
+        for size in sizes:
+            if min(height, width) * min(size) < max(height, width):
+                continue  # the detector's scaled copy would have no pixel on its short side
+            with _failures("The face detector"):
+                boxes, points = detector.detect(bgr, input_size=size)
+            if len(boxes) == 0:
+                continue
+            if points is None:
+                raise WeightsError(
+                    "The face detector gives no key points, so faces cannot be aligned.",
+                    "Use a detector with SCRFD's nine outputs.",
+                )
+            areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+            order = np.argsort(-areas, kind="stable")
+            return _Found(boxes[order], points[order], max(size))
+        return None
+
+    def _embed(self, bgr: NDArray[np.uint8], found: _Found, index: int) -> Face:
+        from insightface.app.common import Face as InsightFace
+        from insightface.utils.face_align import norm_crop
+
+        box, points = found.boxes[index], found.points[index]
+        face = InsightFace(bbox=box[:4], kps=points, det_score=box[4])
+        with _failures("The face recogniser"):
+            self._loaded().models["recognition"].get(bgr, face)
+            crop = norm_crop(bgr, points, image_size=CROP_SIZE)
+        embedding = np.asarray(face.normed_embedding, dtype=np.float32)
+        if embedding.shape != (EMBEDDING_SIZE,):
+            raise WeightsError(
+                f"The face recogniser gives {embedding.size} numbers, not {EMBEDDING_SIZE}.",
+                "Use an ArcFace model such as that of buffalo_l.",
+            )
+        if not np.isfinite(embedding).all():
+            raise EngineFailed(
+                "The face recogniser returned numbers that are not finite.",
+                "Check the model file, or run it on CPUExecutionProvider.",
+            )
+        left, top, right, bottom = (float(v) for v in box[:4])
+        return Face(
+            embedding=embedding,
+            crop_bgr=crop,
+            box=(left, top, right, bottom),
+            score=float(box[4]),
+            index=index,
+            count=len(found.boxes),
+            detector_size=found.detector_size,
+        )
+
+    def _loaded(self) -> Any:
+        # Once set, the attribute never changes, so only the first callers meet at the lock.
+        if self._analysis is None:
+            with self._lock:
+                if self._analysis is None:
+                    self._analysis = _open_models(self._model, self._providers)
+        return self._analysis
+
+
+def _open_models(model: str, providers: Sequence[str]) -> Any:
+    try:
+        import onnxruntime
+        from insightface.app import FaceAnalysis
+    except ImportError as error:
+        raise MissingDependency(
+            f"InsightFace cannot be imported: {error}.",
+            "Install insightface; OpenCV may also need the system libraries libgl1 and libglib2.0.",
+        ) from error
+    _check_providers(providers, onnxruntime.get_available_providers(), "This machine")
+    try:
+        # InsightFace prints while it downloads; stdout belongs to the caller. One dynamic session
+        # serves all detector sizes: with static ones, every size would load the model again.
+        with contextlib.redirect_stdout(sys.stderr):
+            analysis = FaceAnalysis(
+                name=model,
+                allowed_modules=["detection", "recognition"],
+                providers=list(providers),
+                static_shape_sessions=False,
+            )
+            analysis.prepare(ctx_id=0, det_size=(DETECTOR_SIZES[0], DETECTOR_SIZES[0]))
+        if "recognition" not in analysis.models:
+            raise WeightsError(
+                f"The face model {model} has no recogniser.",
+                "Add an ONNX model with a 112×112 input and an embedding as its only output.",
+            )
+    except FastFaceError:
+        raise
+    # Offline, a broken download, a foreign ONNX file: requests, zipfile, protobuf, ONNX Runtime
+    # and InsightFace's assertions have no common base.
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else ""
+        folder = Path(model) if Path(model).is_dir() else Path("~/.insightface/models") / model
+        raise WeightsError(
+            f"The face model {model} cannot be opened: "
+            f"{reason.rstrip('.') or 'no detector among its ONNX files'}.",
+            f"Go online, or put a detector and a recogniser as ONNX files into {folder}; "
+            "delete that folder first if a download broke off.",
+        ) from error
+    for task, part in analysis.models.items():
+        _check_providers(providers, part.session.get_providers(), f"The face {task} model")
+    return analysis
+
+
+def _check_providers(wanted: Sequence[str], used: Sequence[str], who: str) -> None:
+    """ONNX Runtime falls back to the CPU without a word; here that is an error."""
+    missing = [name for name in wanted if name not in used]
+    if missing:
+        raise BackendUnavailable(
+            f"{who} does not run on {', '.join(missing)}, only on {', '.join(used)}.",
+            "Install the ONNX Runtime package with that provider, or ask for CPUExecutionProvider.",
+        )
+
+
+@contextlib.contextmanager
+def _failures(who: str) -> Iterator[None]:
+    """Name the model in whatever ONNX Runtime raises, and hold back a deprecation of skimage's."""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "`estimate` is deprecated", FutureWarning)
+            yield
+    except FastFaceError:
+        raise
+    except Exception as error:  # ONNX Runtime's and OpenCV's errors have no common base
+        raise EngineFailed(f"{who} failed: {error}.", "Check the model file.") from error
+
+
+def _bgr(picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
+        raise ValueError(f"picture is {picture.dtype} {picture.shape}, not uint8 [H, W, 3]")
+    return np.ascontiguousarray(picture[:, :, ::-1])
+
+
+def clip_pixels(
+    crop_bgr: NDArray[np.uint8],
+    *,
+    size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    channel_order: Literal["bgr", "rgb"] = "bgr",
+) -> NDArray[np.float32]:
+    """The CLIP image encoder's input, float32 [3, size, size], from a crop, uint8 [H, W, 3].
+
+    What transformers' CLIPImageProcessor does: the shorter edge is resized to `size` (bicubic), the
+    centre cut out, divided by 255, and normalised with `mean` and `std` [3]. The original
+    IP-Adapter example hands the crop over in BGR order, and the released results were made so:
+    "bgr" keeps that, "rgb" gives CLIP the colours that it was trained with.
+    """
+    crop = crop_bgr if channel_order == "bgr" else crop_bgr[:, :, ::-1]
+    height, width = crop.shape[:2]
+    short, long = min(height, width), max(height, width)
+    scaled = int(size * long / short)
+    new_width, new_height = (size, scaled) if width <= height else (scaled, size)
+    image = Image.fromarray(np.ascontiguousarray(crop))
+    resized = np.asarray(image.resize((new_width, new_height), Image.Resampling.BICUBIC))
+    top, left = (new_height - size) // 2, (new_width - size) // 2
+    centre = resized[top : top + size, left : left + size]
+    # The product is taken in float64 and the rest in float32, as transformers does it.
+    unit = (centre.astype(np.float64) * (1 / 255)).astype(np.float32)
+    pixels = (unit - np.asarray(mean, dtype=np.float32)) / np.asarray(std, dtype=np.float32)
+    return np.ascontiguousarray(pixels.transpose(2, 0, 1))
