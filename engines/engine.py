@@ -52,10 +52,11 @@ class EngineBuilder(Protocol):
     backend: str
 
     def identity(self) -> Mapping[str, Any]:
-        """All that changes the engine besides the module: backend, version, options, hardware.
+        """All that changes the engine besides the module, as JSON values.
 
-        Two builders with equal identities make interchangeable engines; the cache key is a hash of
-        this and of the module's file hashes.
+        Its keys are fields of `EngineManifest`: `backend`, `backend_version`, and where they
+        matter `options` and `hardware`. Two builders with equal identities make interchangeable
+        engines; the cache key is a hash of this and of the module's file hashes.
         """
         ...
 
@@ -98,5 +99,14 @@ def check_inputs(spec: ModuleSpec, inputs: Mapping[str, Array]) -> dict[str, Arr
                 f"Input {tensor.name} of module {spec.name} has shape {array.shape}, "
                 f"expected {tensor.shape}" + (f" with {sizes}." if sizes else ".")
             )
-        ready[tensor.name] = np.ascontiguousarray(array, dtype=tensor.dtype)
+        dtype = np.dtype(tensor.dtype)
+        # A float given for an integer would be cut silently; what a float takes is rounded anyway.
+        castable = array.dtype.kind in "fiub" if dtype.kind == "f" else array.dtype == dtype
+        if not castable:
+            raise InvalidRequest(
+                f"Input {tensor.name} of module {spec.name} is {array.dtype}, "
+                f"expected {tensor.dtype}."
+            )
+        # Not ascontiguousarray, which makes a scalar one-dimensional.
+        ready[tensor.name] = np.asarray(array, dtype=dtype, order="C")
     return ready
