@@ -1,0 +1,265 @@
+"""Where built engines are kept: by content, verified before use, built once.
+
+    ROOT/KEY/engine.json + the backend's files     one engine; KEY is a hash of all that changes it
+    ROOT/locks/KEY.lock                            held by the process that builds KEY
+    ROOT/quarantine/KEY-TIME/                      entries that failed verification
+
+Nothing in an entry is opened before its size and SHA-256 were compared with the manifest, and the
+manifest is compared with its own key.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from platformdirs import user_cache_path
+
+from fastface_trt.engines.engine import Engine, EngineBuilder, Progress
+from fastface_trt.engines.files import (
+    describe_file,
+    finished_folder,
+    storage_errors,
+    verify_files,
+)
+from fastface_trt.engines.leftovers import sweep
+from fastface_trt.engines.manifest import (
+    ENGINE_MANIFEST,
+    SCHEMA_VERSION,
+    EngineManifest,
+    ModuleSpec,
+    read_manifest,
+)
+from fastface_trt.errors import BuildFailed, EngineMismatch, FastFaceError, UnknownName
+
+_KEY = re.compile("[0-9a-f]{64}")
+_QUARANTINED_AT_MOST = 2
+_REBUILD = "It is set aside and built again on the next load."
+
+
+@dataclass(frozen=True)
+class CacheEntry:
+    """One folder of the cache; `manifest` is None and `problem` says why when it is unreadable.
+
+    Reading it verifies nothing but the manifest: see `EngineCache.verify`.
+    """
+
+    key: str
+    folder: Path
+    bytes: int
+    manifest: EngineManifest | None
+    problem: str = ""
+
+
+class EngineCache:
+    """Engines by content. Safe for any number of threads and processes on one folder.
+
+    `root` defaults to `engines` in `$FASTFACE_CACHE`, or in the user's cache folder.
+    """
+
+    def __init__(self, root: Path | None = None) -> None:
+        if root is None:
+            home = os.environ.get("FASTFACE_CACHE")
+            cache = Path(home) if home else user_cache_path("fastface-trt", appauthor=False)
+            root = cache / "engines"
+        self.root = root.expanduser().absolute()
+
+    def key(self, module: ModuleSpec, builder: EngineBuilder) -> str:
+        """What `module` built by `builder` is called: 64 hexadecimal digits (SHA-256).
+
+        It depends on the module's name, inputs, outputs and file contents, on
+        `builder.identity()` and on the schema version; not on where anything lies.
+        """
+        return _key(module, builder.identity())
+
+    def get(
+        self,
+        module: ModuleSpec,
+        source: Path,
+        builder: EngineBuilder,
+        progress: Progress = lambda line: None,
+    ) -> tuple[EngineManifest, Path]:
+        """The verified engine of `module`, built from its ONNX files in `source` if need be.
+
+        Returns its manifest and its folder. An entry that fails verification is quarantined and
+        built again. While another process builds the same engine, this waits for it. `source` is
+        read only when something has to be built.
+
+        Raises `ExportIncomplete` for a missing, truncated or changed ONNX file, `BuildFailed` from
+        the builder, `StorageError` for a full or unwritable disk, `BackendUnavailable`.
+        """
+        key = self.key(module, builder)
+        # Without the lock, so that engines on a read-only disk serve, and readers never queue.
+        with suppress(FastFaceError):
+            return self._checked(key, progress), self.root / key
+        with self._locked(key, f"{module.name} for {builder.backend}", progress):
+            folder = self.root / key
+            if folder.exists():
+                try:
+                    return self._checked(key, progress), folder
+                except FastFaceError as problem:
+                    progress(f"Engine {module.name} is set aside: {problem.message}")
+                    self._quarantine(key)
+            return self._build(key, module, source, builder, progress), folder
+
+    def open(
+        self,
+        module: ModuleSpec,
+        source: Path,
+        builder: EngineBuilder,
+        progress: Progress = lambda line: None,
+    ) -> Engine:
+        """`get`, then `builder.open`: an engine that can be called. Close it after use."""
+        manifest, folder = self.get(module, source, builder, progress)
+        progress(f"Opening {module.name} with {builder.backend}")
+        return builder.open(manifest, folder)
+
+    def entries(self) -> list[CacheEntry]:
+        """All engines in the cache, in the order of their keys; their files are not verified."""
+        if not self.root.is_dir():
+            return []
+        return [
+            self._entry(folder.name)
+            for folder in sorted(self.root.iterdir())
+            if folder.is_dir() and _KEY.fullmatch(folder.name)
+        ]
+
+    def verify(self, key: str) -> EngineManifest:
+        """Check every file of engine `key` and return its manifest; nothing is changed.
+
+        Raises `UnknownName` when there is no such engine, `EngineMismatch`, `ExportIncomplete` or
+        `ManifestError` saying which file is missing, truncated or changed.
+        """
+        self._require(key)
+        return self._checked(key, lambda line: None)
+
+    def remove(self, key: str) -> int:
+        """Delete engine `key` and return the bytes freed; raise `UnknownName` without one.
+
+        Waits for a process that is building it. Engines that are open stay usable.
+        """
+        self._require(key)
+        with self._locked(key, key[:12], lambda line: None):
+            size = _folder_bytes(self.root / key)
+            doomed = self._quarantine(key)
+            if doomed is not None:
+                shutil.rmtree(doomed, ignore_errors=True)
+        return size
+
+    def _require(self, key: str) -> None:
+        if not _KEY.fullmatch(key) or not (self.root / key).is_dir():
+            raise UnknownName("engine", key, (entry.key for entry in self.entries()))
+
+    def _entry(self, key: str) -> CacheEntry:
+        folder = self.root / key
+        size = _folder_bytes(folder)
+        try:
+            manifest = read_manifest(folder / ENGINE_MANIFEST, EngineManifest)
+        except FastFaceError as error:
+            return CacheEntry(key, folder, size, None, error.message)
+        return CacheEntry(key, folder, size, manifest)
+
+    def _checked(self, key: str, progress: Progress) -> EngineManifest:
+        """The manifest of `key` after comparing it with its key and its files with it."""
+        folder = self.root / key
+        manifest = read_manifest(folder / ENGINE_MANIFEST, EngineManifest)
+        identity = manifest.model_dump(
+            include={"backend", "backend_version", "options", "hardware"}
+        )
+        if not key == manifest.key == _key(manifest.module, identity):
+            raise EngineMismatch(f"{folder / ENGINE_MANIFEST} describes another engine.", _REBUILD)
+        progress(f"Verifying {manifest.module.name} for {manifest.backend}")
+        verify_files(folder, manifest.files, EngineMismatch, _REBUILD)
+        return manifest
+
+    def _build(
+        self,
+        key: str,
+        module: ModuleSpec,
+        source: Path,
+        builder: EngineBuilder,
+        progress: Progress,
+    ) -> EngineManifest:
+        progress(f"Verifying the ONNX files of {module.name}")
+        verify_files(source, module.files)
+        # Leftovers of other keys too: nobody may ever ask for those keys again.
+        sweep(self.root)
+        began = time.monotonic()
+        with finished_folder(self.root / key, ENGINE_MANIFEST) as draft:
+            progress(f"Building {module.name} for {builder.backend}")
+            builder.build(module, source, draft.path, progress)
+            written = sorted(path for path in draft.path.rglob("*") if path.is_file())
+            if not written:
+                raise BuildFailed(f"The {builder.backend} builder wrote nothing for {module.name}.")
+            manifest = EngineManifest(
+                key=key,
+                module=module,
+                files=tuple(describe_file(draft.path, path) for path in written),
+                build_seconds=time.monotonic() - began,
+                **builder.identity(),
+            )
+            progress(f"Storing {module.name} for {builder.backend}")
+            draft.finish(manifest)
+        return manifest
+
+    def _quarantine(self, key: str) -> Path | None:
+        """Move entry `key` out of the way, keep only the newest few; None when it is gone."""
+        place = self.root / "quarantine"
+        with storage_errors(self.root):
+            place.mkdir(parents=True, exist_ok=True)
+            aside = place / f"{key}-{time.time_ns()}"
+            try:
+                os.rename(self.root / key, aside)
+            except FileNotFoundError:
+                return None
+        kept = sorted(place.iterdir(), key=lambda path: path.name.rpartition("-")[2])
+        for old in kept[:-_QUARANTINED_AT_MOST]:
+            shutil.rmtree(old, ignore_errors=True)
+        return aside
+
+    @contextmanager
+    def _locked(self, key: str, what: str, progress: Progress) -> Iterator[None]:
+        """Hold the lock of `key`, an operating-system lock that ends with the process."""
+        with storage_errors(self.root):
+            (self.root / "locks").mkdir(parents=True, exist_ok=True)
+            lock = FileLock(self.root / "locks" / f"{key}.lock")
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                progress(f"Waiting for another process that builds {what}")
+                lock.acquire(poll_interval=0.2)
+        try:
+            yield
+        finally:
+            lock.release()
+
+
+def _key(module: ModuleSpec, identity: Mapping[str, Any]) -> str:
+    graph, *data = (file.sha256 for file in module.files)
+    content = {
+        "schema": SCHEMA_VERSION,
+        "module": module.name,
+        "inputs": [tensor.model_dump() for tensor in module.inputs],
+        "outputs": [tensor.model_dump() for tensor in module.outputs],
+        "graph": graph,
+        "data": sorted(data),
+        "builder": {"options": {}, "hardware": {}} | dict(identity),
+    }
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _folder_bytes(folder: Path) -> int:
+    total = 0
+    for path in folder.rglob("*"):
+        with suppress(OSError):
+            total += path.stat().st_size if path.is_file() else 0
+    return total
