@@ -1,0 +1,59 @@
+"""What of this machine changes an engine, read from light sources: no compiler, no subprocess."""
+
+import importlib
+import platform
+import re
+from contextlib import suppress
+from functools import lru_cache
+from pathlib import Path
+
+_CPUINFO = Path("/proc/cpuinfo")
+_TENSOR_FLAG = re.compile(r"(avx|amx|fma|f16c|asimd|bf16|i8mm|sve|sme)\w*")
+"""Flags that ONNX Runtime's kernels and layouts depend on; others come with kernel versions."""
+
+
+@lru_cache
+def cpu_hardware() -> dict[str, str]:
+    """`machine` (such as x86_64) and `isa`, its instruction sets for tensors, sorted."""
+    flags: set[str] = set()
+    with suppress(OSError):
+        for line in _CPUINFO.read_text(encoding="utf-8", errors="replace").splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() in ("flags", "Features"):  # x86, ARM
+                flags = set(value.split())
+                break
+    isa = sorted(filter(_TENSOR_FLAG.fullmatch, flags))
+    # Elsewhere (macOS, Windows) the processor's name says nearly as much.
+    return {"machine": platform.machine(), "isa": " ".join(isa) or platform.processor()}
+
+
+@lru_cache
+def cuda_hardware() -> dict[str, str]:
+    """`gpu`, the name of CUDA device 0, and its `compute_capability`; "unknown" without a driver.
+
+    Reads them through `cuda-python`, which comes with the extra `gpu`.
+    """
+    unknown = {"gpu": "unknown", "compute_capability": "unknown"}
+    try:
+        driver = importlib.import_module("cuda.bindings.driver")
+    except (ImportError, OSError):
+        return unknown
+    attribute = driver.CUdevice_attribute
+    with suppress(RuntimeError):  # cuda-python's own way to say that there is no libcuda
+        (error,) = driver.cuInit(0)
+        if int(error) != 0:
+            return unknown
+        error, device = driver.cuDeviceGet(0)
+        if int(error) != 0:
+            return unknown
+        _, name = driver.cuDeviceGetName(128, device)
+        version = [
+            driver.cuDeviceGetAttribute(which, device)[1]
+            for which in (
+                attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR,
+                attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
+            )
+        ]
+        gpu = name.split(b"\0")[0].decode()
+        return {"gpu": gpu, "compute_capability": ".".join(map(str, version))}
+    return unknown

@@ -1,0 +1,272 @@
+"""The ONNX Runtime backend: an engine is the optimised graph, written once and loaded as it is.
+
+Optimising a graph (folding constants, fusing, choosing memory layouts) takes long and much memory;
+loading the result with optimisation off takes seconds, since its weights are mapped from the file.
+
+On the CPU, which computes in float32, `optimization="all"` folds the casts of a float16 module
+into its weights: the engine is twice as large as the module and runs several times faster. With
+"extended" or "basic" the weights stay float16 and mapped, and are cast on every run.
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+from fastface_trt.engines.engine import Array, Progress, check_inputs
+from fastface_trt.engines.hardware import cpu_hardware, cuda_hardware
+from fastface_trt.engines.manifest import EngineManifest, ModuleSpec
+from fastface_trt.errors import BackendUnavailable, BuildFailed, EngineFailed, EngineMismatch
+
+Provider = Literal["cpu", "cuda"]
+Optimization = Literal["all", "extended", "basic"]
+
+PROVIDERS: dict[Provider, str] = {
+    "cpu": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+}
+_LEVELS: dict[str, str] = {
+    "all": "ORT_ENABLE_ALL",
+    "extended": "ORT_ENABLE_EXTENDED",
+    "basic": "ORT_ENABLE_BASIC",
+    "off": "ORT_DISABLE_ALL",
+}
+_GRAPH = "engine.onnx"
+_WEIGHTS = "engine.data"
+_SMALLEST_EXTERNAL_BYTES = 1024
+"""Smaller initialisers stay in the graph: shape inference reads shapes only from there."""
+
+REINSTALL = (
+    "`onnxruntime` and `onnxruntime-gpu` install over each other, and only the last one counts: "
+    "pip uninstall -y onnxruntime onnxruntime-gpu && pip install --no-deps onnxruntime-gpu. "
+    "It needs an NVIDIA GPU with the CUDA and cuDNN versions that its release notes name."
+)
+
+
+class OnnxRuntimeBuilder:
+    """Builds and opens ONNX Runtime engines for one execution provider.
+
+    `threads` is the number of threads per operator (None: one per core); it changes no engine.
+    """
+
+    def __init__(
+        self,
+        provider: Provider = "cpu",
+        threads: int | None = None,
+        optimization: Optimization = "all",
+    ) -> None:
+        self.provider: Provider = provider
+        self.threads = threads
+        self.optimization = optimization
+        self.backend = "onnxruntime" if provider == "cpu" else f"onnxruntime-{provider}"
+
+    def identity(self) -> Mapping[str, Any]:
+        """Backend, ONNX Runtime's version, provider, optimisation, and the hardware.
+
+        The hardware counts because the saved graph holds layouts and fusions chosen for it.
+        """
+        return {
+            "backend": self.backend,
+            "backend_version": str(_onnxruntime().__version__),
+            "options": {"provider": PROVIDERS[self.provider], "optimization": self.optimization},
+            "hardware": cpu_hardware() if self.provider == "cpu" else cuda_hardware(),
+        }
+
+    def build(self, module: ModuleSpec, source: Path, target: Path, progress: Progress) -> None:
+        """Optimise `module` and write graph and weights into `target`.
+
+        Raises `BuildFailed` with ONNX Runtime's own message, `BackendUnavailable` when the
+        provider does not run here. Needs memory for the optimised weights once.
+        """
+        graph = target / _GRAPH
+        options = self._options(self.optimization, prepack=False)
+        options.optimized_model_filepath = str(graph)
+        # Beside the graph, because a graph of more than 2 GB cannot be written; it is also what
+        # lets the weights be mapped instead of read.
+        prefix = "session.optimized_model_external_initializers"
+        options.add_session_config_entry(f"{prefix}_file_name", _WEIGHTS)
+        options.add_session_config_entry(
+            f"{prefix}_min_size_in_bytes", str(_SMALLEST_EXTERNAL_BYTES)
+        )
+        progress(f"Optimising {module.name} with ONNX Runtime")
+        try:
+            session = self._session(source / module.files[0].path, options)
+            problem = _interface_problem(session, module)
+            del session  # its memory is needed again
+            if problem is None:
+                # A graph that still refers to the export's data, or was cut, shows here.
+                self._session(graph, self._options("off", prepack=False))
+        except BackendUnavailable:
+            raise
+        except Exception as error:
+            raise BuildFailed(
+                f"ONNX Runtime cannot build {module.name}: {_short(error)}",
+                "Export the module again; if that does not help, report the message.",
+            ) from error
+        if problem is not None:
+            raise BuildFailed(
+                f"The graph of {module.name} does not fit its manifest: {problem}.",
+                "Export the module again.",
+            )
+
+    def open(self, manifest: EngineManifest, folder: Path) -> "OnnxRuntimeEngine":
+        """Load a verified engine; the graph is not optimised again.
+
+        Raises `EngineMismatch` when it was built for another backend, version or machine, or
+        cannot be loaded; `BackendUnavailable` when the provider does not run here.
+        """
+        for field, here in self.identity().items():
+            built = getattr(manifest, field)
+            if built != here:
+                raise EngineMismatch(
+                    f"The engine of {manifest.module.name} was built with {field} {built}, "
+                    f"here it is {here}.",
+                    "Build it again on this machine: fastface-trt build.",
+                )
+        try:
+            session = self._session(folder / _GRAPH, self._options("off", prepack=True))
+        except BackendUnavailable:
+            raise
+        except Exception as error:
+            raise EngineMismatch(
+                f"ONNX Runtime cannot open the engine of {manifest.module.name}: {_short(error)}",
+                "Build it again: fastface-trt build.",
+            ) from error
+        problem = _interface_problem(session, manifest.module)
+        if problem is not None:
+            raise EngineMismatch(
+                f"The engine of {manifest.module.name} does not fit its manifest: {problem}.",
+                "Build it again: fastface-trt build.",
+            )
+        return OnnxRuntimeEngine(manifest.module, session)
+
+    def _options(self, level: str, prepack: bool) -> Any:
+        ort = _onnxruntime()
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, _LEVELS[level])
+        if self.threads is not None:
+            options.intra_op_num_threads = self.threads
+        # Six sessions live in one process and run one after the other. Idle threads of one must
+        # not spin on the cores that the next one needs; within a run spinning stays, it is faster.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+        if not prepack:
+            # Packed copies of the weights serve only runs; a build makes none.
+            options.add_session_config_entry("session.disable_prepacking", "1")
+        return options
+
+    def _session(self, graph: Path, options: Any) -> Any:
+        return open_session(str(graph), options, self.provider)
+
+
+class OnnxRuntimeEngine:
+    """One module in an ONNX Runtime session; calls from several threads run side by side."""
+
+    def __init__(self, spec: ModuleSpec, session: Any) -> None:
+        self.spec = spec
+        self._session: Any = session
+        self._outputs = [tensor.name for tensor in spec.outputs]
+
+    def __call__(self, **inputs: Array) -> dict[str, Array]:
+        """Run the module once; names, shapes and dtypes are those of `spec`.
+
+        Returns new arrays, which the caller owns. Raises `InvalidRequest` for an input that does
+        not fit, `EngineFailed` when ONNX Runtime fails or the engine is closed.
+        """
+        session = self._session  # a close() during the run takes nothing away from it
+        if session is None:
+            raise EngineFailed(f"The engine of {self.spec.name} is closed.", "Load it again.")
+        ready = check_inputs(self.spec, inputs)
+        try:
+            results = session.run(self._outputs, ready)
+        except Exception as error:
+            raise EngineFailed(
+                f"ONNX Runtime failed in {self.spec.name}: {_short(error)}",
+                "If memory ran out, ask for fewer or smaller pictures at once.",
+            ) from error
+        return dict(zip(self._outputs, results, strict=True))
+
+    def close(self) -> None:
+        """Free the session; calling it twice is harmless."""
+        self._session = None
+
+    def __enter__(self) -> "OnnxRuntimeEngine":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def open_session(graph: str | bytes, options: Any, provider: Provider) -> Any:
+    """An ONNX Runtime session that runs on `provider`; `graph` is a path or a serialised model.
+
+    Raises `BackendUnavailable` when ONNX Runtime would quietly use another provider instead;
+    ONNX Runtime's own exceptions for a graph that it cannot load.
+    """
+    ort = _onnxruntime()
+    wanted = PROVIDERS[provider]
+    available = ort.get_available_providers()
+    if wanted not in available:
+        raise BackendUnavailable(
+            f"ONNX Runtime {ort.__version__} has no {wanted} here, only {', '.join(available)}.",
+            REINSTALL,
+        )
+    # Its fallback would retry on the CPU, when opening and again in the middle of a run.
+    session = ort.InferenceSession(graph, options, providers=[wanted], enable_fallback=0)
+    actual = session.get_providers()
+    if not actual or actual[0] != wanted:
+        raise BackendUnavailable(
+            f"ONNX Runtime was asked for {wanted} and took {', '.join(actual) or 'nothing'}.",
+            REINSTALL,
+        )
+    return session
+
+
+def _onnxruntime() -> Any:
+    try:
+        import onnxruntime
+
+        # A half-removed installation imports as an empty package.
+        onnxruntime.InferenceSession  # noqa: B018
+    except (ImportError, AttributeError) as error:
+        raise BackendUnavailable(
+            f"ONNX Runtime cannot be imported: {error}.",
+            "pip install --force-reinstall --no-deps onnxruntime (or onnxruntime-gpu, not both).",
+        ) from error
+    return onnxruntime
+
+
+_TYPES = {
+    "tensor(float)": "float32",
+    "tensor(float16)": "float16",
+    "tensor(bfloat16)": "bfloat16",
+    "tensor(int64)": "int64",
+    "tensor(int32)": "int32",
+}
+
+
+def _interface_problem(session: Any, module: ModuleSpec) -> str | None:
+    """What differs between the session's inputs and outputs and the module's, None if nothing."""
+    for side, actual, wanted in (
+        ("inputs", session.get_inputs(), module.inputs),
+        ("outputs", session.get_outputs(), module.outputs),
+    ):
+        found = {node.name: _TYPES.get(node.type, node.type) for node in actual}
+        expected = {tensor.name: tensor.dtype for tensor in wanted}
+        if found != expected:
+            return f"its {side} are {found}, expected {expected}"
+        if "bfloat16" in found.values():
+            return f"its {side} hold bfloat16, which this backend cannot pass; use fp16 or fp32"
+    return None
+
+
+def _short(error: Exception) -> str:
+    """The message of an ONNX Runtime exception without its code prefix and C++ signature."""
+    text = " ".join(str(error).split())
+    return re.sub(r".*\[ONNXRuntimeError\] : \d+ : \w+ : ", "", text)[:300]

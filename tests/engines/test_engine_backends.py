@@ -1,0 +1,103 @@
+"""The registry of backends and what `doctor` says about each."""
+
+import importlib.metadata
+import sys
+import types
+
+import onnxruntime
+import pytest
+
+from fastface_trt.engines import backends
+from fastface_trt.engines.backends import builder_for, probe_backends
+from fastface_trt.errors import BackendUnavailable, UnknownName
+
+
+def status(name):
+    return next(status for status in probe_backends() if status.name == name)
+
+
+class Installed:
+    def __init__(self, name, version):
+        self.metadata = {"Name": name}
+        self.version = version
+
+
+def pretend(monkeypatch, *names):
+    packages = [Installed(name, "9.9") for name in names]
+    monkeypatch.setattr(importlib.metadata, "distributions", lambda: packages)
+
+
+def test_builders_by_name():
+    builder = builder_for("onnxruntime", threads=2)
+    assert (builder.backend, builder.threads) == ("onnxruntime", 2)
+    assert builder_for("onnxruntime-cuda").backend == "onnxruntime-cuda"
+    with pytest.raises(UnknownName, match="Did you mean 'onnxruntime'"):
+        builder_for("onxruntime")
+    for name in ("tensorrt", "tensorrt-rtx"):
+        with pytest.raises(BackendUnavailable, match="does not build engines") as caught:
+            builder_for(name)
+        assert "onnxruntime" in caught.value.mend
+
+
+def test_every_backend_has_a_status_and_every_failure_a_mend():
+    found = probe_backends()
+    assert [s.name for s in found] == list(backends.BACKENDS)
+    assert all(s.works or s.mend for s in found)
+    cpu = status("onnxruntime")
+    assert cpu.works
+    assert cpu.version == onnxruntime.__version__
+    assert not status("tensorrt").works
+    assert "does not build" in status("tensorrt").detail
+
+
+def test_cuda_that_is_listed_but_does_not_start_does_not_work(monkeypatch):
+    listed = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: listed)
+
+    class OnTheCpu:
+        def __init__(self, *_, **__):
+            pass
+
+        def get_providers(self):
+            return ["CPUExecutionProvider"]
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", OnTheCpu)
+    cuda = status("onnxruntime-cuda")
+    assert not cuda.works
+    assert "took CPUExecutionProvider" in cuda.detail
+    assert "onnxruntime-gpu" in cuda.mend
+
+
+def test_two_onnxruntimes_over_each_other_are_noticed(monkeypatch):
+    pretend(monkeypatch, "onnxruntime", "numpy")
+    assert status("onnxruntime").mend == ""
+    pretend(monkeypatch, "onnxruntime", "onnxruntime_gpu")
+    both = status("onnxruntime")
+    assert both.works
+    assert "installed over each other: onnxruntime 9.9, onnxruntime-gpu 9.9" in both.detail
+    assert "over each other" in both.mend
+
+
+def test_a_broken_onnxruntime_is_a_status_not_a_traceback(monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime", types.ModuleType("onnxruntime"))
+    assert not status("onnxruntime").works
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    broken = status("onnxruntime")
+    assert not broken.works
+    assert broken.mend
+
+
+def test_tensorrt_that_does_not_import_and_that_is_not_installed(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
+    pretend(monkeypatch, "tensorrt_rtx_cu13")
+    broken = status("tensorrt-rtx")
+    assert "cannot be imported" in broken.detail
+    assert broken.version == "9.9"
+    pretend(monkeypatch)
+    assert "not installed" in status("tensorrt-rtx").detail
+    module = types.ModuleType("tensorrt_rtx")
+    module.__version__ = "1.2.3"
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", module)
+    importable = status("tensorrt-rtx")
+    assert (importable.works, importable.version) == (False, "1.2.3")
+    assert "importable" in importable.detail
