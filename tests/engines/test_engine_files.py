@@ -5,6 +5,7 @@ import hashlib
 import multiprocessing
 import os
 import shutil
+import string
 from collections import namedtuple
 
 import pytest
@@ -137,6 +138,36 @@ def test_a_full_or_read_only_disk_is_a_storage_error(tmp_path, monkeypatch, code
     assert caught.value.mend
     assert [p.name for p in tmp_path.iterdir()] == ["t"]
     assert "old" in (tmp_path / "t" / "note.json").read_text()
+
+
+def test_the_manifest_is_written_after_everything_else_is_on_the_disk(tmp_path, monkeypatch):
+    if not os.path.exists("/proc/self/fd"):
+        pytest.skip("needs /proc to name open files")
+    events = []
+    fsync, rename = os.fsync, os.rename
+
+    def note_flush(handle):
+        name = os.path.basename(os.readlink(f"/proc/self/fd/{handle}"))
+        events.append("flush " + name.partition("-")[0].rstrip(string.digits))
+        fsync(handle)
+
+    def note_rename(old, new):
+        rename(old, new)
+        events.append(f"name {os.path.basename(new)}")
+
+    monkeypatch.setattr(os, "fsync", note_flush)
+    monkeypatch.setattr(os, "rename", note_rename)
+    monkeypatch.setattr(os, "replace", note_rename)
+    (tmp_path / "parent").mkdir()
+    write(tmp_path / "parent" / "t", "x")
+    assert sorted(events[:3]) == ["flush .t.partial", "flush data.bin", "flush sub"]
+    assert events[3:] == [
+        "flush .note.json.",
+        "name note.json",
+        "flush .t.partial",
+        "name t",
+        "flush parent",
+    ]
 
 
 def test_a_writer_that_hides_the_full_disk_is_found_out(tmp_path, monkeypatch):

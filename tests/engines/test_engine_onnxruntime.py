@@ -44,6 +44,8 @@ def test_round_trip(tmp_path, cache, dtype, external, optimization):
     manifest, folder = cache.get(module, tmp_path / "export", builder)
     assert manifest.backend == "onnxruntime"
     assert manifest.backend_version == onnxruntime.__version__
+    # Weights beside the graph: inside it they would end at 2 GB and could not be mapped.
+    assert [file.path for file in manifest.files] == ["engine.data", "engine.onnx"]
     shutil.rmtree(tmp_path / "export")  # the engine needs nothing of the export
     with builder.open(manifest, folder) as engine:
         for rows in (1, 3):
@@ -129,6 +131,11 @@ def test_onnxruntime_falling_back_to_the_cpu_is_noticed(tmp_path, monkeypatch):
     with pytest.raises(BackendUnavailable, match=r"asked for CUDA.* and took CPU") as caught:
         builder.build(module, tmp_path, target, quiet)
     assert "onnxruntime-gpu" in caught.value.mend
+
+
+def test_onnxruntimes_own_fallback_in_the_middle_of_a_run_is_off(tmp_path, cache):
+    engine = cache.open(write_module(tmp_path), tmp_path, OnnxRuntimeBuilder())
+    assert engine._session._enable_fallback is False
 
 
 @pytest.mark.parametrize("field", ["backend", "backend_version", "options", "hardware"])
