@@ -74,6 +74,7 @@ def test_faces_are_ordered_by_area_and_chosen_by_index(analyzer):
     assert not np.allclose(faces[0].embedding, faces[1].embedding)
 
 
+@pytest.mark.filterwarnings("ignore:`estimate` is deprecated")
 def test_equals_insightface_called_directly(analyzer, folder):
     from insightface.app import FaceAnalysis
     from insightface.utils.face_align import norm_crop
@@ -122,7 +123,7 @@ def test_face_too_small_for_every_size_is_not_found(analyzer):
         analyzer.analyze(picture)
 
 
-@pytest.mark.parametrize("scale", [1, 3])
+@pytest.mark.parametrize("scale", [1, 4])
 def test_padding_finds_a_face_that_fills_the_picture(tmp_path, scale):
     model = face_models.detector(needs_border=True)
     analyzer = FaceAnalyzer(face_models.write(tmp_path / "m", det=model))
@@ -169,7 +170,7 @@ def test_detector_with_a_fixed_input_is_used_at_that_size(tmp_path):
 
 def test_provider_that_is_not_installed(folder):
     analyzer = FaceAnalyzer(folder, providers=("NoSuchExecutionProvider", "CPUExecutionProvider"))
-    with pytest.raises(BackendUnavailable, match="NoSuchExecutionProvider") as caught:
+    with pytest.raises(BackendUnavailable, match="This machine does not run on NoSuch") as caught:
         analyzer.load()
     assert caught.value.mend
 

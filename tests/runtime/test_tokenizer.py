@@ -101,13 +101,15 @@ def write_folder(folder, *, pad, style, length=77):
             str(vocabulary[t]): {**token(t, normalized=t == BOS), "special": True}
             for t in {pad, BOS, EOS}
         }
+        stale = {"pad_token": "a</w>"}  # the list of added tokens makes this file void
+        (folder / "special_tokens_map.json").write_text(json.dumps(stale), encoding="utf-8")
     else:
         config["pad_token"] = pad
     (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
     if style == "json":  # as transformers 5 saves it, with padding and truncation baked in
         transformers = pytest.importorskip("transformers")
         saved = transformers.CLIPTokenizer.from_pretrained(folder)
-        saved(["a", "b " * 200], padding="max_length", truncation=True)
+        saved(["a", "b " * 200], padding="max_length", truncation=True, max_length=20)
         shutil.rmtree(folder)
         saved.save_pretrained(folder)
         content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
