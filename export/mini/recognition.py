@@ -1,0 +1,138 @@
+"""Face recognisers: 112 x 112 aligned crops to 512 numbers, trained with a cosine margin."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from .attributes import attribute_table
+from .crops import crop_faces
+from .data import Portraits
+from .layers import ConvBlock, ResidualBlock
+from .loop import Schedule, train
+from .vae import to_tensor
+
+MARGIN, SCALE = 0.30, 24.0
+BATCH = 96
+
+
+class Recogniser(nn.Module):
+    """A small residual network; `widths` gives the channels at 56, 28, 14 and 7 pixels."""
+
+    def __init__(self, widths: tuple[int, int, int, int], hidden: int) -> None:
+        super().__init__()
+        first, second, third, fourth = widths
+        self.body = nn.Sequential(
+            nn.AvgPool2d(2),
+            ConvBlock(3, first, stride=2),
+            ConvBlock(first, second, stride=2),
+            ResidualBlock(second),
+            ConvBlock(second, third, stride=2),
+            ResidualBlock(third),
+            ConvBlock(third, fourth),
+            ResidualBlock(fourth),
+            nn.Conv2d(fourth, 32, 1),
+        )
+        self.head = nn.Sequential(
+            nn.Flatten(), nn.Linear(32 * 49, hidden), nn.ReLU(), nn.Linear(hidden, 512)
+        )
+
+    def forward(self, crops: Tensor) -> Tensor:
+        """Map crops [n, 3, 112, 112] in [-1, 1], RGB, to embeddings [n, 512], not normalised."""
+        embedding: Tensor = self.head(self.body(crops))
+        return embedding
+
+
+class Margin(nn.Module):
+    """CosFace: the right identity must win by a margin in cosine.
+
+    A second head reads the attributes off the embedding.  Thousands of classes give a weak signal
+    at first; forty numbers that say what differs between faces give a strong one.
+    """
+
+    def __init__(self, attributes: Tensor) -> None:
+        super().__init__()
+        self.centres = nn.Parameter(torch.randn(len(attributes), 512) * 0.05)
+        self.reader = nn.Linear(512, attributes.shape[1])
+        self.attributes = attributes
+
+    def forward(self, embeddings: Tensor, labels: Tensor, progress: float) -> Tensor:
+        """Return the loss of embeddings [n, 512] with identities `labels` [n].
+
+        Args:
+            embeddings: not normalised.
+            labels: rows of the attribute table.
+            progress: 0 at the start of training, 1 at its end; the margin grows with it.
+        """
+        unit = functional.normalize(embeddings.float(), dim=-1)
+        cosine = unit @ functional.normalize(self.centres, dim=-1).T
+        margin = MARGIN * min(1.0, progress / 0.5)
+        target = functional.one_hot(labels, len(self.centres)) * margin
+        identity = functional.cross_entropy(SCALE * (cosine - target), labels)
+        return identity + functional.mse_loss(self.reader(unit * 8), self.attributes[labels])
+
+
+def augment(crops: Tensor, rng: np.random.Generator) -> Tensor:
+    """Blur, shift brightness and colour a little: generated pictures are not drawn ones."""
+    if rng.random() < 0.4:
+        size = int(rng.integers(40, 90))
+        small = functional.interpolate(crops, size=(size, size), mode="area")
+        crops = functional.interpolate(small, size=(112, 112), mode="bilinear")
+    gain = torch.from_numpy(rng.uniform(0.88, 1.12, (len(crops), 3, 1, 1)).astype(np.float32))
+    shift = torch.from_numpy(rng.uniform(-0.08, 0.08, (len(crops), 1, 1, 1)).astype(np.float32))
+    noise = torch.randn(crops.shape) * float(rng.uniform(0, 0.05))
+    return crops * gain + shift + noise
+
+
+def sample_crops(
+    portraits: Portraits, rng: np.random.Generator, batch: int
+) -> tuple[Tensor, Tensor]:
+    """Return augmented crops [batch, 3, 112, 112] and identities [batch]."""
+    sources = batch // 6
+    rows = np.sort(rng.integers(len(portraits.pictures), size=batch - sources))
+    points = portraits.points[rows] + rng.normal(0, 0.7, (len(rows), 5, 2))
+    drawn = crop_faces(
+        to_tensor(portraits.pictures[rows]), torch.from_numpy(points.astype(np.float32))
+    )
+    source_rows = np.sort(rng.integers(len(portraits.sources), size=sources))
+    crops = torch.cat([drawn, to_tensor(portraits.sources[source_rows])])
+    labels = np.concatenate([portraits.labels[rows, 0], portraits.source_labels[source_rows]])
+    return augment(crops, rng), torch.from_numpy(labels)
+
+
+def train_recogniser(
+    portraits: Portraits,
+    population: str,
+    widths: tuple[int, int, int, int],
+    hidden: int,
+    schedule: Schedule,
+    path: Path,
+    seed: int,
+) -> Recogniser:
+    """Train a recogniser on the people of `portraits`."""
+    torch.manual_seed(seed)
+    network = Recogniser(widths, hidden).to(memory_format=torch.channels_last)
+    table = attribute_table(population, int(portraits.source_labels.max()) + 1)
+    margin = Margin(torch.from_numpy(table))
+    both = nn.ModuleDict({"network": network, "margin": margin})
+
+    def step_loss(step: int, rng: np.random.Generator) -> Tensor:
+        crops, labels = sample_crops(portraits, rng, BATCH)
+        with torch.autocast("cpu", torch.bfloat16):
+            embeddings = network(crops.contiguous(memory_format=torch.channels_last))
+        loss: Tensor = margin(embeddings, labels, step / schedule.steps)
+        return loss
+
+    train(both, step_loss, schedule, path, seed)
+    return network.eval()
+
+
+@torch.no_grad()
+def embed(network: Recogniser, crops: Tensor, batch: int = 128) -> Tensor:
+    """Return normalised embeddings [n, 512] of crops [n, 3, 112, 112] in [-1, 1], RGB."""
+    parts = [network(crops[start : start + batch]) for start in range(0, len(crops), batch)]
+    return functional.normalize(torch.cat(parts), dim=-1)

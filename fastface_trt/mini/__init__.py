@@ -1,0 +1,1 @@
+"""The mini model: drawn portraits and the small SDXL-shaped checkpoint trained on them."""
