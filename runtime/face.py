@@ -37,6 +37,9 @@ EMBEDDING_SIZE = 512
 PACKS = ("antelopev2", "buffalo_l", "buffalo_m", "buffalo_s", "buffalo_sc")
 ACCEPT_VARIABLE = "FASTFACE_ACCEPT_LICENCES"
 
+ChannelOrder = Literal["bgr", "rgb"]
+"""Order in which the aligned crop goes to CLIP; see `clip_pixels`."""
+
 
 @dataclass(frozen=True, slots=True)
 class Face:
@@ -306,7 +309,7 @@ def clip_pixels(
     size: int,
     mean: Sequence[float],
     std: Sequence[float],
-    channel_order: Literal["bgr", "rgb"] = "bgr",
+    channel_order: ChannelOrder = "bgr",
 ) -> NDArray[np.float32]:
     """The CLIP image encoder's input, float32 [3, size, size], from a crop, uint8 [H, W, 3].
 

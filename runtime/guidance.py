@@ -142,8 +142,8 @@ FAMILIES = {
     "power-cosine": _power_cosine,
     "cap": _cap,
 }
-"""Named schedules of α and β over the steps. Falling from `high` to `low` (cap: `high` on every step
-but the first and the last, which is the shape that the method uses)."""
+"""Named schedules of α and β over the steps, falling from `high` to `low` (cap: `high` on every
+step but the first and the last, which is the shape that the method uses)."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -120,6 +120,9 @@ class AttentionManipulation:
         return cls(**made)
 
 
+NO_MANIPULATION = AttentionManipulation()
+
+
 def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
 

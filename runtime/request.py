@@ -19,7 +19,7 @@ from fastface_trt.runtime.guidance import (
     guidance_step,
     resolve_schedule,
 )
-from fastface_trt.runtime.manipulation import AttentionManipulation
+from fastface_trt.runtime.manipulation import NO_MANIPULATION, AttentionManipulation
 from fastface_trt.runtime.presets import preset_fields
 
 StatisticsScope = Literal["request", "branch"]
@@ -54,7 +54,7 @@ class GenerationRequest:
     beta: float | Sequence[float] | NamedSchedule = 1.0
     rescale: float | None = None
     dcg_variant: int = 2
-    manipulation: AttentionManipulation = AttentionManipulation()
+    manipulation: AttentionManipulation = NO_MANIPULATION
     scope: StatisticsScope = "request"
     plan: BranchPlan = "exact"
 

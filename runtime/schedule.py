@@ -7,8 +7,9 @@ diffusers' own classes. Sources of the formulas: DDIM (Song et al. 2021, Eq. 12)
 ancestral in the form of Karras et al. 2022 (σ-parametrisation), LCM (Luo et al. 2023, Alg. 2).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,9 @@ from numpy.typing import NDArray
 from fastface_trt.errors import InvalidRequest, UnknownName
 
 Vector = NDArray[np.float64]
+
+EXPLICIT_TIMESTEPS = "timesteps"
+"""Key of a configuration that lists the timesteps instead of spacing them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +74,8 @@ def _alphas_cumprod(config: Mapping[str, Any]) -> Vector:
 
 def _spaced_timesteps(config: Mapping[str, Any], count: int) -> Vector:
     """Timesteps in falling order, float64 [count], by the configuration's `timestep_spacing`."""
+    if config.get(EXPLICIT_TIMESTEPS):
+        return np.array(config[EXPLICIT_TIMESTEPS], dtype=np.float64)
     train = int(config.get("num_train_timesteps", 1000))
     offset = int(config.get("steps_offset", 0))
     spacing = config.get("timestep_spacing", "leading")
@@ -80,12 +86,6 @@ def _spaced_timesteps(config: Mapping[str, Any], count: int) -> Vector:
     if spacing == "linspace":
         return np.linspace(0, train - 1, count, dtype=np.float32)[::-1].astype(np.float64)
     raise UnknownName("timestep spacing", str(spacing), ["leading", "linspace", "trailing"])
-
-
-def _check_count(config: Mapping[str, Any], count: int) -> None:
-    train = int(config.get("num_train_timesteps", 1000))
-    if not 1 <= count <= train:
-        raise InvalidRequest(f"{count} steps cannot be scheduled.", f"Ask for 1 to {train} steps.")
 
 
 def _epsilon_form(
@@ -168,6 +168,8 @@ def _euler_table(config: Mapping[str, Any], count: int, *, ancestral: bool) -> S
 
 
 def _lcm_timesteps(config: Mapping[str, Any], count: int) -> NDArray[np.int64]:
+    if config.get(EXPLICIT_TIMESTEPS):
+        return np.array(config[EXPLICIT_TIMESTEPS], dtype=np.int64)
     train = int(config.get("num_train_timesteps", 1000))
     original = int(config.get("original_inference_steps", 50))
     if count > original:
@@ -213,13 +215,26 @@ SAMPLERS: Mapping[str, Callable[[Mapping[str, Any], int], Schedule]] = {
 }
 
 
-def make_schedule(config: Mapping[str, Any], count: int) -> Schedule:
+def make_schedule(
+    config: Mapping[str, Any], count: int, *, timesteps: Sequence[float] | None = None
+) -> Schedule:
     """The table of `count` steps for a diffusers scheduler configuration with its `class`.
 
-    Raises `UnknownName` for another sampler and `InvalidRequest` for a count it cannot do.
+    `timesteps` (falling, `count` of them) replace the configuration's spacing. Raises `UnknownName`
+    for another sampler and `InvalidRequest` for a count or timesteps that it cannot do.
     """
     name = str(config.get("class") or config.get("_class_name"))
     if name not in SAMPLERS:
         raise UnknownName("scheduler", name, SAMPLERS)
-    _check_count(config, count)
+    train = int(config.get("num_train_timesteps", 1000))
+    if not 1 <= count <= train:
+        raise InvalidRequest(f"{count} steps cannot be scheduled.", f"Ask for 1 to {train} steps.")
+    if timesteps is not None:
+        falling = all(a > b for a, b in pairwise(timesteps))
+        if len(timesteps) != count or not falling or not 0 <= timesteps[-1] <= timesteps[0] < train:
+            raise InvalidRequest(
+                f"Timesteps {list(timesteps)} cannot be scheduled.",
+                f"Give {count} falling numbers from {train - 1} to 0.",
+            )
+        config = {**config, EXPLICIT_TIMESTEPS: list(timesteps)}
     return SAMPLERS[name](config, count)

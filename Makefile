@@ -1,0 +1,50 @@
+# make demo: a picture, without torch.  make test: lint, types and tests.  make setup: both need it.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# A CPU build of torch is enough for export and tests; the range for users is in pyproject.toml.
+TORCH ?= torch==2.13.0
+
+.PHONY: setup demo test test-long evaluate mini-export full-size clean
+
+# The light runtime: no torch, no diffusers.
+$(VENV)/.runtime: pyproject.toml
+	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --editable .
+	touch $@
+
+# Everything: export and the tools of developers.
+$(VENV)/.full: $(VENV)/.runtime
+	$(BIN)/pip install --quiet $(TORCH)
+	$(BIN)/pip install --quiet --editable '.[export,dev]'
+	touch $@
+
+setup: $(VENV)/.full
+
+demo: $(VENV)/.runtime
+	$(BIN)/fastface-trt demo --out out
+
+test: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pytest -m "not long"
+
+# Tests that take minutes: kills at random moments, more shapes, more seeds.
+test-long: setup
+	$(BIN)/pytest -m long
+
+# Quality of the mini model by independent judges; writes benchmarks/results/mini-quality.json.
+evaluate: setup
+	$(BIN)/python -m benchmarks.mini_quality
+
+# The mini model's ONNX modules, as the package ships them.
+mini-export: setup
+	$(BIN)/fastface-trt export --checkpoint mini --weight-storage fp16 fastface_trt/mini/onnx
+
+# Full-size SDXL with random weights, fp16: prints time and peak memory (about 6 GB of memory).
+full-size: setup
+	$(BIN)/fastface-trt export --checkpoint hyper --random-weights --fp16 out/hyper-random-fp16
+
+clean:
+	rm -rf $(VENV) out build *.egg-info

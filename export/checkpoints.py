@@ -1,0 +1,202 @@
+"""The registry of checkpoints: weights, sampler, steps and size that belong together.
+
+Importable without torch, so that the command line can list it. Revisions are commit hashes of the
+hub repositories, so an export is reproducible; `--revision` and `--base` replace them.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fastface_trt.errors import UnknownName
+
+OPENRAIL_PP = "CreativeML Open RAIL++-M"
+OPENRAIL = "CreativeML Open RAIL-M"
+FACEID_LICENCE = "non-commercial research (InsightFace embeddings)"
+
+
+@dataclass(frozen=True)
+class HubItem:
+    """A hub repository, or one file or folder of it, at a pinned revision; or a local path."""
+
+    location: str
+    revision: str | None = None
+    path: str | None = None
+    licence: str = "unknown"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One distilled (or base) SDXL checkpoint with the schedule that it was made for.
+
+    `unet` and `lora` may hold `{steps}` in their path: Hyper and Lightning ship one file per number
+    of steps. `size` is the side of the square picture in pixels.
+    """
+
+    name: str
+    base: HubItem
+    scheduler: Mapping[str, Any]
+    steps: int
+    allowed_steps: tuple[int, ...]
+    size: int
+    unet: HubItem | None = None
+    lora: HubItem | None = None
+    lora_scale: float = 1.0
+    adapter: HubItem = field(default_factory=lambda: FACEID_PLUS_V2)
+    image_encoder: HubItem = field(default_factory=lambda: CLIP_VIT_H)
+    fp16_vae: HubItem | None = field(default_factory=lambda: FP16_VAE)
+    face_model: str = "buffalo_l"
+    """Name of an InsightFace pack, or a folder that is copied into the export."""
+
+
+SDXL_BASE = HubItem(
+    "stabilityai/stable-diffusion-xl-base-1.0",
+    "462165984030d82259a11f4367a4eed129e94a7b",
+    licence=OPENRAIL_PP,
+)
+FACEID_PLUS_V2 = HubItem(
+    "h94/IP-Adapter-FaceID",
+    "43907e6f44d079bf1a9102d9a6e56aef7a219bae",
+    "ip-adapter-faceid-plusv2_sdxl.bin",
+    FACEID_LICENCE,
+)
+CLIP_VIT_H = HubItem(
+    "h94/IP-Adapter",
+    "018e402774aeeddd60609b4ecdb7e298259dc729",
+    "models/image_encoder",
+    "Apache-2.0",
+)
+FP16_VAE = HubItem(
+    "madebyollin/sdxl-vae-fp16-fix", "207b116dae70ace3637169f1ddd2434b91b3a8cd", licence="MIT"
+)
+TINY_VAE = HubItem("madebyollin/taesdxl", None, licence="MIT")
+
+_NOISE = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "prediction_type": "epsilon",
+    "steps_offset": 1,
+}
+_DDIM = {
+    "class": "DDIMScheduler",
+    **_NOISE,
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "timestep_spacing": "trailing",
+}
+_EULER = {"class": "EulerDiscreteScheduler", **_NOISE, "timestep_spacing": "trailing"}
+_EULER_ANCESTRAL = {**_EULER, "class": "EulerAncestralDiscreteScheduler"}
+_LCM = {
+    "class": "LCMScheduler",
+    **_NOISE,
+    "original_inference_steps": 50,
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "timestep_spacing": "leading",
+}
+
+
+def mini_folder() -> Path:
+    """The folder of the mini model that ships with the package."""
+    import fastface_trt.mini
+
+    return Path(next(iter(fastface_trt.mini.__path__)))
+
+
+def _mini() -> Checkpoint:
+    root = mini_folder()
+    return Checkpoint(
+        "mini",
+        HubItem(str(root / "checkpoint"), licence="Apache-2.0"),
+        _DDIM,
+        steps=4,
+        allowed_steps=(1, 2, 3, 4, 8),
+        size=96,
+        adapter=HubItem(
+            str(root / "ip-adapter-faceid-plusv2_mini.safetensors"), licence="Apache-2.0"
+        ),
+        image_encoder=HubItem(str(root / "image_encoder"), licence="Apache-2.0"),
+        fp16_vae=None,
+        face_model=str(root / "face"),
+    )
+
+
+CHECKPOINTS: Mapping[str, Checkpoint] = {
+    c.name: c
+    for c in (
+        Checkpoint(
+            "hyper",
+            SDXL_BASE,
+            _DDIM,
+            steps=4,
+            allowed_steps=(1, 2, 4, 8),
+            size=1024,
+            lora=HubItem(
+                "ByteDance/Hyper-SD",
+                "bc08d970a87c74c71209491d64e3525845698863",
+                "Hyper-SDXL-{steps}step{plural}-lora.safetensors",
+                OPENRAIL_PP,
+            ),
+        ),
+        Checkpoint(
+            "lightning",
+            SDXL_BASE,
+            _EULER,
+            steps=4,
+            allowed_steps=(2, 4, 8),
+            size=1024,
+            unet=HubItem(
+                "ByteDance/SDXL-Lightning",
+                "c9a24f48e1c025556787b0c58dd67a091ece2e44",
+                "sdxl_lightning_{steps}step_unet.safetensors",
+                OPENRAIL_PP,
+            ),
+        ),
+        Checkpoint(
+            "lcm",
+            SDXL_BASE,
+            _LCM,
+            steps=4,
+            allowed_steps=tuple(range(2, 9)),
+            size=1024,
+            lora=HubItem(
+                "latent-consistency/lcm-lora-sdxl",
+                "a18548dd4956b174ec5b0d78d340c8dae0a129cd",
+                "pytorch_lora_weights.safetensors",
+                OPENRAIL_PP,
+            ),
+        ),
+        Checkpoint(
+            "turbo",
+            HubItem(
+                "stabilityai/sdxl-turbo",
+                "71153311d3dbb46851df1931d3ca6e939de83304",
+                licence="Stability AI non-commercial research community licence",
+            ),
+            _EULER_ANCESTRAL,
+            steps=4,
+            allowed_steps=(1, 2, 3, 4),
+            size=512,
+        ),
+        Checkpoint(
+            "base", SDXL_BASE, _DDIM, steps=30, allowed_steps=tuple(range(1, 101)), size=1024
+        ),
+    )
+}
+
+
+def checkpoint_names() -> tuple[str, ...]:
+    """Every name that `find_checkpoint` knows."""
+    return (*CHECKPOINTS, "mini")
+
+
+def find_checkpoint(name: str) -> Checkpoint:
+    """The registry's entry for `name`; raises `UnknownName` with the nearest one."""
+    if name == "mini":
+        return _mini()
+    if name not in CHECKPOINTS:
+        raise UnknownName("checkpoint", name, checkpoint_names())
+    return CHECKPOINTS[name]

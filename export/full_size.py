@@ -1,0 +1,172 @@
+"""Full-size SDXL with random weights: the published shapes without a download, for latency work.
+
+Shapes are those of SDXL base 1.0, its two text encoders, CLIP ViT-H/14 and FaceID-Plus-v2 for SDXL.
+Weights are normal with std 0.02 (so activations stay finite in fp16), norms are the identity.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastface_trt.export.attention import attach_processors
+from fastface_trt.export.projection import FaceProjection
+
+VOCABULARY = 49408
+START_TOKEN, END_TOKEN = "<|startoftext|>", "<|endoftext|>"
+
+UNET_CONFIG: dict[str, Any] = {
+    "sample_size": 128,
+    "in_channels": 4,
+    "out_channels": 4,
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "block_out_channels": (320, 640, 1280),
+    "layers_per_block": 2,
+    "attention_head_dim": (5, 10, 20),
+    "transformer_layers_per_block": (1, 2, 10),
+    "cross_attention_dim": 2048,
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
+VAE_CONFIG: dict[str, Any] = {
+    "block_out_channels": (128, 256, 512, 512),
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "layers_per_block": 2,
+    "latent_channels": 4,
+    "sample_size": 1024,
+    "scaling_factor": 0.13025,
+    "force_upcast": False,
+}
+_TEXT_COMMON: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": 77,
+    "bos_token_id": VOCABULARY - 2,
+    "eos_token_id": VOCABULARY - 1,
+}
+TEXT_ENCODER_CONFIG = _TEXT_COMMON | {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "projection_dim": 768,
+    "hidden_act": "quick_gelu",
+}
+TEXT_ENCODER_2_CONFIG = _TEXT_COMMON | {
+    "hidden_size": 1280,
+    "intermediate_size": 5120,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 20,
+    "projection_dim": 1280,
+    "hidden_act": "gelu",
+}
+IMAGE_ENCODER_CONFIG: dict[str, Any] = {
+    "hidden_size": 1280,
+    "intermediate_size": 5120,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 16,
+    "patch_size": 14,
+    "image_size": 224,
+    "projection_dim": 1024,
+    "hidden_act": "gelu",
+}
+
+
+@torch.no_grad()
+def randomize(module: nn.Module, dtype: torch.dtype, seed: int = 0) -> nn.Module:
+    """Give a module whose parameters are on the meta device random weights of `dtype`.
+
+    The module is built under `accelerate.init_empty_weights`, so nothing is allocated twice.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for owner in module.modules():
+        is_norm = isinstance(owner, nn.LayerNorm | nn.GroupNorm)
+        for name, parameter in list(owner.named_parameters(recurse=False)):
+            value = torch.empty(parameter.shape, dtype=dtype)
+            if name == "bias" or parameter.ndim == 0:
+                value.zero_()
+            elif is_norm:
+                value.fill_(1.0)
+            else:
+                value.normal_(0, 0.02, generator=generator)
+            setattr(owner, name, nn.Parameter(value, requires_grad=False))
+    return module.eval()
+
+
+def random_unet(dtype: torch.dtype) -> nn.Module:
+    """SDXL's UNet with decoupled attention attached, 2.57·10⁹ parameters and the adapter's."""
+    from accelerate import init_empty_weights
+    from diffusers import UNet2DConditionModel
+
+    with init_empty_weights(include_buffers=False):
+        unet = UNet2DConditionModel(**UNET_CONFIG)
+        attach_processors(unet)
+    return randomize(unet, dtype)
+
+
+def random_projection(dtype: torch.dtype) -> nn.Module:
+    """FaceID-Plus-v2's projection for SDXL."""
+    from accelerate import init_empty_weights
+
+    with init_empty_weights(include_buffers=False):
+        projection = FaceProjection()
+    return randomize(projection, dtype)
+
+
+def random_vae(dtype: torch.dtype) -> nn.Module:
+    """SDXL's AutoencoderKL."""
+    from accelerate import init_empty_weights
+    from diffusers import AutoencoderKL
+
+    with init_empty_weights(include_buffers=False):
+        vae = AutoencoderKL(**VAE_CONFIG)
+    return randomize(vae, dtype)
+
+
+def random_text_encoder(name: str, dtype: torch.dtype) -> nn.Module:
+    """CLIP ViT-L's text model (`text_encoder`) or OpenCLIP bigG's (`text_encoder_2`)."""
+    from accelerate import init_empty_weights
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    with init_empty_weights(include_buffers=False):
+        if name == "text_encoder":
+            encoder = CLIPTextModel(CLIPTextConfig(**TEXT_ENCODER_CONFIG))
+        else:
+            encoder = CLIPTextModelWithProjection(CLIPTextConfig(**TEXT_ENCODER_2_CONFIG))
+    return randomize(encoder, dtype)
+
+
+def random_image_encoder(dtype: torch.dtype) -> nn.Module:
+    """OpenCLIP ViT-H/14's vision model."""
+    from accelerate import init_empty_weights
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    with init_empty_weights(include_buffers=False):
+        encoder = CLIPVisionModelWithProjection(CLIPVisionConfig(**IMAGE_ENCODER_CONFIG))
+    return randomize(encoder, dtype)
+
+
+def write_byte_tokenizer(folder: Path, pad_token: str) -> None:
+    """A CLIP tokenizer without merges: one token per byte, special tokens at CLIP's numbers.
+
+    Random weights make nothing of words, but the number of tokens and the path are the real ones.
+    """
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    folder.mkdir(parents=True)
+    alphabet = sorted(ByteLevel.alphabet())
+    words = [*alphabet, *(f"{ch}</w>" for ch in alphabet)]
+    vocabulary = {word: index for index, word in enumerate(words)}
+    vocabulary |= {START_TOKEN: VOCABULARY - 2, END_TOKEN: VOCABULARY - 1}
+    (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
+    (folder / "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")
+    special = {"bos_token": START_TOKEN, "eos_token": END_TOKEN, "unk_token": END_TOKEN}
+    (folder / "special_tokens_map.json").write_text(json.dumps({**special, "pad_token": pad_token}))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({**special, "pad_token": pad_token, "model_max_length": 77})
+    )

@@ -1,0 +1,63 @@
+"""The PyTorch oracle: the UNet in eager PyTorch behind the same call as an engine.
+
+It runs the eager arithmetic of `attention` with torch's own quantile, so it is a reference for
+engines of any backend, in float32 or float64.
+"""
+
+from types import TracebackType
+
+import numpy as np
+import torch
+from torch import nn
+
+from fastface_trt.engines.contract import NOISE_PREDICTION, SAMPLE
+from fastface_trt.engines.engine import Array
+from fastface_trt.engines.manifest import DType, ModuleSpec, TensorSpec
+from fastface_trt.export.modules import UNetModule, unet_export
+
+_NUMPY_NAMES: dict[torch.dtype, DType] = {
+    torch.float32: "float32",
+    torch.float16: "float16",
+    torch.int64: "int64",
+}
+
+
+class TorchUNet:
+    """A diffusers UNet with its adapter attached, called with numpy arrays like an engine."""
+
+    def __init__(self, unet: nn.Module) -> None:
+        export = unet_export(unet, tokens=4, latent_size=(16, 16), fixed_size=False)
+        self._module = UNetModule(unet).eval()
+        self._dtype = unet.dtype
+
+        def spec(name: str, dtype: torch.dtype) -> TensorSpec:
+            return TensorSpec(name=name, dtype=_NUMPY_NAMES[dtype], shape=export.shapes[name])
+
+        inputs = tuple(spec(name, tensor.dtype) for name, tensor in export.inputs.items())
+        outputs = (spec(NOISE_PREDICTION, export.inputs[SAMPLE].dtype),)
+        self.spec = ModuleSpec.model_construct(
+            name="unet", inputs=inputs, outputs=outputs, files=()
+        )
+
+    def __call__(self, **inputs: Array) -> dict[str, Array]:
+        """The noise prediction; inputs as in `fastface_trt.engines.contract`."""
+        with torch.inference_mode():
+            tensors = {
+                name: torch.from_numpy(np.ascontiguousarray(array))
+                for name, array in inputs.items()
+            }
+            return {NOISE_PREDICTION: self._module(**tensors).numpy()}
+
+    def close(self) -> None:
+        """Nothing to free beyond the module itself."""
+
+    def __enter__(self) -> "TorchUNet":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()

@@ -1,0 +1,234 @@
+"""Weights on disk: hub snapshots, local folders and single files, loaded one component at a time.
+
+Loading is lazy because a full-size export would not fit otherwise: each component is loaded,
+exported and dropped before the next. The hub client's own settings (`HF_HOME`, `HF_HUB_OFFLINE`,
+tokens) apply.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastface_trt.engines.files import sha256_file
+from fastface_trt.engines.manifest import Source
+from fastface_trt.errors import FastFaceError, WeightsError
+from fastface_trt.export.checkpoints import HubItem
+
+_CONFIG_PATTERNS = ["*.json", "*.txt", "tokenizer/*", "tokenizer_2/*"]
+_COMPONENTS = ("unet", "vae", "text_encoder", "text_encoder_2")
+
+
+@contextmanager
+def weights_errors(what: str) -> Iterator[None]:
+    """Turn whatever a loader raises into one `WeightsError` that names `what`."""
+    try:
+        yield
+    except FastFaceError:
+        raise
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise WeightsError(
+            f"{what} could not be loaded: {reason[:300]}",
+            "Check the path or name, that the files are complete, and that you accepted the "
+            "licence on the hub; offline, the files must be in the hub cache already.",
+        ) from error
+
+
+@dataclass(frozen=True)
+class Located:
+    """A hub item or path as a local path, with its record for the manifest."""
+
+    path: Path
+    source: Source
+
+
+def locate(item: HubItem, role: str, *, patterns: list[str] | None = None) -> Located:
+    """Find an item on disk, downloading it when it is a hub id; raise `WeightsError` when absent.
+
+    A location that exists as a path, or looks like one, is local; otherwise it is a hub id, with an
+    optional `@revision`.
+    """
+    local = Path(item.location).expanduser()
+    if local.exists():
+        path = local / item.path if item.path else local
+        digest = sha256_file(path) if path.is_file() else None
+        return Located(
+            path, Source(role=role, location=local.name, sha256=digest, licence=item.licence)
+        )
+    repository, _, revision = item.location.partition("@")
+    if local.is_absolute() or repository.count("/") != 1 or repository.startswith("."):
+        raise WeightsError(f"There is no {local} ({role}).", "Check the path.")
+    from huggingface_hub import hf_hub_download, snapshot_download
+
+    wanted = revision or item.revision
+    with weights_errors(f"{repository} ({role})"):
+        if item.path and "." in Path(item.path).name:
+            path = Path(hf_hub_download(repository, item.path, revision=wanted))
+            root = path
+            for _ in Path(item.path).parts:
+                root = root.parent
+        else:
+            allow = [f"{item.path}/*"] if item.path else patterns
+            root = Path(snapshot_download(repository, revision=wanted, allow_patterns=allow))
+            path = root / item.path if item.path else root
+    # The cache names a snapshot's folder by its commit, which is the exact revision.
+    return Located(
+        path,
+        Source(role=role, location=repository, revision=root.name, licence=item.licence),
+    )
+
+
+def parse_item(text: str, licence: str = "unknown") -> HubItem:
+    """A path, a hub id, `id@revision`, or `id/path/to/file` as given on the command line."""
+    if Path(text).expanduser().exists() or text.count("/") <= 1 or text.startswith((".", "/", "~")):
+        return HubItem(text, licence=licence)
+    name, _, revision = text.partition("@")
+    owner, repository, path = name.split("/", 2)
+    return HubItem(f"{owner}/{repository}", revision or None, path, licence)
+
+
+class CheckpointSource:
+    """Components of one SDXL checkpoint: a diffusers folder, a hub id, or a single file."""
+
+    def __init__(self, item: HubItem, dtype: torch.dtype, config: HubItem) -> None:
+        single = Path(item.location).expanduser()
+        self.single_file = single if single.is_file() else None
+        self.dtype = dtype
+        if self.single_file:
+            self.located = locate(item, "checkpoint")
+            # A single file has no configuration; SDXL's own is a few kilobytes of the base model.
+            self.folder = locate(config, "configuration", patterns=_CONFIG_PATTERNS).path
+        else:
+            variant = ".fp16" if dtype == torch.float16 else ""
+            weights = [f"{c}/*{variant}.safetensors" for c in _COMPONENTS]
+            self.located = locate(
+                item, "checkpoint", patterns=[*_CONFIG_PATTERNS, "*/*.json", *weights]
+            )
+            self.folder = self.located.path
+        self._pipeline: Any = None
+
+    def _load(self, cls: Any, component: str) -> nn.Module:
+        with weights_errors(f"{component} of {self.located.source.location}"):
+            if self.single_file:
+                if self._pipeline is None:
+                    from diffusers import StableDiffusionXLPipeline
+
+                    self._pipeline = StableDiffusionXLPipeline.from_single_file(
+                        str(self.single_file), config=str(self.folder), torch_dtype=self.dtype
+                    )
+                return getattr(self._pipeline, component).eval()
+            folder = self.folder / component
+            if not folder.is_dir():
+                raise WeightsError(
+                    f"{self.folder} has no folder {component}.",
+                    "An SDXL checkpoint in diffusers' layout has unet, vae, text_encoder, "
+                    "text_encoder_2, tokenizer and tokenizer_2.",
+                )
+            has_variant = any(folder.glob("*.fp16.safetensors"))
+            variant = "fp16" if self.dtype == torch.float16 and has_variant else None
+            options = {
+                "dtype" if cls.__module__.startswith("transformers") else "torch_dtype": self.dtype
+            }
+            return cls.from_pretrained(
+                str(folder), variant=variant, use_safetensors=True, **options
+            ).eval()
+
+    def unet(self) -> nn.Module:
+        """The UNet, without an adapter."""
+        from diffusers import UNet2DConditionModel
+
+        return self._load(UNet2DConditionModel, "unet")
+
+    def vae(self) -> nn.Module:
+        """The VAE."""
+        from diffusers import AutoencoderKL
+
+        return self._load(AutoencoderKL, "vae")
+
+    def text_encoder(self, name: str) -> nn.Module:
+        """`text_encoder` or `text_encoder_2`."""
+        from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+        cls = CLIPTextModel if name == "text_encoder" else CLIPTextModelWithProjection
+        return self._load(cls, name)
+
+    def tokenizer(self, name: str) -> Path:
+        """The folder of `tokenizer` or `tokenizer_2`."""
+        folder = self.folder / name
+        if not folder.is_dir():
+            raise WeightsError(f"{self.folder} has no folder {name}.", "Download it completely.")
+        return folder
+
+    def force_zeros_for_empty_prompt(self) -> bool:
+        """Whether an empty negative prompt means zero embeddings (true for SDXL base)."""
+        import json
+
+        index = self.folder / "model_index.json"
+        if not index.is_file():
+            return True
+        return bool(json.loads(index.read_text()).get("force_zeros_for_empty_prompt", True))
+
+
+def load_unet_folder(folder: Path) -> nn.Module:
+    """A UNet from its diffusers folder, in float32."""
+    from diffusers import UNet2DConditionModel
+
+    with weights_errors(f"UNet {folder}"):
+        unet = UNet2DConditionModel.from_pretrained(str(folder), torch_dtype=torch.float32)
+    return unet.eval()
+
+
+def load_vae(item: HubItem, dtype: torch.dtype) -> tuple[nn.Module, Source]:
+    """A VAE of its own: AutoencoderKL or the tiny one, by the class that its config names."""
+    import json
+
+    import diffusers
+
+    located = locate(item, "vae", patterns=["*.json", "*.safetensors"])
+    with weights_errors(f"VAE {item.location}"):
+        name = json.loads((located.path / "config.json").read_text())["_class_name"]
+        if name not in ("AutoencoderKL", "AutoencoderTiny"):
+            raise WeightsError(f"{name} is not a VAE that SDXL latents fit.", "Use SDXL's.")
+        vae = getattr(diffusers, name).from_pretrained(str(located.path), torch_dtype=dtype)
+    return vae.eval(), located.source
+
+
+def load_image_encoder(item: HubItem, dtype: torch.dtype) -> tuple[nn.Module, Source]:
+    """The CLIP vision model that the adapter was trained with."""
+    from transformers import CLIPVisionModelWithProjection
+
+    located = locate(item, "image_encoder")
+    with weights_errors(f"image encoder {item.location}"):
+        encoder = CLIPVisionModelWithProjection.from_pretrained(str(located.path), dtype=dtype)
+    return encoder.eval(), located.source
+
+
+def load_unet_weights(unet: nn.Module, item: HubItem) -> Source:
+    """Replace a UNet's weights by those of a file (Lightning ships its UNets this way)."""
+    from fastface_trt.export.adapter import read_tensors
+
+    located = locate(item, "unet")
+    with weights_errors(f"UNet weights {located.path.name}"):
+        unet.load_state_dict(read_tensors(located.path))
+    return located.source
+
+
+def fuse_distillation_lora(unet: nn.Module, item: HubItem, scale: float) -> Source:
+    """Add a distillation LoRA (diffusers or kohya layout) to a UNet's weights, in place."""
+    from diffusers import StableDiffusionXLPipeline
+
+    located = locate(item, "distillation_lora")
+    with weights_errors(f"distillation LoRA {located.path.name}"):
+        loaded = StableDiffusionXLPipeline.lora_state_dict(
+            str(located.path.parent), weight_name=located.path.name, unet_config=unet.config
+        )
+        state, alphas = loaded[0], loaded[1]
+        StableDiffusionXLPipeline.load_lora_into_unet(state, alphas, unet)
+        unet.fuse_lora(lora_scale=scale)
+        unet.unload_lora()
+    return located.source

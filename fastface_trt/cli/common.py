@@ -1,0 +1,66 @@
+"""Options and helpers that several commands share."""
+
+from collections.abc import Callable
+from pathlib import Path
+from time import perf_counter
+from typing import Any, TypeVar
+
+import click
+from rich.console import Console
+
+from fastface_trt.engines.engine import Progress
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+FOLDER = click.Path(path_type=Path, file_okay=False)
+FILE = click.Path(path_type=Path, dir_okay=False)
+
+
+def console() -> Console:
+    """Where progress goes: standard error, so that standard output stays for results."""
+    return Console(stderr=True, highlight=False)
+
+
+def timed_lines(out: Console) -> Progress:
+    """A progress callback that prints each phase with the seconds since the command started."""
+    started = perf_counter()
+
+    def line(text: str) -> None:
+        out.print(f"[dim]{perf_counter() - started:7.1f} s[/dim]  {text}", markup=True)
+
+    return line
+
+
+def backend_options(command: Command) -> Command:
+    """`--export`, `--backend`, `--cache` and `--threads`."""
+    for option in (
+        click.option("--threads", type=click.IntRange(min=1), help="CPU threads per module."),
+        click.option("--cache", type=FOLDER, help="Engine cache folder [FASTFACE_CACHE]."),
+        click.option(
+            "--backend",
+            default="onnxruntime",
+            show_default=True,
+            help="onnxruntime or onnxruntime-cuda; `doctor` shows which work here.",
+        ),
+        click.option(
+            "--export",
+            "export_folder",
+            default="mini",
+            show_default=True,
+            metavar="FOLDER",
+            help="An export's folder, or mini: the small model of the package.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def licence_option(command: Command) -> Command:
+    """`--accept-licence`."""
+    return click.option(
+        "--accept-licence",
+        is_flag=True,
+        envvar="FASTFACE_ACCEPT_LICENCES",
+        help="You have read and accept the licences of downloaded face models "
+        "(InsightFace packs: non-commercial research).",
+    )(command)

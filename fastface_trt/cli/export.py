@@ -1,0 +1,99 @@
+"""`export`: from a checkpoint and an adapter to a folder of ONNX modules."""
+
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import click
+
+from fastface_trt.cli.common import FOLDER, console, licence_option, timed_lines
+from fastface_trt.errors import LicenceNotAcknowledged, MissingDependency
+
+
+@click.command()
+@click.argument("out", type=FOLDER, required=False)
+@click.option(
+    "--checkpoint",
+    default="hyper",
+    show_default=True,
+    help="hyper, lightning, lcm, turbo, base or mini.",
+)
+@click.option("--steps", type=int, help="Steps that the checkpoint is exported for.")
+@click.option("--base", help="Other base weights: diffusers folder, single file, or hub id[@rev].")
+@click.option("--adapter", help="FaceID-Plus-v2 file (.bin or .safetensors), or hub id/path.")
+@click.option("--image-encoder", help="CLIP vision model: folder or hub id.")
+@click.option("--vae", help="Another VAE: folder or hub id.")
+@click.option("--tiny-vae", is_flag=True, help="Use TAESDXL.")
+@click.option(
+    "--lora-scale",
+    default=1.0,
+    show_default=True,
+    type=float,
+    help="Scale of the adapter's LoRA; it is fused, so another value is another export.",
+)
+@click.option("--distillation-lora-scale", type=float, help="Scale of the distillation LoRA.")
+@click.option(
+    "--precision",
+    type=click.Choice(["fp32", "fp16"]),
+    default="fp32",
+    show_default=True,
+    help="What the modules compute in.",
+)
+@click.option("--fp16", is_flag=True, help="Short for --precision fp16.")
+@click.option(
+    "--weight-storage",
+    type=click.Choice(["fp32", "fp16"]),
+    help="What the files hold: fp16 halves an fp32 export.",
+)
+@click.option("--height", type=int, help="Picture height in pixels.")
+@click.option("--width", type=int, help="Picture width in pixels.")
+@click.option("--fixed-size", is_flag=True, help="Export for this size only.")
+@click.option(
+    "--random-weights",
+    is_flag=True,
+    help="Full-size SDXL with random weights, without downloads: for latency work.",
+)
+@licence_option
+def export(
+    out: Path | None, checkpoint: str, fp16: bool, accept_licence: bool, **options: Any
+) -> None:
+    """Write an SDXL checkpoint with FaceID-Plus-v2 as ONNX modules to folder OUT.
+
+    OUT defaults to exports/CHECKPOINT-PRECISION. Downloads go through the hub client, so HF_HOME,
+    HF_HUB_OFFLINE and tokens apply. The FaceID adapter is for non-commercial research: say
+    --accept-licence once you have read its terms.
+    """
+    try:
+        from fastface_trt.export.checkpoints import find_checkpoint
+        from fastface_trt.export.exporter import ExportOptions, peak_gb, run_export
+        from fastface_trt.export.sources import parse_item
+    except ImportError as error:
+        raise MissingDependency(
+            f"Exporting needs {error.name}.", "Install it with: pip install 'fastface-trt[export]'."
+        ) from None
+    entry = find_checkpoint(checkpoint)
+    if fp16:
+        options["precision"] = "fp16"
+    for name in ("base", "adapter", "image_encoder", "vae"):
+        options[name] = parse_item(options[name]) if options[name] else None
+    options["faceid_lora_scale"] = options.pop("lora_scale")
+    restricted = "non-commercial" in entry.adapter.licence + entry.base.licence
+    if restricted and not options["random_weights"] and not accept_licence:
+        raise LicenceNotAcknowledged(
+            f"Checkpoint {checkpoint} uses weights for non-commercial research "
+            f"({entry.adapter.location}: {entry.adapter.licence}; "
+            f"{entry.base.location}: {entry.base.licence}).",
+            "Read their licences, then add --accept-licence.",
+        )
+    chosen = ExportOptions(checkpoint=entry, **options)
+    kind = "random" if chosen.random_weights else chosen.precision
+    target = out or Path("exports") / f"{checkpoint}-{kind}"
+    line = timed_lines(console())
+    started = perf_counter()
+    manifest = run_export(chosen, target, line)
+    size = sum(f.bytes for f in manifest.files()) / 2**30
+    line(
+        f"{target}: {size:.2f} GB in {perf_counter() - started:.0f} s, "
+        f"peak memory {peak_gb():.1f} GB"
+    )
+    click.echo(str(target))

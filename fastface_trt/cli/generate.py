@@ -1,0 +1,311 @@
+"""`generate`: faces and prompts in, pictures out."""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+from PIL import Image
+
+from fastface_trt.cli.common import FOLDER, backend_options, console, licence_option, timed_lines
+from fastface_trt.engines.files import storage_errors
+from fastface_trt.errors import InvalidRequest
+from fastface_trt.grid import contact_sheet
+from fastface_trt.pipeline import FastFace
+from fastface_trt.runtime.denoise import StepTrace
+from fastface_trt.runtime.guidance import parse_schedule
+from fastface_trt.runtime.images import load_picture
+from fastface_trt.runtime.manipulation import AttentionManipulation, parse_manipulation
+from fastface_trt.runtime.png import write_png
+from fastface_trt.runtime.presets import preset_fields
+from fastface_trt.runtime.result import GenerationResult
+
+
+def _rescale(text: str | None) -> float | None:
+    if text is None or text.lower() in ("none", "off"):
+        return None
+    try:
+        return float(text)
+    except ValueError:
+        raise InvalidRequest(
+            f"--rescale is {text!r}.", "Use a number from 0 to 1, or off."
+        ) from None
+
+
+def _ip_scale(text: str) -> float | dict[str, float]:
+    try:
+        if "=" not in text:
+            return float(text)
+        return {key: float(value) for key, value in (p.split("=") for p in text.split(","))}
+    except ValueError:
+        raise InvalidRequest(
+            f"--ip-scale is {text!r}.", "Use a number such as 0.8, or down=0.8,mid=0.8,up=0.6."
+        ) from None
+
+
+def _size(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d+)[x×](\d+)", text.strip().lower())
+    if not match:
+        raise InvalidRequest(f"--size is {text!r}.", "Write WIDTHxHEIGHT, e.g. 1024x1024.")
+    return int(match[1]), int(match[2])
+
+
+def request_fields(preset: str, steps: int, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of a `GenerationRequest` from command-line options, over a preset's values."""
+    fields = preset_fields(preset, steps)
+    for name in ("alpha", "beta"):
+        if given[name] is not None:
+            fields[name] = parse_schedule(given[name])
+    if given["rescale"] is not None:
+        fields["rescale"] = _rescale(given["rescale"])
+    if given["ip_scale"] is not None:
+        fields["ip_adapter_scale"] = _ip_scale(given["ip_scale"])
+    if given["size"] is not None:
+        fields["width"], fields["height"] = _size(given["size"])
+    base = fields.get("manipulation", AttentionManipulation())
+    parts = {
+        part: parse_manipulation(given[f"am_{part}"], getattr(base, part))
+        if given[f"am_{part}"] is not None
+        else getattr(base, part)
+        for part in ("down", "mid", "up")
+    }
+    fields["manipulation"] = AttentionManipulation(**parts)
+    fields |= {
+        name: given[name] for name in ("seed", "scope", "plan", "dcg_variant", "negative_prompt")
+    }
+    return fields
+
+
+@click.command()
+@backend_options
+@click.option(
+    "--face",
+    "faces",
+    multiple=True,
+    required=True,
+    metavar="FILE",
+    help="Picture with the face (repeatable).",
+)
+@click.option("--prompt", "prompts", multiple=True, required=True, help="Text (repeatable).")
+@click.option("--negative-prompt", default="", help="What the picture should not show.")
+@click.option(
+    "--preset",
+    "presets",
+    multiple=True,
+    default=("plain",),
+    show_default=True,
+    help="plain, dcg, am1, am2, am1+dcg or am2+dcg (repeatable, to compare).",
+)
+@click.option("--steps", type=int, help="UNet steps [the export's].")
+@click.option("--seed", default=0, show_default=True, type=int, help="0 to 2^64 - 1.")
+@click.option(
+    "--count",
+    default=1,
+    show_default=True,
+    type=click.IntRange(min=1),
+    help="Pictures per face, prompt and preset.",
+)
+@click.option("--size", help="WIDTHxHEIGHT in pixels [the export's].")
+@click.option("--ip-scale", help="λ: a number, or down=…,mid=…,up=… [0.8].")
+@click.option("--alpha", help="α (Eq. 3): 1.5, a list 1,1.5,1.5,1, or e.g. cosine:high=3.")
+@click.option("--beta", help="β (Eq. 3), written like --alpha.")
+@click.option("--rescale", help="φ (Eq. 5), 0 to 1, or off.")
+@click.option(
+    "--dcg-variant",
+    type=int,
+    default=2,
+    show_default=True,
+    help="Guidance of appendix D: 1, 2 or 3.",
+)
+@click.option(
+    "--am-down",
+    help="Attention manipulation, e.g. scale=1.55,power=1.3 or kind=softmask,sharpness=7.5/5/5/5.",
+)
+@click.option("--am-mid", help="The same for the middle of the UNet.")
+@click.option("--am-up", help="The same for the up part.")
+@click.option(
+    "--scope",
+    default="request",
+    show_default=True,
+    help="What the softmask normalises over: request or branch.",
+)
+@click.option(
+    "--plan",
+    default="exact",
+    show_default=True,
+    help="Branch plan: exact, full (all three always) or lean.",
+)
+@click.option("--face-index", type=int, help="Which face, largest first [0].")
+@click.option(
+    "--channel-order",
+    type=click.Choice(["bgr", "rgb"]),
+    default="bgr",
+    show_default=True,
+    help="Order in which CLIP sees the face; bgr as published.",
+)
+@click.option(
+    "--max-rows",
+    type=click.IntRange(min=1),
+    default=12,
+    show_default=True,
+    help="Rows per UNet call; bounds memory.",
+)
+@click.option("--out", type=FOLDER, default=Path("out"), show_default=True, help="Folder.")
+@click.option("--grid", is_flag=True, help="Also write a contact sheet, grid.png.")
+@click.option(
+    "--no-ai-mark", is_flag=True, help="Leave out the machine-readable AI-generated mark."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print files and numbers as JSON.")
+@licence_option
+def generate(
+    export_folder: str,
+    backend: str,
+    cache: Path | None,
+    threads: int | None,
+    faces: tuple[str, ...],
+    prompts: tuple[str, ...],
+    presets: tuple[str, ...],
+    steps: int | None,
+    count: int,
+    face_index: int | None,
+    channel_order: str,
+    max_rows: int,
+    out: Path,
+    grid: bool,
+    no_ai_mark: bool,
+    as_json: bool,
+    accept_licence: bool,
+    **given: Any,
+) -> None:
+    """Make pictures of the person in FACE as PROMPT says, for every face, prompt and preset."""
+    line = timed_lines(console())
+    with FastFace.load(
+        export_folder,
+        backend=backend,
+        cache=cache,
+        threads=threads,
+        licence_acknowledged=accept_licence,
+        progress=line,
+    ) as fastface:
+        chosen_steps = fastface.manifest.steps if steps is None else steps
+        fields = {preset: request_fields(preset, chosen_steps, given) for preset in presets}
+        jobs = [
+            (face, prompt, preset, picture)
+            for face in faces
+            for prompt in prompts
+            for preset in presets
+            for picture in range(count)
+        ]
+        requests = [
+            fastface.request(prompt, steps=chosen_steps, picture=picture, **fields[preset])
+            for _, prompt, preset, picture in jobs
+        ]
+        pictures = {face: load_picture(face) for face in faces}
+        found = {face: fastface.analyze(pictures[face], index=face_index) for face in faces}
+        for face, one in found.items():
+            if one.count > 1 and face_index is None:
+                line(f"{face} has {one.count} faces; the largest is used (--face-index chooses).")
+
+        def on_step(trace: StepTrace) -> None:
+            if trace.job == len(jobs) - 1:
+                line(f"step {trace.step + 1} of {trace.steps}")
+
+        result = fastface.generate(
+            requests,
+            [found[face] for face, *_ in jobs],
+            channel_order="rgb" if channel_order == "rgb" else "bgr",
+            max_rows=max_rows,
+            on_step=on_step,
+        )
+    files = _write(out, jobs, result, ai_generated=not no_ai_mark)
+    if grid:
+        files.append(_write_grid(out, jobs, pictures, result, not no_ai_mark))
+    for warning in result.warnings:
+        line(f"[yellow]{warning}[/yellow]")
+    _say(files, result, as_json, line)
+
+
+def _say(files: list[Path], result: GenerationResult, as_json: bool, line: Any) -> None:
+    if as_json:
+        numbers = {
+            "files": [str(f) for f in files],
+            "seconds": dict(result.seconds),
+            "unet_samples": result.unet_samples,
+            "branches": result.branches,
+            "warnings": result.warnings,
+        }
+        click.echo(json.dumps(numbers, indent=2))
+        return
+    stages = ", ".join(f"{name} {value:.2f} s" for name, value in result.seconds.items())
+    line(f"{len(result.images)} pictures, {result.unet_samples} UNet samples: {stages}")
+    for file in files:
+        click.echo(str(file))
+
+
+def _name(text: str, length: int = 40) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:length].rstrip("-") or "picture"
+
+
+def _write(
+    out: Path,
+    jobs: list[tuple[str, str, str, int]],
+    result: GenerationResult,
+    *,
+    ai_generated: bool,
+) -> list[Path]:
+    files: list[Path] = []
+    with storage_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
+    for (face, prompt, preset, picture), image, parameters in zip(
+        jobs, result.images, result.parameters, strict=True
+    ):
+        stem = f"{_name(Path(face).stem)}_{_name(prompt)}_{preset}_{parameters['seed']}"
+        path = out / f"{stem}{f'-{picture}' if picture else ''}.png"
+        number = 2
+        while path in files:  # two prompts may shorten to one name
+            path = out / f"{stem}-{picture}_{number}.png"
+            number += 1
+        write_png(path, np.asarray(image), parameters=parameters, ai_generated=ai_generated)
+        files.append(path)
+    return files
+
+
+def _write_grid(
+    out: Path,
+    jobs: list[tuple[str, str, str, int]],
+    pictures: Mapping[str, Any],
+    result: GenerationResult,
+    ai_generated: bool,
+) -> Path:
+    per_face: dict[str, list[Image.Image]] = {}
+    labels: list[str] = []
+    presets = {preset for _, _, preset, _ in jobs}
+    for (face, prompt, preset, _), image in zip(jobs, result.images, strict=True):
+        per_face.setdefault(face, []).append(image)
+        if face == jobs[0][0]:
+            labels.append(f"{prompt} [{preset}]" if len(presets) > 1 else prompt)
+    sheet = contact_sheet(
+        list(per_face.values()),
+        column_labels=labels,
+        cell=max(160, min(512, result.images[0].width)),
+        first_column=[_square(pictures[face]) for face in per_face],
+    )
+    path = out / "grid.png"
+    write_png(
+        path,
+        np.asarray(sheet),
+        parameters={"pictures": list(result.parameters)},
+        ai_generated=ai_generated,
+    )
+    return path
+
+
+def _square(picture: np.ndarray[Any, Any]) -> Image.Image:
+    """The middle square of a picture, for the column of faces."""
+    height, width = picture.shape[:2]
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    return Image.fromarray(picture[top : top + side, left : left + side])

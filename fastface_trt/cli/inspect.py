@@ -1,0 +1,120 @@
+"""`inspect`: read a manifest, an engine, a picture's parameters, or the cache."""
+
+import json
+from pathlib import Path
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from fastface_trt.cli.common import FOLDER
+from fastface_trt.engines.cache import EngineCache
+from fastface_trt.engines.files import verify_files
+from fastface_trt.engines.manifest import (
+    ENGINE_MANIFEST,
+    EXPORT_MANIFEST,
+    EngineManifest,
+    ExportManifest,
+    ModuleSpec,
+    read_manifest,
+)
+from fastface_trt.errors import ExportIncomplete
+from fastface_trt.pipeline import find_export
+from fastface_trt.runtime.png import read_parameters
+
+
+@click.command()
+@click.argument("what", default="cache")
+@click.option("--cache", type=FOLDER, help="Engine cache folder [FASTFACE_CACHE].")
+@click.option("--verify", is_flag=True, help="Check every file against its hash.")
+@click.option("--json", "as_json", is_flag=True, help="Print the manifest or parameters as JSON.")
+def inspect(what: str, cache: Path | None, verify: bool, as_json: bool) -> None:
+    """Show WHAT: an export's folder (or mini), an engine's folder, a PNG, or `cache`."""
+    out = Console(highlight=False)
+    path = find_export(what)
+    if what == "cache":
+        _show_cache(out, EngineCache(cache), verify)
+    elif path.suffix.lower() == ".png":
+        click.echo(json.dumps(read_parameters(path), indent=2))
+    elif (path / ENGINE_MANIFEST).is_file():
+        engine = read_manifest(path / ENGINE_MANIFEST, EngineManifest)
+        if verify:
+            verify_files(path, engine.files)
+        if as_json:
+            click.echo(engine.model_dump_json(indent=2))
+        else:
+            out.print(
+                f"Engine {engine.key}\n{engine.backend} {engine.backend_version}, "
+                f"options {engine.options}, hardware {engine.hardware}"
+            )
+            _show_module(out, engine.module)
+    elif (path / EXPORT_MANIFEST).is_file():
+        export = read_manifest(path / EXPORT_MANIFEST, ExportManifest)
+        if verify:
+            verify_files(path, export.files())
+        if as_json:
+            click.echo(export.model_dump_json(indent=2))
+        else:
+            _show_export(out, export)
+    else:
+        raise ExportIncomplete(
+            f"{path} is neither an export, an engine nor a picture of this program.",
+            f"An export has {EXPORT_MANIFEST}, an engine {ENGINE_MANIFEST}.",
+        )
+    if verify and what != "cache":
+        out.print("Every file has its size and hash.")
+
+
+def _show_export(out: Console, export: ExportManifest) -> None:
+    random = ", random weights" if export.random_weights else ""
+    out.print(
+        f"Export of {export.checkpoint} with {export.adapter}{random}: {export.precision} "
+        f"(weights stored as {export.weight_storage}), {export.width}x{export.height}"
+        f"{' only' if export.fixed_size else ''}, {export.steps} steps of "
+        f"{export.scheduler['class']}, face model {export.face_model}"
+    )
+    for lora in export.loras:
+        out.print(f"LoRA fused: {lora.role} at {lora.scale}")
+    table = Table(title="Sources")
+    for heading in ("role", "location", "revision or hash", "licence"):
+        table.add_column(heading, overflow="fold")
+    for source in export.sources:
+        identity = source.revision or (source.sha256 or "-")[:16]
+        table.add_row(source.role, source.location, identity, source.licence)
+    out.print(table)
+    for module in export.modules.values():
+        _show_module(out, module)
+
+
+def _show_module(out: Console, module: ModuleSpec) -> None:
+    size = sum(f.bytes for f in module.files) / 2**20
+    table = Table(title=f"{module.name} ({size:.1f} MB)", title_justify="left")
+    for heading in ("", "name", "type", "shape"):
+        table.add_column(heading)
+    for way, tensors in (("in", module.inputs), ("out", module.outputs)):
+        for tensor in tensors:
+            table.add_row(way, tensor.name, tensor.dtype, " x ".join(map(str, tensor.shape)))
+    out.print(table)
+
+
+def _show_cache(out: Console, cache: EngineCache, verify: bool) -> None:
+    table = Table(title=f"Engine cache {cache.root}")
+    for heading in ("key", "module", "backend", "MB", "state"):
+        table.add_column(heading)
+    for entry in cache.entries():
+        state = entry.problem or "ok"
+        if verify and not entry.problem:
+            try:
+                cache.verify(entry.key)
+                state = "verified"
+            except Exception as error:
+                state = str(error)
+        engine = entry.manifest
+        table.add_row(
+            entry.key[:16],
+            engine.module.name if engine else "?",
+            f"{engine.backend} {engine.backend_version}" if engine else "?",
+            f"{entry.bytes / 2**20:.1f}",
+            state,
+        )
+    out.print(table)

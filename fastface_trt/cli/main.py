@@ -1,0 +1,56 @@
+"""`fastface-trt`: the command group, and how errors of users reach them."""
+
+import sys
+from typing import Any
+
+import click
+
+from fastface_trt import __version__
+from fastface_trt.cli.build import build
+from fastface_trt.cli.demo import demo
+from fastface_trt.cli.doctor import doctor
+from fastface_trt.cli.export import export
+from fastface_trt.cli.generate import generate
+from fastface_trt.cli.inspect import inspect
+from fastface_trt.cli.replay import replay
+from fastface_trt.errors import FastFaceError
+
+USER_ERROR, INTERRUPTED = 2, 130
+
+
+class _Group(click.Group):
+    """Prints a `FastFaceError` as one sentence and its mend, without a traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except FastFaceError as error:
+            click.secho(f"Error: {error.message}", fg="red", err=True)
+            if error.mend:
+                click.echo(f"  {error.mend}", err=True)
+            ctx.exit(USER_ERROR)
+        except (KeyboardInterrupt, click.Abort):
+            click.echo("Stopped; nothing half-made was left.", err=True)
+            ctx.exit(INTERRUPTED)
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="fastface-trt")
+def cli() -> None:
+    """Identity-preserving few-step SDXL generation (FastFace) from exported engines.
+
+    Start with `fastface-trt demo`, which needs no downloads: the package brings a small model.
+    """
+
+
+for command in (demo, generate, export, build, inspect, doctor, replay):
+    cli.add_command(command)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    cli(prog_name="fastface-trt")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

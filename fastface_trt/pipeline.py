@@ -1,0 +1,297 @@
+"""`FastFace`: an export opened on a backend, ready to turn faces and prompts into pictures."""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from time import perf_counter
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from fastface_trt import __version__
+from fastface_trt.engines.backends import builder_for
+from fastface_trt.engines.cache import EngineCache
+from fastface_trt.engines.engine import Progress
+from fastface_trt.engines.manifest import ExportManifest
+from fastface_trt.errors import InvalidRequest
+from fastface_trt.runtime.conditioning import Conditioner
+from fastface_trt.runtime.denoise import Array, DenoiseReport, Job, OnStep, denoise
+from fastface_trt.runtime.face import ChannelOrder, Face, FaceAnalyzer
+from fastface_trt.runtime.images import PictureSource, load_picture
+from fastface_trt.runtime.modules import ModuleSet
+from fastface_trt.runtime.presets import preset_fields
+from fastface_trt.runtime.request import GenerationRequest
+from fastface_trt.runtime.result import GenerationResult
+from fastface_trt.runtime.schedule import make_schedule
+
+FaceInput = PictureSource | Face
+"""A picture with a face (path, bytes, PIL, RGB array), or a face that was analysed before."""
+
+
+def find_export(export: str | os.PathLike[str]) -> Path:
+    """The folder of an export; the name `mini` means the one that ships with the package."""
+    if str(export) == "mini" and not Path("mini").is_dir():
+        import fastface_trt.mini
+
+        return Path(next(iter(fastface_trt.mini.__path__))) / "onnx"
+    return Path(export)
+
+
+class FastFace:
+    """Identity-preserving generation with decoupled guidance and attention manipulation.
+
+    Use `FastFace.load`, call the object, and close it (or use it in a `with` block). One object may
+    be called from several threads.
+    """
+
+    def __init__(self, modules: ModuleSet, faces: FaceAnalyzer) -> None:
+        self._modules = modules
+        self._faces = faces
+        self._conditioner = Conditioner(modules)
+
+    @classmethod
+    def load(
+        cls,
+        export: str | os.PathLike[str] = "mini",
+        *,
+        backend: str = "onnxruntime",
+        cache: str | os.PathLike[str] | None = None,
+        threads: int | None = None,
+        licence_acknowledged: bool = False,
+        progress: Progress | None = None,
+    ) -> "FastFace":
+        """Open an export (a folder, or `mini`) on a backend, building the engines it lacks.
+
+        `cache` is the engine cache's folder, `threads` the CPU threads per module (default: all
+        cores). `licence_acknowledged` confirms the licence of downloaded face models. Raises
+        `ExportIncomplete`, `ManifestError`, `BackendUnavailable`, `BuildFailed`.
+        """
+        options = {} if threads is None else {"threads": threads}
+        modules = ModuleSet(
+            find_export(export),
+            builder_for(backend, **options),
+            EngineCache(None if cache is None else Path(cache)),
+            progress or (lambda line: None),
+        )
+        name = modules.manifest.face_model
+        local = modules.folder / name
+        faces = FaceAnalyzer(
+            local if local.is_dir() else name, licence_acknowledged=licence_acknowledged
+        )
+        return cls(modules, faces)
+
+    @property
+    def manifest(self) -> ExportManifest:
+        """The manifest of the export."""
+        return self._modules.manifest
+
+    def warm_up(self) -> None:
+        """Build and open all engines now, so that the first picture does not wait for them."""
+        for name in self._modules:
+            self._modules[name]
+        self._faces.load()
+
+    def analyze(self, picture: FaceInput, *, index: int | None = None) -> Face:
+        """Find the face of a picture: the largest, or the `index`-th by size.
+
+        Raises `BadPicture`, `NoFaceFound`, `FaceIndexOutOfRange`.
+        """
+        if isinstance(picture, Face):
+            return picture
+        return self._faces.analyze(load_picture(picture), index=index)
+
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        face: FaceInput | Sequence[FaceInput],
+        *,
+        preset: str = "plain",
+        num_images_per_prompt: int = 1,
+        num_inference_steps: int | None = None,
+        face_index: int | None = None,
+        channel_order: ChannelOrder = "bgr",
+        max_rows: int | None = None,
+        on_step: OnStep | None = None,
+        **fields: Any,
+    ) -> GenerationResult:
+        """Make pictures of a person: one per prompt and face, times `num_images_per_prompt`.
+
+        `prompt` and `face` are single or lists of equal length. `preset` is one of
+        `presets.PRESETS`; `fields` are further fields of `GenerationRequest` (seed, height, width,
+        negative_prompt, ip_adapter_scale, alpha, beta, rescale, manipulation, …) and override it.
+        Raises `InvalidRequest`, `UnknownName` and the errors of `analyze`.
+        """
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        faces = list(face) if isinstance(face, list | tuple) else [face]
+        if len(faces) == 1:
+            faces *= len(prompts)
+        if len(prompts) == 1:
+            prompts *= len(faces)
+        if len(prompts) != len(faces) or not prompts:
+            raise InvalidRequest(
+                f"{len(prompts)} prompts and {len(faces)} faces do not pair up.",
+                "Give equally many, or one of either.",
+            )
+        if num_images_per_prompt < 1:
+            raise InvalidRequest("num_images_per_prompt is below 1.", "Ask for at least one.")
+        requests = [
+            self.request(text, preset=preset, steps=num_inference_steps, picture=picture, **fields)
+            for text in prompts
+            for picture in range(num_images_per_prompt)
+        ]
+        pictures = [one for one in faces for _ in range(num_images_per_prompt)]
+        return self.generate(
+            requests,
+            pictures,
+            face_index=face_index,
+            channel_order=channel_order,
+            max_rows=max_rows,
+            on_step=on_step,
+        )
+
+    def request(
+        self, prompt: str, *, preset: str = "plain", steps: int | None = None, **fields: Any
+    ) -> GenerationRequest:
+        """A request with this export's size and steps, a preset's fields, and then `fields`."""
+        manifest = self.manifest
+        steps = manifest.steps if steps is None else steps
+        if steps not in manifest.allowed_steps:
+            raise InvalidRequest(
+                f"Checkpoint {manifest.checkpoint} does not do {steps} steps.",
+                f"Choose one of {', '.join(map(str, manifest.allowed_steps))}.",
+            )
+        values: dict[str, Any] = {"height": manifest.height, "width": manifest.width}
+        values |= preset_fields(preset, steps) | fields
+        try:
+            return GenerationRequest(prompt, steps=steps, **values)
+        except TypeError as error:
+            raise InvalidRequest(f"A request has no such field: {error}.", "") from None
+
+    def generate(
+        self,
+        requests: Sequence[GenerationRequest],
+        faces: Sequence[FaceInput],
+        *,
+        face_index: int | None = None,
+        channel_order: ChannelOrder = "bgr",
+        max_rows: int | None = None,
+        on_step: OnStep | None = None,
+    ) -> GenerationResult:
+        """Run requests with their faces, one each, in one batch; settings may all differ.
+
+        `max_rows` bounds the rows of a UNet call (memory). `on_step` is called after every step of
+        every request and may return False to cancel (`Cancelled`).
+        """
+        seconds: dict[str, float] = {}
+        with _timed(seconds, "total"):
+            for request in requests:
+                self._check_size(request)
+            with _timed(seconds, "face"):
+                tokens = self._face_tokens(faces, face_index, channel_order)
+            with _timed(seconds, "text"):
+                jobs = [
+                    self._job(request, one) for request, one in zip(requests, tokens, strict=True)
+                ]
+            report = DenoiseReport()
+            with _timed(seconds, "unet"):
+                latents = denoise(
+                    self._modules["unet"], jobs, on_step=on_step, max_rows=max_rows, report=report
+                )
+            with _timed(seconds, "vae"):
+                images = [self._decode(one) for one in latents]
+        return GenerationResult(
+            images,
+            list(requests),
+            [self._parameters(request) for request in requests],
+            seconds,
+            sum(report.rows),
+            [[step.branches for step in job.guidance] for job in jobs],
+            self._warnings(requests),
+        )
+
+    def _face_tokens(
+        self, faces: Sequence[FaceInput], index: int | None, order: ChannelOrder
+    ) -> list[Array]:
+        analysed: dict[int, Array] = {}
+        for face in faces:  # the same object many times is one face
+            if id(face) not in analysed:
+                found = self.analyze(face, index=index)
+                analysed[id(face)] = self._conditioner.image_tokens(found, order)
+        return [analysed[id(face)] for face in faces]
+
+    def _job(self, request: GenerationRequest, face_tokens: Array) -> Job:
+        manifest = self.manifest
+        factor = manifest.vae_scale_factor
+        return Job.prepare(
+            request,
+            make_schedule(manifest.scheduler, request.steps),
+            self._conditioner.conditions(request, face_tokens),
+            (manifest.latent_channels, request.height // factor, request.width // factor),
+        )
+
+    def _check_size(self, request: GenerationRequest) -> None:
+        manifest = self.manifest
+        size = (request.height, request.width)
+        if manifest.fixed_size and size != (manifest.height, manifest.width):
+            raise InvalidRequest(
+                f"This export makes only {manifest.width}x{manifest.height} pictures.",
+                "Export without --fixed-size for others.",
+            )
+        unit = manifest.vae_scale_factor * 4  # the UNet halves the latents twice
+        if any(side % unit for side in size):
+            raise InvalidRequest(
+                f"{request.width}x{request.height} does not fit the model.",
+                f"Width and height must be multiples of {unit} pixels.",
+            )
+
+    def _decode(self, latents: Array) -> Image.Image:
+        picture_3HW = self._modules["vae_decoder"](latents=latents[None])["picture"][0]
+        pixels = np.rint(picture_3HW.astype(np.float32) * 255).clip(0, 255).astype(np.uint8)
+        return Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
+
+    def _parameters(self, request: GenerationRequest) -> Mapping[str, Any]:
+        manifest = self.manifest
+        return request.to_dict() | {
+            "checkpoint": manifest.checkpoint,
+            "adapter": manifest.adapter,
+            "scheduler": manifest.scheduler["class"],
+            "size": f"{request.width}x{request.height}",
+            "backend": self._modules.builder.backend,
+            "software": f"FastFace-TRT {__version__}",
+        }
+
+    def _warnings(self, requests: Sequence[GenerationRequest]) -> list[str]:
+        warnings = []
+        for text in dict.fromkeys(t for r in requests for t in (r.prompt, r.negative_prompt)):
+            cut = self._conditioner.text(text).cut if text else ""
+            if cut:
+                warnings.append(f"The prompt is longer than 77 tokens; this was cut: {cut!r}.")
+        return warnings
+
+    def close(self) -> None:
+        """Free the engines."""
+        self._modules.close()
+
+    def __enter__(self) -> "FastFace":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    started = perf_counter()
+    yield
+    seconds[stage] = perf_counter() - started
+
+
+__all__ = ["FaceInput", "FastFace", "find_export"]

@@ -1,0 +1,133 @@
+"""What the UNet is told: text and image tokens of every branch of a request.
+
+Shape legend: L = 77 text positions, C text width of the UNet, P pooled width, T image tokens,
+K CLIP width, S CLIP positions.
+"""
+
+from collections import OrderedDict
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass
+from threading import Lock
+from typing import Generic, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastface_trt.runtime.denoise import Condition
+from fastface_trt.runtime.face import ChannelOrder, Face, clip_pixels
+from fastface_trt.runtime.guidance import FACE, TEXT, TEXT_AND_FACE, UNCONDITIONAL
+from fastface_trt.runtime.modules import ModuleSet
+from fastface_trt.runtime.request import GenerationRequest
+from fastface_trt.runtime.tokenizer import ClipTokenizer
+
+Array = NDArray[np.float32]
+Value = TypeVar("Value")
+
+
+class _Recent(Generic[Value]):
+    """The most recently used values by key; prompts and faces repeat, encoders cost."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._values: OrderedDict[Hashable, Value] = OrderedDict()
+        self._lock = Lock()
+
+    def get(self, key: Hashable) -> Value | None:
+        with self._lock:
+            if key in self._values:
+                self._values.move_to_end(key)
+            return self._values.get(key)
+
+    def put(self, key: Hashable, value: Value) -> None:
+        with self._lock:
+            self._values[key] = value
+            while len(self._values) > self._size:
+                self._values.popitem(last=False)
+
+
+@dataclass(frozen=True, slots=True)
+class TextEmbedding:
+    """A prompt as the UNet takes it: text [L, C] and pooled [P]; `cut` is what did not fit."""
+
+    text: Array
+    pooled: Array
+    cut: str = ""
+
+
+class Conditioner:
+    """Encodes prompts and faces with an export's engines."""
+
+    def __init__(self, modules: ModuleSet) -> None:
+        self._modules = modules
+        self._tokenizers = [
+            ClipTokenizer.from_folder(modules.folder / name)
+            for name in ("tokenizer", "tokenizer_2")
+        ]
+        self._texts: _Recent[TextEmbedding] = _Recent(256)
+        self._tokens: _Recent[Array] = _Recent(64)
+
+    def text(self, prompt: str) -> TextEmbedding:
+        """Both encoders' penultimate hidden states side by side, and the second's pooled output."""
+        known = self._texts.get(prompt)
+        if known is not None:
+            return known
+        first, second = (tokenizer.encode([prompt]) for tokenizer in self._tokenizers)
+        hidden = self._modules["text_encoder"](input_ids=first.input_ids)["hidden_states"]
+        both = self._modules["text_encoder_2"](input_ids=second.input_ids)
+        encoded = TextEmbedding(
+            np.concatenate((hidden[0], both["hidden_states"][0]), axis=-1).astype(np.float32),
+            both["text_embeds"][0].astype(np.float32),
+            max(first.cut[0], second.cut[0], key=len),
+        )
+        self._texts.put(prompt, encoded)
+        return encoded
+
+    def negative_text(self, prompt: str) -> TextEmbedding:
+        """The text of branches u and i: zeros for no prompt where the checkpoint was made so."""
+        embedding = self.text(prompt)
+        if prompt.strip() or not self._modules.manifest.force_zeros_for_empty_prompt:
+            return embedding
+        return TextEmbedding(np.zeros_like(embedding.text), np.zeros_like(embedding.pooled))
+
+    def image_tokens(self, face: Face | None, channel_order: ChannelOrder = "bgr") -> Array:
+        """Image tokens [T, C] of a face, or of no face (zero embedding, all-zero CLIP input)."""
+        key = (
+            None
+            if face is None
+            else (face.embedding.tobytes(), face.crop_bgr.tobytes(), channel_order)
+        )
+        known = self._tokens.get(key)
+        if known is not None:
+            return known
+        manifest = self._modules.manifest
+        size = manifest.image_encoder_size
+        if face is None:
+            width = self._modules["face_projection"].spec.inputs[0].shape[1]
+            embedding = np.zeros(int(width), dtype=np.float32)
+            pixels = np.zeros((3, size, size), dtype=np.float32)
+        else:
+            embedding = face.embedding
+            pixels = clip_pixels(
+                face.crop_bgr,
+                size=size,
+                mean=manifest.image_mean,
+                std=manifest.image_std,
+                channel_order=channel_order,
+            )
+        features = self._modules["image_encoder"](pixel_values=pixels[None])["clip_embeds"]
+        tokens = self._modules["face_projection"](
+            face_embeds=embedding[None], clip_embeds=features
+        )["image_tokens"][0].astype(np.float32)
+        self._tokens.put(key, tokens)
+        return tokens
+
+    def conditions(self, request: GenerationRequest, face_tokens: Array) -> Mapping[str, Condition]:
+        """Text and image tokens of the four branches u, t, i and ti of a request."""
+        text, nothing = self.text(request.prompt), self.negative_text(request.negative_prompt)
+        no_face = self.image_tokens(None)
+        return {
+            UNCONDITIONAL: Condition(nothing.text, nothing.pooled, no_face),
+            TEXT: Condition(text.text, text.pooled, no_face),
+            FACE: Condition(nothing.text, nothing.pooled, face_tokens),
+            TEXT_AND_FACE: Condition(text.text, text.pooled, face_tokens),
+        }
