@@ -78,8 +78,7 @@ def test_the_key_follows_the_content_and_not_the_place(tmp_path, cache, module, 
     assert cache.key(module.model_copy(update={"files": renamed}), builder) == key
 
 
-def different_modules(tmp_path):
-    module = write_module(tmp_path / "export", external=True)
+def different_modules(tmp_path, module):
     tensor = module.inputs[0]
     yield "weights", write_module(tmp_path / "w", external=True, factor=2.5)
     yield "graph", write_module(tmp_path / "g", external=True, extra="changed")
@@ -95,7 +94,7 @@ def different_modules(tmp_path):
 
 def test_the_key_changes_with_every_ingredient(tmp_path, cache, module, builder):
     keys = {"as it is": cache.key(module, builder)}
-    keys |= {what: cache.key(other, builder) for what, other in different_modules(tmp_path)}
+    keys |= {what: cache.key(other, builder) for what, other in different_modules(tmp_path, module)}
     for change in (
         {"backend": "another"},
         {"backend_version": "2"},
@@ -272,6 +271,7 @@ def test_finished_engines_serve_from_a_disk_that_cannot_be_written(
     cache, module, source, builder, monkeypatch
 ):
     cache.get(module, source, builder)
+    shutil.rmtree(cache.root / "locks")
 
     def refuse(*_, **__):
         raise OSError(errno.EROFS, "Read-only file system")

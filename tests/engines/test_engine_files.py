@@ -140,6 +140,22 @@ def test_a_full_or_read_only_disk_is_a_storage_error(tmp_path, monkeypatch, code
     assert "old" in (tmp_path / "t" / "note.json").read_text()
 
 
+def test_a_failing_second_rename_puts_the_old_folder_back(tmp_path, monkeypatch):
+    write(tmp_path / "t", "old")
+    rename = os.rename
+
+    def fail_for_drafts(old, new):
+        if ".partial-" in str(old):
+            raise OSError(errno.EIO, "Input/output error")
+        rename(old, new)
+
+    monkeypatch.setattr(os, "rename", fail_for_drafts)
+    with pytest.raises(StorageError):
+        write(tmp_path / "t", "new")
+    assert [p.name for p in tmp_path.iterdir()] == ["t"]
+    assert "old" in (tmp_path / "t" / "note.json").read_text()
+
+
 def test_the_manifest_is_written_after_everything_else_is_on_the_disk(tmp_path, monkeypatch):
     if not os.path.exists("/proc/self/fd"):
         pytest.skip("needs /proc to name open files")

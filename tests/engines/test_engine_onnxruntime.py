@@ -14,7 +14,7 @@ from tiny_models import OUT, WIDTH, expected, tree, write_module
 from fastface_trt.engines.cache import EngineCache
 from fastface_trt.engines.files import describe_file
 from fastface_trt.engines.manifest import TensorSpec
-from fastface_trt.engines.onnxruntime import OnnxRuntimeBuilder
+from fastface_trt.engines.onnxruntime import OnnxRuntimeBuilder, _short
 from fastface_trt.errors import (
     BackendUnavailable,
     BuildFailed,
@@ -105,13 +105,14 @@ def test_a_failing_run_is_an_engine_failure(tmp_path, cache):
         with pytest.raises(EngineFailed, match="ONNX Runtime failed in affine") as caught:
             engine(x=random_input()[:, 1:])
     assert "[ONNXRuntimeError]" not in caught.value.message
+    assert _short(RuntimeError("[ONNXRuntimeError] : 1 : FAIL : one\n two")) == "one two"
 
 
 def test_cuda_without_cuda_is_refused_before_anything_is_built(tmp_path, cache):
     if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
         pytest.skip("this machine has the CUDA provider")
     module = write_module(tmp_path / "export")
-    with pytest.raises(BackendUnavailable, match="CUDAExecutionProvider") as caught:
+    with pytest.raises(BackendUnavailable, match="has no CUDAExecutionProvider") as caught:
         cache.open(module, tmp_path / "export", OnnxRuntimeBuilder("cuda"))
     assert "onnxruntime-gpu" in caught.value.mend
     assert tree(cache.root) == []
