@@ -1,0 +1,73 @@
+"""Fixtures that several folders share; what is slow to make is made once per run."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parent
+GOLDEN = TESTS / "golden"
+sys.path[:0] = [str(TESTS), str(TESTS / "runtime"), str(TESTS / "engines")]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory):
+    """Nothing that tests build lands in the user's engine cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FASTFACE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """Cases and tensors of a golden set by name."""
+    from safetensors.numpy import load_file
+
+    def load(name):
+        folder = GOLDEN / name
+        return json.loads((folder / "cases.json").read_text()), load_file(
+            folder / "tensors.safetensors"
+        )
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """Folder of the tiny SDXL checkpoint: checkpoint/, image_encoder/, adapter.safetensors."""
+    from tiny_sdxl import write_tiny_sdxl
+
+    return write_tiny_sdxl(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def tiny_entry(tiny, tmp_path_factory):
+    """A registry entry for the tiny checkpoint, with a face model that finds drawn squares."""
+    from dataclasses import replace
+
+    import face_models
+
+    from fastface_trt.export.checkpoints import HubItem, find_checkpoint
+
+    faces = tmp_path_factory.mktemp("faces") / "model"
+    face_models.write(faces)
+    return replace(
+        find_checkpoint("mini"),
+        name="tiny",
+        base=HubItem(str(tiny / "checkpoint")),
+        adapter=HubItem(str(tiny / "adapter.safetensors")),
+        image_encoder=HubItem(str(tiny / "image_encoder")),
+        face_model=str(faces),
+        size=32,
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_export(tiny_entry, tmp_path_factory):
+    """The tiny checkpoint exported: folder and manifest."""
+    from fastface_trt.export.exporter import ExportOptions, run_export
+
+    folder = tmp_path_factory.mktemp("export") / "tiny"
+    manifest = run_export(ExportOptions(tiny_entry), folder, lambda line: None)
+    return folder, manifest

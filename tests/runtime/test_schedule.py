@@ -1,0 +1,98 @@
+"""The tables are diffusers' schedulers: one line of arithmetic per step gives what they give."""
+
+import numpy as np
+import pytest
+import torch
+
+from fastface_trt.errors import InvalidRequest, UnknownName
+from fastface_trt.export.checkpoints import CHECKPOINTS
+from fastface_trt.runtime.schedule import make_schedule
+
+diffusers = pytest.importorskip("diffusers")
+
+
+def run_diffusers(config, count, x, epsilons):
+    """Every (timestep, scaled input, latents) of a diffusers run in float64, with fresh noise z."""
+    arguments = {k: v for k, v in config.items() if k != "class"}
+    scheduler = getattr(diffusers, config["class"])(**arguments)
+    scheduler.set_timesteps(count)
+    x = x * float(scheduler.init_noise_sigma)
+    for step, t in enumerate(scheduler.timesteps):
+        scaled = scheduler.scale_model_input(x, t)
+        stochastic = config["class"] != "DDIMScheduler"
+        extra = {"generator": torch.Generator().manual_seed(step)} if stochastic else {}
+        x = scheduler.step(epsilons[step], t, x, **extra).prev_sample.double()
+        yield float(t), scaled, x
+
+
+def noise_of_step(step, shape, dtype):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(step), dtype=dtype)
+
+
+def check(config, count):
+    schedule = make_schedule(config, count)
+    generator = torch.Generator().manual_seed(7)
+    x = torch.randn(1, 4, 16, 16, generator=generator, dtype=torch.float64)
+    epsilons = torch.randn(count, 1, 4, 16, 16, generator=generator, dtype=torch.float64)
+    ours = x * schedule.initial_scale
+    for step, (t, scaled, theirs) in enumerate(run_diffusers(config, count, x, epsilons)):
+        row = schedule.steps[step]
+        assert t == pytest.approx(row.timestep, abs=1e-6)
+        assert relative(row.input_scale * ours, scaled) < 1e-6
+        # Noise is drawn in the prediction's dtype.
+        z = noise_of_step(step, x.shape, torch.float64)
+        ours = row.latents * ours + row.prediction * epsilons[step] + row.noise * z
+        assert relative(ours, theirs) < 1e-6
+        ours = theirs  # so that a later step is judged by itself
+    assert len(schedule) == count
+
+
+def relative(ours, theirs):
+    return float((ours - theirs).norm() / theirs.norm())
+
+
+@pytest.mark.parametrize("count", [1, 2, 4, 8])
+@pytest.mark.parametrize("name", ["hyper", "lightning", "lcm", "turbo"])
+def test_tables_of_the_checkpoints_equal_diffusers(name, count):
+    check(dict(CHECKPOINTS[name].scheduler), count)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("spacing", ["trailing", "leading", "linspace"])
+@pytest.mark.parametrize("name", ["hyper", "lightning", "turbo"])
+def test_spacings_and_predictions_equal_diffusers(name, spacing, prediction):
+    config = dict(CHECKPOINTS[name].scheduler)
+    check(config | {"timestep_spacing": spacing, "prediction_type": prediction}, 5)
+
+
+@pytest.mark.parametrize("name", ["hyper", "lightning", "lcm", "turbo"])
+def test_explicit_timesteps_equal_the_spaced_ones(name):
+    config = dict(CHECKPOINTS[name].scheduler)
+    spaced = make_schedule(config, 4)
+    explicit = make_schedule(config, 4, timesteps=[s.timestep for s in spaced.steps])
+    assert explicit == spaced
+
+
+def test_first_step_of_hyper_by_hand():
+    """DDIM at t = 999 to 749 from the definition, in float64 numbers computed here."""
+    betas = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
+    alphas = np.cumprod(1 - betas)
+    a = (alphas[749] / alphas[999]) ** 0.5
+    b = (1 - alphas[749]) ** 0.5 - a * (1 - alphas[999]) ** 0.5
+    step = make_schedule(dict(CHECKPOINTS["hyper"].scheduler), 4).steps[0]
+    assert step.latents == pytest.approx(a, rel=1e-5)
+    assert step.prediction == pytest.approx(b, rel=1e-5)
+
+
+def test_what_cannot_be_scheduled_is_refused():
+    hyper = dict(CHECKPOINTS["hyper"].scheduler)
+    with pytest.raises(InvalidRequest):
+        make_schedule(hyper, 0)
+    with pytest.raises(InvalidRequest):
+        make_schedule(hyper, 2, timesteps=[249, 999])
+    with pytest.raises(InvalidRequest):
+        make_schedule(dict(CHECKPOINTS["lcm"].scheduler), 51)
+    with pytest.raises(InvalidRequest):
+        make_schedule(dict(CHECKPOINTS["lightning"].scheduler) | {"use_karras_sigmas": True}, 4)
+    with pytest.raises(UnknownName, match="EulerDiscreteScheduler"):
+        make_schedule({"class": "EulerDiscretScheduler"}, 4)
