@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from .files import load_state, save_state
@@ -80,13 +81,15 @@ def train(
     Returns:
         The network, with averaged weights where the schedule asks for them, in eval mode.
     """
+    rank = dist.get_rank() if dist.is_initialized() else 0
     trained = [p for p in network.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
         trained,
         schedule.learning_rate,
         betas=(0.9, 0.99),
         weight_decay=schedule.weight_decay,
-        fused=True,
+        # Not fused: that kernel walks raw memory, and gradients may be laid out unlike weights.
+        foreach=True,
     )
     average = Average(network, schedule.ema) if schedule.ema else None
     start = 0
@@ -101,13 +104,15 @@ def train(
     begun = saved = time.monotonic()
     mean_loss = 0.0
     for step in range(start, schedule.steps):
-        torch.manual_seed(seed * 1_000_003 + step)
-        rng = np.random.default_rng([seed, step])
+        torch.manual_seed((seed * 1_000_003 + step) * 64 + rank)
+        rng = np.random.default_rng([seed, step, rank])
         for group in optimizer.param_groups:
             group["lr"] = schedule.rate(step)
         loss = loss_function(step, rng)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        if dist.is_initialized():
+            share_gradients(trained)
         norm = nn.utils.clip_grad_norm_(trained, 1.0)
         if torch.isfinite(norm):
             optimizer.step()
@@ -115,13 +120,14 @@ def train(
             average.update(network, step)
         value = float(loss.detach())
         mean_loss = value if step == start else mean_loss * 0.98 + value * 0.02
-        if step % 100 == 0 or step + 1 == schedule.steps:
+        if rank == 0 and (step % 100 == 0 or step + 1 == schedule.steps):
             pace = (step + 1 - start) / (time.monotonic() - begun)
             print(
                 f"{path.stem} {step + 1}/{schedule.steps} loss {mean_loss:.5f} {pace:.2f} steps/s",
                 flush=True,
             )
-        if time.monotonic() - saved > schedule.save_seconds or step + 1 == schedule.steps:
+        due = time.monotonic() - saved > schedule.save_seconds or step + 1 == schedule.steps
+        if rank == 0 and due:
             saved = time.monotonic()
             save_state(
                 path,
@@ -140,6 +146,16 @@ def train(
     if average is not None:
         average.copy_to(network)
     return network.eval()
+
+
+def share_gradients(parameters: list[nn.Parameter]) -> None:
+    """Average the gradients over all processes, in one message."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(part.view_as(gradient))
 
 
 def _trained_state(network: nn.Module) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ from .layers import ConvBlock, ResidualBlock
 from .loop import Schedule, train
 from .vae import to_tensor
 
-MARGIN, SCALE = 0.30, 24.0
+MARGIN, SCALE = 0.25, 16.0
 BATCH = 96
 
 
@@ -38,7 +38,12 @@ class Recogniser(nn.Module):
             nn.Conv2d(fourth, 32, 1),
         )
         self.head = nn.Sequential(
-            nn.Flatten(), nn.Linear(32 * 49, hidden), nn.ReLU(), nn.Linear(hidden, 512)
+            nn.Flatten(),
+            nn.Linear(32 * 49, hidden),
+            nn.BatchNorm1d(hidden),
+            nn.ReLU(),
+            nn.Linear(hidden, 512),
+            nn.BatchNorm1d(512),
         )
 
     def forward(self, crops: Tensor) -> Tensor:
@@ -48,32 +53,29 @@ class Recogniser(nn.Module):
 
 
 class Margin(nn.Module):
-    """CosFace: the right identity must win by a margin in cosine.
+    """Pictures of one person must be nearer to each other, by a margin, than to all others.
 
-    A second head reads the attributes off the embedding.  Thousands of classes give a weak signal
-    at first; forty numbers that say what differs between faces give a strong one.
+    The comparison runs within the batch: class centres of thousands of people learn too slowly.
+    A second head reads the attributes off the embedding; forty numbers that say what differs
+    between faces are a strong signal from the first step on.
     """
 
     def __init__(self, attributes: Tensor) -> None:
         super().__init__()
-        self.centres = nn.Parameter(torch.randn(len(attributes), 512) * 0.05)
         self.reader = nn.Linear(512, attributes.shape[1])
         self.attributes = attributes
 
-    def forward(self, embeddings: Tensor, labels: Tensor, progress: float) -> Tensor:
-        """Return the loss of embeddings [n, 512] with identities `labels` [n].
-
-        Args:
-            embeddings: not normalised.
-            labels: rows of the attribute table.
-            progress: 0 at the start of training, 1 at its end; the margin grows with it.
-        """
+    def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        """Return the loss of embeddings [n, 512] (not normalised) with identities `labels` [n]."""
         unit = functional.normalize(embeddings.float(), dim=-1)
-        cosine = unit @ functional.normalize(self.centres, dim=-1).T
-        margin = MARGIN * min(1.0, progress / 0.5)
-        target = functional.one_hot(labels, len(self.centres)) * margin
-        identity = functional.cross_entropy(SCALE * (cosine - target), labels)
-        return identity + functional.mse_loss(self.reader(unit * 8), self.attributes[labels])
+        same = (labels[:, None] == labels[None]).float()
+        itself = torch.eye(len(labels), dtype=torch.bool)
+        logits = SCALE * (unit @ unit.T - MARGIN * same).masked_fill(itself, -1e4)
+        # Each positive competes with the negatives alone, not with other positives.
+        negatives = logits.masked_fill(same > 0, -1e4).logsumexp(dim=1, keepdim=True)
+        losses = functional.softplus(negatives - logits) * (same - itself.float())
+        identity = losses.sum() / (same.sum() - len(labels))
+        return identity + 4 * functional.mse_loss(self.reader(unit * 8), self.attributes[labels])
 
 
 def augment(crops: Tensor, rng: np.random.Generator) -> Tensor:
@@ -89,16 +91,21 @@ def augment(crops: Tensor, rng: np.random.Generator) -> Tensor:
 
 
 def sample_crops(
-    portraits: Portraits, rng: np.random.Generator, batch: int
+    portraits: Portraits, rng: np.random.Generator, batch: int, views: int = 4
 ) -> tuple[Tensor, Tensor]:
-    """Return augmented crops [batch, 3, 112, 112] and identities [batch]."""
-    sources = batch // 6
-    rows = np.sort(rng.integers(len(portraits.pictures), size=batch - sources))
+    """Return augmented crops [batch, 3, 112, 112] and identities [batch], `views` of each person.
+
+    One view per person is a photo-like source, the others are pictures in any style.
+    """
+    people = len(portraits.sources) // int(np.bincount(portraits.source_labels).max())
+    chosen = np.sort(rng.choice(people, batch // views, replace=False))
+    pictures, sources = len(portraits.pictures) // people, len(portraits.sources) // people
+    rows = (chosen[:, None] * pictures + rng.integers(pictures, size=(len(chosen), views - 1))).ravel()
     points = portraits.points[rows] + rng.normal(0, 0.7, (len(rows), 5, 2))
     drawn = crop_faces(
         to_tensor(portraits.pictures[rows]), torch.from_numpy(points.astype(np.float32))
     )
-    source_rows = np.sort(rng.integers(len(portraits.sources), size=sources))
+    source_rows = chosen * sources + rng.integers(sources, size=len(chosen))
     crops = torch.cat([drawn, to_tensor(portraits.sources[source_rows])])
     labels = np.concatenate([portraits.labels[rows, 0], portraits.source_labels[source_rows]])
     return augment(crops, rng), torch.from_numpy(labels)
@@ -124,7 +131,7 @@ def train_recogniser(
         crops, labels = sample_crops(portraits, rng, BATCH)
         with torch.autocast("cpu", torch.bfloat16):
             embeddings = network(crops.contiguous(memory_format=torch.channels_last))
-        loss: Tensor = margin(embeddings, labels, step / schedule.steps)
+        loss: Tensor = margin(embeddings, labels)
         return loss
 
     train(both, step_loss, schedule, path, seed)
