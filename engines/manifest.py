@@ -7,13 +7,13 @@ written last, so a folder without one is unfinished by definition.
 
 import json
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Final, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from fastface_trt.errors import ExportIncomplete, ManifestError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION: Final = 1
 EXPORT_MANIFEST = "manifest.json"
 ENGINE_MANIFEST = "engine.json"
 
@@ -154,7 +154,9 @@ def read_manifest(path: Path, kind: type[Manifest]) -> Manifest:
             "Run the export or build again; it starts over safely.",
         ) from None
     except (OSError, UnicodeDecodeError) as error:
-        raise ManifestError(f"{path} cannot be read: {error}.", "Export or build it again.") from None
+        raise ManifestError(
+            f"{path} cannot be read: {error}.", "Export or build it again."
+        ) from None
     try:
         version = json.loads(text).get("schema_version")
         if version != SCHEMA_VERSION:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fastface_trt.errors import WeightsError
 from fastface_trt.export.attention import attach_processors
+from fastface_trt.export.model import Model
 from fastface_trt.export.projection import FaceProjection
 
 State = dict[str, Tensor]
@@ -92,7 +93,7 @@ def _assign(parameter: nn.Parameter, value: Tensor, key: str) -> None:
 
 
 @torch.no_grad()
-def attach_adapter(unet: nn.Module, adapter: AdapterWeights, *, lora_scale: float) -> None:
+def attach_adapter(unet: Model, adapter: AdapterWeights, *, lora_scale: float) -> None:
     """Attach decoupled attention to `unet` and fuse the adapter's LoRA: W ← W + scale · up · down.
 
     Works on the UNet in place. `lora_scale` is the user-facing scale of the LoRA (1.0 and 0.5 in

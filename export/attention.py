@@ -17,6 +17,7 @@ from fastface_trt.engines.contract import (
     MANIPULATION_COLUMNS,
     PARTS,
 )
+from fastface_trt.export.model import Model
 
 Row = dict[str, Tensor]
 
@@ -100,7 +101,7 @@ class SelfAttentionProcessor:
 
     def __call__(
         self,
-        attn: nn.Module,
+        attn: Model,
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
@@ -139,7 +140,7 @@ class DecoupledAttentionProcessor(nn.Module):
 
     def __call__(
         self,
-        attn: nn.Module,
+        attn: Model,
         hidden_states: Tensor,
         encoder_hidden_states: Tensor,
         attention_mask: Tensor | None = None,
@@ -175,7 +176,7 @@ class DecoupledAttentionProcessor(nn.Module):
         return attn.to_out[0]((text + image).transpose(1, 2).flatten(2))
 
 
-def attach_processors(unet: nn.Module) -> None:
+def attach_processors(unet: Model) -> None:
     """Give every attention of a diffusers UNet the processors of this file.
 
     Cross-attentions (`attn2`) become decoupled ones with fresh `to_k_ip` and `to_v_ip`; the order

@@ -5,7 +5,7 @@ hub repositories, so an export is reproducible; `--revision` and `--base` replac
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,30 +24,6 @@ class HubItem:
     revision: str | None = None
     path: str | None = None
     licence: str = "unknown"
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """One distilled (or base) SDXL checkpoint with the schedule that it was made for.
-
-    `unet` and `lora` may hold `{steps}` in their path: Hyper and Lightning ship one file per number
-    of steps. `size` is the side of the square picture in pixels.
-    """
-
-    name: str
-    base: HubItem
-    scheduler: Mapping[str, Any]
-    steps: int
-    allowed_steps: tuple[int, ...]
-    size: int
-    unet: HubItem | None = None
-    lora: HubItem | None = None
-    lora_scale: float = 1.0
-    adapter: HubItem = field(default_factory=lambda: FACEID_PLUS_V2)
-    image_encoder: HubItem = field(default_factory=lambda: CLIP_VIT_H)
-    fp16_vae: HubItem | None = field(default_factory=lambda: FP16_VAE)
-    face_model: str = "buffalo_l"
-    """Name of an InsightFace pack, or a folder that is copied into the export."""
 
 
 SDXL_BASE = HubItem(
@@ -71,6 +47,31 @@ FP16_VAE = HubItem(
     "madebyollin/sdxl-vae-fp16-fix", "207b116dae70ace3637169f1ddd2434b91b3a8cd", licence="MIT"
 )
 TINY_VAE = HubItem("madebyollin/taesdxl", None, licence="MIT")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One distilled (or base) SDXL checkpoint with the schedule that it was made for.
+
+    `unet` and `lora` may hold `{steps}` in their path: Hyper and Lightning ship one file per number
+    of steps. `size` is the side of the square picture in pixels.
+    """
+
+    name: str
+    base: HubItem
+    scheduler: Mapping[str, Any]
+    steps: int
+    allowed_steps: tuple[int, ...]
+    size: int
+    unet: HubItem | None = None
+    lora: HubItem | None = None
+    lora_scale: float = 1.0
+    adapter: HubItem = FACEID_PLUS_V2
+    image_encoder: HubItem = CLIP_VIT_H
+    fp16_vae: HubItem | None = FP16_VAE
+    face_model: str = "buffalo_l"
+    """Name of an InsightFace pack, or a folder that is copied into the export."""
+
 
 _NOISE = {
     "num_train_timesteps": 1000,

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from fastface_trt.export.attention import attach_processors
+from fastface_trt.export.model import Model
 from fastface_trt.export.projection import FaceProjection
 
 VOCABULARY = 49408
@@ -78,7 +79,7 @@ IMAGE_ENCODER_CONFIG: dict[str, Any] = {
 
 
 @torch.no_grad()
-def randomize(module: nn.Module, dtype: torch.dtype, seed: int = 0) -> nn.Module:
+def randomize(module: nn.Module, dtype: torch.dtype, seed: int = 0) -> Model:
     """Give a module whose parameters are on the meta device random weights of `dtype`.
 
     The module is built under `accelerate.init_empty_weights`, so nothing is allocated twice.
@@ -98,7 +99,7 @@ def randomize(module: nn.Module, dtype: torch.dtype, seed: int = 0) -> nn.Module
     return module.eval()
 
 
-def random_unet(dtype: torch.dtype) -> nn.Module:
+def random_unet(dtype: torch.dtype) -> Model:
     """SDXL's UNet with decoupled attention attached, 2.57·10⁹ parameters and the adapter's."""
     from accelerate import init_empty_weights
     from diffusers import UNet2DConditionModel
@@ -109,7 +110,7 @@ def random_unet(dtype: torch.dtype) -> nn.Module:
     return randomize(unet, dtype)
 
 
-def random_projection(dtype: torch.dtype) -> nn.Module:
+def random_projection(dtype: torch.dtype) -> Model:
     """FaceID-Plus-v2's projection for SDXL."""
     from accelerate import init_empty_weights
 
@@ -118,7 +119,7 @@ def random_projection(dtype: torch.dtype) -> nn.Module:
     return randomize(projection, dtype)
 
 
-def random_vae(dtype: torch.dtype) -> nn.Module:
+def random_vae(dtype: torch.dtype) -> Model:
     """SDXL's AutoencoderKL."""
     from accelerate import init_empty_weights
     from diffusers import AutoencoderKL
@@ -128,7 +129,7 @@ def random_vae(dtype: torch.dtype) -> nn.Module:
     return randomize(vae, dtype)
 
 
-def random_text_encoder(name: str, dtype: torch.dtype) -> nn.Module:
+def random_text_encoder(name: str, dtype: torch.dtype) -> Model:
     """CLIP ViT-L's text model (`text_encoder`) or OpenCLIP bigG's (`text_encoder_2`)."""
     from accelerate import init_empty_weights
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
@@ -141,7 +142,7 @@ def random_text_encoder(name: str, dtype: torch.dtype) -> nn.Module:
     return randomize(encoder, dtype)
 
 
-def random_image_encoder(dtype: torch.dtype) -> nn.Module:
+def random_image_encoder(dtype: torch.dtype) -> Model:
     """OpenCLIP ViT-H/14's vision model."""
     from accelerate import init_empty_weights
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fastface_trt.engines import contract
 from fastface_trt.engines.manifest import Dimension
+from fastface_trt.export.model import Model
 
 TEXT_POSITIONS = 77
 EXAMPLE_REQUESTS = 2  # at least 2, or the exporter takes the size for a constant
@@ -38,7 +39,7 @@ class ModuleExport:
 class TextEncoderModule(nn.Module):
     """input_ids [B,77] to the penultimate hidden states [B,77,C], and the pooled text [B,P]."""
 
-    def __init__(self, encoder: nn.Module, *, pooled: bool) -> None:
+    def __init__(self, encoder: Model, *, pooled: bool) -> None:
         super().__init__()
         self.encoder = encoder
         self.pooled = pooled
@@ -53,7 +54,7 @@ class TextEncoderModule(nn.Module):
 class ImageEncoderModule(nn.Module):
     """pixel_values [B,3,S,S], CLIP-normalised, to the penultimate hidden states [B,S,K]."""
 
-    def __init__(self, encoder: nn.Module) -> None:
+    def __init__(self, encoder: Model) -> None:
         super().__init__()
         self.encoder = encoder
 
@@ -82,7 +83,7 @@ class _CastOutput(nn.Module):
 class UNetModule(nn.Module):
     """A diffusers SDXL UNet with decoupled attention behind the contract of the UNet module."""
 
-    def __init__(self, unet: nn.Module) -> None:
+    def __init__(self, unet: Model) -> None:
         super().__init__()
         if not isinstance(unet.add_time_proj, _CastOutput):
             unet.add_time_proj = _CastOutput(unet.add_time_proj, unet.dtype)
@@ -117,7 +118,7 @@ class UNetModule(nn.Module):
 class VaeDecoderModule(nn.Module):
     """Scheduler latents [B,4,h,w] to a picture [B,3,H,W] in [0, 1]."""
 
-    def __init__(self, vae: nn.Module) -> None:
+    def __init__(self, vae: Model) -> None:
         super().__init__()
         self.vae = vae
 
@@ -129,7 +130,7 @@ class VaeDecoderModule(nn.Module):
         return (picture / 2 + 0.5).clamp(0, 1)
 
 
-def text_encoder_export(name: str, encoder: nn.Module) -> ModuleExport:
+def text_encoder_export(name: str, encoder: Model) -> ModuleExport:
     """One of SDXL's two text encoders; the second also gives the pooled text."""
     pooled = name == "text_encoder_2"
     shapes: dict[str, tuple[Dimension, ...]] = {
@@ -149,7 +150,7 @@ def text_encoder_export(name: str, encoder: nn.Module) -> ModuleExport:
     )
 
 
-def image_encoder_export(encoder: nn.Module) -> ModuleExport:
+def image_encoder_export(encoder: Model) -> ModuleExport:
     """The CLIP image encoder whose penultimate hidden states feed the projection."""
     config = encoder.config
     positions = (config.image_size // config.patch_size) ** 2 + 1
@@ -166,7 +167,7 @@ def image_encoder_export(encoder: nn.Module) -> ModuleExport:
     )
 
 
-def face_projection_export(projection: nn.Module, positions: int | str) -> ModuleExport:
+def face_projection_export(projection: Model, positions: int | str) -> ModuleExport:
     """The adapter's projection; `positions` is the image encoder's sequence length S."""
     dtype = projection.norm.weight.dtype
     embedding = projection.proj[0].in_features
@@ -193,7 +194,7 @@ def face_projection_export(projection: nn.Module, positions: int | str) -> Modul
 
 
 def unet_export(
-    unet: nn.Module, *, tokens: int, latent_size: tuple[int, int], fixed_size: bool
+    unet: Model, *, tokens: int, latent_size: tuple[int, int], fixed_size: bool
 ) -> ModuleExport:
     """The UNet with its adapter attached; `latent_size` is (h, w), fixed or only the example's."""
     config, dtype, rows = unet.config, unet.dtype, EXAMPLE_ROWS
@@ -233,7 +234,7 @@ def unet_export(
 
 
 def vae_decoder_export(
-    vae: nn.Module, *, latent_size: tuple[int, int], scale_factor: int, fixed_size: bool
+    vae: Model, *, latent_size: tuple[int, int], scale_factor: int, fixed_size: bool
 ) -> ModuleExport:
     """The VAE's decoder (AutoencoderKL or the tiny one)."""
     channels = vae.config.latent_channels

@@ -130,6 +130,7 @@ def write_module(export: ModuleExport, folder: Path, *, fp16_storage: bool = Fal
             )
         finally:
             logging.disable(previous)
+    assert program is not None  # torch returns one whenever dynamo=True
     model = program.model
     _attach_functions(model)
     if fp16_storage:

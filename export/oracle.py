@@ -8,11 +8,11 @@ from types import TracebackType
 
 import numpy as np
 import torch
-from torch import nn
 
 from fastface_trt.engines.contract import NOISE_PREDICTION, SAMPLE
 from fastface_trt.engines.engine import Array
 from fastface_trt.engines.manifest import DType, ModuleSpec, TensorSpec
+from fastface_trt.export.model import Model
 from fastface_trt.export.modules import UNetModule, unet_export
 
 _NUMPY_NAMES: dict[torch.dtype, DType] = {
@@ -25,7 +25,7 @@ _NUMPY_NAMES: dict[torch.dtype, DType] = {
 class TorchUNet:
     """A diffusers UNet with its adapter attached, called with numpy arrays like an engine."""
 
-    def __init__(self, unet: nn.Module) -> None:
+    def __init__(self, unet: Model) -> None:
         export = unet_export(unet, tokens=4, latent_size=(16, 16), fixed_size=False)
         self._module = UNetModule(unet).eval()
         self._dtype = unet.dtype

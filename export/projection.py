@@ -5,6 +5,8 @@ is. Shape legend: B rows, E face-embedding size (512), S CLIP positions, K CLIP 
 C text width of the UNet, I inner width of the resampler.
 """
 
+from typing import cast
+
 import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
@@ -62,7 +64,8 @@ class PerceiverResampler(nn.Module):
     def forward(self, tokens_BTC: Tensor, features_BSK: Tensor) -> Tensor:
         """Resampled tokens [B,T,C]."""
         features = self.proj_in(features_BSK)
-        for attention, feed_forward in self.layers:
+        for layer in self.layers:
+            attention, feed_forward = cast(nn.ModuleList, layer)
             tokens_BTC = attention(features, tokens_BTC) + tokens_BTC
             tokens_BTC = feed_forward(tokens_BTC) + tokens_BTC
         return self.norm_out(self.proj_out(tokens_BTC))

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from fastface_trt.engines.files import sha256_file
 from fastface_trt.engines.manifest import Source
 from fastface_trt.errors import FastFaceError, WeightsError
 from fastface_trt.export.checkpoints import HubItem
+from fastface_trt.export.model import Model
 
 _CONFIG_PATTERNS = ["*.json", "*.txt", "tokenizer/*", "tokenizer_2/*"]
 _COMPONENTS = ("unet", "vae", "text_encoder", "text_encoder_2")
@@ -112,7 +112,7 @@ class CheckpointSource:
             self.folder = self.located.path
         self._pipeline: Any = None
 
-    def _load(self, cls: Any, component: str) -> nn.Module:
+    def _load(self, cls: Any, component: str) -> Model:
         with weights_errors(f"{component} of {self.located.source.location}"):
             if self.single_file:
                 if self._pipeline is None:
@@ -138,19 +138,19 @@ class CheckpointSource:
                 str(folder), variant=variant, use_safetensors=True, **options
             ).eval()
 
-    def unet(self) -> nn.Module:
+    def unet(self) -> Model:
         """The UNet, without an adapter."""
         from diffusers import UNet2DConditionModel
 
         return self._load(UNet2DConditionModel, "unet")
 
-    def vae(self) -> nn.Module:
+    def vae(self) -> Model:
         """The VAE."""
         from diffusers import AutoencoderKL
 
         return self._load(AutoencoderKL, "vae")
 
-    def text_encoder(self, name: str) -> nn.Module:
+    def text_encoder(self, name: str) -> Model:
         """`text_encoder` or `text_encoder_2`."""
         from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
@@ -174,7 +174,7 @@ class CheckpointSource:
         return bool(json.loads(index.read_text()).get("force_zeros_for_empty_prompt", True))
 
 
-def load_unet_folder(folder: Path) -> nn.Module:
+def load_unet_folder(folder: Path) -> Model:
     """A UNet from its diffusers folder, in float32."""
     from diffusers import UNet2DConditionModel
 
@@ -183,7 +183,7 @@ def load_unet_folder(folder: Path) -> nn.Module:
     return unet.eval()
 
 
-def load_vae(item: HubItem, dtype: torch.dtype) -> tuple[nn.Module, Source]:
+def load_vae(item: HubItem, dtype: torch.dtype) -> tuple[Model, Source]:
     """A VAE of its own: AutoencoderKL or the tiny one, by the class that its config names."""
     import json
 
@@ -198,17 +198,16 @@ def load_vae(item: HubItem, dtype: torch.dtype) -> tuple[nn.Module, Source]:
     return vae.eval(), located.source
 
 
-def load_image_encoder(item: HubItem, dtype: torch.dtype) -> tuple[nn.Module, Source]:
+def load_image_encoder(folder: Path, dtype: torch.dtype) -> Model:
     """The CLIP vision model that the adapter was trained with."""
     from transformers import CLIPVisionModelWithProjection
 
-    located = locate(item, "image_encoder")
-    with weights_errors(f"image encoder {item.location}"):
-        encoder = CLIPVisionModelWithProjection.from_pretrained(str(located.path), dtype=dtype)
-    return encoder.eval(), located.source
+    with weights_errors(f"image encoder {folder}"):
+        encoder = CLIPVisionModelWithProjection.from_pretrained(str(folder), dtype=dtype)
+    return encoder.eval()
 
 
-def load_unet_weights(unet: nn.Module, item: HubItem) -> Source:
+def load_unet_weights(unet: Model, item: HubItem) -> Source:
     """Replace a UNet's weights by those of a file (Lightning ships its UNets this way)."""
     from fastface_trt.export.adapter import read_tensors
 
@@ -218,7 +217,7 @@ def load_unet_weights(unet: nn.Module, item: HubItem) -> Source:
     return located.source
 
 
-def fuse_distillation_lora(unet: nn.Module, item: HubItem, scale: float) -> Source:
+def fuse_distillation_lora(unet: Model, item: HubItem, scale: float) -> Source:
     """Add a distillation LoRA (diffusers or kohya layout) to a UNet's weights, in place."""
     from diffusers import StableDiffusionXLPipeline
 

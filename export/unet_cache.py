@@ -6,8 +6,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
-from torch import nn
-
 from fastface_trt.engines.engine import Progress
 from fastface_trt.engines.files import finished_folder, verify_files
 from fastface_trt.engines.manifest import (
@@ -18,6 +16,7 @@ from fastface_trt.engines.manifest import (
     read_manifest,
 )
 from fastface_trt.errors import FastFaceError
+from fastface_trt.export.model import Model
 from fastface_trt.export.modules import unet_export
 from fastface_trt.export.onnx_writer import write_module
 
@@ -40,7 +39,7 @@ def _exporter_identity() -> str:
 
 
 def export_unet_once(
-    root: Path, identity: str, make: Callable[[], nn.Module], progress: Progress
+    root: Path, identity: str, make: Callable[[], Model], progress: Progress
 ) -> tuple[ModuleSpec, Path]:
     """The UNet's module and folder below `root`, exported unless it is there already.
 

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from time import perf_counter
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from PIL import Image
@@ -27,7 +27,7 @@ from fastface_trt.runtime.request import GenerationRequest
 from fastface_trt.runtime.result import GenerationResult
 from fastface_trt.runtime.schedule import make_schedule
 
-FaceInput = PictureSource | Face
+FaceInput: TypeAlias = PictureSource | Face
 """A picture with a face (path, bytes, PIL, RGB array), or a face that was analysed before."""
 
 
@@ -106,7 +106,7 @@ class FastFace:
     def __call__(
         self,
         prompt: str | Sequence[str],
-        face: FaceInput | Sequence[FaceInput],
+        face: FaceInput | list[FaceInput] | tuple[FaceInput, ...],
         *,
         preset: str = "plain",
         num_images_per_prompt: int = 1,
@@ -125,7 +125,7 @@ class FastFace:
         Raises `InvalidRequest`, `UnknownName` and the errors of `analyze`.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        faces = list(face) if isinstance(face, list | tuple) else [face]
+        faces: list[FaceInput] = [*face] if isinstance(face, list | tuple) else [face]
         if len(faces) == 1:
             faces *= len(prompts)
         if len(prompts) == 1:

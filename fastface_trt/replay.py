@@ -123,14 +123,14 @@ def make_job(
 
     def noise(stream: int, shape: tuple[int, ...]) -> Array:
         if stream == INITIAL_LATENTS:
-            return latents[0]
+            return np.asarray(latents[0])
         recorded = recording.tensors.get(f"{name}.step{stream - 1}.noise")
         if recorded is None:
             raise WeightsError(
                 f"Case {name} has no recorded noise for step {stream - 1}.",
                 "Its scheduler is stochastic; record it again with the noise.",
             )
-        return recorded[0].astype(np.float32)
+        return np.asarray(recorded[0], dtype=np.float32)
 
     return Job(
         request,

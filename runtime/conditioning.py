@@ -13,6 +13,7 @@ from typing import Generic, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from fastface_trt.engines.contract import IMAGE_TOKENS
 from fastface_trt.runtime.denoise import Condition
 from fastface_trt.runtime.face import ChannelOrder, Face, clip_pixels
 from fastface_trt.runtime.guidance import FACE, TEXT, TEXT_AND_FACE, UNCONDITIONAL
@@ -115,9 +116,9 @@ class Conditioner:
                 channel_order=channel_order,
             )
         features = self._modules["image_encoder"](pixel_values=pixels[None])["clip_embeds"]
-        tokens = self._modules["face_projection"](
+        tokens: Array = self._modules["face_projection"](
             face_embeds=embedding[None], clip_embeds=features
-        )["image_tokens"][0].astype(np.float32)
+        )[IMAGE_TOKENS][0].astype(np.float32)
         self._tokens.put(key, tokens)
         return tokens
 

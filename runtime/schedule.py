@@ -82,7 +82,7 @@ def _spaced_timesteps(config: Mapping[str, Any], count: int) -> Vector:
     if spacing == "trailing":
         return np.round(np.arange(train, 0, -train / count))[:count] - 1
     if spacing == "leading":
-        return np.round(np.arange(count) * (train // count))[::-1] + offset
+        return np.arange(count, dtype=np.float64)[::-1] * (train // count) + offset
     if spacing == "linspace":
         return np.linspace(0, train - 1, count, dtype=np.float32)[::-1].astype(np.float64)
     raise UnknownName("timestep spacing", str(spacing), ["leading", "linspace", "trailing"])

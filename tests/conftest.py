@@ -8,7 +8,7 @@ import pytest
 
 TESTS = Path(__file__).parent
 GOLDEN = TESTS / "golden"
-sys.path[:0] = [str(TESTS), str(TESTS / "runtime"), str(TESTS / "engines")]
+sys.path[:0] = [str(TESTS / name) for name in ("", "runtime", "engines", "export")]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -66,7 +66,8 @@ def tiny_entry(tiny, tmp_path_factory):
 @pytest.fixture(scope="session")
 def tiny_export(tiny_entry, tmp_path_factory):
     """The tiny checkpoint exported: folder and manifest."""
-    from fastface_trt.export.exporter import ExportOptions, run_export
+    from fastface_trt.export.exporter import run_export
+    from fastface_trt.export.options import ExportOptions
 
     folder = tmp_path_factory.mktemp("export") / "tiny"
     manifest = run_export(ExportOptions(tiny_entry), folder, lambda line: None)

@@ -41,12 +41,12 @@ def tiny_unet(seed: int = 0) -> torch.nn.Module:
 def tiny_projection(seed: int = 0) -> FaceProjection:
     torch.manual_seed(seed)
     return FaceProjection(
-        mlp_hidden=16,
+        mlp_hidden=1024,
         features=CLIP_WIDTH,
         width=sum(TEXT_WIDTHS),
         inner=64,
-        hidden=32,
-        depth=2,
+        hidden=160,
+        depth=4,
     )
 
 
@@ -61,8 +61,12 @@ def adapter_tensors(unet: torch.nn.Module, seed: int = 1) -> dict[str, torch.Ten
     tensors = {f"image_proj.{k}": v.clone() for k, v in tiny_projection(seed).state_dict().items()}
     for index, name in enumerate(unet.attn_processors):
         attention = unet.get_submodule(name.removesuffix(".processor"))
-        for source, target in (("to_q", "to_q"), ("to_k", "to_k"), ("to_v", "to_v"),
-                               ("to_out", "to_out.0")):
+        for source, target in (
+            ("to_q", "to_q"),
+            ("to_k", "to_k"),
+            ("to_v", "to_v"),
+            ("to_out", "to_out.0"),
+        ):
             rows, columns = attention.get_submodule(target).weight.shape
             key = f"ip_adapter.{index}.{source}_lora"
             tensors[f"{key}.down.weight"] = random(LORA_RANK, columns)
@@ -97,9 +101,14 @@ def write_tiny_sdxl(root: Path) -> Path:
         latent_channels=4,
         scaling_factor=0.5,
     ).save_pretrained(checkpoint / "vae")
-    common = {"num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32,
-              "vocab_size": full_size.VOCABULARY,
-              "bos_token_id": full_size.VOCABULARY - 2, "eos_token_id": full_size.VOCABULARY - 1}
+    common = {
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+        "vocab_size": full_size.VOCABULARY,
+        "bos_token_id": full_size.VOCABULARY - 2,
+        "eos_token_id": full_size.VOCABULARY - 1,
+    }
     for name, cls, width in (
         ("text_encoder", CLIPTextModel, TEXT_WIDTHS[0]),
         ("text_encoder_2", CLIPTextModelWithProjection, TEXT_WIDTHS[1]),
@@ -110,8 +119,13 @@ def write_tiny_sdxl(root: Path) -> Path:
     full_size.write_byte_tokenizer(checkpoint / "tokenizer_2", "!")
     CLIPVisionModelWithProjection(
         CLIPVisionConfig(
-            hidden_size=CLIP_WIDTH, intermediate_size=32, num_hidden_layers=2,
-            num_attention_heads=2, image_size=CLIP_SIZE, patch_size=CLIP_PATCH, projection_dim=8,
+            hidden_size=CLIP_WIDTH,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            image_size=CLIP_SIZE,
+            patch_size=CLIP_PATCH,
+            projection_dim=8,
         )
     ).save_pretrained(root / "image_encoder")
     save_file(adapter_tensors(tiny_unet()), root / "adapter.safetensors")

@@ -79,9 +79,7 @@ def _sheet(
         for prompt, preset in columns
     ]
     result = fastface.generate(requests, [face for face in faces for _ in columns], max_rows=12)
-    rows = [
-        result.images[at : at + len(columns)] for at in range(0, len(requests), len(columns))
-    ]
+    rows = [result.images[at : at + len(columns)] for at in range(0, len(requests), len(columns))]
     sheet = contact_sheet(rows, column_labels=labels, cell=CELL, first_column=people)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_png(path, np.asarray(sheet), parameters={"pictures": list(result.parameters)})

@@ -31,6 +31,7 @@ from fastface_trt.errors import LicenceNotAcknowledged, MissingDependency
     type=float,
     help="Scale of the adapter's LoRA; it is fused, so another value is another export.",
 )
+@click.option("--distillation-lora", help="Another distillation LoRA: file or hub id/path.")
 @click.option("--distillation-lora-scale", type=float, help="Scale of the distillation LoRA.")
 @click.option(
     "--precision",
@@ -65,7 +66,8 @@ def export(
     """
     try:
         from fastface_trt.export.checkpoints import find_checkpoint
-        from fastface_trt.export.exporter import ExportOptions, peak_gb, run_export
+        from fastface_trt.export.exporter import peak_gb, run_export
+        from fastface_trt.export.options import ExportOptions
         from fastface_trt.export.sources import parse_item
     except ImportError as error:
         raise MissingDependency(
@@ -74,7 +76,7 @@ def export(
     entry = find_checkpoint(checkpoint)
     if fp16:
         options["precision"] = "fp16"
-    for name in ("base", "adapter", "image_encoder", "vae"):
+    for name in ("base", "adapter", "image_encoder", "vae", "distillation_lora"):
         options[name] = parse_item(options[name]) if options[name] else None
     options["faceid_lora_scale"] = options.pop("lora_scale")
     restricted = "non-commercial" in entry.adapter.licence + entry.base.licence

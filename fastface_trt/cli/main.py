@@ -1,6 +1,5 @@
 """`fastface-trt`: the command group, and how errors of users reach them."""
 
-import sys
 from typing import Any
 
 import click
@@ -53,4 +52,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -41,8 +41,11 @@ def test_equals_the_documented_recipe(seed, picture, stream):
 def test_is_standard_normal_and_streams_are_independent():
     a = standard_noise(3, 0, 0, (200_000,)).astype(np.float64)
     assert stats.kstest(a, "norm").pvalue > 1e-3
-    for other in (standard_noise(3, 0, 1, a.shape), standard_noise(3, 1, 0, a.shape),
-                  standard_noise(4, 0, 0, a.shape)):
+    for other in (
+        standard_noise(3, 0, 1, a.shape),
+        standard_noise(3, 1, 0, a.shape),
+        standard_noise(4, 0, 0, a.shape),
+    ):
         assert abs(np.corrcoef(a, other)[0, 1]) < 0.02
 
 

@@ -1,0 +1,76 @@
+"""What to export: the choices of one export, checked before anything is loaded."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from fastface_trt.errors import InvalidRequest
+from fastface_trt.export.checkpoints import Checkpoint, HubItem
+
+Precision = Literal["fp32", "fp16"]
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What to export. Items left at None come from the checkpoint's registry entry.
+
+    precision: type that the modules compute in; weight_storage: type that the files hold (`fp16`
+    halves an fp32 export's files, engines still compute in fp32). height, width: pixels, the
+    example's size, or the only one with `fixed_size`. faceid_lora_scale: scale of the adapter's
+    LoRA, fused. random_weights: full-size SDXL without downloads. Raises `InvalidRequest`.
+    """
+
+    checkpoint: Checkpoint
+    precision: Precision = "fp32"
+    weight_storage: Precision | None = None
+    steps: int | None = None
+    height: int | None = None
+    width: int | None = None
+    fixed_size: bool = False
+    base: HubItem | None = None
+    adapter: HubItem | None = None
+    image_encoder: HubItem | None = None
+    vae: HubItem | None = None
+    tiny_vae: bool = False
+    faceid_lora_scale: float = 1.0
+    distillation_lora: HubItem | None = None
+    distillation_lora_scale: float | None = None
+    random_weights: bool = False
+
+    def __post_init__(self) -> None:
+        allowed = self.checkpoint.allowed_steps
+        if self.steps is not None and self.steps not in allowed:
+            raise InvalidRequest(
+                f"Checkpoint {self.checkpoint.name} does not do {self.steps} steps.",
+                f"Choose one of {', '.join(map(str, allowed))}.",
+            )
+        given = (self.base, self.adapter, self.vae, self.image_encoder, self.distillation_lora)
+        if self.random_weights and any(given):
+            raise InvalidRequest(
+                "--random-weights takes no weights.", "Leave out --base, --adapter and the like."
+            )
+        if self.random_weights and self.checkpoint.name == "mini":
+            raise InvalidRequest(
+                "--random-weights makes full-size SDXL, not the mini model.",
+                "Name hyper, lightning, lcm, turbo or base.",
+            )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The torch type of `precision`."""
+        return torch.float16 if self.precision == "fp16" else torch.float32
+
+    def latent_size(self, scale_factor: int, levels: int) -> tuple[int, int]:
+        """(h, w) of the latents for a VAE that divides by `scale_factor`.
+
+        Raises `InvalidRequest` unless a UNet of so many levels can halve them at every level.
+        """
+        pixels = (self.height or self.checkpoint.size, self.width or self.checkpoint.size)
+        unit = scale_factor * 2 ** (levels - 1)
+        if any(side < unit or side % unit for side in pixels):
+            raise InvalidRequest(
+                f"{pixels[1]}x{pixels[0]} pixels do not fit this checkpoint.",
+                f"Height and width must be multiples of {unit}.",
+            )
+        return pixels[0] // scale_factor, pixels[1] // scale_factor

@@ -1,0 +1,206 @@
+"""Where the models of an export come from: a checkpoint with an adapter, or random numbers.
+
+Both give the same models one at a time; the caller exports each and drops it before the next, since
+a full-size export would not fit otherwise. What was read on the way (sources, fused LoRAs) is
+collected for the manifest.
+"""
+
+import json
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from fastface_trt.engines.manifest import LoraFused, Source
+from fastface_trt.export import full_size
+from fastface_trt.export.adapter import attach_adapter, load_projection, read_adapter
+from fastface_trt.export.checkpoints import TINY_VAE, HubItem, mini_folder
+from fastface_trt.export.model import Model
+from fastface_trt.export.options import ExportOptions
+from fastface_trt.export.sources import (
+    CheckpointSource,
+    fuse_distillation_lora,
+    load_image_encoder,
+    load_unet_weights,
+    load_vae,
+    locate,
+)
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+PAD_TOKENS = {"tokenizer": "<|endoftext|>", "tokenizer_2": "!"}
+_TOKENIZER_FILES = (
+    "vocab.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "tokenizer_config.json",
+    "tokenizer.json",
+)
+
+Normalisation = tuple[tuple[float, float, float], tuple[float, float, float]]
+
+
+class Weights(Protocol):
+    """Models by name, each loaded anew when it is asked for."""
+
+    adapter_name: str
+    face_model: str
+    force_zeros_for_empty_prompt: bool
+    sources: list[Source]
+    loras: list[LoraFused]
+
+    def text_encoder(self, name: str) -> Model:
+        """`text_encoder` or `text_encoder_2`."""
+        ...
+
+    def image_encoder(self) -> Model:
+        """The CLIP vision model of the adapter."""
+        ...
+
+    def image_normalisation(self) -> Normalisation:
+        """Mean and standard deviation per channel that the image encoder's input is given."""
+        ...
+
+    def projection(self) -> Model:
+        """The adapter's face projection."""
+        ...
+
+    def vae(self) -> Model:
+        """The VAE whose decoder is exported."""
+        ...
+
+    def unet(self) -> Model:
+        """The UNet with the adapter attached and every LoRA fused."""
+        ...
+
+    def copy_tokenizer(self, name: str, folder: Path) -> None:
+        """Write the files of `tokenizer` or `tokenizer_2` into a new `folder`."""
+        ...
+
+
+class CheckpointWeights:
+    """The weights that an `ExportOptions` names."""
+
+    def __init__(self, options: ExportOptions) -> None:
+        checkpoint = options.checkpoint
+        self._options = options
+        self._source = CheckpointSource(
+            options.base or checkpoint.base, options.dtype, checkpoint.base
+        )
+        adapter = locate(options.adapter or checkpoint.adapter, "adapter")
+        self._adapter = read_adapter(adapter.path)
+        self._image_encoder = locate(
+            options.image_encoder or checkpoint.image_encoder, "image_encoder"
+        )
+        self.adapter_name = adapter.path.name
+        self.face_model = checkpoint.face_model
+        self.force_zeros_for_empty_prompt = self._source.force_zeros_for_empty_prompt()
+        self.sources = [self._source.located.source, adapter.source, self._image_encoder.source]
+        self.loras: list[LoraFused] = []
+
+    def text_encoder(self, name: str) -> Model:
+        """See `Weights`."""
+        return self._source.text_encoder(name)
+
+    def image_encoder(self) -> Model:
+        """See `Weights`."""
+        return load_image_encoder(self._image_encoder.path, self._options.dtype)
+
+    def image_normalisation(self) -> Normalisation:
+        """See `Weights`; CLIP's own where the folder has no preprocessor configuration."""
+        file = self._image_encoder.path / "preprocessor_config.json"
+        values = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        mean, std = values.get("image_mean", CLIP_MEAN), values.get("image_std", CLIP_STD)
+        return (mean[0], mean[1], mean[2]), (std[0], std[1], std[2])
+
+    def projection(self) -> Model:
+        """See `Weights`."""
+        return load_projection(self._adapter).to(self._options.dtype)
+
+    def vae(self) -> Model:
+        """See `Weights`; under fp16 the checkpoint's fp16 VAE where it has one.
+
+        SDXL's own VAE overflows in fp16 and says so in its configuration; it stays in float32.
+        """
+        options = self._options
+        item = options.vae or (TINY_VAE if options.tiny_vae else None)
+        if item is None and options.precision == "fp16":
+            item = options.checkpoint.fp16_vae
+        if item is not None:
+            vae, source = load_vae(item, options.dtype)
+            self.sources.append(source)
+            return vae
+        vae = self._source.vae()
+        overflows = getattr(vae.config, "force_upcast", False) and options.dtype == torch.float16
+        return vae.float() if overflows else vae
+
+    def unet(self) -> Model:
+        """See `Weights`."""
+        options, checkpoint = self._options, self._options.checkpoint
+        unet = self._source.unet()
+        if checkpoint.unet and not options.base:
+            self.sources.append(load_unet_weights(unet, self._for_steps(checkpoint.unet)))
+        lora = options.distillation_lora or checkpoint.lora
+        if lora:
+            scale = options.distillation_lora_scale
+            scale = checkpoint.lora_scale if scale is None else scale
+            self.sources.append(fuse_distillation_lora(unet, self._for_steps(lora), scale))
+            self.loras.append(LoraFused(role="distillation", scale=scale))
+        attach_adapter(unet, self._adapter, lora_scale=options.faceid_lora_scale)
+        self.loras.append(LoraFused(role="faceid", scale=options.faceid_lora_scale))
+        return unet
+
+    def _for_steps(self, item: HubItem) -> HubItem:
+        """Hyper and Lightning ship one file per number of steps: fill it into the path."""
+        steps = self._options.steps or self._options.checkpoint.steps
+        path = (item.path or "").format(steps=steps, plural="" if steps == 1 else "s")
+        return HubItem(item.location, item.revision, path or None, item.licence)
+
+    def copy_tokenizer(self, name: str, folder: Path) -> None:
+        """See `Weights`."""
+        folder.mkdir()
+        for file in _TOKENIZER_FILES:
+            source = self._source.tokenizer(name) / file
+            if source.is_file():
+                (folder / file).write_bytes(source.read_bytes())
+
+
+class RandomWeights:
+    """Full-size SDXL with random weights; faces are found with the mini model's networks."""
+
+    def __init__(self, options: ExportOptions) -> None:
+        self._dtype = options.dtype
+        self.adapter_name = "random"
+        # Random weights need faces too, and must not need a download.
+        self.face_model = str(mini_folder() / "face")
+        self.force_zeros_for_empty_prompt = True
+        self.sources = [Source(role="random weights", location="-", licence="none")]
+        self.loras: list[LoraFused] = []
+
+    def text_encoder(self, name: str) -> Model:
+        """See `Weights`."""
+        return full_size.random_text_encoder(name, self._dtype)
+
+    def image_encoder(self) -> Model:
+        """See `Weights`."""
+        return full_size.random_image_encoder(self._dtype)
+
+    def image_normalisation(self) -> Normalisation:
+        """See `Weights`."""
+        return CLIP_MEAN, CLIP_STD
+
+    def projection(self) -> Model:
+        """See `Weights`."""
+        return full_size.random_projection(self._dtype)
+
+    def vae(self) -> Model:
+        """See `Weights`."""
+        return full_size.random_vae(self._dtype)
+
+    def unet(self) -> Model:
+        """See `Weights`."""
+        return full_size.random_unet(self._dtype)
+
+    def copy_tokenizer(self, name: str, folder: Path) -> None:
+        """See `Weights`."""
+        full_size.write_byte_tokenizer(folder, PAD_TOKENS[name])

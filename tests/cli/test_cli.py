@@ -1,0 +1,224 @@
+"""The command line: what a person types, what is printed, and exit codes."""
+
+import json
+
+import face_models
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+from fastface_trt.cli.main import USER_ERROR, cli
+from fastface_trt.runtime.png import read_parameters
+
+PROMPT = "photo; person in a garden"
+
+
+@pytest.fixture(scope="module")
+def face(tmp_path_factory):
+    canvas = np.full((320, 320, 3), 30, np.uint8)
+    face_models.draw(canvas, (160, 160), 24, half=60)
+    path = tmp_path_factory.mktemp("face") / "ada.png"
+    Image.fromarray(canvas).save(path)
+    return str(path)
+
+
+def run(*arguments):
+    return CliRunner().invoke(cli, [str(a) for a in arguments])
+
+
+def generate(tiny_export, face, out, *more):
+    return run(
+        "generate",
+        "--export",
+        tiny_export[0],
+        "--face",
+        face,
+        "--prompt",
+        PROMPT,
+        "--out",
+        out,
+        *more,
+    )
+
+
+def test_generate_writes_pictures_a_grid_and_numbers(tiny_export, face, tmp_path):
+    result = generate(
+        tiny_export,
+        face,
+        tmp_path,
+        "--preset",
+        "plain",
+        "--preset",
+        "am2+dcg",
+        "--count",
+        2,
+        "--seed",
+        7,
+        "--grid",
+        "--json",
+    )
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    names = sorted(p.name for p in tmp_path.iterdir())
+    assert len(names) == 5
+    assert "grid.png" in names
+    assert report["unet_samples"] == 2 * 4 + 2 * 12
+    first = read_parameters(report["files"][0])
+    assert (first["prompt"], first["seed"], first["alpha"]) == (PROMPT, 7, [1.0] * 4)
+    grid = Image.open(tmp_path / "grid.png")
+    assert grid.width > 4 * 160
+
+
+def test_options_reach_the_request(tiny_export, face, tmp_path):
+    result = generate(
+        tiny_export,
+        face,
+        tmp_path,
+        "--alpha",
+        "1,2,2,1",
+        "--beta",
+        "cap:high=4",
+        "--rescale",
+        "0.5",
+        "--am-down",
+        "scale=1.2,power=1.1",
+        "--am-mid",
+        "kind=softmask,sharpness=7/5/5/5",
+        "--ip-scale",
+        "down=0.5,up=0.9",
+        "--size",
+        "32x48",
+        "--plan",
+        "full",
+        "--negative-prompt",
+        "fog",
+        "--scope",
+        "branch",
+        "--steps",
+        4,
+        "--json",
+    )
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    values = read_parameters(report["files"][0])
+    assert values["alpha"] == [1, 2, 2, 1]
+    assert values["beta"] == [1, 4, 4, 1]
+    assert values["rescale"] == 0.5
+    assert values["manipulation"]["down"]["scale"] == 1.2
+    assert values["manipulation"]["mid"]["sharpness"] == [7, 5, 5, 5]
+    assert "up" not in values["manipulation"]
+    assert values["ip_adapter_scale"] == {"down": 0.5, "up": 0.9}
+    assert (values["width"], values["height"]) == (32, 48)
+    assert report["unet_samples"] == 12
+
+
+def test_presets_can_be_overridden(tiny_export, face, tmp_path):
+    result = generate(
+        tiny_export,
+        face,
+        tmp_path,
+        "--preset",
+        "am1+dcg",
+        "--rescale",
+        "off",
+        "--am-up",
+        "scale=2",
+        "--json",
+    )
+    values = read_parameters(json.loads(result.stdout)["files"][0])
+    assert values["rescale"] is None
+    assert values["manipulation"]["up"]["scale"] == 2
+    assert values["manipulation"]["up"]["power"] == 1.3
+    assert values["manipulation"]["down"]["scale"] == 1.55
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--preset", "am3"), "preset"),
+        (("--alpha", "1,2"), "2 values for 4 steps"),
+        (("--alpha", "1,x"), "not a schedule"),
+        (("--am-down", "quantile=1.5"), "between 0 and 1"),
+        (("--am-down", "power=-1"), "power"),
+        (("--am-down", "scale=nan"), "scale"),
+        (("--ip-scale", "much"), "ip-scale"),
+        (("--rescale", "2"), "between 0 and 1"),
+        (("--rescale", "some"), "rescale"),
+        (("--size", "big"), "size"),
+        (("--size", "30x30"), "multiples of"),
+        (("--steps", "5"), "does not do 5 steps"),
+        (("--seed", "-1"), "seed"),
+        (("--backend", "onnxruntim"), "onnxruntime"),
+        (("--backend", "tensorrt"), "tensorrt"),
+        (("--face-index", "3"), "face"),
+        (("--prompt", " "), "prompt is empty"),
+        (("--face", "absent.png"), "absent.png"),
+    ],
+)
+def test_mistakes_get_one_sentence_and_the_mend(tiny_export, face, tmp_path, arguments, says):
+    result = generate(tiny_export, face, tmp_path / "out", *arguments)
+    assert result.exit_code == USER_ERROR, result.output
+    assert "Traceback" not in result.output
+    error = result.stderr[result.stderr.index("Error:") :]
+    assert says in error
+    assert len(error.strip().splitlines()) == 2
+    assert not (tmp_path / "out").exists()
+
+
+def test_unwritable_output_is_explained(tiny_export, face, tmp_path):
+    (tmp_path / "file").write_text("")
+    result = generate(tiny_export, face, tmp_path / "file" / "out")
+    assert result.exit_code == USER_ERROR, result.output
+    assert "Traceback" not in result.output
+
+
+def test_build_then_inspect(tiny_export, tmp_path):
+    folder = tiny_export[0]
+    result = run("build", "--export", folder, "--cache", tmp_path)
+    assert result.exit_code == 0, result.output
+    engines = result.stdout.split()
+    assert len(engines) == 6
+    assert "verified" in run("inspect", "cache", "--cache", tmp_path, "--verify").output
+    assert "unet" in run("inspect", folder, "--verify").output
+    assert "input_ids" in run("inspect", engines[0], "--verify").output
+    assert json.loads(run("inspect", folder, "--json").stdout)["checkpoint"] == "tiny"
+    assert json.loads(run("inspect", engines[0], "--json").stdout)["backend"] == "onnxruntime"
+    wrong = run("build", "--export", folder, "--module", "unett")
+    assert wrong.exit_code == USER_ERROR
+    assert "'unet'" in wrong.stderr
+    assert run("inspect", tmp_path).exit_code == USER_ERROR
+
+
+def test_doctor():
+    assert "onnxruntime" in run("doctor").output
+    report = json.loads(run("doctor", "--json").stdout)
+    works = {b["name"]: b["works"] for b in report["backends"]}
+    assert works["onnxruntime"]
+    assert all(b["works"] or b["mend"] for b in report["backends"])
+
+
+def test_export_asks_for_the_licence_first():
+    result = run("export", "--checkpoint", "hyper")
+    assert result.exit_code == USER_ERROR
+    assert "--accept-licence" in result.stderr
+
+
+def test_export_mistakes(tmp_path):
+    for arguments, says in (
+        (("--checkpoint", "hiper"), "hyper"),
+        (("--checkpoint", "hyper", "--random-weights", "--steps", 3), "3 steps"),
+        (("--checkpoint", "hyper", "--random-weights", "--vae", "x/y"), "no weights"),
+        (("--checkpoint", "mini", "--adapter", str(tmp_path / "a.bin")), "a.bin"),
+    ):
+        result = run("export", *arguments, tmp_path / "out")
+        assert result.exit_code == USER_ERROR, result.output
+        assert says in result.stderr
+        assert not (tmp_path / "out").exists()
+
+
+def test_help_of_every_command():
+    for name in cli.commands:
+        result = run(name, "--help")
+        assert result.exit_code == 0
+        assert "Options" in result.output

@@ -1,0 +1,179 @@
+"""From a face and a prompt to a picture, over the tiny checkpoint and the real engines."""
+
+from dataclasses import replace
+
+import face_models
+import numpy as np
+import pytest
+
+from fastface_trt import FastFace
+from fastface_trt.errors import (
+    Cancelled,
+    ExportIncomplete,
+    FaceIndexOutOfRange,
+    InvalidRequest,
+    ManifestError,
+    NoFaceFound,
+    UnknownName,
+)
+from fastface_trt.runtime.manipulation import AttentionManipulation, PartManipulation
+
+
+def picture(*centres):
+    canvas = np.full((320, 320, 3), 30, np.uint8)
+    for index, centre in enumerate(centres):
+        face_models.draw(canvas, centre, 24, half=60 + 10 * index)
+    return canvas
+
+
+FACE = picture((160, 160))
+PROMPT = "photo; person in a garden"
+
+
+@pytest.fixture(scope="module")
+def fastface(tiny_export):
+    with FastFace.load(tiny_export[0]) as loaded:
+        yield loaded
+
+
+def pixels(result):
+    return [np.asarray(image).astype(np.int16) for image in result.images]
+
+
+def test_one_picture(fastface):
+    result = fastface(PROMPT, FACE, preset="am1+dcg", seed=3)
+    (image,) = result.images
+    assert image.size == (32, 32)
+    assert image.mode == "RGB"
+    assert result.unet_samples == 10
+    assert [len(b) for b in result.branches[0]] == [2, 3, 3, 2]
+    assert set(result.seconds) == {"total", "face", "text", "unet", "vae"}
+    assert result.parameters[0]["seed"] == 3
+    assert result.warnings == []
+
+
+def test_same_seed_same_picture_other_seed_other_picture(fastface):
+    first, again, other = (pixels(fastface(PROMPT, FACE, seed=s))[0] for s in (1, 1, 2))
+    np.testing.assert_array_equal(first, again)
+    assert np.abs(first - other).max() > 3
+
+
+def test_a_batch_of_different_requests_equals_single_runs(fastface):
+    base = fastface.request(PROMPT, seed=4)
+    requests = [
+        base.with_preset("am2+dcg"),
+        replace(base, seed=5, ip_adapter_scale=0.2).with_preset("am1"),
+        replace(base, prompt="oil painting; person", negative_prompt="fog").with_preset("dcg"),
+        replace(base, height=48, width=32, steps=2),
+    ]
+    together = pixels(fastface.generate(requests, [FACE] * 4))
+    for request, expected in zip(requests, together, strict=True):
+        single = pixels(fastface.generate([request], [FACE]))[0]
+        assert np.abs(single - expected).max() <= 1  # one step of 255 is rounding
+
+
+def test_everything_that_should_change_a_picture_does(fastface):
+    plain = pixels(fastface(PROMPT, FACE))[0]
+    strong = AttentionManipulation(up=PartManipulation("scale_power", scale=6.0, power=0.5))
+    for change in (
+        {"ip_adapter_scale": 3.0},
+        {"manipulation": strong},
+        {"alpha": 3.0, "beta": 6.0},
+        {"num_inference_steps": 2},
+    ):
+        assert np.abs(pixels(fastface(PROMPT, FACE, **change))[0] - plain).max() > 0, change
+    assert np.abs(pixels(fastface("an entirely different prompt", FACE))[0] - plain).max() > 0
+
+
+def test_lists_pair_up(fastface):
+    result = fastface([PROMPT, "oil painting; person"], FACE, num_images_per_prompt=2)
+    assert [(r.prompt == PROMPT, r.picture) for r in result.requests] == [
+        (True, 0),
+        (True, 1),
+        (False, 0),
+        (False, 1),
+    ]
+    with pytest.raises(InvalidRequest, match="pair up"):
+        fastface([PROMPT, PROMPT], [FACE] * 3)
+
+
+def test_a_long_prompt_says_what_was_cut(fastface):
+    result = fastface("x" * 74 + " and this is cut", FACE)
+    assert "cut" in result.warnings[0]
+    assert "this is cut" in result.warnings[0]
+
+
+def test_faces(fastface):
+    two = picture((80, 160), (230, 160))
+    assert fastface.analyze(two).count == 2
+    assert fastface.analyze(two, index=1).box[0] < fastface.analyze(two).box[0]
+    with pytest.raises(FaceIndexOutOfRange):
+        fastface(PROMPT, two, face_index=2)
+    with pytest.raises(NoFaceFound):
+        fastface(PROMPT, picture())
+
+
+def test_channel_order_changes_the_tokens(fastface):
+    colourful = FACE.copy()
+    colourful[..., 0] = np.maximum(colourful[..., 0], 200)
+    face = fastface.analyze(colourful)
+    conditioner = fastface._conditioner
+    bgr, rgb = (conditioner.image_tokens(face, order) for order in ("bgr", "rgb"))
+    assert np.abs(bgr - rgb).max() > 0
+
+
+def test_cancelling(fastface):
+    with pytest.raises(Cancelled):
+        fastface(PROMPT, FACE, on_step=lambda trace: False)
+    assert fastface(PROMPT, FACE).images  # and the next run is unharmed
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"height": 30},
+        {"steps": 5},
+        {"num_inference_steps": 5},
+        {"colour": "red"},
+        {"num_images_per_prompt": 0},
+    ],
+)
+def test_bad_requests(fastface, change):
+    with pytest.raises(InvalidRequest):
+        fastface(PROMPT, FACE, **change)
+
+
+def test_unknown_preset_and_backend(fastface, tiny_export):
+    with pytest.raises(UnknownName, match="am1"):
+        fastface(PROMPT, FACE, preset="am11")
+    with pytest.raises(UnknownName, match="onnxruntime"):
+        FastFace.load(tiny_export[0], backend="onnxruntme")
+
+
+def test_an_unfinished_or_damaged_export_is_refused(tiny_export, tmp_path):
+    import shutil
+
+    with pytest.raises(ExportIncomplete):
+        FastFace.load(tmp_path)
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny_export[0], copy)
+    (copy / "tokenizer" / "vocab.json").write_text("{}")
+    with pytest.raises(ExportIncomplete, match=r"vocab\.json"):
+        FastFace.load(copy)
+    manifest = copy / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"steps"', '"stepz"'))
+    with pytest.raises(ManifestError, match="stepz|steps"):
+        FastFace.load(copy)
+
+
+def test_a_swapped_onnx_file_is_refused(tiny_export, tmp_path):
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny_export[0], copy)
+    shutil.copyfile(copy / "vae_decoder/model.onnx", copy / "unet/model.onnx")
+    with (
+        FastFace.load(copy, cache=tmp_path / "cache") as broken,
+        pytest.raises(ExportIncomplete, match="unet"),
+    ):
+        broken.warm_up()
