@@ -37,7 +37,7 @@ class Population:
 
 
 TRAIN = Population("train", identities=5000, pictures=12, sources=2)
-JUDGE = Population("judge", identities=3000, pictures=10, sources=1)
+JUDGE = Population("judge", identities=1500, pictures=8, sources=1)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from .data import Portraits
 from .loop import Schedule, train
 from .recognition import sample_crops
 
-SCHEDULE = Schedule(steps=1200, learning_rate=1e-3, warmup=100)
+SCHEDULE = Schedule(steps=800, learning_rate=1e-3, warmup=100)
 BATCH = 64
 SIZE = 64
 MEAN = (0.48145466, 0.4578275, 0.40821073)

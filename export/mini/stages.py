@@ -16,9 +16,9 @@ from .loop import Schedule, train
 from .sources import Sources
 from .unet import FEW_STEPS, build_unet
 
-BASE = Schedule(steps=2500, learning_rate=1.5e-3, warmup=150, ema=0.998)
-ADAPTER = Schedule(steps=1600, learning_rate=1.5e-3, warmup=100, ema=0.997)
-FEW_STEP = Schedule(steps=500, learning_rate=3e-4, warmup=50, ema=0.99)
+BASE = Schedule(steps=1200, learning_rate=1.5e-3, warmup=60, ema=0.995)
+ADAPTER = Schedule(steps=800, learning_rate=1.5e-3, warmup=50, ema=0.99)
+FEW_STEP = Schedule(steps=300, learning_rate=3e-4, warmup=50, ema=0.99)
 BATCH = 32
 
 
