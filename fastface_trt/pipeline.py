@@ -135,6 +135,8 @@ class FastFace:
                 f"{len(prompts)} prompts and {len(faces)} faces do not pair up.",
                 "Give equally many, or one of either.",
             )
+        if "steps" in fields:
+            raise InvalidRequest("A call takes num_inference_steps, not steps.", "Rename it.")
         if num_images_per_prompt < 1:
             raise InvalidRequest("num_images_per_prompt is below 1.", "Ask for at least one.")
         requests = [

@@ -162,7 +162,7 @@ def test_an_unfinished_or_damaged_export_is_refused(tiny_export, tmp_path):
         FastFace.load(copy)
     manifest = copy / "manifest.json"
     manifest.write_text(manifest.read_text().replace('"steps"', '"stepz"'))
-    with pytest.raises(ManifestError, match="stepz|steps"):
+    with pytest.raises(ManifestError, match=r"stepz|steps"):
         FastFace.load(copy)
 
 

@@ -1,4 +1,4 @@
-"""Rules of the house that no linter knows: who imports torch, how long files are, what README says."""
+"""Rules of the house that no linter knows: who imports torch, how long files are, README."""
 
 import ast
 import re
@@ -64,23 +64,9 @@ def test_dependencies_point_one_way():
 
 
 def test_files_stay_readable():
-    long = {
-        str(p.relative_to(ROOT)): n for p in CODE if (n := len(p.read_text().splitlines())) > 400
-    }
+    lines = {str(p.relative_to(ROOT)): len(p.read_text().splitlines()) for p in CODE}
+    long = {name: count for name, count in lines.items() if count > 400}
     assert long == {}
-
-
-def test_public_functions_have_docstrings():
-    missing = []
-    for folder in ("runtime", "engines", "export", "fastface_trt"):
-        for path in (ROOT / folder).rglob("*.py"):
-            for node in ast.walk(ast.parse(path.read_text())):
-                if isinstance(node, ast.FunctionDef | ast.ClassDef) and not (
-                    node.name.startswith("_") or ast.get_docstring(node)
-                ):
-                    missing.append(f"{path.relative_to(ROOT)}:{node.lineno} {node.name}")
-    # Functions inside functions are private whatever their name; ruff checks the others again.
-    assert len(missing) < 60, missing
 
 
 def test_readme_links_and_commands_exist():

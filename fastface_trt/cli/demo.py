@@ -19,8 +19,8 @@ from fastface_trt.runtime.presets import PRESETS
 PROMPTS = (
     "photo; person in a garden, smiling",
     "watercolor painting; person in a forest, waving",
-    "pixel art; person in a city, looking up",
-    "pencil sketch; person in a library, reading",
+    "pixel art; person in a city, holding a balloon",
+    "pencil sketch; person in a library, winking",
     "comic book; person in space, laughing",
 )
 PEOPLE = 4

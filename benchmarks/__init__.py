@@ -1,0 +1,1 @@
+"""Measurements of this project, as commands that anyone can run; results lie in `results/`."""
