@@ -61,7 +61,8 @@ def train_adapter(
         draw = rng.random(BATCH)
         no_text, no_face = draw < 0.12, (draw > 0.08) & (draw < 0.16)
         identity, features = sources.pick(labels[:, 0], rng, no_face)
-        adapter.attend_to(adapter.image_proj(identity, features))
+        # Users turn the scale down from 1; the adapter must hold there, too.
+        adapter.attend_to(adapter.image_proj(identity, features), float(rng.uniform(0.7, 1.0)))
         t = sample_timesteps(rng, BATCH)
         clean = latents.values[rows].float()
         return denoiser.loss(clean, t, drop(states, no_text), drop(pooled, no_text))

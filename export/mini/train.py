@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
-from diffusers import UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
 
 from .adapter import Adapter
 from .assets import draw_sample_faces, save_adapter, save_checkpoint, save_face_models
@@ -32,7 +32,7 @@ from .recognition import Recogniser, train_recogniser
 from .sources import Sources, prepare_sources
 from .stages import distil, train_adapter, train_base
 from .text import train_text
-from .vae import train_vae
+from .vae import refine_decoder, train_vae
 
 RECOGNISER = Schedule(steps=2000, learning_rate=2e-3, warmup=100)
 RECOGNISER_WIDTHS = (24, 48, 80, 96)
@@ -104,6 +104,13 @@ def _vae(work: Path, out: Path, seed: int) -> None:
     train_vae(portraits, work, seed).half().save_pretrained(out / "checkpoint" / "vae")
 
 
+def _decoder(work: Path, out: Path, seed: int) -> None:
+    portraits = open_population(work / "data" / TRAIN.name)
+    vae = AutoencoderKL.from_pretrained(out / "checkpoint" / "vae")
+    refine_decoder(vae, portraits, work, seed + 6)
+    vae.half().save_pretrained(out / "checkpoint" / "vae")
+
+
 def _judges(work: Path, out: Path, seed: int) -> None:
     portraits = build_population(work / "data" / JUDGE.name, JUDGE)
     recogniser = train_recogniser(
@@ -162,6 +169,7 @@ def main() -> None:
             train_detector(work, seed + 2), recogniser_stage(work, seed), out / "face"
         ),
         "judges": lambda: _judges(work, out, seed),
+        "decoder": lambda: _decoder(work, out, seed),
         "faces": lambda: draw_sample_faces(out / "faces"),
     }
     for name in arguments.stages or stages:
