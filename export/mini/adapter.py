@@ -159,8 +159,9 @@ class FaceAttention(nn.Module):
             value = split(attn.to_v(context) + self.to_v_lora(context))
         mixed = functional.scaled_dot_product_attention(query, key, value)
         if self.cross and self.tokens is not None:
-            image_key, image_value = split(self.to_k_ip(self.tokens)), split(
-                self.to_v_ip(self.tokens)
+            image_key, image_value = (
+                split(self.to_k_ip(self.tokens)),
+                split(self.to_v_ip(self.tokens)),
             )
             face = functional.scaled_dot_product_attention(query, image_key, image_value)
             mixed = mixed + self.scale * face

@@ -36,9 +36,7 @@ SAMPLE_SIZE = 256
 def save_checkpoint(unet: UNet2DConditionModel, folder: Path) -> None:
     """Write unet/, scheduler/ and model_index.json; the other parts are there already."""
     plain = UNet2DConditionModel.from_config(unet.config)
-    plain.load_state_dict(
-        {k: v for k, v in unet.state_dict().items() if ".processor." not in k}
-    )
+    plain.load_state_dict({k: v for k, v in unet.state_dict().items() if ".processor." not in k})
     plain.half().save_pretrained(folder / "unet")
     build_scheduler().save_pretrained(folder / "scheduler")
     index = {

@@ -115,9 +115,7 @@ def targets(faces: list[Face], height: int, width: int) -> list[npt.NDArray[np.f
     return result
 
 
-def sample_picture(
-    rng: np.random.Generator, size: int
-) -> tuple[npt.NDArray[np.uint8], list[Face]]:
+def sample_picture(rng: np.random.Generator, size: int) -> tuple[npt.NDArray[np.uint8], list[Face]]:
     """Draw zero to three people on a `size` x `size` picture; faces in the pixels of it."""
     count = int(rng.choice([0, 1, 1, 1, 1, 2, 3]))
     people = []
@@ -130,7 +128,9 @@ def sample_picture(
             x = (index + 0.5) / count + rng.uniform(-0.04, 0.04)
             y = rng.uniform(half * 1.2, 1 - half * 1.3)
         person = sample_identity(int(rng.integers(1_000_000)), "detector")
-        people.append((person, Placement(float(x), float(y), half, float(rng.uniform(-0.25, 0.25)))))
+        people.append(
+            (person, Placement(float(x), float(y), half, float(rng.uniform(-0.25, 0.25))))
+        )
     scene = Scene(
         STYLE_NAMES[rng.integers(len(STYLE_NAMES))],
         PLACE_NAMES[rng.integers(len(PLACE_NAMES))],
@@ -151,7 +151,9 @@ def _batch(rng: np.random.Generator) -> tuple[Tensor, list[Tensor]]:
         canvas[:drawn, :drawn] = image
         if rng.random() < 0.4:
             small = torch.from_numpy(canvas).permute(2, 0, 1)[None]
-            low = functional.interpolate(small, scale_factor=float(rng.uniform(0.4, 0.9)), mode="area")
+            low = functional.interpolate(
+                small, scale_factor=float(rng.uniform(0.4, 0.9)), mode="area"
+            )
             back = functional.interpolate(low, size=(side, side), mode="bilinear")
             canvas = back[0].permute(1, 2, 0).numpy()
         canvas = canvas * rng.uniform(0.8, 1.15) + rng.normal(0, 4, canvas.shape)
@@ -177,7 +179,9 @@ def _loss(levels: list[Tensor], goals: list[Tensor]) -> Tensor:
         total = total + (balance * miss**2 * entropy * counted).sum() / positives
         there = wanted > 0
         if there.any():
-            box = functional.smooth_l1_loss(raw[there][:, 1:5], goal[there][:, 1:5], reduction="none")
+            box = functional.smooth_l1_loss(
+                raw[there][:, 1:5], goal[there][:, 1:5], reduction="none"
+            )
             points = functional.smooth_l1_loss(
                 raw[there][:, 5:], goal[there][:, 5:15], reduction="none", beta=0.1
             )

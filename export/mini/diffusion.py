@@ -153,7 +153,7 @@ class Denoiser:
     def sample(self, x: Tensor, states: Tensor, pooled: Tensor, steps: int = 4) -> Tensor:
         """Run DDIM with trailing timesteps from noise [n, 4, h, w]; no guidance."""
         times = [round(1000 - index * 1000 / steps) - 1 for index in range(steps)]
-        for index, time in enumerate(times):
+        for _index, time in enumerate(times):
             t = torch.full((len(x),), time)
             previous = t - 1000 // steps
             x = self.noise.ddim(x, self(x, t, states, pooled), t, previous)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -31,8 +32,12 @@ class SceneJudge(nn.Module):
         super().__init__()
         widths = (3, 24, 48, 64, 96)
         layers: list[nn.Module] = []
-        for inputs, outputs in zip(widths, widths[1:], strict=False):
-            layers += [nn.Conv2d(inputs, outputs, 5, 2, 2), nn.BatchNorm2d(outputs), nn.LeakyReLU(0.1)]
+        for inputs, outputs in itertools.pairwise(widths):
+            layers += [
+                nn.Conv2d(inputs, outputs, 5, 2, 2),
+                nn.BatchNorm2d(outputs),
+                nn.LeakyReLU(0.1),
+            ]
         self.body = nn.Sequential(*layers)
         self.style = nn.Linear(widths[-1] * 2, len(STYLE_NAMES))
         self.place = nn.Linear(widths[-1] * 9, len(PLACE_NAMES))
@@ -55,7 +60,9 @@ def train_scene_judge(portraits: Portraits, path: Path, seed: int) -> SceneJudge
         labels = torch.from_numpy(np.array(portraits.labels[rows]))
         picture = to_tensor(portraits.pictures[rows])
         if rng.random() < 0.5:
-            low = functional.interpolate(picture, scale_factor=float(rng.uniform(0.5, 0.95)), mode="area")
+            low = functional.interpolate(
+                picture, scale_factor=float(rng.uniform(0.5, 0.95)), mode="area"
+            )
             picture = functional.interpolate(low, size=(96, 96), mode="bilinear")
         picture = picture * float(rng.uniform(0.85, 1.1)) + float(rng.uniform(-0.1, 0.1))
         picture = picture + torch.randn_like(picture) * float(rng.uniform(0, 0.1))

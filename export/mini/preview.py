@@ -44,7 +44,9 @@ class Measures:
         providers = ["CPUExecutionProvider"]
         self.faces = FaceAnalysis(name=str(assets / "face"), providers=providers)
         judges = assets / "judges"
-        self.identity = onnxruntime.InferenceSession(judges / "recognition.onnx", providers=providers)
+        self.identity = onnxruntime.InferenceSession(
+            judges / "recognition.onnx", providers=providers
+        )
         self.scene = onnxruntime.InferenceSession(judges / "scene.onnx", providers=providers)
 
     def find(self, rgb: Bytes) -> tuple[Floats, Floats] | None:
@@ -143,7 +145,11 @@ def measure(assets: Path, pairs: int, ip_scale: float, steps: int, seed: int) ->
     for start in range(0, pairs, 32):
         chosen = rng.integers(len(people), size=min(32, pairs - start))
         scenes = [
-            Scene(str(rng.choice(STYLE_NAMES)), str(rng.choice(PLACE_NAMES)), str(rng.choice(ACTION_NAMES)))
+            Scene(
+                str(rng.choice(STYLE_NAMES)),
+                str(rng.choice(PLACE_NAMES)),
+                str(rng.choice(ACTION_NAMES)),
+            )
             for _ in chosen
         ]
         faces = [(people[n][2], people[n][3]) for n in chosen]

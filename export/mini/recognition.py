@@ -100,7 +100,9 @@ def sample_crops(
     people = len(portraits.sources) // int(np.bincount(portraits.source_labels).max())
     chosen = np.sort(rng.choice(people, batch // views, replace=False))
     pictures, sources = len(portraits.pictures) // people, len(portraits.sources) // people
-    rows = (chosen[:, None] * pictures + rng.integers(pictures, size=(len(chosen), views - 1))).ravel()
+    rows = (
+        chosen[:, None] * pictures + rng.integers(pictures, size=(len(chosen), views - 1))
+    ).ravel()
     points = portraits.points[rows] + rng.normal(0, 0.7, (len(rows), 5, 2))
     drawn = crop_faces(
         to_tensor(portraits.pictures[rows]), torch.from_numpy(points.astype(np.float32))

@@ -86,9 +86,7 @@ def _worker(rank: int, count: int, work: Path, out: Path, seed: int, last: str) 
     # one process with two, whose threads wait for each other at every small operation.
     torch.set_num_threads(1)
     rendezvous = work / "rendezvous"
-    dist.init_process_group(
-        "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=count
-    )
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=count)
     diffusion_stages(work, out, seed, last)
     dist.destroy_process_group()
 
@@ -135,7 +133,10 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--stages", nargs="*", default=[], help="only these; default all")
     parser.add_argument(
-        "--last", default="few_step", choices=["base", "adapter", "few_step"], help="diffusion stage"
+        "--last",
+        default="few_step",
+        choices=["base", "adapter", "few_step"],
+        help="diffusion stage",
     )
     arguments = parser.parse_args()
     work, out, seed = arguments.work.resolve(), arguments.out.resolve(), arguments.seed

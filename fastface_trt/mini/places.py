@@ -32,7 +32,12 @@ def _forest(pen: Pen, shift: float) -> None:
         x += 0.035 * shift
         base = 0.86
         pen.polygon(
-            [(x - 0.025, base - 0.2), (x + 0.025, base - 0.2), (x + 0.025, base), (x - 0.025, base)],
+            [
+                (x - 0.025, base - 0.2),
+                (x + 0.025, base - 0.2),
+                (x + 0.025, base),
+                (x - 0.025, base),
+            ],
             (104, 66, 40),
         )
         for tier in range(3):
@@ -133,7 +138,9 @@ def _space(pen: Pen, shift: float) -> None:
     pen.ellipse(x, 0.24, 0.19, 0.05, (240, 216, 160), False, -0.35)
     pen.ellipse(x, 0.24, 0.15, 0.03, (22, 20, 52), False, -0.35)
     pen.ellipse(x, 0.24, 0.105, 0.105, (226, 132, 72))
-    pen.stroke(ellipse_points(x, 0.24, 0.175, 0.042, 0.15, 2.99, angle=-0.35), (240, 216, 160), 0.022)
+    pen.stroke(
+        ellipse_points(x, 0.24, 0.175, 0.042, 0.15, 2.99, angle=-0.35), (240, 216, 160), 0.022
+    )
     x = 0.87 + 0.03 * shift
     pen.ellipse(x, 0.52, 0.12, 0.12, (110, 150, 214))
     pen.ellipse(x - 0.03, 0.48, 0.035, 0.03, (72, 108, 172), False)
@@ -159,13 +166,20 @@ def _library(pen: Pen, shift: float) -> None:
             height = 0.17 + 0.018 * ((book * 7) % 3)
             left, foot = x + 0.004, top + 0.215
             pen.polygon(
-                [(left, foot - height), (x + width, foot - height), (x + width, foot), (left, foot)],
+                [
+                    (left, foot - height),
+                    (x + width, foot - height),
+                    (x + width, foot),
+                    (left, foot),
+                ],
                 spines[(book * 4 + row) % len(spines)],
             )
             x += width + 0.004
             book += 1
         shelf = top + 0.215
-        pen.polygon([(0, shelf), (1, shelf), (1, shelf + 0.035), (0, shelf + 0.035)], (140, 88, 48), False)
+        pen.polygon(
+            [(0, shelf), (1, shelf), (1, shelf + 0.035), (0, shelf + 0.035)], (140, 88, 48), False
+        )
 
 
 def _garden(pen: Pen, shift: float) -> None:

@@ -109,7 +109,9 @@ def _beard(pen: Pen, person: Identity) -> None:
         inner = ellipse_points(0, 0.16, person.face_width * 0.74, 0.27, 0, np.pi, 16)
         order = np.concatenate([low, inner[::-1]])
         pen.polygon(order, colour)
-        pen.ellipse(0, MOUTH_Y + 0.02, person.mouth_width + 0.05, 0.14, shade(person.skin, 0.9), False)
+        pen.ellipse(
+            0, MOUTH_Y + 0.02, person.mouth_width + 0.05, 0.14, shade(person.skin, 0.9), False
+        )
     elif person.beard == "goatee":
         pen.polygon(ellipse_points(0, 0.88, 0.23, 0.19), colour)
 
@@ -155,7 +157,9 @@ def _nose(pen: Pen, person: Identity) -> None:
     tip = EYE_Y + 0.10 + person.nose_length
     width = person.nose_width
     dark = shade(person.skin, 0.70)
-    pen.polygon([(0.02, EYE_Y + 0.08), (width * 0.75, tip), (0.0, tip)], shade(person.skin, 0.86), False)
+    pen.polygon(
+        [(0.02, EYE_Y + 0.08), (width * 0.75, tip), (0.0, tip)], shade(person.skin, 0.86), False
+    )
     arc = ellipse_points(0, tip - 0.01, width, 0.075, 0.15, np.pi - 0.15, 12)
     pen.stroke(arc, dark, 0.055)
     pen.ellipse(-0.03, tip - 0.07, 0.045, 0.05, shade(person.skin, 1.35), False)
@@ -167,7 +171,16 @@ def _mouth(pen: Pen, person: Identity, face: Expression) -> None:
     if face.mouth == "laugh":
         mouth = ellipse_points(0, y - 0.04, m * 1.08, 0.27, 0, np.pi, 18)
         pen.polygon(mouth, (112, 24, 34))
-        pen.polygon([(-m * 0.95, y - 0.03), (m * 0.95, y - 0.03), (m * 0.8, y + 0.055), (-m * 0.8, y + 0.055)], WHITE, False)
+        pen.polygon(
+            [
+                (-m * 0.95, y - 0.03),
+                (m * 0.95, y - 0.03),
+                (m * 0.8, y + 0.055),
+                (-m * 0.8, y + 0.055),
+            ],
+            WHITE,
+            False,
+        )
         pen.stroke(np.concatenate([mouth, mouth[:1]]), person.lip, lip * 0.8)
         return
     if face.mouth == "round":
@@ -190,7 +203,8 @@ def _glasses(pen: Pen, person: Identity) -> None:
             rim = ellipse_points(side * x, EYE_Y + 0.02, radius, radius * 0.95)
         else:
             r, h = radius, radius * 0.70
-            rim = np.array([(-r, -h), (r, -h), (r * 0.9, h), (-r * 0.9, h)]) + (side * x, EYE_Y + 0.02)
+            corners = np.array([(-r, -h), (r, -h), (r * 0.9, h), (-r * 0.9, h)])
+            rim = corners + np.array([side * x, EYE_Y + 0.02])
         pen.stroke(np.concatenate([rim, rim[:2]]), colour, 0.065)
         arm = [(side * (x + radius), EYE_Y - 0.04), (side * person.face_width, EYE_Y - 0.06)]
         pen.stroke(arm, colour, 0.065)

@@ -23,7 +23,8 @@ class Face:
     """Ground truth of one face, in pixels of the picture.
 
     Attributes:
-        key_points: float32 [5, 2] as (x, y): left eye, right eye, nose, left and right mouth corner.
+        key_points: float32 [5, 2] as (x, y): left eye, right eye, nose, left and right corner
+            of the mouth.
         box: float32 [4] as (x0, y0, x1, y1) around the face without hair.
     """
 

@@ -129,7 +129,7 @@ def _comic(picture: Picture, mask: Picture) -> Picture:
 
 def _noir(picture: Picture, mask: Picture) -> Picture:
     size = picture.shape[0]
-    x, y = _grid(size)
+    x, _y = _grid(size)
     grey = np.clip((_grey(picture) - 0.5) * 1.35 + 0.54, 0, 1)
     lamp = np.clip(1.30 - x / 100, 0.35, 1.15) * (1 - mask[..., 0])
     face = np.clip(1.28 - x / 150, 0.4, 1.2) * mask[..., 0]

@@ -111,7 +111,8 @@ def test_judges_read_drawn_pictures() -> None:
     from fastface_trt.mini.scene import draw_portrait
 
     labels = json.loads((ASSETS / "judges" / "labels.json").read_text())
-    assert labels["style"] == list(STYLE_NAMES) and labels["place"] == list(PLACE_NAMES)
+    assert labels["style"] == list(STYLE_NAMES)
+    assert labels["place"] == list(PLACE_NAMES)
     judge = onnxruntime.InferenceSession(
         str(ASSETS / "judges" / "scene.onnx"), providers=["CPUExecutionProvider"]
     )
@@ -120,7 +121,9 @@ def test_judges_read_drawn_pictures() -> None:
         scene = Scene(STYLE_NAMES[index % 8], PLACE_NAMES[(index * 3 + index // 8) % 8], "waving")
         image, _ = draw_portrait(sample_identity(index, "unseen"), scene, index)
         values = (np.asarray(image, dtype=np.float32) - 127.5) / 127.5
-        style, place = judge.run(None, {judge.get_inputs()[0].name: values.transpose(2, 0, 1)[None]})
+        style, place = judge.run(
+            None, {judge.get_inputs()[0].name: values.transpose(2, 0, 1)[None]}
+        )
         right += STYLE_NAMES[style.argmax()] == scene.style
         right += PLACE_NAMES[place.argmax()] == scene.place
     assert right >= 29

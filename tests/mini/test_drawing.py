@@ -51,7 +51,8 @@ def test_styles_and_places_differ_more_than_seeds(part: str) -> None:
         for n in names
     ]
     pictures = [_pixels(scene) for scene in scenes]
-    by_seed = np.mean([np.abs(_pixels(s, seed=1) - p).mean() for s, p in zip(scenes, pictures)])
+    pairs = zip(scenes, pictures, strict=True)
+    by_seed = np.mean([np.abs(_pixels(s, seed=1) - p).mean() for s, p in pairs])
     for first, second in itertools.combinations(pictures, 2):
         assert np.abs(first - second).mean() > by_seed
 
@@ -78,7 +79,8 @@ def test_key_points_scale_with_the_picture() -> None:
 def test_several_people_and_none() -> None:
     rng = np.random.default_rng(0)
     image, faces = draw_people([], SCENE, rng)
-    assert image.size == (96, 96) and faces == []
+    assert image.size == (96, 96)
+    assert faces == []
 
 
 def test_prompts_name_their_scene() -> None:
