@@ -233,7 +233,7 @@ class _UNetProvider:
         for file in (self._adapter_file, *sorted((self._model / "unet").iterdir())):
             identity.update(f"{file.name}:{sha256_file(file)}".encode())
         spec, folder = export_unet_once(
-            self._cache.root.parent / "replay",
+            self._cache.root / "replay",
             identity.hexdigest(),
             lambda: self._torch_unet(lora_scale),
             self._progress,

@@ -1,6 +1,7 @@
 """Options and helpers that several commands share."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from time import perf_counter
 from typing import Any, TypeVar
@@ -29,6 +30,19 @@ def timed_lines(out: Console) -> Progress:
         out.print(f"[dim]{perf_counter() - started:7.1f} s[/dim]  {text}", markup=True)
 
     return line
+
+
+@contextmanager
+def passing_phases(out: Console, line: Progress) -> Iterator[Progress]:
+    """A progress callback for phases that matter only while they last.
+
+    On a terminal they share one line that disappears; elsewhere they are ordinary lines.
+    """
+    if not out.is_terminal:
+        yield line
+        return
+    with out.status("") as status:
+        yield status.update
 
 
 def backend_options(command: Command) -> Command:

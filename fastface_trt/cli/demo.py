@@ -7,7 +7,7 @@ import click
 import numpy as np
 from PIL import Image
 
-from fastface_trt.cli.common import FOLDER, backend_options, console, timed_lines
+from fastface_trt.cli.common import FOLDER, backend_options, console, passing_phases, timed_lines
 from fastface_trt.engines.engine import Progress
 from fastface_trt.grid import contact_sheet
 from fastface_trt.pipeline import FastFace
@@ -40,13 +40,17 @@ def demo(
     """
     import fastface_trt.mini
 
-    line = timed_lines(console())
+    screen = console()
+    line = timed_lines(screen)
     folder = Path(next(iter(fastface_trt.mini.__path__))) / "faces"
     samples = [p for p in sorted(folder.glob("*.png")) if p.stem != "two_people"][:PEOPLE]
     started = perf_counter()
-    with FastFace.load(
-        export_folder, backend=backend, cache=cache, threads=threads, progress=line
-    ) as fastface:
+    with (
+        passing_phases(screen, line) as phase,
+        FastFace.load(
+            export_folder, backend=backend, cache=cache, threads=threads, progress=phase
+        ) as fastface,
+    ):
         fastface.warm_up()
         line(f"engines ready after {perf_counter() - started:.1f} s")
         pictures = [load_picture(path) for path in samples]

@@ -10,7 +10,14 @@ import click
 import numpy as np
 from PIL import Image
 
-from fastface_trt.cli.common import FOLDER, backend_options, console, licence_option, timed_lines
+from fastface_trt.cli.common import (
+    FOLDER,
+    backend_options,
+    console,
+    licence_option,
+    passing_phases,
+    timed_lines,
+)
 from fastface_trt.engines.files import storage_errors
 from fastface_trt.errors import InvalidRequest
 from fastface_trt.grid import contact_sheet
@@ -181,15 +188,19 @@ def generate(
     **given: Any,
 ) -> None:
     """Make pictures of the person in FACE as PROMPT says, for every face, prompt and preset."""
-    line = timed_lines(console())
-    with FastFace.load(
-        export_folder,
-        backend=backend,
-        cache=cache,
-        threads=threads,
-        licence_acknowledged=accept_licence,
-        progress=line,
-    ) as fastface:
+    screen = console()
+    line = timed_lines(screen)
+    with (
+        passing_phases(screen, line) as phase,
+        FastFace.load(
+            export_folder,
+            backend=backend,
+            cache=cache,
+            threads=threads,
+            licence_acknowledged=accept_licence,
+            progress=phase,
+        ) as fastface,
+    ):
         chosen_steps = fastface.manifest.steps if steps is None else steps
         fields = {preset: request_fields(preset, chosen_steps, given) for preset in presets}
         jobs = [
@@ -211,7 +222,7 @@ def generate(
 
         def on_step(trace: StepTrace) -> None:
             if trace.job == len(jobs) - 1:
-                line(f"step {trace.step + 1} of {trace.steps}")
+                phase(f"step {trace.step + 1} of {trace.steps}")
 
         result = fastface.generate(
             requests,
