@@ -27,6 +27,11 @@ class AdapterWeights:
     image_proj: State
     ip_adapter: State
 
+    @property
+    def tokens(self) -> int:
+        """Image tokens per face: 4 in the published files."""
+        return load_projection(self).tokens
+
 
 def read_tensors(path: Path) -> State:
     """Tensors of a `.safetensors` or a `.bin` file (weights only), nested dicts joined by dots."""

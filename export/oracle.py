@@ -25,8 +25,8 @@ _NUMPY_NAMES: dict[torch.dtype, DType] = {
 class TorchUNet:
     """A diffusers UNet with its adapter attached, called with numpy arrays like an engine."""
 
-    def __init__(self, unet: Model) -> None:
-        export = unet_export(unet, tokens=4, latent_size=(16, 16), fixed_size=False)
+    def __init__(self, unet: Model, tokens: int = 4) -> None:
+        export = unet_export(unet, tokens=tokens, latent_size=(16, 16), fixed_size=False)
         self._module = UNetModule(unet).eval()
         self._dtype = unet.dtype
 

@@ -110,18 +110,12 @@ class CheckpointSource:
                 item, "checkpoint", patterns=[*_CONFIG_PATTERNS, "*/*.json", *weights]
             )
             self.folder = self.located.path
-        self._pipeline: Any = None
+        self._text_encoders: dict[str, Model] | None = None
 
     def _load(self, cls: Any, component: str) -> Model:
         with weights_errors(f"{component} of {self.located.source.location}"):
             if self.single_file:
-                if self._pipeline is None:
-                    from diffusers import StableDiffusionXLPipeline
-
-                    self._pipeline = StableDiffusionXLPipeline.from_single_file(
-                        str(self.single_file), config=str(self.folder), torch_dtype=self.dtype
-                    )
-                return getattr(self._pipeline, component).eval()
+                return self._load_from_single_file(self.single_file, cls, component).eval()
             folder = self.folder / component
             if not folder.is_dir():
                 raise WeightsError(
@@ -131,12 +125,29 @@ class CheckpointSource:
                 )
             has_variant = any(folder.glob("*.fp16.safetensors"))
             variant = "fp16" if self.dtype == torch.float16 and has_variant else None
-            options = {
-                "dtype" if cls.__module__.startswith("transformers") else "torch_dtype": self.dtype
-            }
+            of_transformers = cls.__module__.startswith("transformers")
+            options = {"dtype" if of_transformers else "torch_dtype": self.dtype}
             return cls.from_pretrained(
                 str(folder), variant=variant, use_safetensors=True, **options
             ).eval()
+
+    def _load_from_single_file(self, file: Path, cls: Any, component: str) -> Model:
+        if component in ("unet", "vae"):
+            return cls.from_single_file(
+                str(file), config=str(self.folder), subfolder=component, torch_dtype=self.dtype
+            )
+        if self._text_encoders is None:
+            from diffusers import StableDiffusionXLPipeline
+
+            # Only the pipeline knows how to convert text encoders; spare it the rest.
+            pipeline = StableDiffusionXLPipeline.from_single_file(
+                str(file), config=str(self.folder), unet=None, vae=None, torch_dtype=self.dtype
+            )
+            self._text_encoders = {
+                "text_encoder": pipeline.text_encoder,
+                "text_encoder_2": pipeline.text_encoder_2,
+            }
+        return self._text_encoders[component]
 
     def unet(self) -> Model:
         """The UNet, without an adapter."""

@@ -39,11 +39,11 @@ def _exporter_identity() -> str:
 
 
 def export_unet_once(
-    root: Path, identity: str, make: Callable[[], Model], progress: Progress
+    root: Path, identity: str, make: Callable[[], Model], tokens: int, progress: Progress
 ) -> tuple[ModuleSpec, Path]:
     """The UNet's module and folder below `root`, exported unless it is there already.
 
-    `identity` names the weights; `make` loads the UNet with its adapter. A folder that fails its
+    `identity` names the weights; `make` loads the UNet with its adapter of `tokens` image tokens. A folder that fails its
     hashes is replaced.
     """
     key = hashlib.sha256(f"{identity}:{_exporter_identity()}".encode()).hexdigest()
@@ -58,7 +58,7 @@ def export_unet_once(
     with finished_folder(folder, EXPORT_MANIFEST) as draft:
         unet = make()
         side = 4 * 2 ** (len(unet.config.block_out_channels) - 1)
-        export = unet_export(unet, tokens=4, latent_size=(side, side), fixed_size=False)
+        export = unet_export(unet, tokens=tokens, latent_size=(side, side), fixed_size=False)
         module = write_module(export, draft.path)
         draft.finish(UNetExport(module=module))
     return module, folder

@@ -226,7 +226,7 @@ class _UNetProvider:
         if self._builder is None:
             from fastface_trt.export.oracle import TorchUNet
 
-            return TorchUNet(self._torch_unet(lora_scale))
+            return TorchUNet(self._torch_unet(lora_scale), self._adapter.tokens)
         from fastface_trt.export.unet_cache import export_unet_once
 
         identity = hashlib.sha256(repr(lora_scale).encode())
@@ -236,6 +236,7 @@ class _UNetProvider:
             self._cache.root / "replay",
             identity.hexdigest(),
             lambda: self._torch_unet(lora_scale),
+            self._adapter.tokens,
             self._progress,
         )
         return self._cache.open(spec, folder, self._builder, self._progress)

@@ -1,5 +1,6 @@
 """A tiny SDXL checkpoint with random weights, written in the layouts that the real ones have."""
 
+import json
 from pathlib import Path
 
 import torch
@@ -80,7 +81,7 @@ def adapter_tensors(unet: torch.nn.Module, seed: int = 1) -> dict[str, torch.Ten
 
 def write_tiny_sdxl(root: Path) -> Path:
     """Write `checkpoint/`, `image_encoder/` and `adapter.safetensors` below `root`."""
-    from diffusers import AutoencoderKL
+    from diffusers import AutoencoderKL, DDIMScheduler
     from transformers import (
         CLIPTextConfig,
         CLIPTextModel,
@@ -128,5 +129,18 @@ def write_tiny_sdxl(root: Path) -> Path:
             projection_dim=8,
         )
     ).save_pretrained(root / "image_encoder")
+    index = {
+        "_class_name": "StableDiffusionXLPipeline",
+        "force_zeros_for_empty_prompt": True,
+        "scheduler": ["diffusers", "DDIMScheduler"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "tokenizer_2": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+    (checkpoint / "model_index.json").write_text(json.dumps(index))
+    DDIMScheduler().save_pretrained(checkpoint / "scheduler")
     save_file(adapter_tensors(tiny_unet()), root / "adapter.safetensors")
     return root

@@ -68,11 +68,13 @@ def export(
         from fastface_trt.export.checkpoints import find_checkpoint
         from fastface_trt.export.exporter import peak_gb, run_export
         from fastface_trt.export.options import ExportOptions
+        from fastface_trt.export.quiet import quiet_libraries
         from fastface_trt.export.sources import parse_item
     except ImportError as error:
         raise MissingDependency(
             f"Exporting needs {error.name}.", "Install it with: pip install 'fastface-trt[export]'."
         ) from None
+    quiet_libraries()
     entry = find_checkpoint(checkpoint)
     if fp16:
         options["precision"] = "fp16"

@@ -7,7 +7,12 @@ from tiny_sdxl import tiny_unet
 
 from fastface_trt.errors import UnknownName, WeightsError
 from fastface_trt.export.checkpoints import HubItem, checkpoint_names, find_checkpoint
-from fastface_trt.export.sources import fuse_distillation_lora, locate, parse_item
+from fastface_trt.export.sources import (
+    CheckpointSource,
+    fuse_distillation_lora,
+    locate,
+    parse_item,
+)
 
 
 def test_parse_item(tmp_path):
@@ -80,6 +85,25 @@ def test_a_lora_that_is_not_one_is_explained(tmp_path):
     (tmp_path / "lora.safetensors").write_bytes(b"no")
     with pytest.raises(WeightsError, match="LoRA"):
         fuse_distillation_lora(tiny_unet(), HubItem(str(tmp_path / "lora.safetensors")), 1.0)
+
+
+def test_single_file_holds_the_same_weights(tiny, tmp_path):
+    from ldm_layout import write_single_file
+
+    write_single_file(tiny / "checkpoint", tmp_path / "one.safetensors")
+    folder = HubItem(str(tiny / "checkpoint"))
+    ours = CheckpointSource(HubItem(str(tmp_path / "one.safetensors")), torch.float32, folder)
+    theirs = CheckpointSource(folder, torch.float32, folder)
+    for load in (
+        lambda source: source.unet(),
+        lambda source: source.vae(),
+        lambda source: source.text_encoder("text_encoder"),
+        lambda source: source.text_encoder("text_encoder_2"),
+    ):
+        single, several = load(ours).state_dict(), load(theirs).state_dict()
+        assert single.keys() == several.keys()
+        assert all(torch.equal(single[name], several[name]) for name in several)
+    assert ours.tokenizer("tokenizer_2") == theirs.tokenizer("tokenizer_2")
 
 
 def test_registry():
