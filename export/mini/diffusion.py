@@ -76,8 +76,11 @@ def scenes_of(labels: Tensor) -> list[Scene]:
     return [Scene(STYLE_NAMES[s], PLACE_NAMES[p], ACTION_NAMES[a]) for s, p, a in rows]
 
 
-def load_text(checkpoint: Path, seed: int) -> TextTable:
-    """Encode all scenes with the text encoders of a checkpoint folder."""
+def load_text(checkpoint: Path, path: Path, seed: int) -> TextTable:
+    """Encode all scenes with a checkpoint's text encoders, or read what an earlier run encoded."""
+    state = load_state(path)
+    if state is not None:
+        return TextTable(state["states"], state["pooled"])
     tokenizers = load_tokenizers(checkpoint)
     reader = Reader(tokenizers)
     reader.first = CLIPTextModel.from_pretrained(checkpoint / "text_encoder")
@@ -86,7 +89,10 @@ def load_text(checkpoint: Path, seed: int) -> TextTable:
     def both(prompts: list[str]) -> tuple[Tensor, Tensor]:
         return tokenize(tokenizers[0], prompts), tokenize(tokenizers[1], prompts)
 
-    return encode_scenes(reader.float().eval(), both, seed)
+    table = encode_scenes(reader.float().eval(), both, seed)
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        save_state(path, {"states": table.states, "pooled": table.pooled})
+    return table
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from transformers import CLIPVisionModelWithProjection
 
@@ -64,19 +65,23 @@ def encode_features(tower: CLIPVisionModelWithProjection, pixels: Tensor) -> Ten
 
 def prepare_sources(
     portraits: Portraits,
+    people: int,
     recogniser: Recogniser,
     tower: CLIPVisionModelWithProjection,
     path: Path,
 ) -> Sources:
-    """Encode the source crops of a population once, or read what an earlier run encoded."""
-    state = load_state(path)
-    if state is None:
-        crops = to_tensor(np.array(portraits.sources))
+    """Encode the source crops of the first people once, or read what an earlier run encoded."""
+    count = int(np.bincount(portraits.source_labels).max())
+    first = not dist.is_initialized() or dist.get_rank() == 0
+    if first and not path.exists():
+        crops = to_tensor(np.array(portraits.sources[: people * count]))
         state = {
             "embeddings": embed(recogniser, crops),
             "features": encode_features(tower, preprocess(crops)).half(),
             "blank": encode_features(tower, torch.zeros(1, 3, SIZE, SIZE)),
         }
         save_state(path, state)
-    count = int(np.bincount(portraits.source_labels).max())
+    if dist.is_initialized():
+        dist.barrier()
+    state = load_state(path)
     return Sources(state["embeddings"], state["features"], state["blank"], count)

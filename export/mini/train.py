@@ -30,7 +30,7 @@ from .judges import (
 from .loop import Schedule
 from .recognition import Recogniser, train_recogniser
 from .sources import Sources, prepare_sources
-from .stages import distil, train_adapter, train_base
+from .stages import train_adapter, train_base, train_few_step
 from .text import train_text
 from .vae import refine_decoder, train_vae
 
@@ -59,12 +59,13 @@ def diffusion_data(
     """Open what the diffusion stages up to `last` read; encodes it on the first call."""
     portraits = open_population(work / "data" / TRAIN.name)
     latents = prepare_latents(portraits, out / "checkpoint", work / "latents")
-    text = load_text(out / "checkpoint", seed)
+    text = load_text(out / "checkpoint", work / "text_table.pt", seed)
     if last == "base":
         return latents, text, None
     tower = train_image_encoder(portraits, TRAIN.name, work, seed + 3)
     recogniser = recogniser_stage(work, seed)
-    return latents, text, prepare_sources(portraits, recogniser, tower, work / "sources.pt")
+    people = int(latents.labels[:, 0].max()) + 1
+    return latents, text, prepare_sources(portraits, people, recogniser, tower, work / "sources.pt")
 
 
 def diffusion_stages(
@@ -78,7 +79,7 @@ def diffusion_stages(
     adapter = train_adapter(unet, latents, text, sources, work, seed + 4)
     if last == "adapter":
         return unet, adapter
-    return distil(unet, adapter, latents, text, sources, work, seed + 4), adapter
+    return train_few_step(unet, adapter, latents, text, sources, work, seed + 4), adapter
 
 
 def _worker(rank: int, count: int, work: Path, out: Path, seed: int, last: str) -> None:
