@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from fastface_trt.errors import NoFaceFound
+from fastface_trt.mini.folders import FACE_MODEL, JUDGES
 from fastface_trt.runtime.face import FaceAnalyzer
 
 SCENE_SIZE = 96
@@ -31,12 +32,11 @@ class Verdict:
 class MiniJudges:
     """Recogniser, scene classifier and the detector that finds the face for the recogniser."""
 
-    def __init__(self, mini: Path) -> None:
-        folder = mini / "judges"
-        self.labels = json.loads((folder / "labels.json").read_text(encoding="utf-8"))
-        self._recogniser = self._session(folder / "recognition.onnx")
-        self._scene = self._session(folder / "scene.onnx")
-        self._faces = FaceAnalyzer(mini / "face")
+    def __init__(self) -> None:
+        self.labels = json.loads((JUDGES / "labels.json").read_text(encoding="utf-8"))
+        self._recogniser = self._session(JUDGES / "recognition.onnx")
+        self._scene = self._session(JUDGES / "scene.onnx")
+        self._faces = FaceAnalyzer(FACE_MODEL)
 
     @staticmethod
     def _session(path: Path) -> onnxruntime.InferenceSession:

@@ -20,7 +20,6 @@ from rich.progress import Progress, TimeRemainingColumn
 
 from benchmarks.judges import MiniJudges, Verdict
 from fastface_trt import FastFace
-from fastface_trt.export.checkpoints import mini_folder
 from fastface_trt.mini.identity import sample_identity
 from fastface_trt.mini.prompts import (
     ACTION_NAMES,
@@ -177,7 +176,7 @@ def table(settings: Sequence[Setting]) -> str:
 def main(count: int, export_folder: str, presets: tuple[str, ...], out: Path) -> None:
     """Judge the mini model at 4 steps and λ = 0.8; writes JSON and prints a Markdown table."""
     console = Console(stderr=True)
-    judges = MiniJudges(mini_folder())
+    judges = MiniJudges()
     photos = draw_people(PEOPLE)
     embeddings = [judges.embedding(photo) for photo in photos]
     assert all(e is not None for e in embeddings), "the detector misses a drawn photo"

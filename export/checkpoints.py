@@ -6,10 +6,10 @@ hub repositories, so an export is reproducible; `--revision` and `--base` replac
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from fastface_trt.errors import UnknownName
+from fastface_trt.mini import folders
 
 OPENRAIL_PP = "CreativeML Open RAIL++-M"
 OPENRAIL = "CreativeML Open RAIL-M"
@@ -100,30 +100,18 @@ _LCM = {
 }
 
 
-def mini_folder() -> Path:
-    """The folder of the mini model that ships with the package."""
-    import fastface_trt.mini
-
-    return Path(next(iter(fastface_trt.mini.__path__)))
-
-
-def _mini() -> Checkpoint:
-    root = mini_folder()
-    return Checkpoint(
-        "mini",
-        HubItem(str(root / "checkpoint"), licence="Apache-2.0"),
-        _DDIM,
-        steps=4,
-        allowed_steps=(1, 2, 3, 4, 8),
-        size=96,
-        adapter=HubItem(
-            str(root / "ip-adapter-faceid-plusv2_mini.safetensors"), licence="Apache-2.0"
-        ),
-        image_encoder=HubItem(str(root / "image_encoder"), licence="Apache-2.0"),
-        fp16_vae=None,
-        face_model=str(root / "face"),
-    )
-
+MINI = Checkpoint(
+    "mini",
+    HubItem(str(folders.CHECKPOINT), licence="Apache-2.0"),
+    _DDIM,
+    steps=4,
+    allowed_steps=(1, 2, 3, 4, 8),
+    size=96,
+    adapter=HubItem(str(folders.ADAPTER), licence="Apache-2.0"),
+    image_encoder=HubItem(str(folders.IMAGE_ENCODER), licence="Apache-2.0"),
+    fp16_vae=None,
+    face_model=str(folders.FACE_MODEL),
+)
 
 CHECKPOINTS: Mapping[str, Checkpoint] = {
     c.name: c
@@ -185,19 +173,13 @@ CHECKPOINTS: Mapping[str, Checkpoint] = {
         Checkpoint(
             "base", SDXL_BASE, _DDIM, steps=30, allowed_steps=tuple(range(1, 101)), size=1024
         ),
+        MINI,
     )
 }
 
 
-def checkpoint_names() -> tuple[str, ...]:
-    """Every name that `find_checkpoint` knows."""
-    return (*CHECKPOINTS, "mini")
-
-
 def find_checkpoint(name: str) -> Checkpoint:
     """The registry's entry for `name`; raises `UnknownName` with the nearest one."""
-    if name == "mini":
-        return _mini()
     if name not in CHECKPOINTS:
-        raise UnknownName("checkpoint", name, checkpoint_names())
+        raise UnknownName("checkpoint", name, CHECKPOINTS)
     return CHECKPOINTS[name]

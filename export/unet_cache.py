@@ -43,8 +43,8 @@ def export_unet_once(
 ) -> tuple[ModuleSpec, Path]:
     """The UNet's module and folder below `root`, exported unless it is there already.
 
-    `identity` names the weights; `make` loads the UNet with its adapter of `tokens` image tokens. A folder that fails its
-    hashes is replaced.
+    `identity` names the weights; `make` loads the UNet with its adapter of `tokens` image tokens. A
+    folder that fails its hashes is replaced.
     """
     key = hashlib.sha256(f"{identity}:{_exporter_identity()}".encode()).hexdigest()
     folder = root / key

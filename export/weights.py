@@ -14,7 +14,7 @@ import torch
 from fastface_trt.engines.manifest import LoraFused, Source
 from fastface_trt.export import full_size
 from fastface_trt.export.adapter import attach_adapter, load_projection, read_adapter
-from fastface_trt.export.checkpoints import TINY_VAE, HubItem, mini_folder
+from fastface_trt.export.checkpoints import TINY_VAE, HubItem
 from fastface_trt.export.model import Model
 from fastface_trt.export.options import ExportOptions
 from fastface_trt.export.sources import (
@@ -25,6 +25,7 @@ from fastface_trt.export.sources import (
     load_vae,
     locate,
 )
+from fastface_trt.mini.folders import FACE_MODEL
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -172,7 +173,7 @@ class RandomWeights:
         self._dtype = options.dtype
         self.adapter_name = "random"
         # Random weights need faces too, and must not need a download.
-        self.face_model = str(mini_folder() / "face")
+        self.face_model = str(FACE_MODEL)
         self.force_zeros_for_empty_prompt = True
         self.sources = [Source(role="random weights", location="-", licence="none")]
         self.loras: list[LoraFused] = []

@@ -17,6 +17,7 @@ from fastface_trt.engines.cache import EngineCache
 from fastface_trt.engines.engine import Progress
 from fastface_trt.engines.manifest import ExportManifest
 from fastface_trt.errors import InvalidRequest
+from fastface_trt.mini import folders
 from fastface_trt.runtime.conditioning import Conditioner
 from fastface_trt.runtime.denoise import Array, DenoiseReport, Job, OnStep, denoise
 from fastface_trt.runtime.face import ChannelOrder, Face, FaceAnalyzer
@@ -34,9 +35,7 @@ FaceInput: TypeAlias = PictureSource | Face
 def find_export(export: str | os.PathLike[str]) -> Path:
     """The folder of an export; the name `mini` means the one that ships with the package."""
     if str(export) == "mini" and not Path("mini").is_dir():
-        import fastface_trt.mini
-
-        return Path(next(iter(fastface_trt.mini.__path__))) / "onnx"
+        return folders.EXPORT
     return Path(export)
 
 

@@ -10,6 +10,7 @@ from PIL import Image
 from fastface_trt.cli.common import FOLDER, backend_options, console, passing_phases, timed_lines
 from fastface_trt.engines.engine import Progress
 from fastface_trt.grid import contact_sheet
+from fastface_trt.mini.folders import SAMPLE_FACES
 from fastface_trt.pipeline import FastFace
 from fastface_trt.runtime.face import Face
 from fastface_trt.runtime.images import load_picture
@@ -38,12 +39,9 @@ def demo(
 
     Uses the small model and the drawn sample faces of the package; needs no downloads.
     """
-    import fastface_trt.mini
-
     screen = console()
     line = timed_lines(screen)
-    folder = Path(next(iter(fastface_trt.mini.__path__))) / "faces"
-    samples = [p for p in sorted(folder.glob("*.png")) if p.stem != "two_people"][:PEOPLE]
+    samples = [p for p in sorted(SAMPLE_FACES.glob("*.png")) if p.stem != "two_people"][:PEOPLE]
     started = perf_counter()
     with (
         passing_phases(screen, line) as phase,

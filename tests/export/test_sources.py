@@ -6,7 +6,7 @@ from safetensors.torch import save_file
 from tiny_sdxl import tiny_unet
 
 from fastface_trt.errors import UnknownName, WeightsError
-from fastface_trt.export.checkpoints import HubItem, checkpoint_names, find_checkpoint
+from fastface_trt.export.checkpoints import CHECKPOINTS, HubItem, find_checkpoint
 from fastface_trt.export.sources import (
     CheckpointSource,
     fuse_distillation_lora,
@@ -107,7 +107,7 @@ def test_single_file_holds_the_same_weights(tiny, tmp_path):
 
 
 def test_registry():
-    for name in checkpoint_names():
+    for name in CHECKPOINTS:
         checkpoint = find_checkpoint(name)
         assert checkpoint.name == name
         assert checkpoint.steps in checkpoint.allowed_steps
