@@ -92,9 +92,17 @@ def export(
     chosen = ExportOptions(checkpoint=entry, **options)
     kind = "random" if chosen.random_weights else chosen.precision
     target = out or Path("exports") / f"{checkpoint}-{kind}"
-    line = timed_lines(console())
+    screen = console()
+    line = timed_lines(screen)
     started = perf_counter()
-    manifest = run_export(chosen, target, line)
+    # A full-size UNet takes minutes in one phase: the spinner shows that it is alive.
+    with screen.status("starting") as status:
+
+        def progress(text: str) -> None:
+            line(text)
+            status.update(text)
+
+        manifest = run_export(chosen, target, progress)
     size = sum(f.bytes for f in manifest.files()) / 2**30
     line(
         f"{target}: {size:.2f} GB in {perf_counter() - started:.0f} s, "
