@@ -66,6 +66,12 @@ def edited(tmp_path, change):
     return tmp_path / "cases.json"
 
 
+@pytest.fixture(scope="module")
+def unchanged(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("unchanged")
+    return run(folder, backend="torch", cases=edited(folder, lambda case: None))
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -81,11 +87,10 @@ def edited(tmp_path, change):
         lambda case: case.update(timesteps=[999.0, 666.0, 333.0, 100.0]),
     ],
 )
-def test_every_parameter_of_a_case_is_read(tmp_path, change):
-    before = run(tmp_path, backend="torch", cases=edited(tmp_path, lambda case: None))
+def test_every_parameter_of_a_case_is_read(tmp_path, unchanged, change):
     after = run(tmp_path, backend="torch", cases=edited(tmp_path, change))
     name = "hyper_am1_dcg.step3.latents"
-    assert np.abs(before[name] - after[name]).max() > 1e-4
+    assert np.abs(unchanged[name] - after[name]).max() > 1e-4
 
 
 def test_other_numbers_of_steps(tmp_path):
