@@ -20,7 +20,7 @@ from .diffusion import Latents
 from .loop import Schedule, train
 from .vae import to_tensor
 
-SCHEDULE = Schedule(steps=4000, learning_rate=2e-3, warmup=50, ema=0.995)
+SCHEDULE = Schedule(steps=3600, learning_rate=1e-3, warmup=50, ema=0.995)
 BATCH = 8
 #: Deviation of the noise on the latents: the UNet's latents are not exact either.
 NOISE = 0.05
