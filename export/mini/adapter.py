@@ -6,6 +6,7 @@ Module names follow the adapter file of the original IP-Adapter, so that `state_
 from __future__ import annotations
 
 from pathlib import Path
+from typing import cast
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -72,7 +73,8 @@ class PerceiverResampler(nn.Module):
     def forward(self, tokens: Tensor, features: Tensor) -> Tensor:
         """Refine tokens [n, 4, width] with features [n, s, feature_width]."""
         features = self.proj_in(features)
-        for attention, feed_forward in self.layers:
+        for layer in self.layers:
+            attention, feed_forward = cast(nn.ModuleList, layer)
             tokens = attention(features, tokens) + tokens
             tokens = feed_forward(tokens) + tokens
         refined: Tensor = self.norm_out(self.proj_out(tokens))
@@ -190,7 +192,8 @@ class Adapter(nn.Module):
     def attend_to(self, tokens: Tensor | None, scale: float = 1.0) -> None:
         """Set the image tokens [n, 4, width] of the next UNet call; None switches all of it off."""
         for processor in self.ip_adapter:
-            processor.tokens, processor.scale = tokens, scale
+            attention = cast(FaceAttention, processor)
+            attention.tokens, attention.scale = tokens, scale
 
     def save(self, path: Path) -> None:
         """Write the adapter as float16 safetensors in the original layout."""

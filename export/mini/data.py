@@ -13,6 +13,7 @@ from __future__ import annotations
 import multiprocessing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -51,7 +52,7 @@ class Portraits:
     source_labels: npt.NDArray[np.int64]
 
 
-def _draw_identity(job: tuple[str, int, int, int]) -> tuple[list[Bytes], ...]:
+def _draw_identity(job: tuple[str, int, int, int]) -> tuple[list[npt.NDArray[Any]], ...]:
     """Draw all pictures of one person; styles take turns so that every person has all of them."""
     population, number, pictures, sources = job
     person = sample_identity(number, population)
@@ -67,11 +68,11 @@ def _draw_identity(job: tuple[str, int, int, int]) -> tuple[list[Bytes], ...]:
         points.append(face.key_points)
         labels.append(np.array([number, style, place, action]))
     for index in range(sources):
-        place = PLACE_NAMES[rng.integers(len(PLACE_NAMES))]
-        action = ACTION_NAMES[rng.integers(len(ACTION_NAMES))]
+        where = PLACE_NAMES[rng.integers(len(PLACE_NAMES))]
+        doing = ACTION_NAMES[rng.integers(len(ACTION_NAMES))]
         size = (192, 96)[index % 2]
         image, face = draw_portrait(
-            person, Scene("photo", place, action), int(rng.integers(2**31)), size
+            person, Scene("photo", where, doing), int(rng.integers(2**31)), size
         )
         # A detector is off by a fraction of a pixel; training must see that.
         noisy = face.key_points + rng.normal(0, 0.5 * size / 96, (5, 2))

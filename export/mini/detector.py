@@ -7,6 +7,7 @@ count in units of their stride from the picture's corner, as InsightFace decodes
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +18,7 @@ from torch.nn import functional
 from ...mini.identity import sample_identity
 from ...mini.prompts import ACTION_NAMES, PLACE_NAMES, STYLE_NAMES, Scene
 from ...mini.scene import Face, Placement, draw_people
-from .layers import ConvBlock, ResidualBlock
+from .layers import ConvBlock, ResidualBlock, channels_last
 from .loop import Schedule, train
 
 SCHEDULE = Schedule(steps=700, learning_rate=2e-3, warmup=50, ema=0.99)
@@ -37,9 +38,9 @@ class Head(nn.Module):
         self.body = ConvBlock(width, 32)
         self.out = nn.Conv2d(32, 2 * 15, 1)
         self.scale = nn.Parameter(torch.ones(15))
-        nn.init.constant_(self.out.bias, 0.0)
-        with torch.no_grad():
-            self.out.bias[[0, 15]] = -4.0
+        bias = torch.zeros(2 * 15)
+        bias[[0, 15]] = -4.0
+        self.out.bias = nn.Parameter(bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [n, width, h, w] to [n, h * w * 2, 15]: score logit, box, key points."""
@@ -147,7 +148,7 @@ def _batch(rng: np.random.Generator) -> tuple[Tensor, list[Tensor]]:
     for _ in range(BATCH):
         drawn = int(side * rng.choice([1.0, 1.0, 0.75]))
         image, faces = sample_picture(rng, drawn)
-        canvas = np.zeros((side, side, 3), dtype=np.float32)
+        canvas: npt.NDArray[Any] = np.zeros((side, side, 3), dtype=np.float32)
         canvas[:drawn, :drawn] = image
         if rng.random() < 0.4:
             small = torch.from_numpy(canvas).permute(2, 0, 1)[None]
@@ -192,7 +193,7 @@ def _loss(levels: list[Tensor], goals: list[Tensor]) -> Tensor:
 def train_detector(work: Path, seed: int) -> Detector:
     """Train the detector on pictures drawn on the fly."""
     torch.manual_seed(seed)
-    detector = Detector().to(memory_format=torch.channels_last)
+    detector = channels_last(Detector())
 
     def step_loss(step: int, rng: np.random.Generator) -> Tensor:
         inputs, goals = _batch(rng)

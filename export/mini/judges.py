@@ -14,6 +14,7 @@ from torch.nn import functional
 from ...mini.prompts import ACTION_NAMES, PLACE_NAMES, STYLE_NAMES
 from .data import Portraits
 from .face_models import export_onnx
+from .layers import channels_last
 from .loop import Schedule, train
 from .recognition import Recogniser
 from .vae import to_tensor
@@ -53,7 +54,7 @@ class SceneJudge(nn.Module):
 def train_scene_judge(portraits: Portraits, path: Path, seed: int) -> SceneJudge:
     """Train the judge of style and place on pictures it will never be asked about."""
     torch.manual_seed(seed)
-    judge = SceneJudge().to(memory_format=torch.channels_last)
+    judge = channels_last(SceneJudge())
 
     def step_loss(step: int, rng: np.random.Generator) -> Tensor:
         rows = np.sort(rng.integers(len(portraits.pictures), size=BATCH))

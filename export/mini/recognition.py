@@ -12,7 +12,7 @@ from torch.nn import functional
 from .attributes import attribute_table
 from .crops import crop_faces
 from .data import Portraits
-from .layers import ConvBlock, ResidualBlock
+from .layers import ConvBlock, ResidualBlock, channels_last
 from .loop import Schedule, train
 from .vae import to_tensor
 
@@ -124,7 +124,7 @@ def train_recogniser(
 ) -> Recogniser:
     """Train a recogniser on the people of `portraits`."""
     torch.manual_seed(seed)
-    network = Recogniser(widths, hidden).to(memory_format=torch.channels_last)
+    network = channels_last(Recogniser(widths, hidden))
     table = attribute_table(population, int(portraits.source_labels.max()) + 1)
     margin = Margin(torch.from_numpy(table))
     both = nn.ModuleDict({"network": network, "margin": margin})

@@ -11,12 +11,13 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch.multiprocessing.spawn import spawn
 
 from .adapter import Adapter
 from .assets import draw_sample_faces, save_adapter, save_checkpoint, save_face_models
 from .data import JUDGE, TRAIN, Portraits, build_population, open_population
+from .decoder import refine_decoder
 from .detector import train_detector
 from .diffusion import Latents, TextTable, load_text, prepare_latents
 from .image_encoder import save_image_encoder, train_image_encoder
@@ -32,7 +33,7 @@ from .recognition import Recogniser, train_recogniser
 from .sources import Sources, prepare_sources
 from .stages import train_adapter, train_base, train_few_step
 from .text import train_text
-from .vae import refine_decoder, train_vae
+from .vae import train_vae
 
 RECOGNISER = Schedule(steps=2000, learning_rate=2e-3, warmup=100)
 RECOGNISER_WIDTHS = (24, 48, 80, 96)
@@ -95,7 +96,7 @@ def _worker(rank: int, count: int, work: Path, out: Path, seed: int, last: str) 
 def train_in_parallel(work: Path, out: Path, seed: int, processes: int, last: str) -> None:
     """Run the diffusion stages in several processes that share their gradients."""
     (work / "rendezvous").unlink(missing_ok=True)
-    torch.multiprocessing.spawn(_worker, (processes, work, out, seed, last), nprocs=processes)
+    spawn(_worker, (processes, work, out, seed, last), nprocs=processes)
 
 
 def _vae(work: Path, out: Path, seed: int) -> None:
@@ -105,8 +106,9 @@ def _vae(work: Path, out: Path, seed: int) -> None:
 
 def _decoder(work: Path, out: Path, seed: int) -> None:
     portraits = open_population(work / "data" / TRAIN.name)
+    latents = prepare_latents(portraits, out / "checkpoint", work / "latents")
     vae = AutoencoderKL.from_pretrained(out / "checkpoint" / "vae")
-    refine_decoder(vae, portraits, work, seed + 6)
+    refine_decoder(vae, portraits, latents, work / "decoder.pt", seed + 6)
     vae.half().save_pretrained(out / "checkpoint" / "vae")
 
 

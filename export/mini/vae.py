@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from ...mini.scene import PICTURE_SIZE
@@ -16,7 +16,6 @@ from .data import Bytes, Portraits
 from .loop import Schedule, train
 
 SCHEDULE = Schedule(steps=2000, learning_rate=1.5e-3, warmup=60, ema=0.995)
-REFINE = Schedule(steps=2500, learning_rate=1e-3, warmup=50, ema=0.995)
 BATCH = 12
 NOISE = 0.05
 #: Training sees patches: the network is convolutional, and more steps teach more than more pixels.
@@ -44,7 +43,7 @@ def to_tensor(pictures: Bytes) -> Tensor:
     return values.float().div_(127.5).sub_(1).contiguous(memory_format=torch.channels_last)
 
 
-def _loss(vae: nn.Module, picture: Tensor, progress: float) -> Tensor:
+def _loss(vae: AutoencoderKL, picture: Tensor, progress: float) -> Tensor:
     with torch.autocast("cpu", torch.bfloat16):
         posterior = vae.encode(picture).latent_dist
         # Noise of a fixed size, not of a learned one: learned noise starts at deviation 1, drowns
@@ -79,34 +78,6 @@ def train_vae(portraits: Portraits, work: Path, seed: int) -> AutoencoderKL:
     latents = encode(vae, portraits.pictures[np.sort(rows)])
     vae.register_to_config(scaling_factor=round(float(1 / latents.std()), 5))
     return vae
-
-
-def refine_decoder(vae: AutoencoderKL, portraits: Portraits, work: Path, seed: int) -> None:
-    """Train the decoder on while latents stay as they are.
-
-    Diffusion training starts as soon as latents are good; what the decoder still learns from
-    them does not disturb it.
-    """
-    vae.float().requires_grad_(False)
-    vae.decoder.requires_grad_(True)
-    count = len(portraits.pictures)
-
-    def step_loss(step: int, rng: np.random.Generator) -> Tensor:
-        rows = np.sort(rng.integers(count, size=BATCH))
-        x, y = 4 * rng.integers((PICTURE_SIZE - CROP) // 4 + 1, size=2)
-        picture = to_tensor(portraits.pictures[rows, y : y + CROP, x : x + CROP])
-        with torch.autocast("cpu", torch.bfloat16):
-            with torch.no_grad():
-                latents = vae.encode(picture).latent_dist.mean
-            noise = float(rng.uniform(0, 3 * NOISE)) * torch.randn_like(latents)
-            decoded = vae.decode(latents + noise).sample
-        decoded = decoded.float()
-        error = functional.l1_loss(decoded, picture) + functional.mse_loss(decoded, picture)
-        for axis in (2, 3):
-            error = error + 0.6 * functional.l1_loss(decoded.diff(dim=axis), picture.diff(dim=axis))
-        return error
-
-    train(vae, step_loss, REFINE, work / "decoder.pt", seed)
 
 
 @torch.no_grad()

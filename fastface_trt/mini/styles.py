@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageFilter
 
-Picture = npt.NDArray[np.float32]
+Picture = npt.NDArray[np.floating[Any]]
 
 BASE_SIZE = 96
 #: Width of contours in units of half the face's height (person) by style.
@@ -51,7 +52,8 @@ def _noise(size: int, radius_x: float, radius_y: float, seed: int) -> Picture:
     scale = size / BASE_SIZE
     spectrum *= np.exp(-2 * (np.pi * scale) ** 2 * ((fx * radius_x) ** 2 + (fy * radius_y) ** 2))
     smooth = np.fft.ifft2(spectrum).real
-    return ((smooth - smooth.mean()) / smooth.std()).astype(np.float32)
+    noise: Picture = ((smooth - smooth.mean()) / smooth.std()).astype(np.float32)
+    return noise
 
 
 @lru_cache(maxsize=16)
@@ -90,7 +92,8 @@ def _watercolor(picture: Picture, mask: Picture) -> Picture:
     border = np.minimum(np.minimum(x, 96 - x), np.minimum(y, 96 - y)) + 2.2 * _noise(size, 3, 3, 2)
     paint = np.clip((border - 5.0) / 2.5, 0, 1)[..., None]
     paper = np.array([0.985, 0.97, 0.935], dtype=np.float32)
-    return wash * paint + paper * (1 - paint)
+    painted: Picture = wash * paint + paper * (1 - paint)
+    return painted
 
 
 def _pixel(picture: Picture, mask: Picture) -> Picture:
@@ -113,7 +116,8 @@ def _pencil(picture: Picture, mask: Picture) -> Picture:
     tone = tone + np.clip((0.38 - grey) * 1.6, 0, 1) * (0.15 + 0.4 * cross)
     drawing = 1 - np.clip(0.75 * edge + tone * (0.75 + 0.25 * mask[..., 0]), 0, 0.86)
     paper = np.array([0.97, 0.965, 0.945], dtype=np.float32)
-    return drawing[..., None] * paper
+    drawn: Picture = drawing[..., None] * paper
+    return drawn
 
 
 def _comic(picture: Picture, mask: Picture) -> Picture:
@@ -123,7 +127,9 @@ def _comic(picture: Picture, mask: Picture) -> Picture:
     rows = np.floor(y / 3.0)
     dots = np.hypot((x + rows % 2 * 3.0) % 6.0 - 3.0, y % 3.0 - 1.5) < 1.25
     strength = 0.34 * dots[..., None] * (1 - mask)
-    paint = vivid * (1 - strength) + np.array([1.0, 1.0, 0.85], dtype=np.float32) * strength
+    paint: Picture = (
+        vivid * (1 - strength) + np.array([1.0, 1.0, 0.85], dtype=np.float32) * strength
+    )
     return paint
 
 
