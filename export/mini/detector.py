@@ -21,7 +21,7 @@ from ...mini.scene import Face, Placement, draw_people
 from .layers import ConvBlock, ResidualBlock, channels_last
 from .loop import Schedule, train
 
-SCHEDULE = Schedule(steps=700, learning_rate=2e-3, warmup=50, ema=0.99)
+SCHEDULE = Schedule(steps=1100, learning_rate=2e-3, warmup=50, ema=0.99)
 BATCH = 16
 STRIDES = (8, 16, 32)
 #: Longest side of a box, in input pixels, from which a level's second anchor and the next level

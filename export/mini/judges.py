@@ -19,10 +19,10 @@ from .loop import Schedule, train
 from .recognition import Recogniser
 from .vae import to_tensor
 
-RECOGNITION = Schedule(steps=1000, learning_rate=2e-3, warmup=100)
+RECOGNITION = Schedule(steps=600, learning_rate=2e-3, warmup=100)
 RECOGNITION_WIDTHS = (16, 40, 64, 112)
 RECOGNITION_HIDDEN = 112
-SCENE = Schedule(steps=500, learning_rate=2e-3, warmup=50)
+SCENE = Schedule(steps=300, learning_rate=2e-3, warmup=50)
 BATCH = 64
 
 
