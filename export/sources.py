@@ -5,6 +5,7 @@ exported and dropped before the next. The hub client's own settings (`HF_HOME`, 
 tokens) apply.
 """
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -47,6 +48,14 @@ class Located:
     source: Source
 
 
+def sha256_folder(folder: Path) -> str:
+    """One SHA-256 for a folder: over the relative names and the SHA-256 of all its files."""
+    digest = hashlib.sha256()
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        digest.update(f"{path.relative_to(folder).as_posix()}:{sha256_file(path)}\n".encode())
+    return digest.hexdigest()
+
+
 def locate(item: HubItem, role: str, *, patterns: list[str] | None = None) -> Located:
     """Find an item on disk, downloading it when it is a hub id; raise `WeightsError` when absent.
 
@@ -56,7 +65,7 @@ def locate(item: HubItem, role: str, *, patterns: list[str] | None = None) -> Lo
     local = Path(item.location).expanduser()
     if local.exists():
         path = local / item.path if item.path else local
-        digest = sha256_file(path) if path.is_file() else None
+        digest = sha256_file(path) if path.is_file() else sha256_folder(path)
         return Located(
             path, Source(role=role, location=local.name, sha256=digest, licence=item.licence)
         )
