@@ -31,6 +31,7 @@ from ...mini.prompts import (
 )
 from ...mini.scene import draw_portrait
 from .assets import ADAPTER_FILE
+from .unet import LATENT_SIZE, time_ids
 
 Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
@@ -103,17 +104,23 @@ class Generator:
         projection = self.pipe.unet.encoder_hid_proj.image_projection_layers[0]
         projection.clip_embeds, projection.shortcut = features[:, None], True
         identity = torch.from_numpy(np.stack([embedding for embedding, _ in faces]))[:, None]
-        result = self.pipe(
-            prompts,
-            height=96,
-            width=96,
-            num_inference_steps=steps,
-            guidance_scale=1.0,
-            ip_adapter_image_embeds=[identity],
-            generator=torch.Generator().manual_seed(seed),
-            output_type="np",
-        )
-        pictures: Bytes = (result.images * 255).round().astype(np.uint8)
+        # Not pipe(...): it repeats one face for all prompts, and here each prompt has its own.
+        pipe = self.pipe
+        states, _, pooled, _ = pipe.encode_prompt(prompts, do_classifier_free_guidance=False)
+        conditions = {
+            "text_embeds": pooled,
+            "time_ids": time_ids(len(prompts)),
+            "image_embeds": [identity],
+        }
+        pipe.scheduler.set_timesteps(steps)
+        shape = (len(prompts), 4, LATENT_SIZE, LATENT_SIZE)
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+        for t in pipe.scheduler.timesteps:
+            eps = pipe.unet(x, t, states, added_cond_kwargs=conditions).sample
+            x = pipe.scheduler.step(eps, t, x).prev_sample
+        decoded = pipe.vae.decode(x / pipe.vae.config.scaling_factor).sample
+        values = (decoded.clamp(-1, 1) + 1) * 127.5
+        pictures: Bytes = values.round().permute(0, 2, 3, 1).to(torch.uint8).numpy()
         return pictures
 
 

@@ -114,7 +114,10 @@ def _decoder(work: Path, out: Path, seed: int) -> None:
     latents = prepare_latents(portraits, out / "checkpoint", work / "latents")
     vae = AutoencoderKL.from_pretrained(out / "checkpoint" / "vae")
     refine_decoder(vae, portraits, latents, work / "decoder.pt", seed + 6)
-    vae.half().save_pretrained(out / "checkpoint" / "vae")
+    # Loading noted where from; that path has no place in a file that is published.
+    plain = AutoencoderKL.from_config({k: v for k, v in vae.config.items() if k[0] != "_"})
+    plain.load_state_dict(vae.state_dict())
+    plain.half().save_pretrained(out / "checkpoint" / "vae")
 
 
 def _judges(work: Path, out: Path, seed: int) -> None:
