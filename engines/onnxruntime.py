@@ -13,9 +13,9 @@ file: opening takes next to no memory, and every run casts them again.
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal
 
+from fastface_trt.engines.closing import Closing
 from fastface_trt.engines.engine import Array, Progress, check_inputs
 from fastface_trt.engines.hardware import cpu_hardware, cuda_hardware
 from fastface_trt.engines.manifest import EngineManifest, ModuleSpec
@@ -162,7 +162,7 @@ class OnnxRuntimeBuilder:
         return open_session(str(graph), options, self.provider)
 
 
-class OnnxRuntimeEngine:
+class OnnxRuntimeEngine(Closing):
     """One module in an ONNX Runtime session; calls from several threads run side by side."""
 
     def __init__(self, spec: ModuleSpec, session: Any) -> None:
@@ -192,17 +192,6 @@ class OnnxRuntimeEngine:
     def close(self) -> None:
         """Free the session; calling it twice is harmless."""
         self._session = None
-
-    def __enter__(self) -> "OnnxRuntimeEngine":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def open_session(graph: str | bytes, options: Any, provider: Provider) -> Any:

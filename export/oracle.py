@@ -4,11 +4,10 @@ It runs the eager arithmetic of `attention` with torch's own quantile, so it is 
 engines of any backend, in float32 or float64.
 """
 
-from types import TracebackType
-
 import numpy as np
 import torch
 
+from fastface_trt.engines.closing import Closing
 from fastface_trt.engines.contract import NOISE_PREDICTION, SAMPLE
 from fastface_trt.engines.engine import Array
 from fastface_trt.engines.manifest import DType, ModuleSpec, TensorSpec
@@ -22,7 +21,7 @@ _NUMPY_NAMES: dict[torch.dtype, DType] = {
 }
 
 
-class TorchUNet:
+class TorchUNet(Closing):
     """A diffusers UNet with its adapter attached, called with numpy arrays like an engine."""
 
     def __init__(self, unet: Model, tokens: int = 4) -> None:
@@ -50,14 +49,3 @@ class TorchUNet:
 
     def close(self) -> None:
         """Nothing to free beyond the module itself."""
-
-    def __enter__(self) -> "TorchUNet":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()

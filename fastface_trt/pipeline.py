@@ -5,7 +5,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from time import perf_counter
-from types import TracebackType
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -14,6 +13,7 @@ from PIL import Image
 from fastface_trt import __version__
 from fastface_trt.engines.backends import builder_for
 from fastface_trt.engines.cache import EngineCache
+from fastface_trt.engines.closing import Closing
 from fastface_trt.engines.engine import Progress
 from fastface_trt.engines.manifest import ExportManifest
 from fastface_trt.errors import InvalidRequest
@@ -39,7 +39,7 @@ def find_export(export: str | os.PathLike[str]) -> Path:
     return Path(export)
 
 
-class FastFace:
+class FastFace(Closing):
     """Identity-preserving generation with decoupled guidance and attention manipulation.
 
     Use `FastFace.load`, call the object, and close it (or use it in a `with` block). One object may
@@ -275,17 +275,6 @@ class FastFace:
     def close(self) -> None:
         """Free the engines."""
         self._modules.close()
-
-    def __enter__(self) -> "FastFace":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 @contextmanager

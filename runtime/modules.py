@@ -3,16 +3,16 @@
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from threading import Lock
-from types import TracebackType
 
 from fastface_trt.engines.cache import EngineCache
+from fastface_trt.engines.closing import Closing
 from fastface_trt.engines.engine import Engine, EngineBuilder, Progress
 from fastface_trt.engines.files import verify_files
 from fastface_trt.engines.manifest import EXPORT_MANIFEST, ExportManifest, read_manifest
 from fastface_trt.errors import ExportIncomplete
 
 
-class ModuleSet(Mapping[str, Engine]):
+class ModuleSet(Closing, Mapping[str, Engine]):
     """Engines by module name: taken from the cache, built where they are missing, closed together.
 
     Reading the export checks its manifest and the small files beside the modules; a module's own
@@ -54,14 +54,3 @@ class ModuleSet(Mapping[str, Engine]):
             for engine in self._open.values():
                 engine.close()
             self._open.clear()
-
-    def __enter__(self) -> "ModuleSet":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()

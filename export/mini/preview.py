@@ -21,6 +21,7 @@ from insightface.utils.face_align import norm_crop
 from PIL import Image
 from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
 
+from ...mini.folders import FACE_MODEL
 from ...mini.identity import sample_identity
 from ...mini.prompts import (
     ACTION_NAMES,
@@ -43,7 +44,9 @@ class Measures:
 
     def __init__(self, assets: Path) -> None:
         providers = ["CPUExecutionProvider"]
-        self.faces = FaceAnalysis(name=str(assets / "face"), providers=providers)
+        # The package keeps the face model inside its export; a training's output has it beside.
+        folder = assets / "face" if (assets / "face").is_dir() else FACE_MODEL
+        self.faces = FaceAnalysis(name=str(folder), providers=providers)
         judges = assets / "judges"
         self.identity = onnxruntime.InferenceSession(
             judges / "recognition.onnx", providers=providers

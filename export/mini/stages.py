@@ -17,7 +17,7 @@ from .unet import FEW_STEPS, LATENT_SIZE, build_unet
 
 BASE = Schedule(steps=1600, learning_rate=1.5e-3, warmup=60, ema=0.995)
 ADAPTER = Schedule(steps=600, learning_rate=1.5e-3, warmup=50, ema=0.99)
-FEW_STEP = Schedule(steps=1150, learning_rate=1e-3, warmup=30, ema=0.99)
+FEW_STEP = Schedule(steps=2000, learning_rate=1e-3, warmup=30, ema=0.99)
 BATCH = 16
 
 

@@ -11,9 +11,9 @@ import pytest
 from PIL import Image
 from safetensors import safe_open
 
-import fastface_trt.mini
+from fastface_trt.mini import folders
 
-ASSETS = Path(fastface_trt.mini.__file__).parent
+ASSETS = folders.MINI
 DETECTOR_SIZES = (640, 576, 512, 448, 384, 320)
 
 
@@ -48,7 +48,7 @@ def test_adapter_has_the_original_layout() -> None:
 def analysis() -> Any:
     from insightface.app import FaceAnalysis
 
-    return FaceAnalysis(name=str(ASSETS / "face"), providers=["CPUExecutionProvider"])
+    return FaceAnalysis(name=str(folders.FACE_MODEL), providers=["CPUExecutionProvider"])
 
 
 def _faces(analysis: Any, path: Path, size: int = 640) -> list[Any]:
@@ -130,5 +130,7 @@ def test_judges_read_drawn_pictures() -> None:
 
 
 def test_assets_are_small() -> None:
-    weights = [path for path in ASSETS.rglob("*") if path.is_file() and path.suffix != ".py"]
+    weights = [
+        path for path in ASSETS.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")
+    ]
     assert sum(path.stat().st_size for path in weights) < 30e6
