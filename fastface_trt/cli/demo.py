@@ -31,7 +31,7 @@ CELL = 192
 @click.command()
 @backend_options
 @click.option("--out", type=FOLDER, default=Path("out"), show_default=True, help="Folder.")
-@click.option("--seed", default=1, show_default=True, type=int, help="0 to 2^64 - 1.")
+@click.option("--seed", default=5, show_default=True, type=int, help="0 to 2^64 - 1.")
 def demo(
     export_folder: str, backend: str, cache: Path | None, threads: int | None, out: Path, seed: int
 ) -> None:
