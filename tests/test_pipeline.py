@@ -122,6 +122,27 @@ def test_channel_order_changes_the_tokens(fastface):
     assert np.abs(bgr - rgb).max() > 0
 
 
+def test_branches_are_told_what_the_method_says(fastface):
+    conditioner = fastface._conditioner
+    tokens = conditioner.image_tokens(fastface.analyze(FACE))
+    no_face, text = conditioner.image_tokens(None), conditioner.text(PROMPT)
+    fog = conditioner.text("fog")
+    for negative, expected in (("", np.zeros_like(text.text)), ("fog", fog.text)):
+        request = fastface.request(PROMPT, negative_prompt=negative)
+        told = conditioner.conditions(request, tokens)
+        for branch, words, face in (
+            ("u", expected, no_face),
+            ("t", text.text, no_face),
+            ("i", expected, tokens),
+            ("ti", text.text, tokens),
+        ):
+            np.testing.assert_array_equal(told[branch].text, words)
+            np.testing.assert_array_equal(told[branch].image_tokens, face)
+        np.testing.assert_array_equal(told["ti"].pooled, text.pooled)
+        assert np.abs(told["u"].pooled).max() == (0 if not negative else np.abs(fog.pooled).max())
+    assert np.abs(tokens - no_face).max() > 0
+
+
 def test_cancelling(fastface):
     with pytest.raises(Cancelled):
         fastface(PROMPT, FACE, on_step=lambda trace: False)
