@@ -208,7 +208,9 @@ def test_file_has_the_usual_rights(tmp_path):
 
 
 def test_name_as_long_as_the_file_system_allows(tmp_path):
-    write_png(tmp_path / ("a" * 251 + ".png"), PICTURE, parameters={})
+    path = tmp_path / ("a" * 251 + ".png")
+    write_png(path, PICTURE, parameters={"seed": 1})
+    assert read_parameters(path)["seed"] == 1
 
 
 def test_files_without_parameters(tmp_path):
