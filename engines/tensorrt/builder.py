@@ -126,8 +126,6 @@ class TensorRTBuilder:
         Raises `EngineMismatch` naming the field that differs when it was built for another flavour,
         version or GPU, `BackendUnavailable` without a GPU, `OutOfMemory` before anything is loaded.
         """
-        from fastface_trt.engines.tensorrt.engine import TensorRTEngine
-
         self.check_runs_here()
         misfit = self._misfit(manifest, cuda_hardware())
         if misfit is not None:
@@ -137,6 +135,8 @@ class TensorRTBuilder:
                 f"{here}.",
                 mend,
             )
+        from fastface_trt.engines.tensorrt.engine import TensorRTEngine
+
         return TensorRTEngine.open(self.flavour, manifest, folder)
 
     def _misfit(self, manifest: EngineManifest, gpu: Mapping[str, str]) -> Misfit | None:

@@ -89,6 +89,5 @@ class TensorRTOptions(Strict):
         chosen = self.model_dump(
             mode="json", exclude={"requests", "branches", "latent_sizes", "dynamic"}
         )
-        return {
-            name: value for name, value in chosen.items() if value not in (None, False, [], "none")
-        }
+        defaults = type(self)().model_dump(mode="json")
+        return {name: value for name, value in chosen.items() if value != defaults[name]}
