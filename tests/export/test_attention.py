@@ -131,7 +131,7 @@ def test_fp16_has_float32_statistics():
 
 @pytest.fixture(scope="module")
 def quantile():
-    return session("Quantile", {"x": 5, "level": 1}, 5)
+    return session("Quantile", {"x": 4, "level": 4, "last": 4}, 4)
 
 
 LEVELS = np.float32([0, 0.001, 0.25, 0.5, 0.65, 0.9, 0.999, 1.0])
@@ -141,7 +141,7 @@ LEVELS = np.float32([0, 0.001, 0.25, 0.5, 0.65, 0.9, 0.999, 1.0])
 @pytest.mark.parametrize("kind", ["normal", "constant", "cauchy", "tied", "softmax", "two values"])
 def test_quantile_equals_numpy(quantile, kind, positions):
     rng = np.random.default_rng(positions)
-    shape = (len(LEVELS), 2, 1, 3, positions)
+    shape = (len(LEVELS), 2, 3, positions)
     x = {
         "normal": lambda: rng.standard_normal(shape),
         "constant": lambda: np.full(shape, -3.7),
@@ -150,7 +150,10 @@ def test_quantile_equals_numpy(quantile, kind, positions):
         "softmax": lambda: 1 / (1 + np.exp(-6 * rng.standard_normal(shape))),
         "two values": lambda: (rng.random(shape) < 0.65) * 1e-3,
     }[kind]().astype(np.float32)
-    ours = quantile.run(None, {"x": x, "level": LEVELS})[0]
+    low, extent = x.min(axis=-1, keepdims=True), np.ptp(x, axis=-1, keepdims=True)
+    x = (x - low) / np.where(extent > 0, extent, 1)  # the function takes values in [0, 1]
+    level, last = LEVELS[:, None, None, None], np.full((1, 1, 1, 1), positions - 1, np.float32)
+    ours = quantile.run(None, {"x": x, "level": level, "last": last})[0]
     expected = np.stack(
         [
             np.quantile(x[i].astype(np.float64), float(level), axis=-1, keepdims=True)
