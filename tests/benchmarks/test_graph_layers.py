@@ -49,7 +49,7 @@ def chain(*changes):
                 Layer("down", "CAST", ("pv",), ("ph",), "HALF"),
                 Layer("second", "MATRIX_MULTIPLY", ("ph", "v"), ("out",), "HALF"),
             ),
-            ("CAST before the softmax", "CAST after the softmax"),
+            ("CAST after the softmax", "CAST before the softmax"),
         ),
         (
             (Layer("mask", "ELEMENTWISE", ("p", "x"), ("y",), "HALF"),),
