@@ -143,9 +143,10 @@ def main(graphs: tuple[str, ...], out: Path) -> None:
             raise click.ClickException(str(error)) from error
         report["graphs"][label or path] = asdict(found)
         low, high = found.layers_per_decoupled_block
+        each = str(low) if low == high else f"{low} to {high}"
         click.echo(
             f"{label or path}: {found.layers} layers; {found.decoupled_blocks} decoupled blocks of "
-            f"{low if low == high else f'{low} to {high}'} ({found.share_of_decoupled_blocks:.0%}); "
+            f"{each} ({found.share_of_decoupled_blocks:.0%}); "
             f"{found.fusible_attentions} of {found.attentions} attentions fusible"
         )
         for fault, count in found.faults.items():

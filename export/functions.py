@@ -161,9 +161,9 @@ def Deviation(x_RMTN, covariance_RMTT):
 def AdaptOutput(f_RMTN, a_RMTN, v_RMTD, blend, freedom, ip_scale):
     """λ (w h + (1 − w) AdaIN(h, h₀)) of Eq. 10 over D, h = fᵀ V', h₀ = aᵀ V', as [R,M,N,D].
 
-    `blend` is 1 − w, `freedom` D − 1 and `ip_scale` λ. All statistics of h and h₀ follow from the T × T
-    covariance of V', so that [N,D] values are written once: with V' = C + mean V' the result is
-    (f + (1 − w)(a − f))ᵀ V' + (1 − w)(g f − a)ᵀ C, g = std h₀ / (std h + 1e-6).
+    `blend` is 1 − w, `freedom` D − 1 and `ip_scale` λ. All statistics of h and h₀ follow from the
+    T × T covariance of V', so that [N,D] values are written once: with V' = C + mean V' it is
+    λ ((f + (1 − w)(a − f))ᵀ V' + (1 − w)(g f − a)ᵀ C), g = std h₀ / (std h + 1e-6).
     """
     centred_RMTD = op.Sub(v_RMTD, op.ReduceMean(v_RMTD, op.Constant(value_ints=[3]), keepdims=1))
     product_RMTT = op.MatMul(centred_RMTD, op.Transpose(centred_RMTD, perm=[0, 1, 3, 2]))

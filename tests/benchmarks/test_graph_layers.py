@@ -53,7 +53,7 @@ def chain(*changes):
         ),
         (
             (Layer("mask", "ELEMENTWISE", ("p", "x"), ("y",), "HALF"),),
-            ("ELEMENTWISE and MATRIX_MULTIPLY after the softmax",),
+            ("MATRIX_MULTIPLY and ELEMENTWISE after the softmax",),
         ),
     ],
 )

@@ -18,7 +18,7 @@ from fastface_trt.errors import InvalidRequest, WeightsError
 from fastface_trt.export.adapter import attach_adapter, read_adapter
 from fastface_trt.export.checkpoints import HubItem
 from fastface_trt.export.exporter import run_export
-from fastface_trt.export.modules import unet_export, vae_decoder_export
+from fastface_trt.export.modules import vae_decoder_export
 from fastface_trt.export.onnx_writer import write_module
 from fastface_trt.export.options import ExportOptions
 from fastface_trt.export.oracle import TorchUNet
