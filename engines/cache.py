@@ -76,9 +76,9 @@ class EngineCache:
         """What `module` built by `builder` is called: 64 hexadecimal digits (SHA-256).
 
         It depends on the module's name, inputs, outputs and file contents, on
-        `builder.identity()` and on the schema version; not on where anything lies.
+        `builder.identity(module)` and on the schema version; not on where anything lies.
         """
-        return _key(module, builder.identity())
+        return _key(module, builder.identity(module))
 
     def get(
         self,
@@ -195,7 +195,7 @@ class EngineCache:
         began = time.monotonic()
         with finished_folder(self.root / key, ENGINE_MANIFEST) as draft:
             progress(f"Building {module.name} for {builder.backend}")
-            builder.build(module, source, draft.path, progress)
+            report = builder.build(module, source, draft.path, progress)
             written = sorted(path for path in draft.path.rglob("*") if path.is_file())
             if not written:
                 raise BuildFailed(f"The {builder.backend} builder wrote nothing for {module.name}.")
@@ -204,7 +204,8 @@ class EngineCache:
                 module=module,
                 files=tuple(describe_file(draft.path, path) for path in written),
                 build_seconds=time.monotonic() - began,
-                **builder.identity(),
+                report=report,
+                **builder.identity(module),
             )
             progress(f"Storing {module.name} for {builder.backend}")
             draft.finish(manifest)

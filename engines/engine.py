@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from fastface_trt.engines.manifest import EngineManifest, ModuleSpec
+from fastface_trt.engines.manifest import BuildReport, EngineManifest, ModuleSpec
 
 Array = NDArray[Any]
 Progress = Callable[[str], None]
@@ -51,8 +51,8 @@ class EngineBuilder(Protocol):
 
     backend: str
 
-    def identity(self) -> Mapping[str, Any]:
-        """All that changes the engine besides the module, as JSON values.
+    def identity(self, module: ModuleSpec) -> Mapping[str, Any]:
+        """All that changes the engine of `module` besides the module's files, as JSON values.
 
         Its keys are fields of `EngineManifest`: `backend`, `backend_version`, and where they
         matter `options` and `hardware`. Two builders with equal identities make interchangeable
@@ -60,7 +60,9 @@ class EngineBuilder(Protocol):
         """
         ...
 
-    def build(self, module: ModuleSpec, source: Path, target: Path, progress: Progress) -> None:
+    def build(
+        self, module: ModuleSpec, source: Path, target: Path, progress: Progress
+    ) -> BuildReport:
         """Write the engine's files for `module` (its files lie in `source`) into folder `target`.
 
         Raises `BuildFailed`. May be killed at any moment: the cache deals with what is left.

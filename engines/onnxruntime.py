@@ -18,7 +18,7 @@ from typing import Any, Literal
 from fastface_trt.engines.closing import Closing
 from fastface_trt.engines.engine import Array, Progress, check_inputs
 from fastface_trt.engines.hardware import cpu_hardware, cuda_hardware
-from fastface_trt.engines.manifest import EngineManifest, ModuleSpec
+from fastface_trt.engines.manifest import BuildReport, EngineManifest, ModuleSpec
 from fastface_trt.errors import BackendUnavailable, BuildFailed, EngineFailed, EngineMismatch
 
 Provider = Literal["cpu", "cuda"]
@@ -63,7 +63,7 @@ class OnnxRuntimeBuilder:
         self.optimization = optimization
         self.backend = "onnxruntime" if provider == "cpu" else f"onnxruntime-{provider}"
 
-    def identity(self) -> Mapping[str, Any]:
+    def identity(self, module: ModuleSpec) -> Mapping[str, Any]:
         """Backend, ONNX Runtime's version, provider, optimisation, and the hardware.
 
         The hardware counts because the saved graph holds layouts and fusions chosen for it.
@@ -75,7 +75,9 @@ class OnnxRuntimeBuilder:
             "hardware": cpu_hardware() if self.provider == "cpu" else cuda_hardware(),
         }
 
-    def build(self, module: ModuleSpec, source: Path, target: Path, progress: Progress) -> None:
+    def build(
+        self, module: ModuleSpec, source: Path, target: Path, progress: Progress
+    ) -> BuildReport:
         """Optimise `module` and write graph and weights into `target`.
 
         Raises `BuildFailed` with ONNX Runtime's own message, `BackendUnavailable` when the
@@ -111,6 +113,7 @@ class OnnxRuntimeBuilder:
                 f"The graph of {module.name} does not fit its manifest: {problem}.",
                 "Export the module again.",
             )
+        return BuildReport()
 
     def open(self, manifest: EngineManifest, folder: Path) -> "OnnxRuntimeEngine":
         """Load a verified engine; the graph is not optimised again.
@@ -118,7 +121,7 @@ class OnnxRuntimeBuilder:
         Raises `EngineMismatch` when it was built for another backend, version or machine, or
         cannot be loaded; `BackendUnavailable` when the provider does not run here.
         """
-        for field, here in self.identity().items():
+        for field, here in self.identity(manifest.module).items():
             built = getattr(manifest, field)
             if built != here:
                 raise EngineMismatch(
