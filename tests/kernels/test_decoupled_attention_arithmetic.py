@@ -125,15 +125,19 @@ LEVELS = [0.0, 0.001, 0.25, 0.5, 0.65, 0.9, 0.999, 1.0]
 
 
 @pytest.mark.parametrize("positions", [1, 2, 37, 600])
-@pytest.mark.parametrize("spread", [0.0, 0.01, 1.0, 30.0])
-def test_quantile_is_exact(single, positions, spread):
+@pytest.mark.parametrize(("spread", "repeats"), [(0, 1), (0.01, 1), (1, 1), (30, 1), (1, 5)])
+def test_quantile_is_exact(single, positions, spread, repeats):
     """The row statistics equal numpy's, to the last bits, of the map that the kernel itself wrote."""
     q, k, v = tensors(positions, len(LEVELS), 1, positions, 8)
+    q = np.repeat(q, repeats, axis=2)[:, :, :positions]  # ties
     settings = [row("softmask", quantile=level, invert_first_token=False) for level in LEVELS]
     single(q * spread, k, v, settings, [1.0] * len(LEVELS))
     maps = single.maps[:, 0].astype(np.float64)
     minimum, maximum, quantile = np.moveaxis(single.statistics[:, 0], 1, 0)
     assert np.array_equal(minimum, maps.min(1))
     assert np.array_equal(maximum, maps.max(1))
-    expected = [np.quantile(a, np.float64(np.float32(p)), axis=0) for a, p in zip(maps, LEVELS, strict=True)]
+    expected = [
+        np.quantile(a, np.float64(np.float32(level)), axis=0)
+        for a, level in zip(maps, LEVELS, strict=True)
+    ]
     np.testing.assert_allclose(quantile, np.maximum(expected, 1e-6), rtol=3e-7)
