@@ -56,7 +56,7 @@ def test_other_head_sizes_are_refused(head_size):
 def test_other_dtypes_and_architectures_are_refused():
     with pytest.raises(InvalidRequest, match="bfloat16"):
         compile_kernels("sm_80", 64, "bfloat16")
-    with pytest.raises(InvalidRequest, match="'8.0' is not a GPU architecture"):
+    with pytest.raises(InvalidRequest, match=r"'8\.0' is not a GPU architecture"):
         compile_kernels("8.0")
     with pytest.raises(BuildFailed, match="gpu-architecture"):
         compile_kernels("sm_10")

@@ -127,7 +127,7 @@ LEVELS = [0.0, 0.001, 0.25, 0.5, 0.65, 0.9, 0.999, 1.0]
 @pytest.mark.parametrize("positions", [1, 2, 37, 600])
 @pytest.mark.parametrize(("spread", "repeats"), [(0, 1), (0.01, 1), (1, 1), (30, 1), (1, 5)])
 def test_quantile_is_exact(single, positions, spread, repeats):
-    """The row statistics equal numpy's, to the last bits, of the map that the kernel itself wrote."""
+    """The row statistics equal numpy's, to the last bits, of the map that the kernel wrote."""
     q, k, v = tensors(positions, len(LEVELS), 1, positions, 8)
     q = np.repeat(q, repeats, axis=2)[:, :, :positions]  # ties
     settings = [row("softmask", quantile=level, invert_first_token=False) for level in LEVELS]

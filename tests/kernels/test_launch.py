@@ -73,10 +73,10 @@ def test_two_launches_with_the_arguments_that_the_kernels_declare(kernel, launch
     kernel(77, *tensors.values())
     (first, first_config, stream, first_arguments), (second, config, _, arguments) = launches
     assert (first, second, stream) == (STATISTICS_KERNEL, OUTPUT_KERNEL, (0, 77))
-    assert tuple(first_config.grid)[0] == 60
-    assert tuple(first_config.block)[0] == 512
+    assert tuple(first_config.grid)[:1] == (60,)
+    assert tuple(first_config.block)[:1] == (512,)
     assert tuple(config.grid)[:2] == (3, 60)  # 1025 positions in blocks of 512
-    assert tuple(config.block)[0] == 256
+    assert tuple(config.block)[:1] == (256,)
     where = {name: tensor.address for name, tensor in tensors.items()}
     statistics = where["workspace"] + 60 * 1025 * 16
     for name, given in (("statistics", first_arguments), ("output", arguments)):
