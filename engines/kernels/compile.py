@@ -133,6 +133,6 @@ def _bindings() -> Any:
     except Exception as error:  # ImportError, or whatever the loader throws
         raise MissingDependency(
             f"The CUDA run-time compiler cannot be loaded: {str(error).splitlines()[0]}",
-            "pip install 'cuda-python>=13' 'nvidia-cuda-nvrtc>=13'.",
+            "pip install 'fastface-trt[kernels]'.",
         ) from None
     return nvrtc

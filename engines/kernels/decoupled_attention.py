@@ -141,7 +141,7 @@ class AttentionKernel:
         except ImportError as error:
             raise MissingDependency(
                 f"The attention kernel cannot be launched: {error}.",
-                "pip install 'cuda-python>=13'.",
+                "pip install 'fastface-trt[kernels]'.",
             ) from None
         code = core.ObjectCode.from_cubin(self._image)
         return core, code.get_kernel(STATISTICS_KERNEL), code.get_kernel(OUTPUT_KERNEL)

@@ -174,5 +174,5 @@ def test_workspace_holds_the_maps_and_three_rows_per_head():
 def test_without_cuda_python_the_error_says_what_to_install(monkeypatch, kernel):
     kernel.__dict__.pop("_loaded", None)
     monkeypatch.setitem(__import__("sys").modules, "cuda.core", None)
-    with pytest.raises(MissingDependency, match="cuda-python"):
+    with pytest.raises(MissingDependency, match="kernels"):
         kernel(0, *call().values())
