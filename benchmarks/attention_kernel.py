@@ -34,7 +34,7 @@ Run = Callable[[Sequence[Array]], Array]
 POSITIONS, HEADS, ROWS, HEAD_SIZE = (256, 1024, 4096, 16384), (5, 10, 20), (1, 3, 12), 64
 BRANCHES = 3
 TOLERANCE = 1e-3
-"""Relative L2 error against float64 on the same fp16 inputs: fp16's rounding of the output is 3e-4."""
+"""Relative L2 error against float64 on the same inputs; fp16's rounding of the output is 3e-4."""
 
 WARM_UPS, REPEATS = 10, 50
 RESULTS = Path(__file__).parent / "results"

@@ -120,7 +120,7 @@ def _nvrtc(options: list[str], target: Target) -> tuple[bytes, str]:
 
 
 def _read(call: Any, program: Any, size: Any, get: Any) -> bytes:
-    buffer = b"\0" * call(size(program))  # the binding writes into it
+    buffer: bytes = b"\0" * call(size(program))  # the binding writes into it
     call(get(program, buffer))
     return buffer
 

@@ -117,7 +117,7 @@ class AttentionKernel:
         """
         tensors = [_memory(x) for x in (q_BHND, k_BHTD, v_BHTD, manipulation_RP, ip_scale_R)]
         out, scratch = _memory(out_BHND), _memory(workspace)
-        sizes = self._check(*tensors, out, scratch)
+        sizes = self._check([*tensors, out, scratch])
         q, k, v, manipulation, ip_scale = (tensor.address for tensor in tensors)
         head_rows = sizes.rows * sizes.heads
         maps = scratch.address
@@ -146,16 +146,9 @@ class AttentionKernel:
         code = core.ObjectCode.from_cubin(self._image)
         return core, code.get_kernel(STATISTICS_KERNEL), code.get_kernel(OUTPUT_KERNEL)
 
-    def _check(
-        self,
-        q: DeviceMemory,
-        k: DeviceMemory,
-        v: DeviceMemory,
-        manipulation: DeviceMemory,
-        ip_scale: DeviceMemory,
-        out: DeviceMemory,
-        workspace: DeviceMemory,
-    ) -> Sizes:
+    def _check(self, tensors: Sequence[DeviceMemory]) -> Sizes:
+        """Sizes of a call with q, k, v, manipulation, ip_scale, the output and the workspace."""
+        q, k, v, manipulation, ip_scale, out, workspace = tensors
         if len(q.shape) != 4 or not all(q.shape) or q.shape[3] != self.head_size:
             raise InvalidRequest(
                 f"q is {_text(q.shape)}; this attention kernel takes [B, H, N, {self.head_size}].",
