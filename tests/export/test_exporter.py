@@ -196,7 +196,8 @@ def test_fp16_unet_passes_the_tensorrt_parser(tiny, tmp_path):
     attach_adapter(unet, read_adapter(tiny / "adapter.safetensors"), lora_scale=1.0)
     export = unet_export(unet.half(), tokens=4, latent_size=(16, 16), fixed_size=False)
     spec = write_module(export, tmp_path)
-    assert spec.dtype_of(contract.SAMPLE) == spec.dtype_of(contract.NOISE_PREDICTION) == "float16"
+    assert spec.dtype_of(contract.SAMPLE) == spec.dtype_of(contract.NOISE_PREDICTION) == "float32"
+    assert spec.dtype_of(contract.TEXT) == spec.dtype_of(contract.IMAGE_TOKENS) == "float16"
     logger = trt.Logger(trt.Logger.ERROR)
     network = trt.Builder(logger).create_network(0)
     parser = trt.OnnxParser(network, logger)
