@@ -44,7 +44,6 @@ evaluate: setup
 
 # The mini model in fp16, fp8 and int8 before the same judges; writes quantized-quality.json.
 evaluate-quantized: setup
-	$(BIN)/pip install --quiet --editable '.[quantize]'
 	$(BIN)/python -m benchmarks.quantized_quality
 
 # The mini model's ONNX modules, as the package ships them.
