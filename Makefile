@@ -6,7 +6,8 @@ INSTALLED := build/installed
 # A CPU build of torch is enough for export and tests; the range for users is in pyproject.toml.
 TORCH ?= torch==2.13.0
 
-.PHONY: setup demo test test-long test-engines evaluate mini-export full-size full-size-engines clean
+.PHONY: setup demo test test-long test-engines evaluate evaluate-quantized mini-export \
+	full-size full-size-engines clean
 
 # The light runtime: no torch, no diffusers.
 $(VENV)/.runtime: pyproject.toml
@@ -45,6 +46,10 @@ test-engines: setup
 # Quality of the mini model by independent judges; writes benchmarks/results/mini-quality.json.
 evaluate: setup
 	$(BIN)/python -m benchmarks.mini_quality
+
+# The mini model in fp16, fp8 and int8 before the same judges; writes quantized-quality.json.
+evaluate-quantized: setup
+	$(BIN)/python -m benchmarks.quantized_quality
 
 # The mini model's ONNX modules, as the package ships them.
 mini-export: setup

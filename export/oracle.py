@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from fastface_trt.engines.closing import Closing
-from fastface_trt.engines.contract import NOISE_PREDICTION, SAMPLE
+from fastface_trt.engines.contract import NOISE_PREDICTION
 from fastface_trt.engines.engine import Array
 from fastface_trt.engines.manifest import DType, ModuleSpec, TensorSpec
 from fastface_trt.export.model import Model
@@ -27,25 +27,25 @@ class TorchUNet(Closing):
     def __init__(self, unet: Model, tokens: int = 4) -> None:
         export = unet_export(unet, tokens=tokens, latent_size=(16, 16), fixed_size=False)
         self._module = UNetModule(unet).eval()
-        self._dtype = unet.dtype
+        self._device = unet.device
 
         def spec(name: str, dtype: torch.dtype) -> TensorSpec:
             return TensorSpec(name=name, dtype=_NUMPY_NAMES[dtype], shape=export.shapes[name])
 
         inputs = tuple(spec(name, tensor.dtype) for name, tensor in export.inputs.items())
-        outputs = (spec(NOISE_PREDICTION, export.inputs[SAMPLE].dtype),)
+        outputs = (spec(NOISE_PREDICTION, torch.float32),)
         self.spec = ModuleSpec.model_construct(
             name="unet", inputs=inputs, outputs=outputs, files=()
         )
 
     def __call__(self, **inputs: Array) -> dict[str, Array]:
         """The noise prediction; inputs as in `fastface_trt.engines.contract`."""
-        with torch.inference_mode():
+        with torch.no_grad():
             tensors = {
-                name: torch.from_numpy(np.ascontiguousarray(array))
+                name: torch.from_numpy(np.ascontiguousarray(array)).to(self._device)
                 for name, array in inputs.items()
             }
-            return {NOISE_PREDICTION: self._module(**tensors).numpy()}
+            return {NOISE_PREDICTION: self._module(**tensors).cpu().numpy()}
 
     def close(self) -> None:
         """Nothing to free beyond the module itself."""

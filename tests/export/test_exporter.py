@@ -193,7 +193,8 @@ def test_fp16_unet_passes_the_tensorrt_parser(tiny_fp16_unet):
     """The trap: a Concat of fp16 text and fp32 time embedding that ONNX's checker lets through."""
     trt = pytest.importorskip("tensorrt_rtx")
     folder, spec = tiny_fp16_unet
-    assert spec.dtype_of(contract.SAMPLE) == spec.dtype_of(contract.NOISE_PREDICTION) == "float16"
+    assert spec.dtype_of(contract.SAMPLE) == spec.dtype_of(contract.NOISE_PREDICTION) == "float32"
+    assert spec.dtype_of(contract.TEXT) == spec.dtype_of(contract.IMAGE_TOKENS) == "float16"
     logger = trt.Logger(trt.Logger.ERROR)
     network = trt.Builder(logger).create_network(0)
     parser = trt.OnnxParser(network, logger)
