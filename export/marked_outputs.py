@@ -30,6 +30,7 @@ _KEEPS_COUNTS = (
     "Cast",
     "Expand",
     "Identity",
+    "Mul",
     "ReduceSum",
     "Reshape",
     "Squeeze",
@@ -58,9 +59,8 @@ class TensorInfo:
 class MarkableModule:
     """The tensors of one ONNX module that can be compared, in topological order, and copies.
 
-    A tensor counts when it is floating point and depends on an input. Tensors that only count or
-    round (comparisons turned into numbers, Floor) do not: there a rounding error of 1e-7 is rightly
-    a step of 1. With `inline` every call of a model-local function is replaced by the function's
+    A tensor counts when it is floating point and depends on an input. Whole numbers made by
+    comparing or rounding do not: there an error of 1e-7 upstream is rightly a step of 1. With `inline` every call of a model-local function is replaced by the function's
     body; names of the main graph's tensors stay, and the new nodes carry the scope of the call.
     """
 
@@ -108,6 +108,13 @@ class MarkableModule:
                 waiting += self._inputs_of.get(above, ())
         return frozenset(seen & self._values.keys())
 
+    def cancelling(self, name: str) -> tuple[str, ...]:
+        """The comparable operands of `name` where it is a sum or difference, which can cancel."""
+        node = self._values[name].producer()
+        if node is None or node.op_type not in ("Add", "Sub"):
+            return ()
+        return tuple(operand for operand in self._inputs_of[name] if operand in self._values)
+
     def info(self, name: str) -> TensorInfo:
         """What is known about tensor `name`."""
         value = self._values[name]
@@ -146,13 +153,13 @@ class MarkableModule:
         casts = [
             ir.node("Cast", [value], {"to": ir.DataType.FLOAT}, num_outputs=1)
             for value in marked
-            if value.dtype == ir.DataType.BFLOAT16
+            if self._is_cast(value)
         ]
         specs = list(self.module.outputs)
         before = list(graph.outputs)
         try:
             for cast in casts:
-                cast.outputs[0].name = f"{cast.inputs[0].name}.float32"
+                cast.outputs[0].name = self.output_name(cast.inputs[0].name)
                 cast.outputs[0].dtype = ir.DataType.FLOAT
                 cast.outputs[0].shape = cast.inputs[0].shape
                 graph.append(cast)
@@ -169,6 +176,14 @@ class MarkableModule:
         finally:
             graph.outputs[:] = before
             graph.remove(casts, safe=True)
+
+    def output_name(self, name: str) -> str:
+        """What tensor `name` is called among the outputs of a copy."""
+        return f"{name}.float32" if self._is_cast(self._values[name]) else name
+
+    def _is_cast(self, value: ir.Value) -> bool:
+        own = value.name in {tensor.name for tensor in self.module.outputs}
+        return value.dtype == ir.DataType.BFLOAT16 and not own
 
     def _save(self, target: Path, outputs: tuple[TensorSpec, ...]) -> ModuleSpec:
         folder = target / self.module.name
@@ -208,12 +223,6 @@ class MarkableModule:
                     self._values[value.name] = value
 
 
-def output_name(name: str, spec: ModuleSpec) -> str:
-    """What tensor `name` is called among the outputs of a marked copy."""
-    names = {tensor.name for tensor in spec.outputs}
-    return name if name in names else f"{name}.float32"
-
-
 def _counts(node: ir.Node, alive: set[str], counts: set[str]) -> bool:
     """Whether the node's result is a whole number made by comparing or rounding."""
     live = [value for value in node.inputs if value is not None and value.name in alive]
@@ -221,7 +230,7 @@ def _counts(node: ir.Node, alive: set[str], counts: set[str]) -> bool:
         return True
     if node.op_type == "Cast" and live[0].dtype == ir.DataType.BOOL:
         return True
-    return node.op_type in _KEEPS_COUNTS and live[0].name in counts
+    return node.op_type in _KEEPS_COUNTS and all(value.name in counts for value in live)
 
 
 def _dimensions(value: ir.Value) -> tuple[Dimension, ...]:
