@@ -9,7 +9,8 @@ import torch
 
 from fastface_trt.engines.closing import Closing
 from fastface_trt.engines.contract import NOISE_PREDICTION, SAMPLE
-from fastface_trt.engines.engine import Array
+from fastface_trt.engines.device import HostDevice, Tensor
+from fastface_trt.engines.engine import host_arrays
 from fastface_trt.engines.manifest import DType, ModuleSpec, TensorSpec
 from fastface_trt.export.model import Model
 from fastface_trt.export.modules import UNetModule, unet_export
@@ -28,6 +29,7 @@ class TorchUNet(Closing):
         export = unet_export(unet, tokens=tokens, latent_size=(16, 16), fixed_size=False)
         self._module = UNetModule(unet).eval()
         self._dtype = unet.dtype
+        self.device = HostDevice()
 
         def spec(name: str, dtype: torch.dtype) -> TensorSpec:
             return TensorSpec(name=name, dtype=_NUMPY_NAMES[dtype], shape=export.shapes[name])
@@ -38,12 +40,12 @@ class TorchUNet(Closing):
             name="unet", inputs=inputs, outputs=outputs, files=()
         )
 
-    def __call__(self, **inputs: Array) -> dict[str, Array]:
+    def __call__(self, **inputs: Tensor) -> dict[str, Tensor]:
         """The noise prediction; inputs as in `fastface_trt.engines.contract`."""
         with torch.inference_mode():
             tensors = {
                 name: torch.from_numpy(np.ascontiguousarray(array))
-                for name, array in inputs.items()
+                for name, array in host_arrays(self.spec, inputs).items()
             }
             return {NOISE_PREDICTION: self._module(**tensors).numpy()}
 
