@@ -3,7 +3,6 @@
 To add one, write its probe and its builder and add an entry to `BACKENDS`.
 """
 
-import importlib
 import importlib.metadata
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -19,9 +18,9 @@ from fastface_trt.engines.onnxruntime import (
     Provider,
     open_session,
 )
+from fastface_trt.engines.tensorrt.builder import TensorRTBuilder
+from fastface_trt.engines.tensorrt.flavour import FlavourName, find_flavour
 from fastface_trt.errors import BackendUnavailable, UnknownName
-
-_NOT_YET = "Use the backend onnxruntime or onnxruntime-cuda; a later release builds for it."
 
 
 @dataclass(frozen=True)
@@ -40,25 +39,22 @@ class BackendStatus:
 
 @dataclass(frozen=True)
 class Backend:
-    """A backend that this version knows; `builder` is None when it does not build for it yet."""
+    """A backend: how to find out whether it works here, and its builder."""
 
     name: str
     probe: Callable[[], BackendStatus]
-    builder: Callable[..., EngineBuilder] | None
+    builder: Callable[..., EngineBuilder]
 
 
 def builder_for(name: str, **options: Any) -> EngineBuilder:
     """The builder of backend `name`; `options` are those of its class.
 
-    Raises `UnknownName`, or `BackendUnavailable` for a backend that this version does not build
-    for. Whether the backend runs here shows when it is used, or in `probe_backends`.
+    Raises `UnknownName`. Whether the backend runs here shows when it is used, or in
+    `probe_backends`.
     """
     if name not in BACKENDS:
         raise UnknownName("backend", name, BACKENDS)
-    builder = BACKENDS[name].builder
-    if builder is None:
-        raise BackendUnavailable(f"This version does not build engines for {name}.", _NOT_YET)
-    return builder(**options)
+    return BACKENDS[name].builder(**options)
 
 
 def probe_backends() -> list[BackendStatus]:
@@ -98,19 +94,23 @@ def _probe_onnxruntime(name: str, provider: Provider) -> BackendStatus:
     return BackendStatus(name, True, version, detail, REINSTALL)
 
 
-def _probe_import(name: str, module: str, extra: str) -> BackendStatus:
-    installed = _installed(name)
+def _probe_tensorrt(name: FlavourName) -> BackendStatus:
+    flavour = find_flavour(name)
     try:
-        version = str(importlib.import_module(module).__version__)
-    except Exception as error:  # a stub or a missing library may throw anything
-        if not installed:
-            detail = "not installed; this version does not build engines for it either"
-            return BackendStatus(name, False, "", detail, _NOT_YET)
-        detail = f"installed, but it cannot be imported: {error}"
-        mend = f"pip install --force-reinstall 'fastface-trt[{extra}]'. {_NOT_YET}"
-        return BackendStatus(name, False, next(iter(installed.values())), detail, mend)
-    detail = "installed and importable, but this version does not build engines for it"
-    return BackendStatus(name, False, version, detail, _NOT_YET)
+        version = flavour.version()
+    except BackendUnavailable as error:
+        if not _installed(name):
+            return BackendStatus(name, False, "", "not installed", error.mend)
+        version = next(iter(_installed(name).values()))
+        return BackendStatus(name, False, version, error.message, error.mend)
+    gpu = cuda_hardware()
+    if gpu["gpu"] == "unknown":
+        builds = "builds_without_gpu" in flavour.supports
+        detail = "no NVIDIA GPU and driver; " + (
+            "it builds engines here" if builds else "it needs one to build, too"
+        )
+        return BackendStatus(name, False, version, detail, f"It runs on {flavour.gpus}.")
+    return BackendStatus(name, True, version, f"{flavour.label} on {' '.join(gpu.values())}")
 
 
 def _installed(prefix: str) -> dict[str, str]:
@@ -149,11 +149,15 @@ BACKENDS: Mapping[str, Backend] = MappingProxyType(
                 lambda: _probe_onnxruntime("onnxruntime-cuda", "cuda"),
                 lambda **options: OnnxRuntimeBuilder("cuda", **options),
             ),
-            Backend("tensorrt", lambda: _probe_import("tensorrt", "tensorrt", "tensorrt"), None),
+            Backend(
+                "tensorrt",
+                lambda: _probe_tensorrt("tensorrt"),
+                lambda **options: TensorRTBuilder("tensorrt", **options),
+            ),
             Backend(
                 "tensorrt-rtx",
-                lambda: _probe_import("tensorrt-rtx", "tensorrt_rtx", "tensorrt-rtx"),
-                None,
+                lambda: _probe_tensorrt("tensorrt-rtx"),
+                lambda **options: TensorRTBuilder("tensorrt-rtx", **options),
             ),
         )
     }

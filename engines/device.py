@@ -30,9 +30,8 @@ ITEM_BYTES: Final[dict[DType, int]] = {
 class DeviceTensor:
     """A dense, row-major tensor in device memory.
 
-    `address` is a device pointer and `dtype` a name, since numpy has no bfloat16. `memory` is
-    whatever must stay alive while the tensor is used; None for a view of a buffer that an engine
-    owns and overwrites on its next call.
+    `address` is a device pointer. `memory` is whatever must stay alive while the tensor is used;
+    None for a view of a buffer that an engine owns and overwrites on its next call.
     """
 
     address: int
@@ -88,10 +87,7 @@ class Device(Protocol):
         ...
 
     def download(self, tensor: Tensor) -> Array:
-        """The tensor as a numpy array, after all earlier work of this thread has finished.
-
-        bfloat16 comes back as float32, which holds it exactly.
-        """
+        """The tensor as a numpy array, after all earlier work of this thread has finished."""
         ...
 
     def copy(self, tensor: Tensor) -> Tensor:

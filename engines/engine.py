@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from fastface_trt.engines.device import Array, Device, DeviceTensor, Tensor, dtype_name
-from fastface_trt.engines.manifest import EngineManifest, ModuleSpec, TensorSpec
+from fastface_trt.engines.manifest import BuildReport, EngineManifest, ModuleSpec, TensorSpec
 from fastface_trt.errors import EngineMismatch, InvalidRequest
 
 Progress = Callable[[str], None]
@@ -56,8 +56,8 @@ class EngineBuilder(Protocol):
 
     backend: str
 
-    def identity(self) -> Mapping[str, Any]:
-        """All that changes the engine besides the module, as JSON values.
+    def identity(self, module: ModuleSpec) -> Mapping[str, Any]:
+        """All that changes the engine of `module` besides the module's files, as JSON values.
 
         Its keys are fields of `EngineManifest`: `backend`, `backend_version`, and where they
         matter `options` and `hardware`. Two builders with equal identities make interchangeable
@@ -65,7 +65,24 @@ class EngineBuilder(Protocol):
         """
         ...
 
-    def build(self, module: ModuleSpec, source: Path, target: Path, progress: Progress) -> None:
+    def check_runs_here(self) -> None:
+        """Raise `BackendUnavailable` when engines of this builder cannot run on this machine.
+
+        Asked before an engine is built in order to be opened, since a build can take minutes.
+        """
+        ...
+
+    def takes(self, manifest: EngineManifest) -> bool:
+        """Whether an engine that is not what this builder would make serves as well.
+
+        It is asked about engines of exactly the module that is wanted, so only how they were built
+        counts.
+        """
+        ...
+
+    def build(
+        self, module: ModuleSpec, source: Path, target: Path, progress: Progress
+    ) -> BuildReport:
         """Write the engine's files for `module` (its files lie in `source`) into folder `target`.
 
         Raises `BuildFailed`. May be killed at any moment: the cache deals with what is left.
@@ -88,9 +105,8 @@ def check_inputs(spec: ModuleSpec, inputs: Mapping[str, Tensor]) -> dict[str, Te
     """Inputs of `spec`, in its order; raise `InvalidRequest` naming the first misfit.
 
     Named dimensions must agree between inputs. Arrays on the host get the dtypes of `spec`:
-    floating-point ones are cast (bfloat16, which numpy lacks, stays float32), integers are not. A
-    tensor in device memory is never cast; a wrong dtype there means modules that do not fit each
-    other and raises `EngineMismatch`.
+    floating-point ones are cast, integers are not. A tensor in device memory is never cast; a wrong
+    dtype there means modules that do not fit each other and raises `EngineMismatch`.
     """
     unknown = inputs.keys() - {t.name for t in spec.inputs}
     missing = {t.name for t in spec.inputs} - inputs.keys()
@@ -145,7 +161,7 @@ def _require_dtype(spec: ModuleSpec, tensor: TensorSpec, given: DeviceTensor) ->
 
 
 def _cast(spec: ModuleSpec, tensor: TensorSpec, array: Array) -> Array:
-    dtype = np.dtype("float32" if tensor.dtype == "bfloat16" else tensor.dtype)
+    dtype = np.dtype(tensor.dtype)
     # A float given for an integer would be cut silently; what a float takes is rounded anyway.
     castable = array.dtype.kind in "fiub" if dtype.kind == "f" else array.dtype == dtype
     if not castable:

@@ -57,3 +57,14 @@ def cuda_hardware() -> dict[str, str]:
         gpu = name.split(b"\0")[0].decode()
         return {"gpu": gpu, "compute_capability": ".".join(map(str, version))}
     return unknown
+
+
+@lru_cache
+def cuda_driver() -> dict[str, str]:
+    """`driver`, the CUDA version that the installed driver offers, such as 13.0; {} without one."""
+    with suppress(ImportError, OSError, RuntimeError):
+        driver = importlib.import_module("cuda.bindings.driver")
+        error, version = driver.cuDriverGetVersion()
+        if int(error) == 0:
+            return {"driver": f"{version // 1000}.{version % 1000 // 10}"}
+    return {}

@@ -129,6 +129,20 @@ class ExportManifest(Strict):
         return [f for m in self.modules.values() for f in m.files] + list(self.extra_files)
 
 
+class BuildReport(Strict):
+    """How a build went; it changes nothing about the engine.
+
+    layers: of the parsed network. Peak bytes are of the building process: what it allocated, and
+    that plus the pages of mapped files. built_on: the machine, its GPU and driver, where known.
+    """
+
+    layers: int | None = None
+    peak_anonymous_bytes: int = 0
+    peak_resident_bytes: int = 0
+    warnings: tuple[str, ...] = ()
+    built_on: dict[str, str] = {}
+
+
 class EngineManifest(Strict):
     """What one built engine is and what it was built from; `key` is its identity in the cache."""
 
@@ -141,6 +155,7 @@ class EngineManifest(Strict):
     hardware: dict[str, str] = {}
     files: tuple[FileEntry, ...] = Field(min_length=1)
     build_seconds: float = Field(ge=0)
+    report: BuildReport = BuildReport()
 
 
 Manifest = TypeVar("Manifest", bound=Strict)

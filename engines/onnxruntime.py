@@ -11,7 +11,7 @@ file: opening takes next to no memory, and every run casts them again.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +19,7 @@ from fastface_trt.engines.closing import Closing
 from fastface_trt.engines.device import HostDevice, Tensor
 from fastface_trt.engines.engine import Progress, check_inputs, host_arrays
 from fastface_trt.engines.hardware import cpu_hardware, cuda_hardware
-from fastface_trt.engines.manifest import EngineManifest, ModuleSpec
+from fastface_trt.engines.manifest import BuildReport, EngineManifest, ModuleSpec
 from fastface_trt.errors import BackendUnavailable, BuildFailed, EngineFailed, EngineMismatch
 
 Provider = Literal["cpu", "cuda"]
@@ -69,7 +69,7 @@ class OnnxRuntimeBuilder:
         """The host: ONNX Runtime takes and returns numpy arrays."""
         return self._device
 
-    def identity(self) -> Mapping[str, Any]:
+    def identity(self, module: ModuleSpec) -> Mapping[str, Any]:
         """Backend, ONNX Runtime's version, provider, optimisation, and the hardware.
 
         The hardware counts because the saved graph holds layouts and fusions chosen for it.
@@ -81,7 +81,19 @@ class OnnxRuntimeBuilder:
             "hardware": cpu_hardware() if self.provider == "cpu" else cuda_hardware(),
         }
 
-    def build(self, module: ModuleSpec, source: Path, target: Path, progress: Progress) -> None:
+    def check_runs_here(self) -> None:
+        """See `EngineBuilder`."""
+        available = _onnxruntime().get_available_providers()
+        if PROVIDERS[self.provider] not in available:
+            raise _lacks(self.provider, available)
+
+    def takes(self, manifest: EngineManifest) -> bool:
+        """Only what it would make: a build takes seconds, and options change speed and memory."""
+        return False
+
+    def build(
+        self, module: ModuleSpec, source: Path, target: Path, progress: Progress
+    ) -> BuildReport:
         """Optimise `module` and write graph and weights into `target`.
 
         Raises `BuildFailed` with ONNX Runtime's own message, `BackendUnavailable` when the
@@ -117,6 +129,7 @@ class OnnxRuntimeBuilder:
                 f"The graph of {module.name} does not fit its manifest: {problem}.",
                 "Export the module again.",
             )
+        return BuildReport()
 
     def open(self, manifest: EngineManifest, folder: Path) -> "OnnxRuntimeEngine":
         """Load a verified engine; the graph is not optimised again.
@@ -124,7 +137,7 @@ class OnnxRuntimeBuilder:
         Raises `EngineMismatch` when it was built for another backend, version or machine, or
         cannot be loaded; `BackendUnavailable` when the provider does not run here.
         """
-        for field, here in self.identity().items():
+        for field, here in self.identity(manifest.module).items():
             built = getattr(manifest, field)
             if built != here:
                 raise EngineMismatch(
@@ -211,10 +224,7 @@ def open_session(graph: str | bytes, options: Any, provider: Provider) -> Any:
     wanted = PROVIDERS[provider]
     available = ort.get_available_providers()
     if wanted not in available:
-        raise BackendUnavailable(
-            f"ONNX Runtime {ort.__version__} has no {wanted} here, only {', '.join(available)}.",
-            REINSTALL,
-        )
+        raise _lacks(provider, available)
     # Its fallback would retry on the CPU, when opening and again in the middle of a run.
     session = ort.InferenceSession(graph, options, providers=[wanted], enable_fallback=0)
     actual = session.get_providers()
@@ -224,6 +234,14 @@ def open_session(graph: str | bytes, options: Any, provider: Provider) -> Any:
             REINSTALL,
         )
     return session
+
+
+def _lacks(provider: Provider, available: Sequence[str]) -> BackendUnavailable:
+    return BackendUnavailable(
+        f"ONNX Runtime {_onnxruntime().__version__} has no {PROVIDERS[provider]} here, only "
+        f"{', '.join(available)}.",
+        REINSTALL,
+    )
 
 
 def _onnxruntime() -> Any:

@@ -6,6 +6,7 @@ import click
 
 from fastface_trt import __version__
 from fastface_trt.cli.build import build
+from fastface_trt.cli.cache import cache
 from fastface_trt.cli.demo import demo
 from fastface_trt.cli.doctor import doctor
 from fastface_trt.cli.export import export
@@ -42,7 +43,7 @@ def cli() -> None:
     """
 
 
-for command in (demo, generate, export, build, inspect, doctor, replay):
+for command in (demo, generate, export, build, cache, inspect, doctor, replay):
     cli.add_command(command)
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from fastface_trt.engines import backends
 from fastface_trt.engines.backends import builder_for, probe_backends
-from fastface_trt.errors import BackendUnavailable, UnknownName
+from fastface_trt.errors import UnknownName
 
 
 def status(name):
@@ -34,9 +34,7 @@ def test_builders_by_name():
     with pytest.raises(UnknownName, match="Did you mean 'onnxruntime'"):
         builder_for("onxruntime")
     for name in ("tensorrt", "tensorrt-rtx"):
-        with pytest.raises(BackendUnavailable, match="does not build engines") as caught:
-            builder_for(name)
-        assert "onnxruntime" in caught.value.mend
+        assert builder_for(name).backend == name
 
 
 def test_every_backend_has_a_status_and_every_failure_a_mend():
@@ -46,8 +44,6 @@ def test_every_backend_has_a_status_and_every_failure_a_mend():
     cpu = status("onnxruntime")
     assert cpu.works
     assert cpu.version == onnxruntime.__version__
-    assert not status("tensorrt").works
-    assert "does not build" in status("tensorrt").detail
 
 
 def test_cuda_that_is_listed_but_does_not_start_does_not_work(monkeypatch):
@@ -96,8 +92,18 @@ def test_tensorrt_that_does_not_import_and_that_is_not_installed(monkeypatch):
     pretend(monkeypatch)
     assert "not installed" in status("tensorrt-rtx").detail
     module = types.ModuleType("tensorrt_rtx")
-    module.__version__ = "1.2.3"
+    module.__version__, module.Logger = "1.2.3", object
+    pretend(monkeypatch, "tensorrt_rtx_cu13")
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", module)
-    importable = status("tensorrt-rtx")
-    assert (importable.works, importable.version) == (False, "1.2.3")
-    assert "importable" in importable.detail
+    assert "older than 1.5" in status("tensorrt-rtx").detail
+
+
+def test_tensorrt_rtx_without_a_gpu_says_what_it_can_do(monkeypatch):
+    pytest.importorskip("tensorrt_rtx")
+    nowhere = {"gpu": "unknown", "compute_capability": "unknown"}
+    monkeypatch.setattr(backends, "cuda_hardware", lambda: nowhere)
+    assert not status("tensorrt-rtx").works
+    assert "builds engines here" in status("tensorrt-rtx").detail
+    there = {"gpu": "NVIDIA RTX 4090", "compute_capability": "8.9"}
+    monkeypatch.setattr(backends, "cuda_hardware", lambda: there)
+    assert status("tensorrt-rtx").works

@@ -1,0 +1,175 @@
+"""TensorRT and TensorRT-RTX as a backend: identity, build, and what an engine may run on."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastface_trt.engines.engine import Progress
+from fastface_trt.engines.hardware import cuda_driver, cuda_hardware
+from fastface_trt.engines.manifest import BuildReport, EngineManifest, ModuleSpec
+from fastface_trt.engines.tensorrt.flavour import Flavour, FlavourName, find_flavour
+from fastface_trt.engines.tensorrt.options import TensorRTOptions
+from fastface_trt.engines.tensorrt.plan import Event
+from fastface_trt.engines.tensorrt.profiles import choose_profile, make_profiles, read_profiles
+from fastface_trt.engines.tensorrt.worker import Job, run_in_child
+from fastface_trt.errors import BackendUnavailable, BuildFailed, EngineMismatch
+
+if TYPE_CHECKING:
+    from fastface_trt.engines.tensorrt.engine import TensorRTEngine
+
+ANY_TARGET = "any"
+"""What the hardware of a TensorRT-RTX engine says when no GPU generation was chosen."""
+
+Misfit = tuple[str, str, str, str]
+"""A field, its value in the engine, its value here, and what to do."""
+
+_BUILD_AGAIN = "Build it again on this machine: fastface-trt build."
+
+
+class TensorRTBuilder:
+    """Builds plans of one flavour in a child process, and opens them.
+
+    With `exact` only an engine of exactly these options will do; without, any engine of the module
+    that this machine can run and that is of the right sizes, such as one built with more profiles.
+    `on_event` is told what happens during a build (see `plan.Event`) with the module's name added;
+    `timing_cache` is a file that TensorRT keeps its measurements in, and TensorRT-RTX ignores.
+    """
+
+    def __init__(
+        self,
+        flavour: FlavourName,
+        options: TensorRTOptions | None = None,
+        *,
+        exact: bool = True,
+        timing_cache: Path | None = None,
+        on_event: Callable[[Event], None] = lambda event: None,
+    ) -> None:
+        self.flavour: Flavour = find_flavour(flavour)
+        self.backend: str = flavour
+        self.options = options or TensorRTOptions()
+        self.options.check_flavour(self.flavour)
+        self._exact = exact
+        self._timing_cache = timing_cache
+        self._on_event = on_event
+
+    def identity(self, module: ModuleSpec) -> Mapping[str, Any]:
+        """Flavour, its version, the module's profiles, the options, and the GPU it is tied to.
+
+        A TensorRT plan belongs to one GPU model, or with `hardware_compatible` to everything from
+        Ampere on; a TensorRT-RTX plan to the generations that were chosen.
+        """
+        profiles = [one.model_dump(mode="json") for one in make_profiles(module, self.options)]
+        return {
+            "backend": self.backend,
+            "backend_version": self.flavour.version(),
+            "options": {"profiles": profiles, **self.options.engine_options()},
+            "hardware": self._hardware(),
+        }
+
+    def check_runs_here(self) -> None:
+        """Raise `BackendUnavailable` without the binding, or without a GPU and its driver."""
+        self.flavour.module()
+        if cuda_hardware()["gpu"] == "unknown":
+            builds = "builds_without_gpu" in self.flavour.supports
+            raise BackendUnavailable(
+                f"{self.flavour.label} finds no NVIDIA GPU and driver here.",
+                "Use the backend onnxruntime"
+                + (", or `fastface-trt build` to build for another machine." if builds else "."),
+            )
+
+    def takes(self, manifest: EngineManifest) -> bool:
+        """Without `exact`: an engine of this backend and version that has the wanted profiles."""
+        if self._exact or manifest.backend != self.backend:
+            return False
+        built = read_profiles(manifest)
+        wanted = make_profiles(manifest.module, self.options)
+        if any(choose_profile(built, profile.best) is None for profile in wanted):
+            return False
+        return self._misfit(manifest, cuda_hardware()) is None
+
+    def build(
+        self, module: ModuleSpec, source: Path, target: Path, progress: Progress
+    ) -> BuildReport:
+        """Write `target`/engine.plan; raises `BuildFailed`, `BackendUnavailable` or `OSError`.
+
+        Memory for about two and a half times the module's weights; the ONNX file is mapped.
+        """
+        if "builds_without_gpu" not in self.flavour.supports:
+            self.check_runs_here()
+        for dtype in {tensor.dtype for tensor in (*module.inputs, *module.outputs)}:
+            if dtype == "bfloat16":
+                raise BuildFailed(
+                    f"Module {module.name} has bfloat16 inputs or outputs, which the host cannot "
+                    "hold.",
+                    "Export it again with this version, which casts inside the module.",
+                )
+        job = Job(
+            flavour=self.flavour.name,
+            options=self.options,
+            module=module,
+            source=str(source.absolute()),
+            target=str(target.absolute()),
+            timing_cache=None if self._timing_cache is None else str(self._timing_cache),
+        )
+
+        def tell(event: Event) -> None:
+            if event["event"] == "parsed":
+                progress(f"{module.name}: {event['layers']} layers in {event['seconds']:.0f} s")
+            self._on_event({"module": module.name, **event})
+
+        facts = run_in_child(job, tell)
+        return BuildReport(**facts, built_on=cuda_hardware() | cuda_driver())
+
+    def open(self, manifest: EngineManifest, folder: Path) -> "TensorRTEngine":
+        """Load a verified plan onto the GPU.
+
+        Raises `EngineMismatch` naming the field that differs when it was built for another flavour,
+        version or GPU, `BackendUnavailable` without a GPU, `OutOfMemory` before anything is loaded.
+        """
+        self.check_runs_here()
+        misfit = self._misfit(manifest, cuda_hardware())
+        if misfit is not None:
+            field, built, here, mend = misfit
+            raise EngineMismatch(
+                f"The engine of {manifest.module.name} was built with {field} {built}, here it is "
+                f"{here}.",
+                mend,
+            )
+        from fastface_trt.engines.tensorrt.engine import TensorRTEngine
+
+        return TensorRTEngine.open(self.flavour, manifest, folder)
+
+    def _misfit(self, manifest: EngineManifest, gpu: Mapping[str, str]) -> Misfit | None:
+        """The first field in which an engine does not fit this machine, None if it fits."""
+        if manifest.backend != self.backend:
+            return "backend", manifest.backend, self.backend, _BUILD_AGAIN
+        built, here = manifest.backend_version, self.flavour.version()
+        forward = manifest.options.get("version_compatible", False)
+        if built != here and not (forward and _version(built) < _version(here)):
+            return "backend_version", built, here, _BUILD_AGAIN
+        targets = manifest.hardware.get("targets")
+        if targets is not None:
+            generation = "sm" + gpu["compute_capability"].replace(".", "")
+            if targets == ANY_TARGET or generation in targets.split():
+                return None
+            mend = f"Build it with --target {generation}, or without --target for all."
+            return "targets", targets, generation, mend
+        if manifest.options.get("hardware_compatible", False):
+            capability = gpu["compute_capability"]
+            if _version(capability) >= (8, 0):
+                return None
+            mend = "Build it without --hardware-compatible on this machine."
+            return "compute_capability", "8.0 or later", capability, mend
+        for field, value in manifest.hardware.items():
+            if gpu.get(field) != value:
+                return field, value, gpu.get(field, "unknown"), _BUILD_AGAIN
+        return None
+
+    def _hardware(self) -> dict[str, str]:
+        if "compute_capabilities" in self.flavour.supports:
+            return {"targets": " ".join(self.options.targets) or ANY_TARGET}
+        return {} if self.options.hardware_compatible else cuda_hardware()
+
+
+def _version(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(".") if part.isdigit())

@@ -1,0 +1,110 @@
+"""From an ONNX module to a TensorRT network, without a second copy of its weights."""
+
+import re
+from typing import Any
+
+from fastface_trt.engines.manifest import ModuleSpec
+from fastface_trt.engines.onnx_file import OnnxFile
+from fastface_trt.engines.tensorrt.flavour import Flavour
+from fastface_trt.errors import BuildFailed
+
+_DUPLICATE_NAME = re.compile(r"A node named \S+ already exists")
+"""Every call of a function repeats the names of its body's nodes; TensorRT renames them."""
+
+
+class MessageLog:
+    """TensorRT's warnings and errors of one build, in order; `logger` is what TensorRT takes."""
+
+    def __init__(self, binding: Any) -> None:
+        self.warnings: list[str] = []
+        self.errors: list[str] = []
+        log = self
+
+        class Logger(binding.ILogger):  # type: ignore[misc]
+            def __init__(self) -> None:
+                binding.ILogger.__init__(self)
+
+            def log(self, severity: Any, message: str) -> None:
+                log.note(severity <= binding.ILogger.ERROR, severity, message)
+
+        self._warning = binding.ILogger.WARNING
+        self.logger = Logger()
+
+    def note(self, is_error: bool, severity: Any, message: str) -> None:
+        """Keep a message that says something; called by TensorRT, from any of its threads."""
+        if severity > self._warning or _DUPLICATE_NAME.search(message):
+            return
+        kept = self.errors if is_error else self.warnings
+        text = " ".join(message.split())
+        if text not in kept:
+            kept.append(text)
+
+    def reason(self) -> str:
+        """The first error, which the others follow from."""
+        return self.errors[0][:400] if self.errors else "no reason given"
+
+
+def parse(
+    flavour: Flavour,
+    binding: Any,
+    builder: Any,
+    log: MessageLog,
+    module: ModuleSpec,
+    onnx: OnnxFile,
+) -> tuple[Any, Any]:
+    """A strongly typed network of `module`, and the parser, which must outlive it.
+
+    Weights that lie beside the graph are handed over by address, so the file's mapping is the only
+    copy; `onnx` must stay open until the engine is built. Raises `BuildFailed` with the node and
+    the PyTorch module that the parser refused.
+    """
+    typed = 1 << int(binding.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+    network = builder.create_network(typed)
+    parser = binding.OnnxParser(network, log.logger)
+    accepted = parser.load_model_proto(bytes(onnx.model), str(onnx.path))
+    accepted = accepted and all(
+        parser.load_initializer(one.name, one.address, len(one.data))
+        for one in onnx.initializers.values()
+        if one.external and len(one.data)
+    )
+    if not (accepted and parser.parse_model_proto()):
+        reason = _first_error(parser, onnx) or log.reason()
+        raise BuildFailed(
+            f"{flavour.label} cannot parse {module.name}: {reason}",
+            "Export the module again; if that does not help, report the message.",
+        )
+    for side, count, get, wanted in (
+        ("inputs", network.num_inputs, network.get_input, module.inputs),
+        ("outputs", network.num_outputs, network.get_output, module.outputs),
+    ):
+        found = {get(index).name for index in range(count)}
+        if found != {tensor.name for tensor in wanted}:
+            raise BuildFailed(
+                f"The graph of {module.name} does not fit its manifest: its {side} are "
+                f"{', '.join(sorted(found))}.",
+                "Export the module again.",
+            )
+    return network, parser
+
+
+def _first_error(parser: Any, onnx: OnnxFile) -> str:
+    """The parser's first error as a sentence part: what, at which node, of which module."""
+    if parser.num_errors == 0:
+        return ""
+    error = parser.get_error(0)
+    what = " ".join(error.desc().split()).rstrip(".")
+    name, operator = error.node_name(), error.node_operator()
+    # Inside a function the outermost call is the node that the graph knows.
+    stack = error.local_function_stack()
+    scope = _scope_of(onnx, [name, *stack], error.node())
+    where = f" at node {name or error.node()}" + (f" ({operator})" if operator else "")
+    return f"{what},{where}" + (f" of module {scope}." if scope else ".")
+
+
+def _scope_of(onnx: OnnxFile, names: list[str], index: int) -> str:
+    by_name = {node.name: node.scope for node in onnx.nodes}
+    for name in names:
+        for part in re.split(r"\s+|#\d+$", name):
+            if part in by_name:
+                return by_name[part]
+    return onnx.nodes[index].scope if 0 <= index < len(onnx.nodes) and not names[1:] else ""

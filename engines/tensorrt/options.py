@@ -1,0 +1,93 @@
+"""How an engine is built: what a user may choose, checked before anything starts."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, Field, ValidationError
+
+from fastface_trt.engines.manifest import Strict
+from fastface_trt.engines.tensorrt.flavour import Flavour
+from fastface_trt.errors import InvalidRequest
+
+Tiling = Literal["none", "fast", "moderate", "full"]
+Target = Literal["sm75", "sm80", "sm86", "sm89", "sm120", "sm121"]
+LatentSize = tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]]
+
+
+def _distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    if not values:
+        raise ValueError("at least one is needed")
+    return tuple(sorted(set(values)))
+
+
+Counts = Annotated[
+    tuple[Annotated[int, Field(ge=1, le=64)], ...], Field(min_length=1), AfterValidator(_distinct)
+]
+
+
+class DynamicProfile(Strict):
+    """One more profile for everything between two ends, slower than a fixed one.
+
+    Latent sizes are (height, width) in latent pixels; requests are counted per UNet call.
+    """
+
+    smallest: LatentSize
+    largest: LatentSize
+    max_requests: int = Field(default=4, ge=1, le=64)
+
+
+class TensorRTOptions(Strict):
+    """What changes a TensorRT engine besides its module.
+
+    requests × branches × latent_sizes give the fixed profiles (min = opt = max) of a module;
+    `dynamic` adds one that covers a range. Numbers left at None are TensorRT's own defaults.
+    workspace_gb is in GB of 2³⁰ bytes. targets are GPU generations (TensorRT-RTX only; none given
+    means all that it can build for). weight_streaming lets the weights stay on the host when the
+    device is short of memory. refittable engines take other weights without a rebuild;
+    strip_weights leaves the weights out of the plan file, to be put in on the target machine.
+    """
+
+    requests: Counts = (1,)
+    branches: Counts = (1, 2, 3)
+    latent_sizes: Annotated[tuple[LatentSize, ...], AfterValidator(_distinct)] = ((128, 128),)
+    dynamic: DynamicProfile | None = None
+    optimization_level: int | None = Field(default=None, ge=0, le=5)
+    tiling: Tiling = "none"
+    workspace_gb: float | None = Field(default=None, gt=0)
+    targets: tuple[Target, ...] = ()
+    version_compatible: bool = False
+    hardware_compatible: bool = False
+    weight_streaming: bool = False
+    refittable: bool = False
+    strip_weights: bool = False
+
+    @classmethod
+    def checked(cls, flavour: Flavour, **values: Any) -> "TensorRTOptions":
+        """Options for `flavour`; raises `InvalidRequest` with the first thing that is wrong."""
+        try:
+            options = cls(**values)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise InvalidRequest(
+                f"The build option {where} is not valid: {first['msg']}.",
+                "See `fastface-trt build --help`.",
+            ) from None
+        options.check_flavour(flavour)
+        return options
+
+    def check_flavour(self, flavour: Flavour) -> None:
+        """Raise `InvalidRequest` for an option that `flavour` does not have."""
+        if self.targets:
+            flavour.require("compute_capabilities")
+        if self.version_compatible:
+            flavour.require("version_compatibility")
+        if self.hardware_compatible:
+            flavour.require("hardware_compatibility")
+
+    def engine_options(self) -> dict[str, Any]:
+        """The options that are the same for every module, where they differ from the defaults."""
+        chosen = self.model_dump(
+            mode="json", exclude={"requests", "branches", "latent_sizes", "dynamic"}
+        )
+        defaults = type(self)().model_dump(mode="json")
+        return {name: value for name, value in chosen.items() if value != defaults[name]}

@@ -1,0 +1,196 @@
+"""Build one plan file: network, profiles and configuration in, bytes on the disk out.
+
+Runs in a process of its own (see `worker`). Peak memory is what TensorRT itself allocates: the
+weights are the ONNX file's mapping, which the system can drop at any time, and the finished plan is
+written from where TensorRT made it.
+"""
+
+import threading
+from collections.abc import Callable, Mapping
+from io import RawIOBase
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from fastface_trt.engines.manifest import ModuleSpec
+from fastface_trt.engines.memory import MemoryPeak
+from fastface_trt.engines.onnx_file import OnnxFile
+from fastface_trt.engines.tensorrt.flavour import Flavour
+from fastface_trt.engines.tensorrt.network import MessageLog, parse
+from fastface_trt.engines.tensorrt.options import TensorRTOptions
+from fastface_trt.engines.tensorrt.profiles import Profile, make_profiles
+from fastface_trt.errors import BackendUnavailable, BuildFailed
+
+PLAN = "engine.plan"
+_PIECE = 2**26
+
+Event = Mapping[str, Any]
+"""What happens during a build: `event` is phase, step, end, or message; see `watch`."""
+
+
+def build_plan(
+    flavour: Flavour,
+    options: TensorRTOptions,
+    module: ModuleSpec,
+    source: Path,
+    target: Path,
+    *,
+    timing_cache: Path | None = None,
+    on_event: Callable[[Event], None] = lambda event: None,
+) -> dict[str, Any]:
+    """Write `target`/engine.plan and return the facts for the manifest's build report.
+
+    Raises `BuildFailed`, `BackendUnavailable`, or `OSError` for a disk that is full.
+    """
+    binding = flavour.module()
+    log = MessageLog(binding)
+    began = perf_counter()
+    with OnnxFile(source / module.files[0].path) as onnx, MemoryPeak(onnx.drop_pages) as memory:
+        builder = binding.Builder(log.logger)
+        if builder is None:  # how the binding reports a driver that it cannot use
+            raise BackendUnavailable(f"{flavour.label} has no builder here: {log.reason()}", "")
+        network, parser = parse(flavour, binding, builder, log, module, onnx)
+        layers = network.num_layers
+        on_event({"event": "parsed", "layers": layers, "seconds": perf_counter() - began})
+        config = _configure(flavour, binding, builder, network, options, module, log)
+        cache = _load_timing_cache(flavour, config, timing_cache)
+        monitor = _monitor(binding, on_event)
+        config.progress_monitor = monitor
+        # Not build_serialized_network_to_stream: the binding hands its writer one Python bytes of
+        # the whole plan, which is one copy more than this.
+        plan = builder.build_serialized_network(network, config)
+        if plan is None:
+            raise BuildFailed(
+                f"{flavour.label} cannot build {module.name}: {log.reason()}", _mend(log)
+            )
+        with open(target / PLAN, "wb", buffering=0) as file:
+            _write_all(file, memoryview(plan))
+        _save_timing_cache(cache, timing_cache)
+        del parser  # it owns what the network refers to, and must go last
+    return {
+        "layers": layers,
+        "peak_anonymous_bytes": memory.anonymous,
+        "peak_resident_bytes": memory.resident,
+        "warnings": log.warnings[:20],
+    }
+
+
+def _configure(
+    flavour: Flavour,
+    binding: Any,
+    builder: Any,
+    network: Any,
+    options: TensorRTOptions,
+    module: ModuleSpec,
+    log: MessageLog,
+) -> Any:
+    config = builder.create_builder_config()
+    flags = binding.BuilderFlag
+    for chosen, flag in (
+        (options.weight_streaming, flags.WEIGHT_STREAMING),
+        (options.refittable, flags.REFIT),
+        (options.strip_weights, flags.STRIP_PLAN),
+        (options.version_compatible, flags.VERSION_COMPATIBLE),
+    ):
+        if chosen:
+            config.set_flag(flag)
+    if options.hardware_compatible:
+        config.hardware_compatibility_level = binding.HardwareCompatibilityLevel.AMPERE_PLUS
+    if options.optimization_level is not None:
+        config.builder_optimization_level = options.optimization_level
+    config.tiling_optimization_level = getattr(
+        binding.TilingOptimizationLevel, options.tiling.upper()
+    )
+    if options.workspace_gb is not None:
+        config.set_memory_pool_limit(
+            binding.MemoryPoolType.WORKSPACE, int(options.workspace_gb * 2**30)
+        )
+    # Layer names stay in the plan, so that a profile or `verify --layers` can speak of them.
+    config.profiling_verbosity = binding.ProfilingVerbosity.DETAILED
+    if options.targets:
+        config.num_compute_capabilities = len(options.targets)
+        for index, target in enumerate(options.targets):
+            capability = getattr(binding.ComputeCapability, target.upper())
+            if not config.set_compute_capability(capability, index):
+                raise BuildFailed(f"{flavour.label} does not build for {target}.", log.reason())
+    for profile in make_profiles(module, options):
+        _add_profile(flavour, builder, network, config, profile, module)
+    return config
+
+
+def _add_profile(
+    flavour: Flavour, builder: Any, network: Any, config: Any, profile: Profile, module: ModuleSpec
+) -> None:
+    added = builder.create_optimization_profile()
+    for name in profile.best:
+        added.set_shape(name, profile.smallest[name], profile.best[name], profile.largest[name])
+    if config.add_optimization_profile(added) < 0:
+        raise BuildFailed(
+            f"{flavour.label} does not take the profile {profile.words()} of {module.name}.",
+            "Choose sizes that the export allows.",
+        )
+
+
+def _monitor(binding: Any, on_event: Callable[[Event], None]) -> Any:
+    """TensorRT's progress as events; TensorRT calls it from several threads."""
+    lock = threading.Lock()
+
+    def tell(event: Event) -> None:
+        with lock:
+            on_event(event)
+
+    class Monitor(binding.IProgressMonitor):  # type: ignore[misc]
+        def __init__(self) -> None:
+            binding.IProgressMonitor.__init__(self)
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            tell(
+                {
+                    "event": "phase",
+                    "name": phase_name,
+                    "parent": parent_phase or "",
+                    "steps": num_steps,
+                }
+            )
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            tell({"event": "step", "name": phase_name, "step": step + 1})
+            return True
+
+        def phase_finish(self, phase_name: str) -> None:
+            tell({"event": "end", "name": phase_name})
+
+    return Monitor()
+
+
+def _write_all(file: RawIOBase, content: memoryview) -> None:
+    """Write in pieces: one system call writes at most 2 GB."""
+    done = 0
+    while done < len(content):
+        done += file.write(content[done : done + _PIECE]) or 0
+
+
+def _load_timing_cache(flavour: Flavour, config: Any, file: Path | None) -> Any:
+    if file is None or "timing_cache" not in flavour.supports:
+        return None
+    cache = config.create_timing_cache(file.read_bytes() if file.is_file() else b"")
+    config.set_timing_cache(cache, ignore_mismatch=False)
+    return cache
+
+
+def _save_timing_cache(cache: Any, file: Path | None) -> None:
+    if cache is None or file is None:
+        return
+    file.parent.mkdir(parents=True, exist_ok=True)
+    draft = file.with_name(f".{file.name}.{threading.get_native_id()}")
+    draft.write_bytes(memoryview(cache.serialize()))
+    draft.replace(file)
+
+
+def _mend(log: MessageLog) -> str:
+    text = log.reason()
+    if "graph_jit" in text or "CUDA driver" in text or "cudaError" in text:
+        return "This build needs a GPU: refittable and stripped engines always do."
+    if "memory" in text.lower():
+        return "Free some memory, or build with fewer profiles (--branches, --requests)."
+    return "Export the module again; if that does not help, report the message."

@@ -1,0 +1,137 @@
+"""Optimisation profiles: for which shapes of a module an engine is built.
+
+A profile with min = opt = max lets the builder choose kernels for exactly one shape, which dynamic
+shapes cost about a quarter of (28 % in one SDXL-Turbo measurement, onnxruntime pull request 18627).
+The guidance says how many branches a step needs, so there is one profile per number of branches.
+
+Shape legend: R requests, G branches, B = R·G rows, h × w latent size.
+"""
+
+import itertools
+from collections.abc import Iterator, Mapping
+
+from fastface_trt.engines.manifest import Dimension, EngineManifest, ModuleSpec, Strict
+from fastface_trt.engines.tensorrt.options import TensorRTOptions
+from fastface_trt.errors import BuildFailed
+
+Shape = tuple[int, ...]
+
+
+class Profile(Strict):
+    """Shapes of a module's inputs by name: the smallest, the one to optimise for, the largest."""
+
+    smallest: dict[str, Shape]
+    best: dict[str, Shape]
+    largest: dict[str, Shape]
+
+    @property
+    def fixed(self) -> bool:
+        """Whether it is for one shape only."""
+        return self.smallest == self.largest
+
+    def fits(self, shapes: Mapping[str, Shape]) -> bool:
+        """Whether inputs of these shapes can run in this profile."""
+        return all(
+            len(shape) == len(self.smallest[name])
+            and all(
+                low <= size <= high
+                for low, size, high in zip(
+                    self.smallest[name], shape, self.largest[name], strict=True
+                )
+            )
+            for name, shape in shapes.items()
+        )
+
+    def words(self) -> str:
+        """The shapes for a message: the rows and sizes of the first input."""
+        name = next(iter(self.best))
+        ends = [" x ".join(map(str, end[name])) for end in (self.smallest, self.largest)]
+        return f"{name} {ends[0]}" if self.fixed else f"{name} {ends[0]} to {ends[1]}"
+
+
+def make_profiles(module: ModuleSpec, options: TensorRTOptions) -> tuple[Profile, ...]:
+    """The profiles of one module, without repetitions, fixed ones first.
+
+    Only the sizes that the module has count: a text encoder has one profile whatever the numbers of
+    branches. Raises `BuildFailed` for a dynamic size that no option gives.
+    """
+    profiles: dict[str, Profile] = {}
+    for sizes in _sizes(module, options):
+        shapes = _shapes(module, sizes)
+        profile = Profile(smallest=shapes, best=shapes, largest=shapes)
+        profiles.setdefault(profile.model_dump_json(), profile)
+    if options.dynamic is not None:
+        profile = _dynamic(module, options)
+        if not profile.fixed:
+            profiles.setdefault(profile.model_dump_json(), profile)
+    return tuple(profiles.values())
+
+
+def read_profiles(manifest: EngineManifest) -> tuple[Profile, ...]:
+    """The profiles that an engine was built with, in the order of their indices in the plan."""
+    return tuple(Profile.model_validate(one) for one in manifest.options["profiles"])
+
+
+def choose_profile(profiles: tuple[Profile, ...], shapes: Mapping[str, Shape]) -> int | None:
+    """Index of the profile to run `shapes` in, a fixed one if there is one; None if none fits."""
+    fitting = [index for index, profile in enumerate(profiles) if profile.fits(shapes)]
+    return min(fitting, key=lambda index: not profiles[index].fixed, default=None)
+
+
+def _sizes(module: ModuleSpec, options: TensorRTOptions) -> Iterator[dict[str, int]]:
+    per_request = _names(module) & {"requests", "branches"}
+    counts = itertools.product(options.requests, options.branches) if per_request else [(1, 1)]
+    for (requests, branches), (height, width) in itertools.product(counts, options.latent_sizes):
+        yield {
+            "requests": requests,
+            "branches": branches,
+            "batch": requests * branches,
+            "height": height,
+            "width": width,
+        }
+
+
+def _dynamic(module: ModuleSpec, options: TensorRTOptions) -> Profile:
+    dynamic = options.dynamic
+    assert dynamic is not None
+    requests = dynamic.max_requests if "requests" in _names(module) else 1
+    branches = max(options.branches) if "requests" in _names(module) else 1
+    (low_h, low_w), (high_h, high_w) = dynamic.smallest, dynamic.largest
+    best_h, best_w = options.latent_sizes[-1]
+    ends = [
+        _shapes(module, {"requests": r, "branches": g, "batch": b, "height": h, "width": w})
+        for r, g, b, h, w in (
+            (1, 1, 1, low_h, low_w),
+            (
+                1,
+                branches,
+                branches,
+                _between(low_h, best_h, high_h),
+                _between(low_w, best_w, high_w),
+            ),
+            (requests, branches, requests * branches, high_h, high_w),
+        )
+    ]
+    return Profile(smallest=ends[0], best=ends[1], largest=ends[2])
+
+
+def _between(low: int, value: int, high: int) -> int:
+    return min(max(low, value), high)
+
+
+def _names(module: ModuleSpec) -> set[str]:
+    return {size for tensor in module.inputs for size in tensor.shape if isinstance(size, str)}
+
+
+def _shapes(module: ModuleSpec, sizes: Mapping[str, int]) -> dict[str, Shape]:
+    def size(of: Dimension) -> int:
+        if isinstance(of, int):
+            return of
+        if of not in sizes:
+            raise BuildFailed(
+                f"Module {module.name} has a size called {of}, which no build option gives.",
+                "Export it again with this version.",
+            )
+        return sizes[of]
+
+    return {tensor.name: tuple(size(of) for of in tensor.shape) for tensor in module.inputs}
