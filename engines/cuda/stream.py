@@ -113,6 +113,11 @@ class Scratch:
         if max(self._wanted.values(), default=0) < self._size:
             self._replace(0)
 
+    def close(self) -> None:
+        """Free the memory, whoever still needs it."""
+        self._wanted.clear()
+        self._replace(0)
+
     def _replace(self, size: int) -> None:
         if self._size:
             self._freeing(self._address)
@@ -179,10 +184,10 @@ class Stream:
 
     def synchronize(self) -> None:
         """Wait for all work of this stream."""
+        self._free_dropped()
         self._driver.stream_synchronize(self.handle)
         self.staging.reset()
         self._borrowed.clear()
-        self._free_dropped()
 
     def close(self) -> None:
         """Free everything; twice is harmless."""
@@ -191,7 +196,7 @@ class Stream:
         self.synchronize()
         self.graphs.close()
         self.staging.free()
-        self._free_dropped()
+        self.scratch.close()
         self._driver.stream_destroy(self.handle)
         self.handle = None
 
