@@ -1,11 +1,12 @@
-"""The UNet module's contract: the names of its inputs and the layout of its parameter rows.
+"""Contracts of the modules: the names of their inputs and the layout of their parameter rows.
 
-Export writes graphs to it and the runtime feeds them; neither defines a name of its own.
+Export writes graphs to them and the runtime feeds them; neither defines a name of its own.
 
 Shape legend: B rows = requests × branches, requests-major; R requests (parameter rows);
-T image tokens; C text width; h, w latent size. The graph derives the number of branches as B / R
-and reduces statistics per parameter row, so a host that sends R = B rows gets statistics per
-branch (scope `branch`), and one that sends a row per request gets them per request.
+G branches of a request; T image tokens; C text width; h, w latent size. The UNet's graph derives
+the number of branches as B / R and reduces statistics per parameter row, so a host that sends
+R = B rows gets statistics per branch (scope `branch`), and one that sends a row per request gets
+them per request.
 """
 
 SAMPLE = "sample"  # [B, 4, h, w], already scaled by the schedule's k_t
@@ -34,6 +35,18 @@ MANIPULATION_COLUMNS = (
     "invert_first_token",  # 1 or 0, appendix E
     "upper_bound",  # f(A) is clamped to it
 )
+
+# Module guidance_step: all float32; it takes noise_prediction too.
+LATENTS = "latents"  # [R, 4, h, w], x
+NOISE = "noise"  # [R, 4, h, w], z; zeros where the scheduler adds none
+COEFFICIENTS = "coefficients"  # [R, G], of the branches in the sum ε̂
+SPREAD = "spread"  # [R, G], weights of the branches' standard deviations in σ̄
+RESCALE = "rescale"  # [R], φ of Eq. 5; 0 leaves ε̂ alone
+STEP = "step"  # [R, 3], (a, b, c) of x' = a x + b ε + c z
+INPUT_SCALE = "input_scale"  # [R], k of the next step
+NEXT_LATENTS = "next_latents"  # [R, 4, h, w], x'
+GUIDED = "guided"  # [R, 4, h, w], ε
+# ... and `sample`, k x' [R, 4, h, w], what the next UNet call takes.
 
 FUNCTION_DOMAIN = "fastface"
 FUNCTION_NAME = "DecoupledAttention"

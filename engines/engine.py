@@ -10,11 +10,11 @@ from types import TracebackType
 from typing import Any, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
-from fastface_trt.engines.manifest import BuildReport, EngineManifest, ModuleSpec
+from fastface_trt.engines.device import Array, Device, DeviceTensor, Tensor, dtype_name
+from fastface_trt.engines.manifest import BuildReport, EngineManifest, ModuleSpec, TensorSpec
+from fastface_trt.errors import EngineMismatch, InvalidRequest
 
-Array = NDArray[Any]
 Progress = Callable[[str], None]
 """Called with one line of text when a long operation enters its next phase."""
 
@@ -23,12 +23,17 @@ class Engine(Protocol):
     """A module that can be called, and a context manager around its resources."""
 
     spec: ModuleSpec
+    device: Device
 
-    def __call__(self, **inputs: Array) -> dict[str, Array]:
+    def __call__(self, **inputs: Tensor) -> dict[str, Tensor]:
         """Run once. Inputs and outputs carry the names, shapes and dtypes of `spec`.
 
+        Both are tensors of `device`; an engine on a GPU uploads numpy inputs by itself. Outputs on
+        the host are owned by the caller. Outputs on a GPU are the engine's own buffers, valid until
+        this thread calls it again or it is closed: `device.copy` what must last.
+
         Raises `EngineFailed` when the backend fails, `InvalidRequest` for a missing, unknown or
-        wrongly shaped input. Outputs are owned by the caller.
+        wrongly shaped input, `EngineMismatch` for a device tensor of another dtype.
         """
         ...
 
@@ -88,14 +93,21 @@ class EngineBuilder(Protocol):
         """Open verified engine files; raise `EngineMismatch` when they are for something else."""
         ...
 
+    def device(self) -> Device:
+        """Where the tensors of this builder's engines live; one object for all of them.
 
-def check_inputs(spec: ModuleSpec, inputs: Mapping[str, Array]) -> dict[str, Array]:
-    """Inputs of `spec` in its dtypes, in order; raise `InvalidRequest` naming the first misfit.
+        It is opened on first use and again after it was closed. Raises `BackendUnavailable`.
+        """
+        ...
 
-    Named dimensions must agree between inputs. Floating-point inputs are cast, integers are not.
+
+def check_inputs(spec: ModuleSpec, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Inputs of `spec`, in its order; raise `InvalidRequest` naming the first misfit.
+
+    Named dimensions must agree between inputs. Arrays on the host get the dtypes of `spec`:
+    floating-point ones are cast, integers are not. A tensor in device memory is never cast; a wrong
+    dtype there means modules that do not fit each other and raises `EngineMismatch`.
     """
-    from fastface_trt.errors import InvalidRequest
-
     unknown = inputs.keys() - {t.name for t in spec.inputs}
     missing = {t.name for t in spec.inputs} - inputs.keys()
     if unknown or missing:
@@ -104,26 +116,58 @@ def check_inputs(spec: ModuleSpec, inputs: Mapping[str, Array]) -> dict[str, Arr
             f"missing: {sorted(missing) or 'none'}, unknown: {sorted(unknown) or 'none'}."
         )
     sizes: dict[str, int] = {}
-    ready: dict[str, Array] = {}
+    ready: dict[str, Tensor] = {}
     for tensor in spec.inputs:
-        array = np.asarray(inputs[tensor.name])
-        fits = len(array.shape) == len(tensor.shape) and all(
+        given = inputs[tensor.name]
+        if not isinstance(given, DeviceTensor):
+            given = np.asarray(given)
+        fits = len(given.shape) == len(tensor.shape) and all(
             size == (dim if isinstance(dim, int) else sizes.setdefault(dim, size))
-            for size, dim in zip(array.shape, tensor.shape, strict=True)
+            for size, dim in zip(given.shape, tensor.shape, strict=True)
         )
         if not fits:
             raise InvalidRequest(
-                f"Input {tensor.name} of module {spec.name} has shape {array.shape}, "
+                f"Input {tensor.name} of module {spec.name} has shape {given.shape}, "
                 f"expected {tensor.shape}" + (f" with {sizes}." if sizes else ".")
             )
-        dtype = np.dtype(tensor.dtype)
-        # A float given for an integer would be cut silently; what a float takes is rounded anyway.
-        castable = array.dtype.kind in "fiub" if dtype.kind == "f" else array.dtype == dtype
-        if not castable:
-            raise InvalidRequest(
-                f"Input {tensor.name} of module {spec.name} is {array.dtype}, "
-                f"expected {tensor.dtype}."
-            )
-        # Not ascontiguousarray, which makes a scalar one-dimensional.
-        ready[tensor.name] = np.asarray(array, dtype=dtype, order="C")
+        if isinstance(given, DeviceTensor):
+            _require_dtype(spec, tensor, given)
+            ready[tensor.name] = given
+        else:
+            ready[tensor.name] = _cast(spec, tensor, given)
     return ready
+
+
+def host_arrays(spec: ModuleSpec, inputs: Mapping[str, Tensor]) -> dict[str, Array]:
+    """Checked inputs of an engine on the host; raise `InvalidRequest` for one in device memory."""
+    arrays: dict[str, Array] = {}
+    for name, tensor in inputs.items():
+        if isinstance(tensor, DeviceTensor):
+            raise InvalidRequest(
+                f"Input {name} of module {spec.name} lies in device memory, not on the host.",
+                "Download it first.",
+            )
+        arrays[name] = tensor
+    return arrays
+
+
+def _require_dtype(spec: ModuleSpec, tensor: TensorSpec, given: DeviceTensor) -> None:
+    if given.dtype != tensor.dtype:
+        raise EngineMismatch(
+            f"Input {tensor.name} of module {spec.name} is {tensor.dtype} and was given "
+            f"{given.dtype}: the modules of this export do not fit each other on a GPU.",
+            "Export the model again with this version: fastface-trt export.",
+        )
+
+
+def _cast(spec: ModuleSpec, tensor: TensorSpec, array: Array) -> Array:
+    dtype = np.dtype(tensor.dtype)
+    # A float given for an integer would be cut silently; what a float takes is rounded anyway.
+    castable = array.dtype.kind in "fiub" if dtype.kind == "f" else array.dtype == dtype
+    if not castable:
+        raise InvalidRequest(
+            f"Input {tensor.name} of module {spec.name} is {dtype_name(array)}, "
+            f"expected {tensor.dtype}."
+        )
+    # Not ascontiguousarray, which makes a scalar one-dimensional.
+    return np.asarray(array, dtype=dtype, order="C")

@@ -23,12 +23,14 @@ MODULE_NAMES = (
     "image_encoder",
     "face_projection",
     "unet",
+    "guidance_step",
     "vae_decoder",
 )
 
 DType = Literal["float32", "float16", "bfloat16", "int64", "int32"]
 Dimension = int | str
-"""A fixed size, or the name of a dynamic one: batch, requests, height, width (latent pixels)."""
+"""A fixed size, or the name of a dynamic one: batch, requests, branches, and height and width in
+latent pixels."""
 
 
 def _stays_inside(path: str) -> str:

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fastface_trt.engines.closing import Closing
-from fastface_trt.engines.engine import Array, Progress, check_inputs
+from fastface_trt.engines.device import HostDevice, Tensor
+from fastface_trt.engines.engine import Progress, check_inputs, host_arrays
 from fastface_trt.engines.hardware import cpu_hardware, cuda_hardware
 from fastface_trt.engines.manifest import BuildReport, EngineManifest, ModuleSpec
 from fastface_trt.errors import BackendUnavailable, BuildFailed, EngineFailed, EngineMismatch
@@ -62,6 +63,11 @@ class OnnxRuntimeBuilder:
         self.threads = threads
         self.optimization = optimization
         self.backend = "onnxruntime" if provider == "cpu" else f"onnxruntime-{provider}"
+        self._device = HostDevice()
+
+    def device(self) -> HostDevice:
+        """The host: ONNX Runtime takes and returns numpy arrays."""
+        return self._device
 
     def identity(self, module: ModuleSpec) -> Mapping[str, Any]:
         """Backend, ONNX Runtime's version, provider, optimisation, and the hardware.
@@ -160,7 +166,7 @@ class OnnxRuntimeBuilder:
                 f"The engine of {manifest.module.name} does not fit its manifest: {problem}.",
                 "Build it again: fastface-trt build.",
             )
-        return OnnxRuntimeEngine(manifest.module, session)
+        return OnnxRuntimeEngine(manifest.module, session, self._device)
 
     def _optimise(self, graph: Path, options: Any) -> Any:
         """A session on the export's graph, which writes the optimised graph when it is made."""
@@ -196,12 +202,13 @@ class OnnxRuntimeBuilder:
 class OnnxRuntimeEngine(Closing):
     """One module in an ONNX Runtime session; calls from several threads run side by side."""
 
-    def __init__(self, spec: ModuleSpec, session: Any) -> None:
+    def __init__(self, spec: ModuleSpec, session: Any, device: HostDevice) -> None:
         self.spec = spec
+        self.device = device
         self._session: Any = session
         self._outputs = [tensor.name for tensor in spec.outputs]
 
-    def __call__(self, **inputs: Array) -> dict[str, Array]:
+    def __call__(self, **inputs: Tensor) -> dict[str, Tensor]:
         """Run the module once; names, shapes and dtypes are those of `spec`.
 
         Returns new arrays, which the caller owns. Raises `InvalidRequest` for an input that does
@@ -210,7 +217,7 @@ class OnnxRuntimeEngine(Closing):
         session = self._session  # a close() during the run takes nothing away from it
         if session is None:
             raise EngineFailed(f"The engine of {self.spec.name} is closed.", "Load it again.")
-        ready = check_inputs(self.spec, inputs)
+        ready = host_arrays(self.spec, check_inputs(self.spec, inputs))
         try:
             results = session.run(self._outputs, ready)
         except Exception as error:

@@ -1,4 +1,4 @@
-"""One export from start to finish: six modules, tokenizers, the face model and the manifest.
+"""One export from start to finish: seven modules, tokenizers, the face model and the manifest.
 
 Modules are made one after the other and dropped, so the peak is the largest module (the UNet) and
 not the sum. The folder appears under its name only when everything in it is complete.
@@ -17,7 +17,7 @@ from typing import Any
 from fastface_trt.engines.engine import Engine, Progress
 from fastface_trt.engines.files import describe_file, finished_folder
 from fastface_trt.engines.manifest import EXPORT_MANIFEST, ExportManifest, FileEntry, ModuleSpec
-from fastface_trt.export import modules
+from fastface_trt.export import guidance_step, modules
 from fastface_trt.export.model import Model
 from fastface_trt.export.modules import ModuleExport
 from fastface_trt.export.onnx_writer import write_module
@@ -61,6 +61,12 @@ def run_export(options: ExportOptions, out: Path, progress: Progress) -> ExportM
         makers = _Makers(options, weights, calibrate)
         for name, make in makers.in_order().items():
             specs[name] = _write(name, make, draft.path, options, progress)
+        specs[guidance_step.NAME] = guidance_step.write_guidance_step(
+            draft.path,
+            channels=makers.facts["latent_channels"],
+            latent_size=options.latent_size(makers.facts["vae_scale_factor"], 1),
+            fixed_size=options.fixed_size,
+        )
         manifest = so_far()
         draft.finish(manifest)
     return manifest
@@ -93,7 +99,7 @@ def _write(
 
 
 class _Makers:
-    """Makes the six modules in an order in which each finds the sizes that it needs in `facts`."""
+    """Makes the modules that hold weights, in an order in which each finds its sizes in `facts`."""
 
     def __init__(
         self, options: ExportOptions, weights: Weights, calibrate: Callable[[Engine], int]

@@ -9,7 +9,8 @@ import torch
 
 from fastface_trt.engines.closing import Closing
 from fastface_trt.engines.contract import NOISE_PREDICTION
-from fastface_trt.engines.engine import Array
+from fastface_trt.engines.device import HostDevice, Tensor
+from fastface_trt.engines.engine import host_arrays
 from fastface_trt.engines.manifest import DType, ModuleSpec, TensorSpec
 from fastface_trt.export.model import Model
 from fastface_trt.export.modules import UNetModule, unet_export
@@ -27,7 +28,8 @@ class TorchUNet(Closing):
     def __init__(self, unet: Model, tokens: int = 4) -> None:
         export = unet_export(unet, tokens=tokens, latent_size=(16, 16), fixed_size=False)
         self._module = UNetModule(unet).eval()
-        self._device = unet.device
+        self._torch_device = unet.device
+        self.device = HostDevice()
 
         def spec(name: str, dtype: torch.dtype) -> TensorSpec:
             return TensorSpec(name=name, dtype=_NUMPY_NAMES[dtype], shape=export.shapes[name])
@@ -38,12 +40,12 @@ class TorchUNet(Closing):
             name="unet", inputs=inputs, outputs=outputs, files=()
         )
 
-    def __call__(self, **inputs: Array) -> dict[str, Array]:
+    def __call__(self, **inputs: Tensor) -> dict[str, Tensor]:
         """The noise prediction; inputs as in `fastface_trt.engines.contract`."""
         with torch.no_grad():
             tensors = {
-                name: torch.from_numpy(np.ascontiguousarray(array)).to(self._device)
-                for name, array in inputs.items()
+                name: torch.from_numpy(np.ascontiguousarray(array)).to(self._torch_device)
+                for name, array in host_arrays(self.spec, inputs).items()
             }
             return {NOISE_PREDICTION: self._module(**tensors).cpu().numpy()}
 

@@ -1,4 +1,7 @@
-"""One UNet exported once: the replay tool's store of ONNX files, keyed by what they came from."""
+"""One UNet exported once, with the guidance step that runs beside it on a GPU.
+
+The replay tool's store of ONNX files, keyed by what they came from.
+"""
 
 import hashlib
 from collections.abc import Callable
@@ -16,16 +19,18 @@ from fastface_trt.engines.manifest import (
     read_manifest,
 )
 from fastface_trt.errors import FastFaceError
+from fastface_trt.export.guidance_step import write_guidance_step
 from fastface_trt.export.model import Model
 from fastface_trt.export.modules import unet_export
 from fastface_trt.export.onnx_writer import write_module
 
 
 class UNetExport(Strict):
-    """Manifest of a folder that holds only a UNet."""
+    """Manifest of a folder that holds only a UNet and its guidance step."""
 
     schema_version: Literal[1] = SCHEMA_VERSION
     module: ModuleSpec
+    guidance_step: ModuleSpec
 
 
 def _exporter_identity() -> str:
@@ -40,8 +45,8 @@ def _exporter_identity() -> str:
 
 def export_unet_once(
     root: Path, identity: str, make: Callable[[], Model], tokens: int, progress: Progress
-) -> tuple[ModuleSpec, Path]:
-    """The UNet's module and folder below `root`, exported unless it is there already.
+) -> tuple[UNetExport, Path]:
+    """The UNet's export and its folder below `root`, exported unless it is there already.
 
     `identity` names the weights; `make` loads the UNet with its adapter of `tokens` image tokens. A
     folder that fails its hashes is replaced.
@@ -49,9 +54,9 @@ def export_unet_once(
     key = hashlib.sha256(f"{identity}:{_exporter_identity()}".encode()).hexdigest()
     folder = root / key
     try:
-        module = read_manifest(folder / EXPORT_MANIFEST, UNetExport).module
-        verify_files(folder, module.files)
-        return module, folder
+        known = read_manifest(folder / EXPORT_MANIFEST, UNetExport)
+        verify_files(folder, known.module.files + known.guidance_step.files)
+        return known, folder
     except FastFaceError:
         pass
     progress("Exporting the UNet to ONNX")
@@ -60,5 +65,12 @@ def export_unet_once(
         side = 4 * 2 ** (len(unet.config.block_out_channels) - 1)
         export = unet_export(unet, tokens=tokens, latent_size=(side, side), fixed_size=False)
         module = write_module(export, draft.path)
-        draft.finish(UNetExport(module=module))
-    return module, folder
+        guidance_step = write_guidance_step(
+            draft.path,
+            channels=unet.config.in_channels,
+            latent_size=(side, side),
+            fixed_size=False,
+        )
+        written = UNetExport(module=module, guidance_step=guidance_step)
+        draft.finish(written)
+    return written, folder

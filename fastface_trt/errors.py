@@ -100,6 +100,12 @@ class EngineFailed(FastFaceError):
     code = "engine_failed"
 
 
+class OutOfMemory(FastFaceError):
+    """The GPU has less free memory than an engine needs."""
+
+    code = "out_of_memory"
+
+
 class StorageError(FastFaceError):
     """A disk is full or not writable; nothing half-written was left behind."""
 

@@ -14,19 +14,23 @@ from fastface_trt import __version__
 from fastface_trt.builders import make_builder
 from fastface_trt.engines.cache import EngineCache
 from fastface_trt.engines.closing import Closing
+from fastface_trt.engines.device import HostDevice, Tensor
 from fastface_trt.engines.engine import Progress
 from fastface_trt.engines.manifest import EXPORT_MANIFEST, ExportManifest, read_manifest
 from fastface_trt.errors import InvalidRequest
 from fastface_trt.mini import folders
+from fastface_trt.runtime.advance import EngineGuidance, Guidance, HostGuidance
 from fastface_trt.runtime.conditioning import Conditioner
-from fastface_trt.runtime.denoise import Array, DenoiseReport, Job, OnStep, denoise
+from fastface_trt.runtime.denoise import DenoiseReport, denoise, require_finite
 from fastface_trt.runtime.face import ChannelOrder, Face, FaceAnalyzer
 from fastface_trt.runtime.images import PictureSource, load_picture
+from fastface_trt.runtime.job import Job
 from fastface_trt.runtime.modules import ModuleSet
 from fastface_trt.runtime.presets import preset_fields
 from fastface_trt.runtime.request import GenerationRequest
 from fastface_trt.runtime.result import GenerationResult
 from fastface_trt.runtime.schedule import make_schedule
+from fastface_trt.runtime.trace import OnStep
 
 FaceInput: TypeAlias = PictureSource | Face
 """A picture with a face (path, bytes, PIL, RGB array), or a face that was analysed before."""
@@ -195,21 +199,26 @@ class FastFace(Closing):
         every request and may return False to cancel (`Cancelled`).
         """
         seconds: dict[str, float] = {}
-        with _timed(seconds, "total"):
+        with self._timed(seconds, "total"):
             for request in requests:
                 self._check_size(request)
-            with _timed(seconds, "face"):
+            with self._timed(seconds, "face"):
                 tokens = self._face_tokens(faces, face_index, channel_order)
-            with _timed(seconds, "text"):
+            with self._timed(seconds, "text"):
                 jobs = [
                     self._job(request, one) for request, one in zip(requests, tokens, strict=True)
                 ]
             report = DenoiseReport()
-            with _timed(seconds, "unet"):
+            with self._timed(seconds, "unet"):
                 latents = denoise(
-                    self._modules["unet"], jobs, on_step=on_step, max_rows=max_rows, report=report
+                    self._modules["unet"],
+                    jobs,
+                    guidance=self._guidance(),
+                    on_step=on_step,
+                    max_rows=max_rows,
+                    report=report,
                 )
-            with _timed(seconds, "vae"):
+            with self._timed(seconds, "vae"):
                 images = [self._decode(one) for one in latents]
         return GenerationResult(
             images,
@@ -223,15 +232,15 @@ class FastFace(Closing):
 
     def _face_tokens(
         self, faces: Sequence[FaceInput], index: int | None, order: ChannelOrder
-    ) -> list[Array]:
-        analysed: dict[int, Array] = {}
+    ) -> list[Tensor]:
+        analysed: dict[int, Tensor] = {}
         for face in faces:  # the same object many times is one face
             if id(face) not in analysed:
                 found = self.analyze(face, index=index)
                 analysed[id(face)] = self._conditioner.image_tokens(found, order)
         return [analysed[id(face)] for face in faces]
 
-    def _job(self, request: GenerationRequest, face_tokens: Array) -> Job:
+    def _job(self, request: GenerationRequest, face_tokens: Tensor) -> Job:
         manifest = self.manifest
         factor = manifest.vae_scale_factor
         return Job.prepare(
@@ -240,6 +249,12 @@ class FastFace(Closing):
             self._conditioner.conditions(request, face_tokens),
             (manifest.latent_channels, request.height // factor, request.width // factor),
         )
+
+    def _guidance(self) -> Guidance:
+        """Numpy where the UNet's output is at hand anyway, elsewhere the module made for it."""
+        if isinstance(self._modules.device, HostDevice):
+            return HostGuidance()
+        return EngineGuidance(self._modules["guidance_step"])
 
     def _check_size(self, request: GenerationRequest) -> None:
         manifest = self.manifest
@@ -256,8 +271,12 @@ class FastFace(Closing):
                 f"Width and height must be multiples of {unit} pixels.",
             )
 
-    def _decode(self, latents: Array) -> Image.Image:
-        picture_3HW = self._modules["vae_decoder"](latents=latents[None])["picture"][0]
+    def _decode(self, latents: Tensor) -> Image.Image:
+        device = self._modules.device
+        picture = self._modules["vae_decoder"](latents=device.stack([latents]))["picture"]
+        picture_3HW = device.download(picture[0])
+        # The picture cannot tell: its clamp to [0, 1] may swallow what is not a number.
+        require_finite(device, latents)
         pixels = np.rint(picture_3HW.astype(np.float32) * 255).clip(0, 255).astype(np.uint8)
         return Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
 
@@ -280,16 +299,17 @@ class FastFace(Closing):
                 warnings.append(f"The prompt is longer than 77 tokens; this was cut: {cut!r}.")
         return warnings
 
+    @contextmanager
+    def _timed(self, seconds: dict[str, float], stage: str) -> Iterator[None]:
+        started = perf_counter()
+        yield
+        self._modules.device.synchronize()  # or the time would be that of queueing the work
+        seconds[stage] = perf_counter() - started
+
     def close(self) -> None:
-        """Free the engines."""
+        """Free the engines and what is kept on their device."""
+        self._conditioner.forget()
         self._modules.close()
-
-
-@contextmanager
-def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
-    started = perf_counter()
-    yield
-    seconds[stage] = perf_counter() - started
 
 
 __all__ = ["FaceInput", "FastFace", "find_export"]

@@ -9,6 +9,7 @@ where a backend leaves the method.
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,15 +20,20 @@ from safetensors.numpy import load_file, save_file
 
 from fastface_trt.engines.backends import builder_for
 from fastface_trt.engines.cache import EngineCache
-from fastface_trt.engines.engine import Engine, Progress
+from fastface_trt.engines.device import Device, HostDevice
+from fastface_trt.engines.engine import Engine, EngineBuilder, Progress
 from fastface_trt.engines.files import sha256_file, storage_errors
+from fastface_trt.engines.manifest import ModuleSpec
 from fastface_trt.errors import MissingDependency, UnknownName, WeightsError
-from fastface_trt.runtime.denoise import Condition, Job, StepTrace, denoise
+from fastface_trt.runtime.advance import EngineGuidance, Guidance, HostGuidance
+from fastface_trt.runtime.denoise import denoise, require_finite
 from fastface_trt.runtime.guidance import FACE, TEXT, TEXT_AND_FACE, UNCONDITIONAL, VARIANTS
+from fastface_trt.runtime.job import Condition, Job
 from fastface_trt.runtime.manipulation import AttentionManipulation
 from fastface_trt.runtime.noise import INITIAL_LATENTS
 from fastface_trt.runtime.request import GenerationRequest
 from fastface_trt.runtime.schedule import make_schedule
+from fastface_trt.runtime.trace import StepTrace
 
 Array = NDArray[np.float32]
 Tensors = dict[str, NDArray[Any]]
@@ -88,9 +94,13 @@ def read_manipulation(case: Mapping[str, Any]) -> AttentionManipulation:
 
 
 def make_job(
-    case: Mapping[str, Any], recording: Recording, tokens: Callable[[str], Array], plan: Plan
+    case: Mapping[str, Any],
+    recording: Recording,
+    tokens: Callable[[str], Array],
+    plan: Plan,
+    device: Device,
 ) -> Job:
-    """A recorded case as a job of the denoising loop; nothing about its parameters is assumed."""
+    """A recorded case as a job of the denoising loop on `device`; it assumes no parameter."""
     name, guidance = str(case["name"]), case.get("guidance") or {}
     timesteps = case.get("timesteps")
     config = case["scheduler"]
@@ -121,6 +131,9 @@ def make_job(
     )
     no_face, face = tokens(name)[[0, 1]]
 
+    def told(text: Array, pooled: Array, image_tokens: Array) -> Condition:
+        return Condition(*(device.upload(array) for array in (text, pooled, image_tokens)))
+
     def noise(stream: int, shape: tuple[int, ...]) -> Array:
         if stream == INITIAL_LATENTS:
             return np.asarray(latents[0])
@@ -137,10 +150,10 @@ def make_job(
         schedule,
         request.guidance_steps(),
         {
-            UNCONDITIONAL: Condition(negative_text, negative_pooled, no_face),
-            TEXT: Condition(text, pooled, no_face),
-            FACE: Condition(negative_text, negative_pooled, face),
-            TEXT_AND_FACE: Condition(text, pooled, face),
+            UNCONDITIONAL: told(negative_text, negative_pooled, no_face),
+            TEXT: told(text, pooled, no_face),
+            FACE: told(negative_text, negative_pooled, face),
+            TEXT_AND_FACE: told(text, pooled, face),
         },
         recording.require(name, "time_ids")[0],
         latents.shape[1:],
@@ -171,20 +184,22 @@ def replay(
     results: Tensors = {}
     for case in recording.select(names):
         name = str(case["name"])
-        engine = provider.unet(float(case.get("faceid_lora_scale", 1.0)))
-        job = make_job(case, recording, lambda n: provider.image_tokens(recording, n), plan)
+        engine, guidance = provider.unet(float(case.get("faceid_lora_scale", 1.0)))
+        tokens = partial(provider.image_tokens, recording)
+        job = make_job(case, recording, tokens, plan, engine.device)
 
         def record(trace: StepTrace, name: str = name, job: Job = job) -> None:
             key = f"{name}.step{trace.step}"
             if plan == "full":
-                order = VARIANTS[job.request.dcg_variant][0]
+                order, predictions = VARIANTS[job.request.dcg_variant][0], trace.predictions
                 results[f"{key}.model_input"] = trace.model_input[None]
-                results[f"{key}.eps"] = np.stack([trace.predictions[b] for b in order])
+                results[f"{key}.eps"] = np.stack([predictions[b] for b in order])
             results[f"{key}.guided"] = trace.guided[None]
             results[f"{key}.latents"] = trace.latents[None]
 
         progress(f"{name}: {len(job.schedule)} steps")
-        denoise(engine, [job], on_step=record)
+        (latents,) = denoise(engine, [job], guidance=guidance, on_step=record)
+        require_finite(engine.device, latents)
     provider.close()
     with storage_errors(out.parent):
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -214,32 +229,41 @@ class _UNetProvider:
             )
         self._adapter = adapter.read_adapter(files[0])
         self._adapter_file = files[0]
-        self._engines: dict[float, Engine] = {}
+        self._engines: list[Engine] = []
+        self._by_scale: dict[float, tuple[Engine, Guidance]] = {}
 
-    def unet(self, lora_scale: float) -> Engine:
-        """The UNet with the adapter's LoRA fused at `lora_scale`."""
-        if lora_scale not in self._engines:
-            self._engines[lora_scale] = self._open(lora_scale)
-        return self._engines[lora_scale]
+    def unet(self, lora_scale: float) -> tuple[Engine, Guidance]:
+        """The UNet with the adapter's LoRA fused at `lora_scale`, and guidance for its device."""
+        if lora_scale not in self._by_scale:
+            self._by_scale[lora_scale] = self._open(lora_scale)
+        return self._by_scale[lora_scale]
 
-    def _open(self, lora_scale: float) -> Engine:
+    def _open(self, lora_scale: float) -> tuple[Engine, Guidance]:
         if self._builder is None:
             from fastface_trt.export.oracle import TorchUNet
 
-            return TorchUNet(self._torch_unet(lora_scale), self._adapter.tokens)
+            return TorchUNet(self._torch_unet(lora_scale), self._adapter.tokens), HostGuidance()
         from fastface_trt.export.unet_cache import export_unet_once
 
         identity = hashlib.sha256(repr(lora_scale).encode())
         for file in (self._adapter_file, *sorted((self._model / "unet").iterdir())):
             identity.update(f"{file.name}:{sha256_file(file)}".encode())
-        spec, folder = export_unet_once(
+        export, folder = export_unet_once(
             self._cache.root / "replay",
             identity.hexdigest(),
             lambda: self._torch_unet(lora_scale),
             self._adapter.tokens,
             self._progress,
         )
-        return self._cache.open(spec, folder, self._builder, self._progress)
+
+        def opened(module: ModuleSpec, builder: EngineBuilder) -> Engine:
+            self._engines.append(self._cache.open(module, folder, builder, self._progress))
+            return self._engines[-1]
+
+        unet = opened(export.module, self._builder)
+        if isinstance(unet.device, HostDevice):
+            return unet, HostGuidance()
+        return unet, EngineGuidance(opened(export.guidance_step, self._builder))
 
     def _torch_unet(self, lora_scale: float) -> Any:
         from fastface_trt.export.adapter import attach_adapter
@@ -290,9 +314,11 @@ class _UNetProvider:
         return np.asarray(tokens.numpy(), dtype=np.float32)
 
     def close(self) -> None:
-        """Free the engines."""
-        for engine in self._engines.values():
+        """Free the engines and their device."""
+        for engine in self._engines:
             engine.close()
+        if self._builder is not None and self._engines:
+            self._builder.device().close()
 
 
 __all__ = ["Recording", "make_job", "read_manipulation", "replay"]

@@ -11,17 +11,16 @@ from threading import Lock
 from typing import Generic, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from fastface_trt.engines.contract import IMAGE_TOKENS
-from fastface_trt.runtime.denoise import Condition
+from fastface_trt.engines.device import Tensor, dtype_name
 from fastface_trt.runtime.face import ChannelOrder, Face, clip_pixels
 from fastface_trt.runtime.guidance import FACE, TEXT, TEXT_AND_FACE, UNCONDITIONAL
+from fastface_trt.runtime.job import Condition
 from fastface_trt.runtime.modules import ModuleSet
 from fastface_trt.runtime.request import GenerationRequest
 from fastface_trt.runtime.tokenizer import ClipTokenizer
 
-Array = NDArray[np.float32]
 Value = TypeVar("Value")
 
 
@@ -45,18 +44,26 @@ class _Recent(Generic[Value]):
             while len(self._values) > self._size:
                 self._values.popitem(last=False)
 
+    def clear(self) -> None:
+        with self._lock:
+            self._values.clear()
+
 
 @dataclass(frozen=True, slots=True)
 class TextEmbedding:
     """A prompt as the UNet takes it: text [L, C] and pooled [P]; `cut` is what did not fit."""
 
-    text: Array
-    pooled: Array
+    text: Tensor
+    pooled: Tensor
     cut: str = ""
 
 
 class Conditioner:
-    """Encodes prompts and faces with an export's engines."""
+    """Encodes prompts and faces with an export's engines; what it returns stays on their device.
+
+    Encodings are kept in the dtype that the encoders give: the modules of one export fit each
+    other, and an engine on the host casts by itself where they do not.
+    """
 
     def __init__(self, modules: ModuleSet) -> None:
         self._modules = modules
@@ -65,7 +72,7 @@ class Conditioner:
             for name in ("tokenizer", "tokenizer_2")
         ]
         self._texts: _Recent[TextEmbedding] = _Recent(256)
-        self._tokens: _Recent[Array] = _Recent(64)
+        self._tokens: _Recent[Tensor] = _Recent(64)
 
     def text(self, prompt: str) -> TextEmbedding:
         """Both encoders' penultimate hidden states side by side, and the second's pooled output."""
@@ -73,13 +80,15 @@ class Conditioner:
         if known is not None:
             return known
         first, second = (tokenizer.encode([prompt]) for tokenizer in self._tokenizers)
+        device = self._modules.device
         hidden = self._modules["text_encoder"](input_ids=first.input_ids)["hidden_states"]
         both = self._modules["text_encoder_2"](input_ids=second.input_ids)
         encoded = TextEmbedding(
-            np.concatenate((hidden[0], both["hidden_states"][0]), axis=-1).astype(np.float32),
-            both["text_embeds"][0].astype(np.float32),
+            device.concatenate_last((hidden[0], both["hidden_states"][0])),
+            device.copy(both["text_embeds"][0]),
             max(first.cut[0], second.cut[0], key=len),
         )
+        device.synchronize()  # from here on other threads read it
         self._texts.put(prompt, encoded)
         return encoded
 
@@ -88,9 +97,13 @@ class Conditioner:
         embedding = self.text(prompt)
         if prompt.strip() or not self._modules.manifest.force_zeros_for_empty_prompt:
             return embedding
-        return TextEmbedding(np.zeros_like(embedding.text), np.zeros_like(embedding.pooled))
+        zeros = self._modules.device.zeros
+        text, pooled = embedding.text, embedding.pooled
+        return TextEmbedding(
+            zeros(text.shape, dtype_name(text)), zeros(pooled.shape, dtype_name(pooled))
+        )
 
-    def image_tokens(self, face: Face | None, channel_order: ChannelOrder = "bgr") -> Array:
+    def image_tokens(self, face: Face | None, channel_order: ChannelOrder = "bgr") -> Tensor:
         """Image tokens [T, C] of a face, or of no face (zero embedding, all-zero CLIP input)."""
         key = (
             None
@@ -116,13 +129,17 @@ class Conditioner:
                 channel_order=channel_order,
             )
         features = self._modules["image_encoder"](pixel_values=pixels[None])["clip_embeds"]
-        tokens: Array = self._modules["face_projection"](
+        projected = self._modules["face_projection"](
             face_embeds=embedding[None], clip_embeds=features
-        )[IMAGE_TOKENS][0].astype(np.float32)
+        )[IMAGE_TOKENS]
+        tokens = self._modules.device.copy(projected[0])
+        self._modules.device.synchronize()  # from here on other threads read them
         self._tokens.put(key, tokens)
         return tokens
 
-    def conditions(self, request: GenerationRequest, face_tokens: Array) -> Mapping[str, Condition]:
+    def conditions(
+        self, request: GenerationRequest, face_tokens: Tensor
+    ) -> Mapping[str, Condition]:
         """Text and image tokens of the four branches u, t, i and ti of a request."""
         text, nothing = self.text(request.prompt), self.negative_text(request.negative_prompt)
         no_face = self.image_tokens(None)
@@ -132,3 +149,8 @@ class Conditioner:
             FACE: Condition(nothing.text, nothing.pooled, face_tokens),
             TEXT_AND_FACE: Condition(text.text, text.pooled, face_tokens),
         }
+
+    def forget(self) -> None:
+        """Drop every encoding that is kept; before the device is closed."""
+        self._texts.clear()
+        self._tokens.clear()

@@ -1,150 +1,121 @@
 """The denoising loop: requests in, latents out, over a UNet engine that could be any backend.
 
+The loop moves tensors of the UNet's device and computes nothing itself: the UNet is one engine,
+guidance and the scheduler's step are another (`advance`). On a GPU everything that it needs is
+there before the first UNet call but for a few numbers per step, and nothing comes back.
+
 Shape legend: R requests of one UNet call, G branches per request, B = R·G rows (requests-major),
 C latent channels, h × w latent size, T image tokens.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from fastface_trt.engines import contract
+from fastface_trt.engines.device import Device, Tensor
 from fastface_trt.engines.engine import Engine
 from fastface_trt.errors import Cancelled, EngineFailed
-from fastface_trt.runtime.guidance import GuidanceStep, combine
-from fastface_trt.runtime.noise import INITIAL_LATENTS, standard_noise, step_stream
-from fastface_trt.runtime.request import GenerationRequest
-from fastface_trt.runtime.schedule import Schedule
-
-Array = NDArray[np.float32]
-
-
-@dataclass(frozen=True, slots=True)
-class Condition:
-    """What the UNet is told in one branch: text [77, C], pooled text [P], image tokens [T, C]."""
-
-    text: Array
-    pooled: Array
-    image_tokens: Array
-
-
-NoiseSource = Callable[[int, tuple[int, ...]], Array]
-"""(stream, shape) to standard noise; see `noise` for what the streams mean."""
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """A request with everything that the loop needs, prepared before the first UNet call."""
-
-    request: GenerationRequest
-    schedule: Schedule
-    guidance: Sequence[GuidanceStep]
-    conditions: Mapping[str, Condition]
-    time_ids: Array
-    latent_shape: tuple[int, int, int]
-    noise: NoiseSource
-
-    @classmethod
-    def prepare(
-        cls,
-        request: GenerationRequest,
-        schedule: Schedule,
-        conditions: Mapping[str, Condition],
-        latent_shape: tuple[int, int, int],
-        *,
-        noise: NoiseSource | None = None,
-    ) -> "Job":
-        """Resolve plan, size conditioning and noise of a request; latent_shape is (C, h, w)."""
-        size = (request.height, request.width)
-        return cls(
-            request,
-            schedule,
-            request.guidance_steps(),
-            conditions,
-            np.array([*size, 0, 0, *size], dtype=np.float32),
-            latent_shape,
-            noise
-            or (lambda stream, shape: standard_noise(request.seed, request.picture, stream, shape)),
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class StepTrace:
-    """What happened to one request in one step; arrays are [C,h,w], predictions by branch."""
-
-    job: int
-    step: int
-    steps: int
-    model_input: Array
-    predictions: Mapping[str, Array]
-    guided: Array
-    latents: Array
-
-
-OnStep = Callable[[StepTrace], bool | None]
-"""Called after each step of each request; returning False cancels the run."""
+from fastface_trt.runtime.advance import NOT_FINITE_MEND, Guidance, HostGuidance
+from fastface_trt.runtime.job import Job
+from fastface_trt.runtime.noise import INITIAL_LATENTS, step_stream
+from fastface_trt.runtime.trace import OnStep, StepTrace
 
 
 @dataclass(slots=True)
 class DenoiseReport:
-    """UNet calls of a run: seconds and rows of each, in order."""
+    """UNet calls of a run, in order: rows of each, and seconds on the host.
+
+    On a GPU a call returns when its work is queued, so only the sum over a picture means anything.
+    """
 
     seconds: list[float] = field(default_factory=list)
     rows: list[int] = field(default_factory=list)
+
+
+class _Run:
+    """A job on its way: its latents x, the next UNet input k x, and its fresh noise per step."""
+
+    __slots__ = ("job", "latents", "noise", "sample")
+
+    def __init__(self, job: Job, device: Device) -> None:
+        steps, shape = job.schedule.steps, job.latent_shape
+        latents = np.float32(job.schedule.initial_scale) * job.noise(INITIAL_LATENTS, shape)
+        self.job = job
+        self.latents: Tensor = device.upload(latents)
+        self.sample: Tensor = device.upload(np.float32(steps[0].input_scale) * latents)
+        self.noise: list[Tensor | None] = [
+            device.upload(job.noise(step_stream(index), shape)) if row.noise != 0 else None
+            for index, row in enumerate(steps)
+        ]
 
 
 def denoise(
     unet: Engine,
     jobs: Sequence[Job],
     *,
+    guidance: Guidance | None = None,
     on_step: OnStep | None = None,
     max_rows: int | None = None,
     report: DenoiseReport | None = None,
-) -> list[Array]:
+) -> list[Tensor]:
     """Run every job to the end of its schedule and return its latents, float32 [C,h,w] each.
 
-    Jobs with the same number of branches and the same size share UNet calls of at most `max_rows`
-    rows, whatever their settings and even at different timesteps; results equal single runs.
-    Raises `Cancelled` when `on_step` returns False and `EngineFailed` when the UNet's output is not
-    finite.
+    `guidance` runs where the UNet does: None is numpy, for a UNet on the host. Jobs with the same
+    number of branches and the same size share UNet calls of at most `max_rows` rows, whatever their
+    settings and even at different timesteps; results equal single runs.
+    Raises `Cancelled` when `on_step` returns False, and on the host `EngineFailed` when the UNet's
+    output is not finite; elsewhere `require_finite` finds that in the end.
     """
-    latents = [
-        np.float32(job.schedule.initial_scale) * job.noise(INITIAL_LATENTS, job.latent_shape)
-        for job in jobs
-    ]
+    device = unet.device
+    advance = guidance or HostGuidance()
+    runs = [_Run(job, device) for job in jobs]
     for step in range(max((len(job.schedule) for job in jobs), default=0)):
         active = [index for index, job in enumerate(jobs) if step < len(job.schedule)]
         for group in _group(jobs, active, step, max_rows):
-            inputs = [
-                np.float32(jobs[i].schedule.steps[step].input_scale) * latents[i] for i in group
-            ]
-            predictions = _predict(unet, [jobs[i] for i in group], inputs, step, report)
-            for i, model_input, by_branch in zip(group, inputs, predictions, strict=True):
-                job = jobs[i]
-                guided = combine(by_branch, job.guidance[step])
-                latents[i] = _advance(job, step, latents[i], guided)
+            members = [runs[index] for index in group]
+            prediction_BChw = _predict(unet, members, step, report)
+            advanced = advance(
+                [run.job for run in members],
+                step,
+                prediction_BChw,
+                [run.latents for run in members],
+                [run.noise[step] for run in members],
+            )
+            if on_step is not None:
+                # The next UNet call overwrites its output, and a trace may be kept.
+                predictions = iter(list(device.copy(prediction_BChw)))
+            for at, index in enumerate(group):
+                run, model_input = runs[index], runs[index].sample
+                run.latents, run.sample = advanced.latents[at], advanced.samples[at]
                 if on_step is None:
                     continue
                 trace = StepTrace(
-                    i, step, len(job.schedule), model_input, by_branch, guided, latents[i]
+                    index,
+                    step,
+                    len(run.job.schedule),
+                    device,
+                    model_input=model_input,
+                    predictions={b: next(predictions) for b in run.job.guidance[step].branches},
+                    guided=advanced.guided[at],
+                    latents=run.latents,
                 )
                 if on_step(trace) is False:
                     raise Cancelled(f"The run was cancelled after step {step + 1}.")
-    return latents
+    return [run.latents for run in runs]
 
 
-def _advance(job: Job, step: int, latents: Array, guided: Array) -> Array:
-    """One scheduler step: x' = a x + b ε + c z."""
-    row = job.schedule.steps[step]
-    advanced = np.float32(row.latents) * latents + np.float32(row.prediction) * guided
-    if row.noise != 0:
-        advanced += np.float32(row.noise) * job.noise(step_stream(step), job.latent_shape)
-    return advanced
+def require_finite(device: Device, latents: Tensor) -> None:
+    """Raise `EngineFailed` unless all final latents [C,h,w] are finite; downloads them.
+
+    For the end of a picture: latents that were not finite once stay so to the last step.
+    """
+    if not np.isfinite(device.download(latents)).all():
+        raise EngineFailed("The UNet returned values that are not finite.", NOT_FINITE_MEND)
 
 
 def _shares_statistics(job: Job) -> bool:
@@ -167,51 +138,36 @@ def _group(
     return split
 
 
-def _predict(
-    unet: Engine,
-    jobs: Sequence[Job],
-    inputs: Sequence[Array],
-    step: int,
-    report: DenoiseReport | None,
-) -> list[dict[str, Array]]:
-    """One UNet call for jobs with equally many branches; predictions [C,h,w] by branch per job."""
-    rows = [
-        (job, x, branch)
-        for job, x in zip(jobs, inputs, strict=True)
-        for branch in job.guidance[step].branches
-    ]
-    conditions = [job.conditions[branch] for job, _, branch in rows]
+def _predict(unet: Engine, runs: Sequence[_Run], step: int, report: DenoiseReport | None) -> Tensor:
+    """One UNet call for jobs with equally many branches; the noise prediction [B,C,h,w].
+
+    What is the same for a whole picture is stacked on the device; the numbers of this step are
+    numpy arrays of a few bytes per row, which the engine uploads.
+    """
+    stack = unet.device.stack
+    rows = [(run, branch) for run in runs for branch in run.job.guidance[step].branches]
+    jobs = [run.job for run, _ in rows]
+    conditions = [run.job.conditions[branch] for run, branch in rows]
     # With one parameter row per UNet row, the graph takes its statistics per branch.
-    owners = jobs if _shares_statistics(jobs[0]) else [job for job, _, _ in rows]
+    owners = [run.job for run in runs] if _shares_statistics(runs[0].job) else jobs
     started = perf_counter()
-    prediction_BChw = unet(
+    outputs = unet(
         **{
-            contract.SAMPLE: np.stack([x for _, x, _ in rows]),
+            contract.SAMPLE: stack([run.sample for run, _ in rows]),
             contract.TIMESTEP: np.array(
-                [job.schedule.steps[step].timestep for job, _, _ in rows], dtype=np.float32
+                [job.schedule.steps[step].timestep for job in jobs], dtype=np.float32
             ),
-            contract.TEXT: np.stack([c.text for c in conditions]),
-            contract.POOLED_TEXT: np.stack([c.pooled for c in conditions]),
-            contract.TIME_IDS: np.stack([job.time_ids for job, _, _ in rows]),
-            contract.IMAGE_TOKENS: np.stack([c.image_tokens for c in conditions]),
+            contract.TEXT: stack([c.text for c in conditions]),
+            contract.POOLED_TEXT: stack([c.pooled for c in conditions]),
+            contract.TIME_IDS: np.stack([job.time_ids for job in jobs]),
+            contract.IMAGE_TOKENS: stack([c.image_tokens for c in conditions]),
             contract.IP_ADAPTER_SCALE: np.stack([job.request.ip_scales() for job in owners]),
             contract.MANIPULATION: np.stack(
                 [job.request.manipulation.rows(step, len(job.schedule)) for job in owners]
             ),
         }
-    )[contract.NOISE_PREDICTION].astype(np.float32, copy=False)
+    )
     if report is not None:
         report.seconds.append(perf_counter() - started)
         report.rows.append(len(rows))
-    if not np.isfinite(prediction_BChw).all():
-        raise EngineFailed(
-            f"The UNet returned values that are not finite at step {step + 1}.",
-            "An fp16 engine may overflow here: try --precision fp32, or milder parameters.",
-        )
-    results: list[dict[str, Array]] = [{} for _ in jobs]
-    position = 0
-    for result, job in zip(results, jobs, strict=True):
-        for branch in job.guidance[step].branches:
-            result[branch] = prediction_BChw[position]
-            position += 1
-    return results
+    return outputs[contract.NOISE_PREDICTION]

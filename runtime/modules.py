@@ -6,6 +6,7 @@ from threading import Lock
 
 from fastface_trt.engines.cache import EngineCache
 from fastface_trt.engines.closing import Closing
+from fastface_trt.engines.device import Device
 from fastface_trt.engines.engine import Engine, EngineBuilder, Progress
 from fastface_trt.engines.files import verify_files
 from fastface_trt.engines.manifest import EXPORT_MANIFEST, ExportManifest, read_manifest
@@ -40,11 +41,25 @@ class ModuleSet(Closing, Mapping[str, Engine]):
         self._progress = progress
         self._build = build
         self._open: dict[str, Engine] = {}
+        self._device: Device | None = None
         self._lock = Lock()
 
+    @property
+    def device(self) -> Device:
+        """Where the tensors of all these engines live; closed with them."""
+        with self._lock:
+            self._device = self._device or self.builder.device()
+            return self._device
+
     def __getitem__(self, name: str) -> Engine:
+        """The engine of module `name`; raise `ExportIncomplete` when the export lacks it."""
         with self._lock:
             if name not in self._open:
+                if name not in self.manifest.modules:
+                    raise ExportIncomplete(
+                        f"{self.folder} has no module {name}, which {self.builder.backend} needs.",
+                        "It comes from an earlier version: export the model again.",
+                    )
                 spec = self.manifest.modules[name]
                 self._open[name] = self._cache.open(
                     spec, self.folder, self.builder, self._progress, build=self._build
@@ -58,8 +73,11 @@ class ModuleSet(Closing, Mapping[str, Engine]):
         return len(self.manifest.modules)
 
     def close(self) -> None:
-        """Close every engine that was opened."""
+        """Close every engine that was opened, then their device."""
         with self._lock:
             for engine in self._open.values():
                 engine.close()
             self._open.clear()
+            if self._device is not None:
+                self._device.close()
+                self._device = None

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastface_trt.engines.cuda.device import CudaDevice, SharedDevice
 from fastface_trt.engines.engine import Progress
 from fastface_trt.engines.hardware import cuda_driver, cuda_hardware
 from fastface_trt.engines.manifest import BuildReport, EngineManifest, ModuleSpec
@@ -51,6 +52,7 @@ class TensorRTBuilder:
         self._exact = exact
         self._timing_cache = timing_cache
         self._on_event = on_event
+        self._device = SharedDevice()
 
     def identity(self, module: ModuleSpec) -> Mapping[str, Any]:
         """Flavour, its version, the module's profiles, the options, and the GPU it is tied to.
@@ -137,7 +139,11 @@ class TensorRTBuilder:
             )
         from fastface_trt.engines.tensorrt.engine import TensorRTEngine
 
-        return TensorRTEngine.open(self.flavour, manifest, folder)
+        return TensorRTEngine.open(self.flavour, manifest, folder, self.device())
+
+    def device(self) -> CudaDevice:
+        """GPU 0, which all engines of this builder share."""
+        return self._device.get()
 
     def _misfit(self, manifest: EngineManifest, gpu: Mapping[str, str]) -> Misfit | None:
         """The first field in which an engine does not fit this machine, None if it fits."""

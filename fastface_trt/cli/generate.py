@@ -23,13 +23,13 @@ from fastface_trt.engines.files import storage_errors
 from fastface_trt.errors import InvalidRequest
 from fastface_trt.grid import contact_sheet
 from fastface_trt.pipeline import FastFace
-from fastface_trt.runtime.denoise import StepTrace
 from fastface_trt.runtime.guidance import parse_schedule
 from fastface_trt.runtime.images import load_picture
 from fastface_trt.runtime.manipulation import AttentionManipulation, parse_manipulation
 from fastface_trt.runtime.png import write_png
 from fastface_trt.runtime.presets import preset_fields
 from fastface_trt.runtime.result import GenerationResult
+from fastface_trt.runtime.trace import StepTrace
 
 
 def _rescale(text: str | None) -> float | None:

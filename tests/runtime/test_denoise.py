@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 
 from fastface_trt.engines import contract
+from fastface_trt.engines.device import HostDevice
 from fastface_trt.errors import Cancelled, EngineFailed
 from fastface_trt.export.checkpoints import CHECKPOINTS
-from fastface_trt.runtime.denoise import Condition, DenoiseReport, Job, denoise
+from fastface_trt.runtime.denoise import DenoiseReport, denoise
+from fastface_trt.runtime.job import Condition, Job
 from fastface_trt.runtime.request import GenerationRequest
 from fastface_trt.runtime.schedule import make_schedule
 
@@ -20,6 +22,7 @@ class ArithmeticUNet:
 
     def __init__(self):
         self.rows = []
+        self.device = HostDevice()
 
     def __call__(self, **inputs):
         rows, requests = len(inputs[contract.SAMPLE]), len(inputs[contract.IP_ADAPTER_SCALE])

@@ -1,0 +1,250 @@
+"""`CudaDevice`: tensors in the memory of one GPU.
+
+Memory is of three kinds. Tensors that the runtime makes come from a stream-ordered pool: making and
+dropping them costs no wait, and a picture's second step reuses what its first one freed. Buffers
+that engines keep (`allocate`) are plain allocations, freed exactly when their engine is closed.
+Scratch memory is shared by all engines of a thread (`stream.Scratch`).
+"""
+
+import threading
+import warnings
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import astuple
+from math import prod
+from typing import cast
+
+import numpy as np
+
+from fastface_trt.engines.cuda.driver import Driver
+from fastface_trt.engines.cuda.stream import Stream
+from fastface_trt.engines.device import (
+    ITEM_BYTES,
+    Array,
+    Copies,
+    DeviceTensor,
+    Tensor,
+    dtype_name,
+)
+from fastface_trt.engines.manifest import DType
+from fastface_trt.errors import EngineFailed, EngineMismatch, OutOfMemory
+
+
+class CudaDevice:
+    """GPU `ordinal` as a `Device`; open until `close`.
+
+    Each thread has a stream of its own, made on its first call and handed to another thread once it
+    has ended. `warn` is told, in a sentence, what works more slowly than it should; the default is
+    Python's `warnings`. Raises `BackendUnavailable` without a driver or GPU.
+    """
+
+    def __init__(self, ordinal: int = 0, *, warn: Callable[[str], None] | None = None) -> None:
+        self.name = f"cuda:{ordinal}"
+        self.warn = warn or _warn
+        self.driver = Driver()
+        self._device = self.driver.device(ordinal)
+        self.gpu = {
+            "gpu": self.driver.device_name(self._device),
+            "compute_capability": self.driver.compute_capability(self._device),
+            "driver": str(self.driver.version()),
+        }
+        self._context = self.driver.retain_context(self._device)
+        self.driver.use_context(self._context)
+        self._pool = self.driver.pool_create(ordinal)
+        self._lock = threading.Lock()
+        self._here = threading.local()
+        self._streams: list[tuple[weakref.ref[threading.Thread], Stream]] = []
+        self._buffers: dict[int, int] = {}
+        self.closed = False
+
+    # What the runtime calls: see `engines.device.Device`
+
+    @property
+    def copies(self) -> Copies:
+        """What all threads copied to and from the GPU."""
+        with self._lock:
+            counts = [astuple(stream.copies) for _, stream in self._streams]
+        return Copies(*map(sum, zip(*counts, strict=True))) if counts else Copies()
+
+    def upload(self, array: Array) -> DeviceTensor:
+        """The array on the GPU; it has left `array` when this returns."""
+        array = np.asarray(array)
+        tensor = self.empty(array.shape, dtype_name(array))
+        self.copy_into(tensor, array)
+        return tensor
+
+    def download(self, tensor: Tensor) -> Array:
+        """The tensor as a new numpy array; waits for this thread's work."""
+        if not isinstance(tensor, DeviceTensor):
+            return np.asarray(tensor)
+        array = np.empty(tensor.shape, dtype=tensor.dtype)
+        stream = self.stream()
+        stream.reads(tensor.memory)
+        stream.to_host(tensor.address, array)
+        return array
+
+    def copy(self, tensor: Tensor) -> DeviceTensor:
+        """A copy in memory of its own."""
+        target = self.empty(tensor.shape, dtype_name(tensor))
+        self.copy_into(target, tensor)
+        return target
+
+    def stack(self, tensors: Sequence[Tensor]) -> DeviceTensor:
+        """Tensors of one shape as rows of a new one."""
+        first = tensors[0]
+        target = self.empty((len(tensors), *first.shape), _common_dtype(tensors))
+        for row, tensor in zip(target, tensors, strict=True):
+            self.copy_into(row, tensor)
+        return target
+
+    def concatenate_last(self, tensors: Sequence[Tensor]) -> DeviceTensor:
+        """Tensors side by side along the last axis, by copies with a pitch."""
+        parts = [t if isinstance(t, DeviceTensor) else self.upload(t) for t in tensors]
+        dtype = _common_dtype(parts)
+        *leading, _ = parts[0].shape
+        widths = [part.shape[-1] * ITEM_BYTES[dtype] for part in parts]
+        target = self.empty((*leading, sum(part.shape[-1] for part in parts)), dtype)
+        stream, at = self.stream(), target.address
+        for part, width in zip(parts, widths, strict=True):
+            stream.reads(part.memory)
+            self.driver.copy_columns(
+                at, sum(widths), part.address, width, width, prod(leading), stream.handle
+            )
+            at += width
+        return target
+
+    def zeros(self, shape: Sequence[int], dtype: str) -> DeviceTensor:
+        """A tensor of zero bytes."""
+        tensor = self.empty(shape, dtype)
+        self.driver.fill_zero(tensor.address, tensor.nbytes, self.stream().handle)
+        return tensor
+
+    def synchronize(self) -> None:
+        """Wait for this thread's work."""
+        self.stream().synchronize()
+
+    def close(self) -> None:
+        """Free everything on the GPU; twice is harmless."""
+        with self._lock:
+            if self.closed:
+                return
+            self.closed = True
+            self.driver.use_context(self._context)
+            for _, stream in self._streams:
+                with stream.lock:
+                    stream.close()
+            self._streams.clear()
+            for address in self._buffers:
+                self.driver.mem_free(address)
+            self._buffers.clear()
+            self.driver.pool_destroy(self._pool)
+            self.driver.release_context(self._device)
+
+    # What engines call besides
+
+    def stream(self) -> Stream:
+        """The calling thread's stream; makes the GPU's context this thread's on its first call."""
+        if self.closed:
+            raise EngineFailed(f"The device {self.name} is closed.", "Load the model again.")
+        stream: Stream | None = getattr(self._here, "stream", None)
+        if stream is None:
+            self.driver.use_context(self._context)
+            stream = self._here.stream = self._stream_for(threading.current_thread())
+        return stream
+
+    def empty(self, shape: Sequence[int], dtype: str) -> DeviceTensor:
+        """A tensor whose contents are undefined."""
+        if dtype not in ITEM_BYTES:
+            raise EngineMismatch(
+                f"A GPU engine was given numbers of type {dtype}.",
+                f"It takes {', '.join(ITEM_BYTES)}.",
+            )
+        kind = cast(DType, dtype)
+        memory = self.stream().allocate(prod(shape) * ITEM_BYTES[kind])
+        return DeviceTensor(memory.address, tuple(shape), kind, memory)
+
+    def copy_into(self, target: DeviceTensor, source: Tensor) -> None:
+        """Fill `target` from a tensor of the same shape and dtype on either side."""
+        stream = self.stream()
+        if not isinstance(source, DeviceTensor):
+            stream.to_device(target.address, source)
+        elif source.nbytes:
+            stream.reads(source.memory)
+            self.driver.copy_within(target.address, source.address, target.nbytes, stream.handle)
+
+    def allocate(self, size: int) -> int:
+        """Address of a buffer that stays until `free`; any thread may use it."""
+        address = self.driver.mem_alloc(size)
+        with self._lock:
+            self._buffers[address] = size
+        return address
+
+    def free(self, address: int) -> None:
+        """Free a buffer of `allocate`; nothing may be using it. A closed device has done so."""
+        with self._lock:
+            known = self._buffers.pop(address, None)
+        if known is not None:
+            self.driver.mem_free(address)
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes in engines' buffers and scratch memory; weights and tensors come on top."""
+        with self._lock:
+            scratch = sum(stream.scratch.size for _, stream in self._streams)
+            return scratch + sum(self._buffers.values())
+
+    def require(self, size: int, what: str, mend: str) -> None:
+        """Raise `OutOfMemory` unless `size` more bytes are free; the pool gives back its own."""
+        self.stream()  # a thread's first call needs the context
+        self.driver.pool_trim(self._pool)
+        free = self.driver.free_memory()
+        if size > free:
+            raise OutOfMemory(
+                f"{what} needs {_gigabytes(size)} of GPU memory, {_gigabytes(free)} are free.", mend
+            )
+
+    def _stream_for(self, thread: threading.Thread) -> Stream:
+        owner = weakref.ref(thread)
+        with self._lock:
+            for index, (earlier, stream) in enumerate(self._streams):
+                before = earlier()
+                if before is None or not before.is_alive():
+                    self._streams[index] = (owner, stream)
+                    break
+            else:
+                stream = Stream(self.driver, self._pool, self.warn)
+                self._streams.append((owner, stream))
+        return stream
+
+
+class SharedDevice:
+    """The one `CudaDevice` of a builder's engines: opened when asked for, anew once closed."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._device: CudaDevice | None = None
+
+    def get(self) -> CudaDevice:
+        """The open device; raises `BackendUnavailable` without a driver or GPU."""
+        with self._lock:
+            if self._device is None or self._device.closed:
+                self._device = CudaDevice()
+            return self._device
+
+
+def _common_dtype(tensors: Sequence[Tensor]) -> str:
+    names = sorted({dtype_name(tensor) for tensor in tensors})
+    if len(names) > 1:
+        raise EngineMismatch(
+            f"Modules of this export give {' and '.join(names)} where one type is needed.",
+            "Export the model again with this version: fastface-trt export.",
+        )
+    return names[0]
+
+
+def _warn(line: str) -> None:
+    warnings.warn(line, RuntimeWarning, stacklevel=2)
+
+
+def _gigabytes(size: int) -> str:
+    return f"{size / 2**30:.1f} GB"

@@ -1,0 +1,213 @@
+"""What one thread works with: a CUDA stream, and all that is ordered by it.
+
+Threads do not share streams, so they run side by side. Work on a
+stream runs later than the calls return; memory is freed, and staging memory reused, only where the
+stream's order or a `synchronize` makes that safe.
+"""
+
+import ctypes
+from collections import deque
+from collections.abc import Callable
+from threading import RLock
+
+import numpy as np
+
+from fastface_trt.engines.cuda.driver import Driver, Handle
+from fastface_trt.engines.cuda.graphs import Graphs
+from fastface_trt.engines.device import Array, Copies
+
+_ALIGNMENT = 256
+_FIRST_STAGING_BYTES = 4 * 2**20
+
+
+class Memory:
+    """Device memory from the pool of a stream; freed in the stream's order after the last use.
+
+    The end of its life may come on any thread and in the middle of anything, so it makes no CUDA
+    call: the owning thread frees it before its next allocation.
+    """
+
+    __slots__ = ("address", "stream")
+
+    def __init__(self, address: int, stream: "Stream") -> None:
+        self.address = address
+        self.stream = stream
+
+    def __del__(self) -> None:
+        self.stream.dropped.append(self.address)
+
+
+class Staging:
+    """Pinned host memory that copies pass through, used from front to back.
+
+    A part is free again when its copy has finished, which `reset` is told by a synchronised stream.
+    """
+
+    def __init__(self, driver: Driver) -> None:
+        self._driver = driver
+        self._address, self._size, self._used = 0, 0, 0
+
+    @property
+    def size(self) -> int:
+        """Bytes of pinned memory held."""
+        return self._size
+
+    def take(self, size: int, synchronize: Callable[[], None]) -> tuple[int, Array]:
+        """Address and bytes of a part of `size`; calls `synchronize` when it has to start over."""
+        if self._used + size > self._size:
+            synchronize()  # ends in reset()
+            if size > self._size:
+                self.free()
+                self._size = max(_FIRST_STAGING_BYTES, _rounded(size))
+                self._address = self._driver.pinned_alloc(self._size)
+        address = self._address + self._used
+        self._used += _rounded(size)
+        part = (ctypes.c_uint8 * size).from_address(address)
+        return address, np.frombuffer(part, np.uint8)
+
+    def reset(self) -> None:
+        """All copies so far have finished."""
+        self._used = 0
+
+    def free(self) -> None:
+        """Free the pinned memory; no copy may be under way."""
+        if self._size:
+            self._driver.pinned_free(self._address)
+        self._address, self._size, self._used = 0, 0, 0
+
+
+class Scratch:
+    """One piece of device memory for the activations of all engines of a thread.
+
+    Engines of a thread run one after the other, so they share it; it is as large as the most that
+    an engine which still needs it has asked for.
+    """
+
+    def __init__(self, driver: Driver, freeing: Callable[[int], None]) -> None:
+        self._driver, self._freeing = driver, freeing
+        self._wanted: dict[int, int] = {}
+        self._address, self._size = 0, 0
+
+    @property
+    def size(self) -> int:
+        """Bytes of device memory held."""
+        return self._size
+
+    def growth(self, size: int) -> int:
+        """Bytes that would be added for an engine that needs `size`."""
+        return max(0, size - self._size)
+
+    def get(self, engine: int, size: int) -> tuple[int, int]:
+        """Address and bytes of memory for `engine`, at least `size`; (0, 0) where it needs none.
+
+        The address changes when another engine needs more: ask before every run.
+        """
+        self._wanted[engine] = size
+        if size > self._size:
+            self._replace(max(self._wanted.values()))
+        return self._address, self._size
+
+    def release(self, engine: int) -> None:
+        """`engine` will not run again; what only it needed is freed."""
+        self._wanted.pop(engine, None)
+        if max(self._wanted.values(), default=0) < self._size:
+            self._replace(0)
+
+    def close(self) -> None:
+        """Free the memory, whoever still needs it."""
+        self._wanted.clear()
+        self._replace(0)
+
+    def _replace(self, size: int) -> None:
+        if self._size:
+            self._freeing(self._address)
+            self._driver.mem_free(self._address)
+        self._address, self._size = 0, 0
+        if size:
+            self._address, self._size = self._driver.mem_alloc(size), size
+
+
+class Stream:
+    """A CUDA stream with its staging, scratch memory, graphs and counters, for one thread.
+
+    `lock` is held by an engine while it puts a run on the stream, and by whoever frees what such a
+    run uses: an engine may be closed by another thread than the one that runs it.
+    """
+
+    def __init__(self, driver: Driver, pool: Handle, warn: Callable[[str], None]) -> None:
+        self._driver, self._pool = driver, pool
+        self.lock = RLock()
+        self.handle: Handle = driver.stream_create()
+        self.copies = Copies()
+        self.staging = Staging(driver)
+        self.graphs = Graphs(driver, self.handle, warn)
+        self.scratch = Scratch(driver, self._scratch_goes)
+        self.dropped: deque[int] = deque()
+        self._borrowed: list[Memory] = []
+
+    def allocate(self, size: int) -> Memory:
+        """Device memory of `size` bytes, for work that follows on this stream."""
+        self._free_dropped()
+        # The pool takes no request for nothing.
+        address = self._driver.mem_alloc_async(max(size, 1), self._pool, self.handle)
+        return Memory(address, self)
+
+    def reads(self, memory: object) -> None:
+        """Work on this stream reads `memory`: keep it until the work is done.
+
+        Memory of another thread's stream is freed in that stream's order, which knows nothing of
+        this one.
+        """
+        if isinstance(memory, Memory) and memory.stream is not self:
+            self._borrowed.append(memory)
+
+    def to_device(self, address: int, array: Array) -> None:
+        """Copy `array` to device memory at `address`, through pinned memory."""
+        if array.nbytes == 0:
+            return
+        source, part = self.staging.take(array.nbytes, self.synchronize)
+        part[:] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        self._driver.copy_to_device(address, source, array.nbytes, self.handle)
+        self.copies.to_device += 1
+        self.copies.to_device_bytes += array.nbytes
+
+    def to_host(self, address: int, array: Array) -> None:
+        """Fill the contiguous `array` from device memory at `address`; waits for the stream."""
+        if array.nbytes == 0:
+            return
+        target, part = self.staging.take(array.nbytes, self.synchronize)
+        self._driver.copy_to_host(target, address, array.nbytes, self.handle)
+        self.copies.to_host += 1
+        self.copies.to_host_bytes += array.nbytes
+        self.synchronize()
+        array.reshape(-1).view(np.uint8)[:] = part
+
+    def synchronize(self) -> None:
+        """Wait for all work of this stream."""
+        self._free_dropped()
+        self._driver.stream_synchronize(self.handle)
+        self.staging.reset()
+        self._borrowed.clear()
+
+    def close(self) -> None:
+        """Free everything; twice is harmless."""
+        if self.handle is None:
+            return
+        self.synchronize()
+        self.graphs.close()
+        self.staging.free()
+        self.scratch.close()
+        self._driver.stream_destroy(self.handle)
+        self.handle = None
+
+    def _free_dropped(self) -> None:
+        while self.dropped:
+            self._driver.mem_free_async(self.dropped.popleft(), self.handle)
+
+    def _scratch_goes(self, address: int) -> None:
+        self.graphs.forget(address=address)
+        self._driver.stream_synchronize(self.handle)
+
+
+def _rounded(size: int) -> int:
+    return -(-size // _ALIGNMENT) * _ALIGNMENT

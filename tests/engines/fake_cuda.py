@@ -1,0 +1,429 @@
+"""A simulated CUDA driver behind the names and signatures of the real binding.
+
+Every name that the code looks up is looked up on `cuda.bindings.driver`, and every call is counted
+against the real function's parameters, so a misspelt name or a missing argument fails here as it
+would on a GPU. Memory, streams and graphs are simulated strictly:
+
+- device memory has bounds, is never reused, and using it after it was freed is an error;
+- work on a stream is *deferred* until something waits for the stream, so a staging buffer that is
+  overwritten too early, or a result that is read too soon, gives wrong numbers;
+- a recording stream refuses what CUDA refuses, and a graph replays the recorded work as it was.
+"""
+
+import ctypes
+import inspect
+import itertools
+import threading
+from bisect import bisect_right
+from dataclasses import dataclass, field
+
+import numpy as np
+from cuda.bindings import driver as real_driver
+
+GUARD = 2**20
+FIRST_ADDRESS = 0x7F00_0000_0000
+
+
+class Cuda(Exception):
+    """A result code, which the simulated module turns into a return value."""
+
+
+@dataclass
+class Block:
+    address: int
+    content: np.ndarray
+    alive: bool = True
+    """False from the call that frees it; what was queued before may still use it."""
+    readable: bool = True
+    """False once the freeing has happened in its stream's order."""
+
+
+@dataclass
+class Graph:
+    work: list
+
+
+class Handle:
+    """A stream, event, pool or executable graph."""
+
+    numbers = itertools.count(0x1000)
+
+    def __init__(self, kind):
+        self.kind, self.number = kind, next(self.numbers)
+        self.alive = True
+
+    def __int__(self):
+        return self.number
+
+    def __repr__(self):
+        return f"{self.kind}#{self.number}"
+
+
+@dataclass(eq=False)
+class FakeStream(Handle):
+    queue: list = field(default_factory=list)
+    recording: list | None = None
+    recorder: int | None = None
+    broken: bool = False
+
+    def __post_init__(self):
+        Handle.__init__(self, "stream")
+
+    __hash__ = object.__hash__
+
+
+class FakeCuda:
+    """Put it into `sys.modules["cuda.bindings.driver"]`. `memory` is the GPU's, in bytes."""
+
+    def __init__(self, memory=2**33, compute_capability=(12, 0), name="Simulated GPU"):
+        self.calls = []
+        self.fail = {}
+        self.sticky = None
+        self._memory, self._capability, self._name = memory, compute_capability, name
+        self._lock = threading.RLock()
+        self._blocks, self._addresses = {}, []
+        self._pinned = {}
+        self._handles = {}
+        self._contexts = 0
+        self._current = threading.local()
+        self._next = FIRST_ADDRESS
+
+    # What tests ask
+
+    def names(self, start=0):
+        return [name for _, name, _ in self.calls[start:]]
+
+    def held(self):
+        """Device bytes that are allocated."""
+        return sum(b.content.nbytes for b in self._blocks.values() if b.readable)
+
+    def leaks(self):
+        """Everything that was made and not given back."""
+        blocks = [f"{b.content.nbytes} bytes" for b in self._blocks.values() if b.readable]
+        pinned = [f"{len(part)} pinned bytes" for part in self._pinned.values()]
+        handles = [repr(h) for h in self._handles.values() if h.alive]
+        return blocks + pinned + handles + ["context"] * self._contexts
+
+    def stream_of(self, number):
+        stream = self._handles.get(number)
+        if not isinstance(stream, FakeStream) or not stream.alive:
+            raise Cuda("CUDA_ERROR_INVALID_HANDLE")
+        return stream
+
+    def read(self, address, size):
+        """Bytes of device memory as an array that shares them."""
+        return self._span(address, size, "readable")
+
+    def allocate(self, size):
+        """Memory that TensorRT takes for itself."""
+        if self.held() + size > self._memory:
+            raise Cuda("CUDA_ERROR_OUT_OF_MEMORY")
+        with self._lock:
+            address, self._next = self._next, self._next + -(-size // 256) * 256 + GUARD
+            # What was never written must not look like zeros.
+            self._blocks[address] = Block(address, np.full(size, 0xA5, np.uint8))
+            self._addresses.append(address)
+        return address
+
+    def release(self, address):
+        block = self._blocks.get(address)
+        if block is None or not block.alive:
+            raise Cuda("CUDA_ERROR_INVALID_VALUE")
+        block.alive = block.readable = False
+
+    def submit(self, stream, work):
+        """Queue `work` on a stream, or record it."""
+        if stream.recording is not None:
+            stream.recording.append(work)
+        else:
+            stream.queue.append(work)
+
+    # The module
+
+    def __getattr__(self, name):
+        if name.startswith("_"):
+            raise AttributeError(name)
+        real = getattr(real_driver, name)
+        if inspect.isclass(real):
+            return real
+        implementation = getattr(type(self), f"_{name}", None)
+        if implementation is None:
+            raise NotImplementedError(f"the simulated driver has no {name}")
+        parameters = len(inspect.signature(real).parameters)
+
+        def call(*arguments):
+            if len(arguments) != parameters:
+                raise TypeError(f"{name} takes {parameters} arguments, got {len(arguments)}")
+            with self._lock:
+                self.calls.append((threading.get_ident(), name, arguments))
+                error = self.sticky or self.fail.pop(name, None)
+                if error is None:
+                    try:
+                        values = implementation(self, *arguments)
+                        values = values if isinstance(values, tuple) else (values,)
+                        return (
+                            real_driver.CUresult.CUDA_SUCCESS,
+                            *(v for v in values if v is not None),
+                        )
+                    except Cuda as problem:
+                        error = str(problem)
+                return (getattr(real_driver.CUresult, error), *[None] * _returns(name))
+
+        return call
+
+    def _needs_context(self):
+        if not getattr(self._current, "context", None):
+            raise Cuda("CUDA_ERROR_INVALID_CONTEXT")
+
+    def _not_recording(self):
+        """Calls that break a recording of the calling thread."""
+        for stream in self._handles.values():
+            if isinstance(stream, FakeStream) and stream.recorder == threading.get_ident():
+                stream.broken = True
+                raise Cuda("CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED")
+
+    def _span(self, address, size, state):
+        index = bisect_right(self._addresses, int(address)) - 1
+        block = self._blocks[self._addresses[index]] if index >= 0 else None
+        offset = int(address) - block.address if block else 0
+        if block is None or offset + size > block.content.nbytes or not getattr(block, state):
+            raise Cuda("CUDA_ERROR_ILLEGAL_ADDRESS")
+        return block.content[offset : offset + size]
+
+    def _pinned_span(self, address, size):
+        for start, part in self._pinned.items():
+            if start <= address and address + size <= start + len(part):
+                return np.frombuffer((ctypes.c_uint8 * size).from_address(address), np.uint8)
+        raise Cuda("CUDA_ERROR_INVALID_VALUE")  # pageable memory would make the copy synchronous
+
+    def _drain(self, stream):
+        queue, stream.queue = stream.queue, []
+        try:
+            for work in queue:
+                work()
+        except Cuda as problem:  # on a GPU nothing works after that
+            self.sticky = str(problem)
+            raise
+
+    def _new(self, handle):
+        self._handles[handle.number] = handle
+        return handle
+
+    def _gone(self, handle, kind):
+        if not isinstance(handle, Handle) or not handle.alive or handle.kind != kind:
+            raise Cuda("CUDA_ERROR_INVALID_HANDLE")
+        handle.alive = False
+
+    # Device and context
+
+    def _cuInit(self, flags): ...
+
+    def _cuDriverGetVersion(self):
+        return 13020
+
+    def _cuDeviceGet(self, ordinal):
+        if ordinal != 0:
+            raise Cuda("CUDA_ERROR_INVALID_DEVICE")
+        return ordinal
+
+    def _cuDeviceGetName(self, length, device):
+        return self._name.encode().ljust(length, b"\0")
+
+    def _cuDeviceGetAttribute(self, attribute, device):
+        kinds = real_driver.CUdevice_attribute
+        return {
+            kinds.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR: self._capability[0],
+            kinds.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR: self._capability[1],
+        }[attribute]
+
+    def _cuDevicePrimaryCtxRetain(self, device):
+        self._contexts += 1
+        return "primary context"
+
+    def _cuDevicePrimaryCtxRelease(self, device):
+        if not self._contexts:
+            raise Cuda("CUDA_ERROR_INVALID_CONTEXT")
+        self._contexts -= 1
+
+    def _cuCtxSetCurrent(self, context):
+        self._current.context = context
+
+    # Streams and events
+
+    def _cuStreamCreate(self, flags):
+        self._needs_context()
+        assert flags == int(real_driver.CUstream_flags.CU_STREAM_NON_BLOCKING)
+        return self._new(FakeStream())
+
+    def _cuStreamDestroy(self, stream):
+        self._drain(stream)  # CUDA finishes what is queued, too
+        self._gone(stream, "stream")
+
+    def _cuStreamSynchronize(self, stream):
+        self._needs_context()
+        if stream.recording is not None:
+            stream.broken = True
+            raise Cuda("CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED")
+        self._drain(self.stream_of(int(stream)))
+
+    def _cuEventCreate(self, flags):
+        return self._new(Handle("event"))
+
+    def _cuEventDestroy(self, event):
+        self._gone(event, "event")
+
+    def _cuEventRecord(self, event, stream):
+        event.after = (self.stream_of(int(stream)), len(stream.queue))
+
+    def _cuStreamWaitEvent(self, stream, event, flags):
+        earlier, _ = event.after
+        self.submit(self.stream_of(int(stream)), lambda: self._drain(earlier))
+
+    # Memory
+
+    def _cuMemGetInfo(self):
+        self._needs_context()
+        return self._memory - self.held(), self._memory
+
+    def _cuMemAlloc(self, size):
+        self._needs_context()
+        self._not_recording()
+        return real_driver.CUdeviceptr(self.allocate(size))
+
+    def _cuMemFree(self, address):
+        self._needs_context()
+        self._not_recording()
+        for stream in self._handles.values():  # it waits for the whole device
+            if isinstance(stream, FakeStream) and stream.alive:
+                self._drain(stream)
+        self.release(int(address))
+
+    def _cuMemPoolCreate(self, properties):
+        kind = real_driver.CUmemAllocationType.CU_MEM_ALLOCATION_TYPE_PINNED
+        assert properties.allocType == kind
+        pool = self._new(Handle("pool"))
+        pool.addresses = set()
+        return pool
+
+    def _cuMemPoolSetAttribute(self, pool, attribute, value):
+        assert int(value) == 2**64 - 1
+
+    def _cuMemPoolTrimTo(self, pool, keep):
+        self._needs_context()
+
+    def _cuMemPoolDestroy(self, pool):
+        left = [a for a in pool.addresses if self._blocks[a].readable]
+        assert not left, f"{len(left)} tensors outlive their device"
+        self._gone(pool, "pool")
+
+    def _cuMemAllocFromPoolAsync(self, size, pool, stream):
+        self._needs_context()
+        assert stream.recording is None, "an allocation would be recorded"
+        assert size > 0
+        address = self.allocate(size)
+        pool.addresses.add(address)
+        return real_driver.CUdeviceptr(address)
+
+    def _cuMemFreeAsync(self, address, stream):
+        assert stream.recording is None, "a free would be recorded"
+        block = self._blocks.get(int(address))
+        if block is None or not block.alive:
+            raise Cuda("CUDA_ERROR_INVALID_VALUE")
+        block.alive = False
+
+        def free():
+            block.readable = False
+
+        self.submit(self.stream_of(int(stream)), free)
+
+    def _cuMemAllocHost(self, size):
+        self._needs_context()
+        self._not_recording()
+        part = ctypes.create_string_buffer(size)
+        self._pinned[ctypes.addressof(part)] = part
+        return ctypes.addressof(part)
+
+    def _cuMemFreeHost(self, address):
+        # What is still queued would copy from freed memory.
+        for stream in self._handles.values():
+            assert not (isinstance(stream, FakeStream) and stream.queue and stream.alive)
+        if self._pinned.pop(address, None) is None:
+            raise Cuda("CUDA_ERROR_INVALID_VALUE")
+
+    def _copy(self, stream, target, source):
+        """Both are functions that find the bytes, now to check them and later to copy them."""
+        target(), source()
+
+        def copy():
+            target()[...] = source()
+
+        self.submit(self.stream_of(int(stream)), copy)
+
+    def _device(self, address, size):
+        self._span(address, size, "alive")
+        return lambda: self._span(address, size, "readable")
+
+    def _cuMemcpyHtoDAsync(self, target, source, size, stream):
+        pinned = lambda: self._pinned_span(source, size)  # noqa: E731
+        self._copy(stream, self._device(target, size), pinned)
+
+    def _cuMemcpyDtoHAsync(self, target, source, size, stream):
+        pinned = lambda: self._pinned_span(target, size)  # noqa: E731
+        self._copy(stream, pinned, self._device(source, size))
+
+    def _cuMemcpyDtoDAsync(self, target, source, size, stream):
+        self._copy(stream, self._device(target, size), self._device(source, size))
+
+    def _cuMemcpy2DAsync(self, copy, stream):
+        width, height = copy.WidthInBytes, copy.Height
+        assert width <= copy.srcPitch
+        assert width <= copy.dstPitch
+        for row in range(height):
+            target = int(copy.dstDevice) + row * copy.dstPitch
+            source = int(copy.srcDevice) + row * copy.srcPitch
+            self._copy(stream, self._device(target, width), self._device(source, width))
+
+    def _cuMemsetD8Async(self, address, value, size, stream):
+        target = self._device(address, size)
+
+        def fill():
+            target()[...] = value
+
+        self.submit(self.stream_of(int(stream)), fill)
+
+    # Graphs
+
+    def _cuStreamBeginCapture(self, stream, mode):
+        assert mode == real_driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
+        stream.recording, stream.broken = [], False
+        stream.recorder = threading.get_ident()
+
+    def _cuStreamEndCapture(self, stream):
+        work, stream.recording, stream.recorder = stream.recording, None, None
+        if stream.broken:
+            raise Cuda("CUDA_ERROR_STREAM_CAPTURE_INVALIDATED")
+        graph = self._new(Handle("graph"))
+        graph.work = work
+        return graph
+
+    def _cuGraphInstantiate(self, graph, flags):
+        executable = self._new(Handle("executable graph"))
+        executable.work = list(graph.work)
+        return executable
+
+    def _cuGraphDestroy(self, graph):
+        self._gone(graph, "graph")
+
+    def _cuGraphLaunch(self, executable, stream):
+        if not executable.alive:
+            raise Cuda("CUDA_ERROR_INVALID_HANDLE")
+        for work in executable.work:
+            self.submit(self.stream_of(int(stream)), work)
+
+    def _cuGraphExecDestroy(self, executable):
+        self._gone(executable, "executable graph")
+
+
+def _returns(name):
+    """How many values a failing call still returns beside its code, as the binding does."""
+    return 0 if name.startswith(("cuMemcpy", "cuMemset", "cuMemFree")) else 1

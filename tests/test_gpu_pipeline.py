@@ -1,0 +1,221 @@
+"""The whole pipeline on the simulated GPU: the mini model's pictures, and what crosses to the host.
+
+Every line between `FastFace.load` and the picture is what runs on a GPU; the driver and TensorRT's
+runtime are doubles that compute with ONNX Runtime (see `engines/fake_cuda.py`). The simulation runs
+work only when something waits for it, so the pictures are equal only if every wait is in its place.
+"""
+
+import gc
+import json
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from gpu_double import simulated_gpu
+
+from fastface_trt import FastFace
+from fastface_trt.engines.manifest import EXPORT_MANIFEST, ExportManifest, read_manifest
+from fastface_trt.errors import Cancelled, EngineFailed, ExportIncomplete, InvalidRequest
+from fastface_trt.mini import folders
+
+PROMPT = "photo; person in a garden"
+FACE = folders.SAMPLE_FACES / "ada.png"
+OPTIONS = {"requests": (1, 2), "branches": (1, 2, 3)}
+
+
+@pytest.fixture(scope="module")
+def export(tmp_path_factory):
+    """The mini model's export with a guidance step, whatever version wrote it."""
+    pytest.importorskip("onnxscript")
+    from fastface_trt.export.guidance_step import write_guidance_step
+
+    folder = tmp_path_factory.mktemp("export") / "mini"
+    shutil.copytree(folders.EXPORT, folder)
+    manifest = read_manifest(folder / EXPORT_MANIFEST, ExportManifest)
+    if "guidance_step" not in manifest.modules:
+        step = write_guidance_step(folder, channels=4, latent_size=(24, 24), fixed_size=False)
+        modules = {**manifest.modules, "guidance_step": step}
+        (folder / EXPORT_MANIFEST).write_text(
+            manifest.model_copy(update={"modules": modules}).model_dump_json()
+        )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def cpu(export):
+    with FastFace.load(export, threads=1) as loaded:
+        yield loaded
+
+
+@pytest.fixture(params=["tensorrt", "tensorrt-rtx"])
+def simulated(request, export, tmp_path):
+    with simulated_gpu(request.param) as (cuda, trt):
+        gpu = FastFace.load(
+            export, backend=request.param, cache=tmp_path / "cache", engine_options=OPTIONS
+        )
+        yield gpu, cuda, trt
+        gpu.close()
+        gc.collect()
+        assert cuda.leaks() == []
+
+
+@pytest.fixture(scope="module")
+def face(cpu):
+    return cpu.analyze(FACE)
+
+
+def pixels(result):
+    return np.stack([np.asarray(image).astype(np.int16) for image in result.images])
+
+
+def same(ours, theirs):
+    """One step of 255 is rounding: two CPU graphs, and sums in another order."""
+    assert ours.max() - ours.min() > 100, "a flat picture would prove nothing"
+    assert np.abs(ours - theirs).max() <= 1
+
+
+@pytest.mark.parametrize("preset", ["plain", "am1+dcg", "am2+dcg"])
+def test_the_picture_is_the_cpus(simulated, cpu, face, preset):
+    gpu, _, _ = simulated
+    for seed in (0, 1):
+        ours = gpu(PROMPT, face, preset=preset, seed=seed)
+        same(pixels(ours), pixels(cpu(PROMPT, face, preset=preset, seed=seed)))
+    assert ours.unet_samples == {"plain": 4, "am1+dcg": 10, "am2+dcg": 12}[preset]
+    assert set(ours.seconds) == {"total", "face", "text", "unet", "vae"}
+
+
+def test_no_tensor_crosses_to_the_host_inside_a_picture(simulated, face):
+    """Between the first UNet call and the VAE's end there are only uploads of a few numbers."""
+    gpu, cuda, _ = simulated
+    gpu(PROMPT, face, preset="am1+dcg")  # encoders have run, what they made is kept
+    device = gpu._modules.device
+    before, start = device.copies, len(cuda.calls)
+    gpu(PROMPT, face, preset="am1+dcg", seed=1)
+    after, calls = device.copies, cuda.calls[start:]
+
+    names = [name for _, name, _ in calls]
+    downloads = [args[2] for _, name, args in calls if name == "cuMemcpyDtoHAsync"]
+    uploads = [args[2] for _, name, args in calls if name == "cuMemcpyHtoDAsync"]
+    picture, latents = 3 * 96 * 96 * 4, 4 * 24 * 24 * 4
+    # The picture, and after it the last latents, which show whether all of it was finite.
+    assert downloads == [picture, latents]
+    assert after.to_host - before.to_host == len(downloads)
+    assert after.to_host_bytes - before.to_host_bytes == sum(downloads)
+    assert after.to_device - before.to_device == len(uploads)
+    assert after.to_device_bytes - before.to_device_bytes == sum(uploads)
+    # x and k x at the start; the rest are scalars: at most 3 rows x 3 parts x 8 columns.
+    assert sorted(uploads)[-2:] == [latents, latents]
+    assert max(sorted(uploads)[:-2]) <= 3 * 3 * 8 * 4
+    assert not {"cuMemAlloc", "cuMemFree", "cuMemAllocHost", "cuMemFreeHost"} & set(names)
+
+
+def test_nothing_is_waited_for_between_two_unet_calls(simulated, face):
+    gpu, cuda, trt = simulated
+    gpu(PROMPT, face)
+    start = len(cuda.calls)
+    seen = []
+    gpu(PROMPT, face, seed=1, on_step=lambda trace: seen.append(len(cuda.calls)))
+    between = [name for _, name, _ in cuda.calls[start:][seen[0] - start : seen[-1] - start]]
+    assert len(seen) == 4
+    assert not {"cuStreamSynchronize", "cuMemcpyDtoHAsync"} & set(between)
+
+
+def test_pictures_of_a_batch_equal_single_ones(simulated, cpu, face):
+    gpu, _, _ = simulated
+    base = gpu.request(PROMPT, seed=4)
+    requests = [
+        base.with_preset("am1+dcg"),
+        replace(base, seed=5, negative_prompt="fog").with_preset("dcg"),
+        replace(base, seed=6, ip_adapter_scale=0.3),
+    ]
+    same(pixels(gpu.generate(requests, [face] * 3)), pixels(cpu.generate(requests, [face] * 3)))
+
+
+def test_a_stochastic_scheduler(export, tmp_path, face):
+    """Fresh noise is uploaded before the first UNet call and used in its own step."""
+    folder = tmp_path / "turbo"
+    shutil.copytree(export, folder)
+    manifest = json.loads((folder / EXPORT_MANIFEST).read_text())
+    manifest["scheduler"]["class"] = "EulerAncestralDiscreteScheduler"
+    (folder / EXPORT_MANIFEST).write_text(json.dumps(manifest))
+    with FastFace.load(folder, threads=1) as loaded:
+        expected = pixels(loaded(PROMPT, face, preset="dcg"))
+    with (
+        simulated_gpu("tensorrt") as (cuda, _),
+        FastFace.load(folder, backend="tensorrt", cache=tmp_path / "cache") as gpu,
+    ):
+        gpu(PROMPT, face)
+        start = len(cuda.calls)
+        same(pixels(gpu(PROMPT, face, preset="dcg")), expected)
+        sizes = [args[2] for _, name, args in cuda.calls[start:] if name == "cuMemcpyHtoDAsync"]
+        latents = 4 * 24 * 24 * 4
+        assert [size == latents for size in sizes] == [True] * 5 + [False] * (len(sizes) - 5)
+
+
+def test_a_trace_is_downloaded_when_it_is_read_and_stays_valid(simulated, cpu, face):
+    gpu, _, _ = simulated
+    ours, theirs = [], []
+    gpu(PROMPT, face, preset="dcg", on_step=ours.append)
+    cpu(PROMPT, face, preset="dcg", on_step=theirs.append)
+    for mine, reference in zip(ours, theirs, strict=True):
+        for name in ("model_input", "guided", "latents"):
+            mine_now, expected = getattr(mine, name), getattr(reference, name)
+            np.testing.assert_allclose(mine_now, expected, rtol=1e-3, atol=1e-3)
+        assert mine.predictions.keys() == reference.predictions.keys()
+        for branch, prediction in mine.predictions.items():
+            np.testing.assert_allclose(
+                prediction, reference.predictions[branch], rtol=1e-3, atol=1e-3
+            )
+    with pytest.raises(Cancelled):
+        gpu(PROMPT, face, on_step=lambda trace: False)
+
+
+def test_threads_make_their_own_pictures_from_shared_encodings(simulated, cpu, face):
+    gpu, _, _ = simulated
+    prompts = [PROMPT, "oil painting; person at the sea"] * 3
+    expected = [pixels(cpu(prompt, face, seed=n)) for n, prompt in enumerate(prompts)]
+    with ThreadPoolExecutor(3) as pool:
+        ours = list(pool.map(lambda n: pixels(gpu(prompts[n], face, seed=n)), range(6)))
+    for mine, theirs in zip(ours, expected, strict=True):
+        same(mine, theirs)
+
+
+def test_closed_it_can_be_used_again(simulated, face):
+    gpu, cuda, _ = simulated
+    first = pixels(gpu(PROMPT, face))
+    for _ in range(3):
+        gpu.close()
+        gc.collect()
+        assert cuda.leaks() == []
+        np.testing.assert_array_equal(pixels(gpu(PROMPT, face)), first)
+
+
+def test_latents_that_are_not_finite_are_noticed_in_the_end(simulated, face):
+    gpu, _, _ = simulated
+    request = gpu.request(PROMPT, alpha=1e38, beta=1e38, plan="full")
+    with pytest.raises(EngineFailed, match="not finite"):
+        gpu.generate([request], [face])
+
+
+def test_an_export_without_a_guidance_step_says_so(tmp_path, face):
+    folder = tmp_path / "old"
+    shutil.copytree(folders.EXPORT, folder)
+    manifest = json.loads((folder / EXPORT_MANIFEST).read_text())
+    manifest["modules"].pop("guidance_step", None)
+    (folder / EXPORT_MANIFEST).write_text(json.dumps(manifest))
+    with (
+        simulated_gpu() as _,
+        FastFace.load(folder, backend="tensorrt-rtx", cache=tmp_path / "cache") as gpu,
+        pytest.raises(ExportIncomplete, match="no module guidance_step") as caught,
+    ):
+        gpu(PROMPT, face)
+    assert "export the model again" in caught.value.mend
+
+
+def test_a_size_that_was_not_built_is_refused_with_the_command(simulated, face):
+    gpu, _, _ = simulated
+    with pytest.raises(InvalidRequest, match="does not run sample") as caught:
+        gpu(PROMPT, face, height=128, width=96)
+    assert "fastface-trt build --backend" in caught.value.mend
