@@ -18,6 +18,8 @@ Shape legend: B = R·G rows, R requests, G branches, H heads, N positions, T = 4
 D head size, P parameter columns.
 """
 
+from collections.abc import Callable
+from functools import cache
 from importlib import import_module
 from typing import Any, Final
 
@@ -43,6 +45,9 @@ STATISTICS_PLUGIN: Final = f"{FUNCTION_NAME}Statistics"
 OUTPUT_PLUGIN: Final = f"{FUNCTION_NAME}Output"
 """(q, k, v, manipulation, ip_scale, maps, statistics) → [B,H,N,D] in the dtype of q."""
 
+Ptx = Callable[[int, str], str]
+"""From head size and dtype to the kernels' PTX."""
+
 
 def register_plugins(flavour: Flavour, architecture: str) -> None:
     """Make both plugins known to TensorRT, to be called before a model that uses them is parsed.
@@ -63,11 +68,13 @@ def register_plugins(flavour: Flavour, architecture: str) -> None:
             f"This {flavour.label} cannot put a kernel into an engine: {error}.",
             f"Update {flavour.label}, or build without the attention kernel.",
         ) from None
+    # A UNet asks for the same PTX in each of its 70 blocks.
+    ptx = cache(lambda size, dtype: compile_kernels(architecture, size, dtype).code.decode())
     known = getattr(trtp.op, FUNCTION_DOMAIN, None)
     describe = (_statistics_outputs(trtp, binding), _output_outputs(trtp))
     implement = (
-        _statistics_kernel(trtp, binding, launch_params, architecture),
-        _output_kernel(trtp, binding, launch_params, architecture),
+        _statistics_kernel(trtp, binding, launch_params, ptx),
+        _output_kernel(trtp, binding, launch_params, ptx),
     )
     for name, shapes, kernel in zip(
         (STATISTICS_PLUGIN, OUTPUT_PLUGIN), describe, implement, strict=True
@@ -99,18 +106,18 @@ def _output_outputs(trtp: Any) -> Any:
     return _annotated(outputs, trtp, trtp.TensorDesc)
 
 
-def _statistics_kernel(trtp: Any, binding: Any, launch_params: Any, architecture: str) -> Any:
+def _statistics_kernel(trtp: Any, binding: Any, launch_params: Any, ptx: Ptx) -> Any:
     def kernel(q: Any, k: Any, manipulation: Any, outputs: Any, tactic: Any) -> Any:
         launch = launch_params()
         launch.grid_x = q.shape_expr[0] * q.shape_expr[1]
         launch.block_x = STATISTICS_THREADS
-        ptx = _ptx(binding, architecture, q)
-        return STATISTICS_KERNEL, ptx, launch, _counts(trtp, q, manipulation)
+        code = ptx(*_variant(binding, q))
+        return STATISTICS_KERNEL, code, launch, _counts(trtp, q, manipulation)
 
     return _annotated(kernel, trtp, _kernel_type(trtp))
 
 
-def _output_kernel(trtp: Any, binding: Any, launch_params: Any, architecture: str) -> Any:
+def _output_kernel(trtp: Any, binding: Any, launch_params: Any, ptx: Ptx) -> Any:
     def kernel(
         q: Any,
         k: Any,
@@ -126,8 +133,8 @@ def _output_kernel(trtp: Any, binding: Any, launch_params: Any, architecture: st
         launch.grid_x = trtp.cdiv(q.shape_expr[2], OUTPUT_POSITIONS)
         launch.grid_y = q.shape_expr[0] * q.shape_expr[1]
         launch.block_x = OUTPUT_THREADS
-        ptx = _ptx(binding, architecture, q)
-        return OUTPUT_KERNEL, ptx, launch, _counts(trtp, q, manipulation)
+        code = ptx(*_variant(binding, q))
+        return OUTPUT_KERNEL, code, launch, _counts(trtp, q, manipulation)
 
     return _annotated(kernel, trtp, _kernel_type(trtp))
 
@@ -155,7 +162,8 @@ def _counts(trtp: Any, q: Any, manipulation: Any) -> Any:
     return counts
 
 
-def _ptx(binding: Any, architecture: str, q: Any) -> str:
+def _variant(binding: Any, q: Any) -> tuple[int, str]:
+    """Head size and dtype of the kernels for this q."""
     dtypes = {binding.DataType.HALF: "float16", binding.DataType.FLOAT: "float32"}
     if q.dtype not in dtypes:
         raise InvalidRequest(
@@ -168,5 +176,4 @@ def _ptx(binding: Any, architecture: str, q: Any) -> str:
             "The head size of a decoupled attention is not known at build time.",
             "Export the UNet with constant channels, or build without the attention kernel.",
         )
-    compiled = compile_kernels(architecture, size.constant_value(), dtypes[q.dtype])
-    return compiled.code.decode()
+    return size.constant_value(), dtypes[q.dtype]
