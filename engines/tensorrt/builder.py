@@ -7,11 +7,14 @@ from typing import TYPE_CHECKING, Any
 from fastface_trt.engines.engine import Progress
 from fastface_trt.engines.hardware import cuda_driver, cuda_hardware
 from fastface_trt.engines.manifest import BuildReport, EngineManifest, ModuleSpec
+from fastface_trt.engines.onnx_file import OnnxFile
 from fastface_trt.engines.tensorrt.flavour import Flavour, FlavourName, find_flavour
 from fastface_trt.engines.tensorrt.options import TensorRTOptions
 from fastface_trt.engines.tensorrt.plan import Event
 from fastface_trt.engines.tensorrt.profiles import make_profiles
+from fastface_trt.engines.tensorrt.refit import refit_plan
 from fastface_trt.engines.tensorrt.worker import Job, run_in_child
+from fastface_trt.engines.weight_map import Change, find_change, read_map
 from fastface_trt.errors import BackendUnavailable, BuildFailed, EngineMismatch
 
 if TYPE_CHECKING:
@@ -91,6 +94,29 @@ class TensorRTBuilder:
 
         facts = run_in_child(job, tell)
         return BuildReport(**facts, built_on=cuda_hardware() | cuda_driver())
+
+    def refit(
+        self, donor: EngineManifest, folder: Path, module: ModuleSpec, source: Path, target: Path
+    ) -> Change:
+        """Write the plan of `module` into `target`: that of `donor` with other weights.
+
+        A stripped donor gets all weights, so this is also how a shipped engine is completed. Raises
+        `EngineMismatch`, `BuildFailed`, `OSError`; `BackendUnavailable` without a GPU.
+        """
+        self.check(donor)
+        built = read_map(donor, folder)
+        stripped = bool(donor.options.get("strip_weights", False))
+        with OnnxFile(source / module.files[0].path) as onnx:
+            change = find_change(module, built, onnx)
+            if change.changed and not donor.options.get("refittable", False):
+                raise EngineMismatch(
+                    f"The engine of {module.name} takes only the weights that it was built with, "
+                    f"and {change.changed[0]} differs.",
+                    "Build it with --refittable.",
+                )
+            refit_plan(self.flavour, module, change, onnx, folder, target, stripped=stripped)
+        built.with_weights(change.weights).write(target)
+        return change
 
     def open(self, manifest: EngineManifest, folder: Path) -> "TensorRTEngine":
         """Load a verified plan onto the GPU.

@@ -11,6 +11,7 @@ from fastface_trt.cli.doctor import doctor
 from fastface_trt.cli.export import export
 from fastface_trt.cli.generate import generate
 from fastface_trt.cli.inspect import inspect
+from fastface_trt.cli.refit import refit_command
 from fastface_trt.cli.replay import replay
 from fastface_trt.errors import FastFaceError
 
@@ -42,7 +43,7 @@ def cli() -> None:
     """
 
 
-for command in (demo, generate, export, build, inspect, doctor, replay):
+for command in (demo, generate, export, build, refit_command, inspect, doctor, replay):
     cli.add_command(command)
 
 
