@@ -40,6 +40,7 @@ from fastface_trt.engines.manifest import (
     ModuleSpec,
     read_manifest,
 )
+from fastface_trt.engines.relatives import find_relatives
 from fastface_trt.errors import BuildFailed, EngineMismatch, FastFaceError, UnknownName
 
 _KEY = re.compile("[0-9a-f]{64}")
@@ -51,12 +52,14 @@ _REBUILD = "It is set aside and built again on the next load."
 class CacheEntry:
     """One folder of the cache; `manifest` is None and `problem` says why when it is unreadable.
 
-    Reading it verifies nothing but the manifest: see `EngineCache.verify`.
+    `used` is when it was last opened or built, in seconds since 1970. Reading an entry verifies
+    nothing but the manifest: see `EngineCache.verify`.
     """
 
     key: str
     folder: Path
     bytes: int
+    used: float
     manifest: EngineManifest | None
     problem: str = ""
 
@@ -88,20 +91,37 @@ class EngineCache:
         source: Path,
         builder: EngineBuilder,
         progress: Progress = lambda line: None,
+        *,
+        build: bool = True,
     ) -> tuple[EngineManifest, Path]:
         """The verified engine of `module`, built from its ONNX files in `source` if need be.
 
-        Returns its manifest and its folder. An entry that fails verification is quarantined and
-        built again. While another process builds the same engine, this waits for it. `source` is
-        read only when something has to be built.
+        Returns its manifest and its folder: the engine that `builder` would make, or one of the
+        same module that it takes instead. An entry that fails verification is quarantined and built
+        again. While another process builds the same engine, this waits for it. `source` is read
+        only when something has to be built.
 
         Raises `ExportIncomplete` for a missing, truncated or changed ONNX file, `BuildFailed` from
-        the builder, `StorageError` for a full or unwritable disk, `BackendUnavailable`.
+        the builder, `StorageError` for a full or unwritable disk, `BackendUnavailable`, and with
+        `build=False` `EngineMismatch` when there is no engine, naming what the nearest one differs
+        in.
         """
         key = self.key(module, builder)
         # Without the lock, so that engines on a read-only disk serve, and readers never queue.
-        with suppress(FastFaceError):
-            return self._checked(key, progress), self.root / key
+        for known in (key, *self._taken(module, builder)):
+            with suppress(FastFaceError):
+                manifest = self._checked(known, progress)
+                _note_use(self.root / known)
+                return manifest, self.root / known
+        relatives = find_relatives(self.entries(), module, builder.identity(module))
+        if not build:
+            raise EngineMismatch(
+                f"There is no engine of {module.name} for {builder.backend} in {self.root}."
+                + (f" {relatives[0].words()}" if relatives else ""),
+                f"Build it first: fastface-trt build --backend {builder.backend} --export FOLDER.",
+            )
+        if relatives:
+            progress(relatives[0].words())
         with self._locked(key, f"{module.name} for {builder.backend}", progress):
             folder = self.root / key
             if folder.exists():
@@ -111,12 +131,12 @@ class EngineCache:
                     progress(f"Engine {module.name} is set aside: {problem.message}")
                     self._quarantine(key)
 
-            def build(target: Path) -> BuildReport:
+            def write(target: Path) -> BuildReport:
                 self._mention_refit(module, source, builder, progress)
                 progress(f"Building {module.name} for {builder.backend}")
                 return builder.build(module, source, target, progress)
 
-            return self._make(key, module, source, builder, build, progress), folder
+            return self._make(key, module, source, builder, write, progress), folder
 
     def make(
         self,
@@ -148,9 +168,15 @@ class EngineCache:
         source: Path,
         builder: EngineBuilder,
         progress: Progress = lambda line: None,
+        *,
+        build: bool = True,
     ) -> Engine:
-        """`get`, then `builder.open`: an engine that can be called. Close it after use."""
-        manifest, folder = self.get(module, source, builder, progress)
+        """`get`, then `builder.open`: an engine that can be called. Close it after use.
+
+        Raises `BackendUnavailable` before anything is built when it could not run here.
+        """
+        builder.check_runs_here()
+        manifest, folder = self.get(module, source, builder, progress, build=build)
         progress(f"Opening {module.name} with {builder.backend}")
         return builder.open(manifest, folder)
 
@@ -167,7 +193,7 @@ class EngineCache:
     def manifests(self) -> list[EngineManifest]:
         """Manifests of all readable engines, newest first; their files are not verified."""
         found = [entry for entry in self.entries() if entry.manifest is not None]
-        found.sort(key=lambda entry: _modified(entry.folder), reverse=True)
+        found.sort(key=lambda entry: _last_use(entry.folder), reverse=True)
         return [entry.manifest for entry in found if entry.manifest is not None]
 
     def verify(self, key: str) -> EngineManifest:
@@ -192,18 +218,38 @@ class EngineCache:
                 shutil.rmtree(doomed, ignore_errors=True)
         return size
 
+    def sweep(self) -> int:
+        """Delete what was set aside or left by processes that died; returns the bytes freed."""
+        place = self.root / "quarantine"
+        before = _folder_bytes(self.root)
+        sweep(self.root)
+        shutil.rmtree(place, ignore_errors=True)
+        return before - _folder_bytes(self.root)
+
+    def _taken(self, module: ModuleSpec, builder: EngineBuilder) -> list[str]:
+        """Keys of other engines of exactly this module that `builder` takes, newest first."""
+        wanted = _module_content(module)
+        found = [
+            entry
+            for entry in self.entries()
+            if entry.manifest is not None
+            and _module_content(entry.manifest.module) == wanted
+            and builder.takes(entry.manifest)
+        ]
+        return [entry.key for entry in sorted(found, key=lambda entry: -entry.used)]
+
     def _require(self, key: str) -> None:
         if not _KEY.fullmatch(key) or not (self.root / key).is_dir():
             raise UnknownName("engine", key, (entry.key for entry in self.entries()))
 
     def _entry(self, key: str) -> CacheEntry:
         folder = self.root / key
-        size = _folder_bytes(folder)
+        size, used = _folder_bytes(folder), _last_use(folder)
         try:
             manifest = read_manifest(folder / ENGINE_MANIFEST, EngineManifest)
         except FastFaceError as error:
-            return CacheEntry(key, folder, size, None, error.message)
-        return CacheEntry(key, folder, size, manifest)
+            return CacheEntry(key, folder, size, used, None, error.message)
+        return CacheEntry(key, folder, size, used, manifest)
 
     def _checked(self, key: str, progress: Progress) -> EngineManifest:
         """The manifest of `key` after comparing it with its key and its files with it."""
@@ -291,26 +337,38 @@ class EngineCache:
             lock.release()
 
 
-def _key(module: ModuleSpec, identity: Mapping[str, Any]) -> str:
+def _module_content(module: ModuleSpec) -> dict[str, Any]:
+    """What a module is, wherever its files lie."""
     graph, *data = (file.sha256 for file in module.files)
-    content = {
-        "schema": SCHEMA_VERSION,
+    return {
         "module": module.name,
         "inputs": [tensor.model_dump() for tensor in module.inputs],
         "outputs": [tensor.model_dump() for tensor in module.outputs],
         "graph": graph,
         "data": sorted(data),
+    }
+
+
+def _key(module: ModuleSpec, identity: Mapping[str, Any]) -> str:
+    content = {
+        "schema": SCHEMA_VERSION,
+        **_module_content(module),
         "builder": {"options": {}, "hardware": {}} | dict(identity),
     }
     text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _modified(folder: Path) -> float:
-    try:
-        return folder.stat().st_mtime
-    except OSError:
-        return 0.0
+def _note_use(folder: Path) -> None:
+    """The manifest's time is when the engine was last used; a read-only disk keeps the old one."""
+    with suppress(OSError):
+        os.utime(folder / ENGINE_MANIFEST)
+
+
+def _last_use(folder: Path) -> float:
+    with suppress(OSError):
+        return (folder / ENGINE_MANIFEST).stat().st_mtime
+    return 0.0
 
 
 def _folder_bytes(folder: Path) -> int:

@@ -1,6 +1,6 @@
 """Engines that can become the engine of another module by taking its weights."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,8 @@ def find_donors(
 ) -> list[EngineManifest]:
     """Those of `engines` in cache folder `root` that were built like `module` would be.
 
-    Same backend, version, options, hardware, inputs, outputs, and the same graph but for its
-    weights; in the order given. Whether every changed weight can be replaced shows in the refit.
+    Options and hardware that `builder` accepts, the same inputs and outputs, and the same graph but
+    for its weights; in the order given. Whether every changed weight can be replaced shows later.
     """
     alike = [one for one in engines if may_donate(one, module, builder)]
     if not alike:
@@ -45,7 +45,7 @@ def find_donors(
 
 
 def may_donate(donor: EngineManifest, module: ModuleSpec, builder: EngineBuilder) -> bool:
-    """Whether `donor` was built for a module of the same interface in the same way."""
+    """Whether `builder` would use an engine of `module` that is built like `donor`."""
     same_module = (
         donor.module.name == module.name
         and donor.module.inputs == module.inputs
@@ -53,13 +53,17 @@ def may_donate(donor: EngineManifest, module: ModuleSpec, builder: EngineBuilder
     )
     if not same_module or not has_map(donor):
         return False
-    return _without_strip(donor.model_dump(include=_IDENTITY)) == _without_strip(
-        builder.identity(module)
+    same_build = {"options": {}, "hardware": {}} | dict(builder.identity(module))
+    return build_identity(donor) == same_build or builder.takes(
+        donor.model_copy(update=build_identity(donor))
     )
 
 
-def _without_strip(identity: Mapping[str, Any]) -> dict[str, Any]:
-    """A stripped plan is a full one whose weights are missing, which a refit puts in."""
-    values = {"options": {}, "hardware": {}} | dict(identity)
-    values["options"] = {k: v for k, v in values["options"].items() if k != "strip_weights"}
-    return values
+def build_identity(donor: EngineManifest) -> dict[str, Any]:
+    """The builder's identity of an engine that a refit makes from `donor`.
+
+    A stripped plan is a full one whose weights are missing, and a refit puts them in.
+    """
+    identity = donor.model_dump(include=_IDENTITY)
+    identity["options"] = {k: v for k, v in donor.options.items() if k != "strip_weights"}
+    return identity

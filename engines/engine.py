@@ -60,6 +60,21 @@ class EngineBuilder(Protocol):
         """
         ...
 
+    def check_runs_here(self) -> None:
+        """Raise `BackendUnavailable` when engines of this builder cannot run on this machine.
+
+        Asked before an engine is built in order to be opened, since a build can take minutes.
+        """
+        ...
+
+    def takes(self, manifest: EngineManifest) -> bool:
+        """Whether an engine that is not what this builder would make serves as well.
+
+        It is asked about engines of exactly the module that is wanted, so only how they were built
+        counts.
+        """
+        ...
+
     def build(
         self, module: ModuleSpec, source: Path, target: Path, progress: Progress
     ) -> BuildReport:

@@ -11,7 +11,7 @@ file: opening takes next to no memory, and every run casts them again.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -83,6 +83,16 @@ class OnnxRuntimeBuilder:
             "options": {"provider": PROVIDERS[self.provider], "optimization": self.optimization},
             "hardware": cpu_hardware() if self.provider == "cpu" else cuda_hardware(),
         }
+
+    def check_runs_here(self) -> None:
+        """See `EngineBuilder`."""
+        available = _onnxruntime().get_available_providers()
+        if PROVIDERS[self.provider] not in available:
+            raise _lacks(self.provider, available)
+
+    def takes(self, manifest: EngineManifest) -> bool:
+        """Only what it would make: a build takes seconds, and options change speed and memory."""
+        return False
 
     def build(
         self, module: ModuleSpec, source: Path, target: Path, progress: Progress
@@ -235,10 +245,7 @@ def open_session(graph: str | bytes, options: Any, provider: Provider) -> Any:
     wanted = PROVIDERS[provider]
     available = ort.get_available_providers()
     if wanted not in available:
-        raise BackendUnavailable(
-            f"ONNX Runtime {ort.__version__} has no {wanted} here, only {', '.join(available)}.",
-            REINSTALL,
-        )
+        raise _lacks(provider, available)
     # Its fallback would retry on the CPU, when opening and again in the middle of a run.
     session = ort.InferenceSession(graph, options, providers=[wanted], enable_fallback=0)
     actual = session.get_providers()
@@ -248,6 +255,14 @@ def open_session(graph: str | bytes, options: Any, provider: Provider) -> Any:
             REINSTALL,
         )
     return session
+
+
+def _lacks(provider: Provider, available: Sequence[str]) -> BackendUnavailable:
+    return BackendUnavailable(
+        f"ONNX Runtime {_onnxruntime().__version__} has no {PROVIDERS[provider]} here, only "
+        f"{', '.join(available)}.",
+        REINSTALL,
+    )
 
 
 def _onnxruntime() -> Any:

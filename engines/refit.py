@@ -6,13 +6,14 @@ cache under the key that a build would have had; the engine that it was made fro
 """
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Protocol, runtime_checkable
 
 from fastface_trt.engines.cache import EngineCache
-from fastface_trt.engines.donors import find_donors, may_donate
+from fastface_trt.engines.donors import build_identity, find_donors, may_donate
 from fastface_trt.engines.engine import EngineBuilder, Progress
 from fastface_trt.engines.manifest import (
     BuildReport,
@@ -24,7 +25,7 @@ from fastface_trt.engines.onnx_file import OnnxFile
 from fastface_trt.engines.probe import check_probe
 from fastface_trt.engines.topology import first_difference, topology
 from fastface_trt.engines.weight_map import Change, read_map
-from fastface_trt.errors import EngineMismatch, FastFaceError
+from fastface_trt.errors import EngineMismatch
 
 _BUILD = "Build it instead: fastface-trt build."
 
@@ -78,18 +79,16 @@ def refit(
     `StorageError`. The cache is as before then.
     """
     began = perf_counter()
-    key = cache.key(module, builder)
-    if (cache.root / key).is_dir():
-        try:
-            cache.verify(key)
-            return RefitReport(module.name, key, None, seconds=perf_counter() - began)
-        except FastFaceError:
-            pass  # make() sets it aside
+    with suppress(EngineMismatch):
+        there, _ = cache.get(module, source, builder, progress, build=False)
+        return RefitReport(module.name, there.key, None, seconds=perf_counter() - began)
     if not isinstance(builder, RefittingBuilder):
         raise EngineMismatch(f"Engines of {builder.backend} cannot be refitted.", _BUILD)
     chosen = _choose(cache, module, source, builder, donor)
     progress(f"Verifying {chosen.key[:12]}, the engine that gives the graph")
     cache.verify(chosen.key)
+    alike = _BuiltLike(builder, chosen)
+    key = cache.key(module, alike)
     change: Change | None = None
     errors: dict[str, float] | None = None
 
@@ -101,11 +100,11 @@ def refit(
             progress(f"{module.name} has no probe: the new engine is not compared with PyTorch")
         else:
             progress(f"Comparing {module.name} with PyTorch on the export's probe")
-            with builder.open(_provisional(key, module, builder), target) as engine:
+            with builder.open(_provisional(key, module, alike), target) as engine:
                 errors = check_probe(engine, module, source)
         return chosen.report.model_copy(update={"refitted_from": chosen.key})
 
-    cache.make(module, source, builder, write, progress)
+    cache.make(module, source, alike, write, progress)
     if change is None:  # another process made it meanwhile
         return RefitReport(module.name, key, None, seconds=perf_counter() - began)
     return RefitReport(
@@ -117,6 +116,22 @@ def refit(
         perf_counter() - began,
         errors,
     )
+
+
+class _BuiltLike:
+    """A builder with the options of an engine that exists: what a refit keeps of it."""
+
+    def __init__(self, builder: RefittingBuilder, donor: EngineManifest) -> None:
+        self.backend = builder.backend
+        self.build = builder.build
+        self.open = builder.open
+        self.takes = builder.takes
+        self.check_runs_here = builder.check_runs_here
+        self._identity = build_identity(donor)
+
+    def identity(self, module: ModuleSpec) -> Mapping[str, Any]:
+        """The donor's, with its weights in it."""
+        return self._identity
 
 
 def _choose(

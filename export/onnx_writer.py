@@ -9,10 +9,10 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from fastface_trt.engines.contract import FUNCTION_DOMAIN, FUNCTION_NAME
+from fastface_trt.engines.contract import FUNCTION_DOMAIN, FUNCTION_NAME, IMAGE_TOKENS
 from fastface_trt.engines.files import describe_file
 from fastface_trt.engines.manifest import DType, ModuleSpec, TensorSpec
-from fastface_trt.export.functions import FUNCTIONS, OPSET
+from fastface_trt.export.functions import OPSET, attention_functions
 from fastface_trt.export.modules import ModuleExport
 
 EXTERNAL_DATA_BYTES = 512 * 2**20
@@ -56,7 +56,8 @@ def _attach_functions(model: ir.Model) -> None:
     """Put the function bodies into a model that holds `DecoupledAttention` nodes."""
     if not any(n.op_type == FUNCTION_NAME for n in model.graph.all_nodes()):
         return
-    for script in FUNCTIONS:
+    (tokens,) = (value.shape[1] for value in model.graph.inputs if value.name == IMAGE_TOKENS)
+    for script in attention_functions(tokens):
         function = ir.from_proto(script.to_function_proto())
         model.functions[function.identifier()] = function
     model.opset_imports[FUNCTION_DOMAIN] = 1

@@ -11,11 +11,11 @@ import numpy as np
 from PIL import Image
 
 from fastface_trt import __version__
-from fastface_trt.engines.backends import builder_for
+from fastface_trt.builders import make_builder
 from fastface_trt.engines.cache import EngineCache
 from fastface_trt.engines.closing import Closing
 from fastface_trt.engines.engine import Progress
-from fastface_trt.engines.manifest import ExportManifest
+from fastface_trt.engines.manifest import EXPORT_MANIFEST, ExportManifest, read_manifest
 from fastface_trt.errors import InvalidRequest
 from fastface_trt.mini import folders
 from fastface_trt.runtime.conditioning import Conditioner
@@ -59,22 +59,30 @@ class FastFace(Closing):
         backend: str = "onnxruntime",
         cache: str | os.PathLike[str] | None = None,
         threads: int | None = None,
+        engine_options: Mapping[str, Any] | None = None,
+        build: bool = True,
         licence_acknowledged: bool = False,
         progress: Progress | None = None,
     ) -> "FastFace":
         """Open an export (a folder, or `mini`) on a backend, building the engines it lacks.
 
         `cache` is the engine cache's folder, `threads` the CPU threads per module (default: all
-        cores). `licence_acknowledged` confirms the licence of downloaded face models. Raises
-        `ExportIncomplete`, `ManifestError`, `BackendUnavailable`, `BuildFailed`.
+        cores). `engine_options` are the backend's own (see `builders.make_builder`); without any an
+        engine that was built with others serves too. With `build=False` a missing engine is an
+        `EngineMismatch` instead of minutes of building. `licence_acknowledged` confirms the licence
+        of downloaded face models. Raises `ExportIncomplete`, `ManifestError`,
+        `BackendUnavailable`, `BuildFailed`.
         """
-        options = {} if threads is None else {"threads": threads}
-        modules = ModuleSet(
-            find_export(export),
-            builder_for(backend, **options),
-            EngineCache(None if cache is None else Path(cache)),
-            progress or (lambda line: None),
+        folder = find_export(export)
+        store = EngineCache(None if cache is None else Path(cache))
+        builder = make_builder(
+            read_manifest(folder / EXPORT_MANIFEST, ExportManifest),
+            backend,
+            threads=threads,
+            options=engine_options,
+            cache=store,
         )
+        modules = ModuleSet(folder, builder, store, progress or (lambda line: None), build=build)
         name = modules.manifest.face_model
         local = modules.folder / name
         faces = FaceAnalyzer(

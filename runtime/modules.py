@@ -15,6 +15,8 @@ from fastface_trt.errors import ExportIncomplete
 class ModuleSet(Closing, Mapping[str, Engine]):
     """Engines by module name: taken from the cache, built where they are missing, closed together.
 
+    With `build=False` a missing engine is an error instead.
+
     Reading the export checks its manifest and the small files beside the modules; a module's own
     files are checked when it has to be built.
     """
@@ -25,6 +27,8 @@ class ModuleSet(Closing, Mapping[str, Engine]):
         builder: EngineBuilder,
         cache: EngineCache,
         progress: Progress = lambda line: None,
+        *,
+        build: bool = True,
     ) -> None:
         self.folder = export
         self.manifest = read_manifest(export / EXPORT_MANIFEST, ExportManifest)
@@ -32,6 +36,7 @@ class ModuleSet(Closing, Mapping[str, Engine]):
         self.builder = builder
         self._cache = cache
         self._progress = progress
+        self._build = build
         self._open: dict[str, Engine] = {}
         self._lock = Lock()
 
@@ -39,7 +44,9 @@ class ModuleSet(Closing, Mapping[str, Engine]):
         with self._lock:
             if name not in self._open:
                 spec = self.manifest.modules[name]
-                self._open[name] = self._cache.open(spec, self.folder, self.builder, self._progress)
+                self._open[name] = self._cache.open(
+                    spec, self.folder, self.builder, self._progress, build=self._build
+                )
             return self._open[name]
 
     def __iter__(self) -> Iterator[str]:

@@ -11,7 +11,7 @@ from fastface_trt.engines.onnx_file import OnnxFile
 from fastface_trt.engines.tensorrt.flavour import Flavour, FlavourName, find_flavour
 from fastface_trt.engines.tensorrt.options import TensorRTOptions
 from fastface_trt.engines.tensorrt.plan import Event
-from fastface_trt.engines.tensorrt.profiles import make_profiles
+from fastface_trt.engines.tensorrt.profiles import choose_profile, make_profiles, read_profiles
 from fastface_trt.engines.tensorrt.refit import refit_plan
 from fastface_trt.engines.tensorrt.worker import Job, run_in_child
 from fastface_trt.engines.weight_map import Change, find_change, read_map
@@ -23,12 +23,17 @@ if TYPE_CHECKING:
 ANY_TARGET = "any"
 """What the hardware of a TensorRT-RTX engine says when no GPU generation was chosen."""
 
+Misfit = tuple[str, str, str, str]
+"""A field, its value in the engine, its value here, and what to do."""
+
 _BUILD_AGAIN = "Build it again on this machine: fastface-trt build."
 
 
 class TensorRTBuilder:
     """Builds plans of one flavour in a child process, and opens them.
 
+    With `exact` only an engine of exactly these options will do; without, any engine of the module
+    that this machine can run and that is of the right sizes, such as one built with more profiles.
     `on_event` is told what happens during a build (see `plan.Event`) with the module's name added;
     `timing_cache` is a file that TensorRT keeps its measurements in, and TensorRT-RTX ignores.
     """
@@ -38,6 +43,7 @@ class TensorRTBuilder:
         flavour: FlavourName,
         options: TensorRTOptions | None = None,
         *,
+        exact: bool = True,
         timing_cache: Path | None = None,
         on_event: Callable[[Event], None] = lambda event: None,
     ) -> None:
@@ -45,6 +51,7 @@ class TensorRTBuilder:
         self.backend: str = flavour
         self.options = options or TensorRTOptions()
         self.options.check_flavour(self.flavour)
+        self._exact = exact
         self._timing_cache = timing_cache
         self._on_event = on_event
 
@@ -62,6 +69,27 @@ class TensorRTBuilder:
             "hardware": self._hardware(),
         }
 
+    def check_runs_here(self) -> None:
+        """Raise `BackendUnavailable` without the binding, or without a GPU and its driver."""
+        self.flavour.module()
+        if cuda_hardware()["gpu"] == "unknown":
+            builds = "builds_without_gpu" in self.flavour.supports
+            raise BackendUnavailable(
+                f"{self.flavour.label} finds no NVIDIA GPU and driver here.",
+                "Use the backend onnxruntime"
+                + (", or `fastface-trt build` to build for another machine." if builds else "."),
+            )
+
+    def takes(self, manifest: EngineManifest) -> bool:
+        """Without `exact`: an engine of this backend and version that has the wanted profiles."""
+        if self._exact or manifest.backend != self.backend or _stripped(manifest):
+            return False
+        built = read_profiles(manifest)
+        wanted = make_profiles(manifest.module, self.options)
+        if any(choose_profile(built, profile.best) is None for profile in wanted):
+            return False
+        return self._misfit(manifest, cuda_hardware()) is None
+
     def build(
         self, module: ModuleSpec, source: Path, target: Path, progress: Progress
     ) -> BuildReport:
@@ -70,7 +98,7 @@ class TensorRTBuilder:
         Memory for about two and a half times the module's weights; the ONNX file is mapped.
         """
         if "builds_without_gpu" not in self.flavour.supports:
-            self._require_gpu()
+            self.check_runs_here()
         for dtype in {tensor.dtype for tensor in (*module.inputs, *module.outputs)}:
             if dtype == "bfloat16":
                 raise BuildFailed(
@@ -103,9 +131,8 @@ class TensorRTBuilder:
         A stripped donor gets all weights, so this is also how a shipped engine is completed. Raises
         `EngineMismatch`, `BuildFailed`, `OSError`; `BackendUnavailable` without a GPU.
         """
-        self.check(donor)
+        self._check(donor)
         built = read_map(donor, folder)
-        stripped = bool(donor.options.get("strip_weights", False))
         with OnnxFile(source / module.files[0].path) as onnx:
             change = find_change(module, built, onnx)
             if change.changed and not donor.options.get("refittable", False):
@@ -114,7 +141,9 @@ class TensorRTBuilder:
                     f"and {change.changed[0]} differs.",
                     "Build it with --refittable.",
                 )
-            refit_plan(self.flavour, module, change, onnx, folder, target, stripped=stripped)
+            refit_plan(
+                self.flavour, module, change, onnx, folder, target, stripped=_stripped(donor)
+            )
         built.with_weights(change.weights).write(target)
         return change
 
@@ -124,70 +153,62 @@ class TensorRTBuilder:
         Raises `EngineMismatch` naming the field that differs when it was built for another flavour,
         version or GPU, `BackendUnavailable` without a GPU, `OutOfMemory` before anything is loaded.
         """
+        self._check(manifest)
+        if _stripped(manifest):
+            raise EngineMismatch(
+                f"The engine of {manifest.module.name} was built without its weights.",
+                "Put them in first: fastface-trt refit --export FOLDER.",
+            )
         from fastface_trt.engines.tensorrt.engine import TensorRTEngine
 
-        self.check(manifest)
         return TensorRTEngine.open(self.flavour, manifest, folder)
 
-    def check(self, manifest: EngineManifest) -> None:
-        """Raise `EngineMismatch` unless an engine of this manifest runs on this machine."""
-        name = manifest.module.name
+    def _check(self, manifest: EngineManifest) -> None:
+        """Raise unless an engine of this manifest can be opened on this machine."""
+        self.check_runs_here()
+        misfit = self._misfit(manifest, cuda_hardware())
+        if misfit is not None:
+            field, built, here, mend = misfit
+            raise EngineMismatch(
+                f"The engine of {manifest.module.name} was built with {field} {built}, here it is "
+                f"{here}.",
+                mend,
+            )
+
+    def _misfit(self, manifest: EngineManifest, gpu: Mapping[str, str]) -> Misfit | None:
+        """The first field in which an engine does not fit this machine, None if it fits."""
         if manifest.backend != self.backend:
-            raise EngineMismatch(
-                f"The engine of {name} was built with backend {manifest.backend}, "
-                f"here it is {self.backend}.",
-                _BUILD_AGAIN,
-            )
-        here = self.flavour.version()
+            return "backend", manifest.backend, self.backend, _BUILD_AGAIN
+        built, here = manifest.backend_version, self.flavour.version()
         forward = manifest.options.get("version_compatible", False)
-        built = manifest.backend_version
         if built != here and not (forward and _version(built) < _version(here)):
-            raise EngineMismatch(
-                f"The engine of {name} was built with backend_version {built}, here it is {here}.",
-                _BUILD_AGAIN,
-            )
-        self._require_gpu()
-        gpu = cuda_hardware()
+            return "backend_version", built, here, _BUILD_AGAIN
         targets = manifest.hardware.get("targets")
         if targets is not None:
             generation = "sm" + gpu["compute_capability"].replace(".", "")
-            if targets != ANY_TARGET and generation not in targets.split():
-                raise EngineMismatch(
-                    f"The engine of {name} was built with targets {targets}, here the GPU "
-                    f"({gpu['gpu']}) is {generation}.",
-                    f"Build it with --target {generation}, or without --target for all.",
-                )
-            return
+            if targets == ANY_TARGET or generation in targets.split():
+                return None
+            mend = f"Build it with --target {generation}, or without --target for all."
+            return "targets", targets, generation, mend
         if manifest.options.get("hardware_compatible", False):
-            if float(gpu["compute_capability"]) < 8.0:
-                raise EngineMismatch(
-                    f"The engine of {name} needs compute_capability 8.0 or later, here it is "
-                    f"{gpu['compute_capability']} ({gpu['gpu']}).",
-                    "Build it without --hardware-compatible on this machine.",
-                )
-            return
+            capability = gpu["compute_capability"]
+            if _version(capability) >= (8, 0):
+                return None
+            mend = "Build it without --hardware-compatible on this machine."
+            return "compute_capability", "8.0 or later", capability, mend
         for field, value in manifest.hardware.items():
             if gpu.get(field) != value:
-                raise EngineMismatch(
-                    f"The engine of {name} was built with {field} {value}, here it is "
-                    f"{gpu.get(field)}.",
-                    _BUILD_AGAIN,
-                )
+                return field, value, gpu.get(field, "unknown"), _BUILD_AGAIN
+        return None
 
     def _hardware(self) -> dict[str, str]:
         if "compute_capabilities" in self.flavour.supports:
             return {"targets": " ".join(self.options.targets) or ANY_TARGET}
         return {} if self.options.hardware_compatible else cuda_hardware()
 
-    def _require_gpu(self) -> None:
-        if cuda_hardware()["gpu"] == "unknown":
-            raise BackendUnavailable(
-                f"{self.flavour.label} finds no NVIDIA GPU and driver here"
-                + (
-                    "." if "builds_without_gpu" in self.flavour.supports else ", and builds on one."
-                ),
-                "Use the backend onnxruntime, or see `fastface-trt doctor`.",
-            )
+
+def _stripped(manifest: EngineManifest) -> bool:
+    return bool(manifest.options.get("strip_weights", False))
 
 
 def _version(text: str) -> tuple[int, ...]:

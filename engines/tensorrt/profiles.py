@@ -10,7 +10,7 @@ Shape legend: R requests, G branches, B = R·G rows, h × w latent size.
 import itertools
 from collections.abc import Iterator, Mapping
 
-from fastface_trt.engines.manifest import Dimension, ModuleSpec, Strict
+from fastface_trt.engines.manifest import Dimension, EngineManifest, ModuleSpec, Strict
 from fastface_trt.engines.tensorrt.options import TensorRTOptions
 from fastface_trt.errors import BuildFailed
 
@@ -60,7 +60,7 @@ def make_profiles(module: ModuleSpec, options: TensorRTOptions) -> tuple[Profile
         shapes = _shapes(module, sizes)
         profile = Profile(smallest=shapes, best=shapes, largest=shapes)
         profiles.setdefault(profile.model_dump_json(), profile)
-    if options.refittable and module.probe is not None:
+    if (options.refittable or options.strip_weights) and module.probe is not None:
         # A refitted engine is compared on the export's probe, which is smaller than any picture.
         shapes = _shapes(module, module.probe.sizes)
         profile = Profile(smallest=shapes, best=shapes, largest=shapes)
@@ -70,6 +70,11 @@ def make_profiles(module: ModuleSpec, options: TensorRTOptions) -> tuple[Profile
         if not profile.fixed:
             profiles.setdefault(profile.model_dump_json(), profile)
     return tuple(profiles.values())
+
+
+def read_profiles(manifest: EngineManifest) -> tuple[Profile, ...]:
+    """The profiles that an engine was built with, in the order of their indices in the plan."""
+    return tuple(Profile.model_validate(one) for one in manifest.options["profiles"])
 
 
 def choose_profile(profiles: tuple[Profile, ...], shapes: Mapping[str, Shape]) -> int | None:

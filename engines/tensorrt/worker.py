@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing.spawn import get_executable
 from pathlib import Path
 from typing import Any
@@ -60,8 +61,9 @@ def run_in_child(job: Job, on_event: Callable[[Event], None]) -> dict[str, Any]:
     assert child.stderr is not None
     noise = _Tail(child.stderr)
     try:
-        child.stdin.write(job.model_dump_json().encode() + b"\n")
-        child.stdin.flush()
+        with suppress(BrokenPipeError):  # it crashed at once, and what it said follows
+            child.stdin.write(job.model_dump_json().encode() + b"\n")
+            child.stdin.flush()
         for line in child.stdout:
             event = json.loads(line)
             if event["event"] == "built":
@@ -74,7 +76,8 @@ def run_in_child(job: Job, on_event: Callable[[Event], None]) -> dict[str, Any]:
         child.kill()
         child.wait()
         for pipe in (child.stdin, child.stdout, child.stderr):
-            pipe.close()
+            with suppress(BrokenPipeError):  # a child that never read its job
+                pipe.close()
 
 
 def _error(event: Event) -> Exception:

@@ -1,5 +1,6 @@
 """Options and helpers that several commands share."""
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,11 +11,20 @@ import click
 from rich.console import Console
 
 from fastface_trt.engines.engine import Progress
+from fastface_trt.errors import InvalidRequest
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 FOLDER = click.Path(path_type=Path, file_okay=False)
 FILE = click.Path(path_type=Path, dir_okay=False)
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """Read WIDTHxHEIGHT in pixels; raises `InvalidRequest`."""
+    match = re.fullmatch(r"(\d+)[x×](\d+)", text.strip().lower())
+    if not match:
+        raise InvalidRequest(f"The size is {text!r}.", "Write WIDTHxHEIGHT, e.g. 1024x1024.")
+    return int(match[1]), int(match[2])
 
 
 def console() -> Console:
@@ -54,7 +64,8 @@ def backend_options(command: Command) -> Command:
             "--backend",
             default="onnxruntime",
             show_default=True,
-            help="onnxruntime or onnxruntime-cuda; `doctor` shows which work here.",
+            help="onnxruntime, onnxruntime-cuda, tensorrt, tensorrt-rtx, …; `doctor` shows which "
+            "work here.",
         ),
         click.option(
             "--export",

@@ -15,6 +15,7 @@ from fastface_trt.cli.common import (
     backend_options,
     console,
     licence_option,
+    parse_size,
     passing_phases,
     timed_lines,
 )
@@ -53,13 +54,6 @@ def _ip_scale(text: str) -> float | dict[str, float]:
         ) from None
 
 
-def _size(text: str) -> tuple[int, int]:
-    match = re.fullmatch(r"(\d+)[x×](\d+)", text.strip().lower())
-    if not match:
-        raise InvalidRequest(f"--size is {text!r}.", "Write WIDTHxHEIGHT, e.g. 1024x1024.")
-    return int(match[1]), int(match[2])
-
-
 def request_fields(preset: str, steps: int, given: Mapping[str, Any]) -> dict[str, Any]:
     """Fields of a `GenerationRequest` from command-line options, over a preset's values."""
     fields = preset_fields(preset, steps)
@@ -71,7 +65,7 @@ def request_fields(preset: str, steps: int, given: Mapping[str, Any]) -> dict[st
     if given["ip_scale"] is not None:
         fields["ip_adapter_scale"] = _ip_scale(given["ip_scale"])
     if given["size"] is not None:
-        fields["width"], fields["height"] = _size(given["size"])
+        fields["width"], fields["height"] = parse_size(given["size"])
     base = fields.get("manipulation", AttentionManipulation())
     parts = {
         part: parse_manipulation(given[f"am_{part}"], getattr(base, part))
@@ -165,6 +159,7 @@ def request_fields(preset: str, steps: int, given: Mapping[str, Any]) -> dict[st
 @click.option(
     "--no-ai-mark", is_flag=True, help="Leave out the machine-readable AI-generated mark."
 )
+@click.option("--no-build", is_flag=True, help="Stop when an engine is missing, build nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print files and numbers as JSON.")
 @licence_option
 def generate(
@@ -183,6 +178,7 @@ def generate(
     out: Path,
     grid: bool,
     no_ai_mark: bool,
+    no_build: bool,
     as_json: bool,
     accept_licence: bool,
     **given: Any,
@@ -197,6 +193,7 @@ def generate(
             backend=backend,
             cache=cache,
             threads=threads,
+            build=not no_build,
             licence_acknowledged=accept_licence,
             progress=phase,
         ) as fastface,

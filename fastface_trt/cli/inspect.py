@@ -1,14 +1,11 @@
-"""`inspect`: read a manifest, an engine, a picture's parameters, or the cache."""
+"""`inspect`: read a manifest, an engine, or a picture's parameters."""
 
 import json
-from pathlib import Path
 
 import click
 from rich.console import Console
 from rich.table import Table
 
-from fastface_trt.cli.common import FOLDER
-from fastface_trt.engines.cache import EngineCache
 from fastface_trt.engines.files import verify_files
 from fastface_trt.engines.manifest import (
     ENGINE_MANIFEST,
@@ -24,17 +21,14 @@ from fastface_trt.runtime.png import read_parameters
 
 
 @click.command()
-@click.argument("what", default="cache")
-@click.option("--cache", type=FOLDER, help="Engine cache folder [FASTFACE_CACHE].")
+@click.argument("what")
 @click.option("--verify", is_flag=True, help="Check every file against its hash.")
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest or parameters as JSON.")
-def inspect(what: str, cache: Path | None, verify: bool, as_json: bool) -> None:
-    """Show WHAT: an export's folder (or mini), an engine's folder, a PNG, or `cache`."""
+def inspect(what: str, verify: bool, as_json: bool) -> None:
+    """Show WHAT: an export's folder (or mini), an engine's folder, or a PNG."""
     out = Console(highlight=False)
     path = find_export(what)
-    if what == "cache":
-        _show_cache(out, EngineCache(cache), verify)
-    elif path.suffix.lower() == ".png":
+    if path.suffix.lower() == ".png":
         click.echo(json.dumps(read_parameters(path), indent=2))
     elif (path / ENGINE_MANIFEST).is_file():
         engine = read_manifest(path / ENGINE_MANIFEST, EngineManifest)
@@ -61,7 +55,7 @@ def inspect(what: str, cache: Path | None, verify: bool, as_json: bool) -> None:
             f"{path} is neither an export, an engine nor a picture of this program.",
             f"An export has {EXPORT_MANIFEST}, an engine {ENGINE_MANIFEST}.",
         )
-    if verify and what != "cache":
+    if verify:
         out.print("Every file has its size and hash.")
 
 
@@ -94,27 +88,4 @@ def _show_module(out: Console, module: ModuleSpec) -> None:
     for way, tensors in (("in", module.inputs), ("out", module.outputs)):
         for tensor in tensors:
             table.add_row(way, tensor.name, tensor.dtype, " x ".join(map(str, tensor.shape)))
-    out.print(table)
-
-
-def _show_cache(out: Console, cache: EngineCache, verify: bool) -> None:
-    table = Table(title=f"Engine cache {cache.root}")
-    for heading in ("key", "module", "backend", "MB", "state"):
-        table.add_column(heading)
-    for entry in cache.entries():
-        state = entry.problem or "ok"
-        if verify and not entry.problem:
-            try:
-                cache.verify(entry.key)
-                state = "verified"
-            except Exception as error:
-                state = str(error)
-        engine = entry.manifest
-        table.add_row(
-            entry.key[:16],
-            engine.module.name if engine else "?",
-            f"{engine.backend} {engine.backend_version}" if engine else "?",
-            f"{entry.bytes / 2**20:.1f}",
-            state,
-        )
     out.print(table)

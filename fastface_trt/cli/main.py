@@ -6,6 +6,7 @@ import click
 
 from fastface_trt import __version__
 from fastface_trt.cli.build import build
+from fastface_trt.cli.cache import cache
 from fastface_trt.cli.demo import demo
 from fastface_trt.cli.doctor import doctor
 from fastface_trt.cli.export import export
@@ -43,7 +44,8 @@ def cli() -> None:
     """
 
 
-for command in (demo, generate, export, build, refit_command, inspect, doctor, replay):
+commands = (demo, generate, export, build, refit_command, cache, inspect, doctor, replay)
+for command in commands:
     cli.add_command(command)
 
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import click
 
+from fastface_trt.builders import make_builder
 from fastface_trt.cli.common import FOLDER, backend_options, console, timed_lines
-from fastface_trt.engines.backends import builder_for
 from fastface_trt.engines.cache import EngineCache
 from fastface_trt.engines.manifest import EXPORT_MANIFEST, ExportManifest, read_manifest
 from fastface_trt.engines.refit import RefitReport, refit
@@ -38,9 +38,8 @@ def refit_command(
         for name in modules:
             if known is not None and name not in known.modules:
                 raise UnknownName("module", name, known.modules)
-    options = {} if threads is None else {"threads": threads}
-    builder = builder_for(backend, **options)
     store = EngineCache(cache)
+    builder = make_builder(manifest, backend, threads=threads, cache=store)
     line = timed_lines(console())
     for name in modules or manifest.modules:
         report = refit(

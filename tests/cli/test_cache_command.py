@@ -1,0 +1,88 @@
+"""`fastface-trt cache`: what it lists, what it calls damaged, and what it removes."""
+
+import json
+import os
+import time
+
+import pytest
+from click.testing import CliRunner
+from tiny_models import ChunkBuilder, write_module
+
+from fastface_trt.cli.main import USER_ERROR, cli
+from fastface_trt.engines.cache import EngineCache
+from fastface_trt.engines.manifest import ENGINE_MANIFEST
+
+
+def run(*arguments):
+    return CliRunner().invoke(cli, [str(a) for a in arguments])
+
+
+@pytest.fixture
+def store(tmp_path):
+    """A cache of three engines: of this ONNX Runtime's version, of an old one, and by `chunks`."""
+    import onnxruntime
+
+    module = write_module(tmp_path / "export")
+    store = EngineCache(tmp_path / "cache")
+    for backend, version in (
+        ("onnxruntime", onnxruntime.__version__),
+        ("onnxruntime", "1.0"),
+        ("chunks", "1"),
+    ):
+        builder = ChunkBuilder(backend=backend, backend_version=version)
+        builder.backend = backend
+        store.get(module, tmp_path / "export", builder)
+    return store
+
+
+def entry(store, backend, version):
+    return next(
+        e
+        for e in store.entries()
+        if (e.manifest.backend, e.manifest.backend_version) == (backend, version)
+    )
+
+
+def test_list_shows_every_engine(store):
+    result = run("cache", "list", "--cache", store.root)
+    assert result.exit_code == 0
+    assert result.output.count("affine") == 3
+    assert "3 engines" in result.output
+    rows = json.loads(run("cache", "list", "--cache", store.root, "--json").stdout)
+    assert {row["backend"] for row in rows} == {"onnxruntime", "chunks"}
+    assert {row["hardware"] for row in rows} == {"test"}
+
+
+def test_verify_names_the_damaged_engine(store):
+    assert run("cache", "verify", "--cache", store.root).exit_code == 0
+    damaged = entry(store, "chunks", "1")
+    with open(damaged.folder / "part1", "r+b") as file:
+        file.write(b"x")
+    result = run("cache", "verify", "--cache", store.root)
+    assert result.exit_code == USER_ERROR
+    assert "part1 is changed" in result.output
+    assert "1 of 3 engines are damaged" in result.output
+
+
+def test_prune_removes_other_versions_and_damaged_manifests(store):
+    old, kept = entry(store, "onnxruntime", "1.0"), entry(store, "chunks", "1")
+    broken = next(e for e in store.entries() if e.key not in (old.key, kept.key))
+    (broken.folder / ENGINE_MANIFEST).write_text("{}")
+    dry = run("cache", "prune", "--cache", store.root, "--dry-run")
+    assert "Would free" in dry.output
+    assert len(store.entries()) == 3
+    result = run("cache", "prune", "--cache", store.root)
+    assert "built with 1.0, installed is" in result.output
+    assert [e.key for e in store.entries()] == [kept.key]
+    assert not (store.root / "quarantine").exists()
+
+
+def test_prune_by_age_and_all(store):
+    lately = entry(store, "chunks", "1")
+    weeks_ago = time.time() - 30 * 24 * 3600
+    os.utime(lately.folder / ENGINE_MANIFEST, (weeks_ago, weeks_ago))
+    result = run("cache", "prune", "--cache", store.root, "--older-than", 7, "--backend", "chunks")
+    assert "not used for 30 days" in result.output
+    assert len(store.entries()) == 2
+    assert run("cache", "prune", "--cache", store.root, "--all").exit_code == 0
+    assert store.entries() == []

@@ -1,0 +1,121 @@
+"""Options and profiles: which shapes an engine is built for, and which profile a call runs in."""
+
+import pytest
+
+from fastface_trt.engines.manifest import FileEntry, ModuleSpec, TensorSpec
+from fastface_trt.engines.tensorrt.flavour import FLAVOURS, find_flavour
+from fastface_trt.engines.tensorrt.options import DynamicProfile, TensorRTOptions
+from fastface_trt.engines.tensorrt.profiles import choose_profile, make_profiles
+from fastface_trt.errors import BuildFailed, InvalidRequest, UnknownName
+
+RTX, TENSORRT = FLAVOURS["tensorrt-rtx"], FLAVOURS["tensorrt"]
+
+
+def module(**shapes):
+    return ModuleSpec(
+        name="m",
+        inputs=tuple(
+            TensorSpec(name=name, dtype="float32", shape=shape) for name, shape in shapes.items()
+        ),
+        outputs=(),
+        files=(FileEntry(path="m.onnx", bytes=1, sha256="0" * 64),),
+    )
+
+
+UNET = module(sample=("batch", 4, "height", "width"), ip_adapter_scale=("requests", 3))
+TEXT = module(input_ids=("batch", 77))
+VAE = module(latents=("batch", 4, "height", "width"))
+
+
+def test_one_fixed_profile_per_number_of_branches():
+    profiles = make_profiles(UNET, TensorRTOptions(latent_sizes=((16, 24),)))
+    assert [p.best["sample"] for p in profiles] == [(n, 4, 16, 24) for n in (1, 2, 3)]
+    assert all(p.best["ip_adapter_scale"] == (1, 3) and p.fixed for p in profiles)
+
+
+def test_requests_times_branches_times_sizes():
+    options = TensorRTOptions(
+        requests=(2, 1), branches=(3, 1), latent_sizes=((16, 16), (8, 8)), dynamic=None
+    )
+    rows = [
+        (p.best["ip_adapter_scale"][0], *p.best["sample"]) for p in make_profiles(UNET, options)
+    ]
+    assert sorted(rows) == sorted(
+        (r, r * g, 4, side, side) for r in (1, 2) for g in (1, 3) for side in (8, 16)
+    )
+
+
+def test_modules_without_requests_are_built_once_per_size():
+    options = TensorRTOptions(requests=(1, 4), latent_sizes=((16, 16), (8, 8)))
+    assert [p.best["input_ids"] for p in make_profiles(TEXT, options)] == [(1, 77)]
+    assert [p.best["latents"] for p in make_profiles(VAE, options)] == [
+        (1, 4, 8, 8),
+        (1, 4, 16, 16),
+    ]
+
+
+def test_a_dynamic_profile_covers_its_range_and_fixed_ones_go_first():
+    dynamic = DynamicProfile(smallest=(8, 8), largest=(32, 24), max_requests=2)
+    profiles = make_profiles(UNET, TensorRTOptions(latent_sizes=((16, 16),), dynamic=dynamic))
+    last = profiles[-1]
+    assert not last.fixed
+    assert last.smallest["sample"] == (1, 4, 8, 8)
+    assert last.largest["sample"] == (6, 4, 32, 24)
+
+    def chosen(rows, requests, height, width):
+        shapes = {"sample": (rows, 4, height, width), "ip_adapter_scale": (requests, 3)}
+        return choose_profile(profiles, shapes)
+
+    assert chosen(2, 1, 16, 16) == 1
+    assert chosen(2, 1, 16, 24) == chosen(4, 2, 16, 16) == 3
+    assert chosen(2, 1, 16, 32) is None
+    assert chosen(9, 3, 16, 16) is None
+
+
+def test_a_size_that_no_option_gives():
+    with pytest.raises(BuildFailed, match="a size called length"):
+        make_profiles(module(x=("length",)), TensorRTOptions())
+
+
+@pytest.mark.parametrize(
+    ("values", "where"),
+    [
+        ({"branches": ()}, "branches"),
+        ({"requests": (0,)}, "requests"),
+        ({"optimization_level": 9}, "optimization_level"),
+        ({"targets": ("sm10",)}, "targets"),
+        ({"workspace_gb": -1}, "workspace_gb"),
+        ({"colour": "red"}, "colour"),
+    ],
+)
+def test_options_that_are_not_valid_name_the_option(values, where):
+    with pytest.raises(InvalidRequest, match=where):
+        TensorRTOptions.checked(RTX, **values)
+
+
+@pytest.mark.parametrize(
+    ("flavour", "values", "other"),
+    [
+        (TENSORRT, {"targets": ("sm89",)}, "TensorRT-RTX"),
+        (RTX, {"version_compatible": True}, "TensorRT"),
+        (RTX, {"hardware_compatible": True}, "TensorRT"),
+    ],
+)
+def test_options_of_the_other_flavour_are_refused(flavour, values, other):
+    with pytest.raises(InvalidRequest, match="does not offer") as caught:
+        TensorRTOptions.checked(flavour, **values)
+    assert other in caught.value.mend
+
+
+def test_only_what_differs_from_the_defaults_is_part_of_the_identity():
+    assert TensorRTOptions().engine_options() == {}
+    assert TensorRTOptions(branches=(1,)).engine_options() == {}
+    assert TensorRTOptions(optimization_level=0, targets=("sm89",)).engine_options() == {
+        "optimization_level": 0,
+        "targets": ["sm89"],
+    }
+
+
+def test_unknown_flavour():
+    with pytest.raises(UnknownName, match="Did you mean 'tensorrt-rtx'"):
+        find_flavour("tensorrt-rx")
