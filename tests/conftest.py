@@ -75,6 +75,39 @@ def tiny_export(tiny_entry, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def half_scale_export(tiny_entry, tiny_export, tmp_path_factory):
+    """The tiny export with its LoRA at half scale: folder and manifest.
+
+    Only its UNet is exported again, since the LoRA changes nothing else.
+    """
+    import shutil
+
+    from fastface_trt.engines.manifest import EXPORT_MANIFEST
+    from fastface_trt.export.modules import unet_export
+    from fastface_trt.export.onnx_writer import write_module
+    from fastface_trt.export.options import ExportOptions
+    from fastface_trt.export.probe import write_probe
+    from fastface_trt.export.weights import CheckpointWeights
+
+    whole, manifest = tiny_export
+    folder = tmp_path_factory.mktemp("export") / "half"
+    shutil.copytree(whole, folder)
+    shutil.rmtree(folder / "unet")
+    options = ExportOptions(tiny_entry, faceid_lora_scale=0.5)
+    unet = CheckpointWeights(options).unet()
+    size = options.latent_size(manifest.vae_scale_factor, 3)
+    export = unet_export(
+        unet, tokens=manifest.image_token_count, latent_size=size, fixed_size=False
+    )
+    spec = write_module(export, folder)
+    spec = spec.model_copy(update={"probe": write_probe(export, folder, "fp32")})
+    modules = manifest.modules | {"unet": spec}
+    manifest = manifest.model_copy(update={"modules": modules})
+    (folder / EXPORT_MANIFEST).write_text(manifest.model_dump_json())
+    return folder, manifest
+
+
+@pytest.fixture(scope="session")
 def tiny_fp16_unet(tiny, tmp_path_factory):
     """The tiny UNet exported in fp16, folder and spec, for what looks at its graph."""
     from tiny_sdxl import tiny_unet
