@@ -6,7 +6,8 @@ INSTALLED := build/installed
 # A CPU build of torch is enough for export and tests; the range for users is in pyproject.toml.
 TORCH ?= torch==2.13.0
 
-.PHONY: setup demo test test-long evaluate mini-export full-size clean
+.PHONY: setup demo test test-long test-engines evaluate evaluate-quantized mini-export \
+	full-size full-size-engines clean
 
 # The light runtime: no torch, no diffusers.
 $(VENV)/.runtime: pyproject.toml
@@ -32,15 +33,23 @@ test: setup
 	rm -rf $(INSTALLED) build/lib
 	$(BIN)/pip install --quiet --no-deps --target $(INSTALLED) .
 	MYPYPATH=$(INSTALLED) $(BIN)/mypy
-	$(BIN)/pytest -m "not long"
+	$(BIN)/pytest -m "not long and not engines"
 
 # Tests that take minutes: kills at random moments, more shapes, more seeds.
 test-long: setup
 	$(BIN)/pytest -m long
 
+# TensorRT-RTX engines of every module of the mini and the golden model, fp32 and fp16; no GPU needed.
+test-engines: setup
+	$(BIN)/pytest -m engines
+
 # Quality of the mini model by independent judges; writes benchmarks/results/mini-quality.json.
 evaluate: setup
 	$(BIN)/python -m benchmarks.mini_quality
+
+# The mini model in fp16, fp8 and int8 before the same judges; writes quantized-quality.json.
+evaluate-quantized: setup
+	$(BIN)/python -m benchmarks.quantized_quality
 
 # The mini model's ONNX modules, as the package ships them.
 mini-export: setup
@@ -49,6 +58,11 @@ mini-export: setup
 # Full-size SDXL with random weights, fp16: prints time and peak memory (about 6 GB of memory).
 full-size: setup
 	$(BIN)/fastface-trt export --checkpoint hyper --random-weights --fp16 out/hyper-random-fp16
+
+# Full-size engines for TensorRT-RTX, no GPU needed (24 GB of memory): exports first if need be, and
+# writes benchmarks/results/full-size-build.json.
+full-size-engines: setup
+	$(BIN)/python -m benchmarks.full_size_build
 
 clean:
 	rm -rf $(VENV) out build *.egg-info

@@ -95,14 +95,27 @@ class LoraFused(Strict):
     scale: float
 
 
+class Quantization(Strict):
+    """How a UNet came to compute in 8 bits: layers by PyTorch name, and what was kept and why."""
+
+    format: Literal["fp8", "int8"]
+    method: str
+    tool: str
+    calibration: str
+    calibration_rows: int = Field(ge=1)
+    layers: tuple[str, ...]
+    excluded: dict[str, tuple[str, ...]] = {}
+
+
 class ExportManifest(Strict):
     """Everything about an export that the runtime or a builder needs; see the module docstring."""
 
     schema_version: Literal[1] = SCHEMA_VERSION
     checkpoint: str
     adapter: str
-    precision: Literal["fp32", "fp16"]
-    weight_storage: Literal["fp32", "fp16"]
+    precision: Literal["fp32", "fp16", "bf16", "fp8", "int8"]
+    weight_storage: Literal["fp32", "fp16", "bf16"]
+    quantization: Quantization | None = None
     modules: dict[str, ModuleSpec]
     extra_files: tuple[FileEntry, ...] = ()
     sources: tuple[Source, ...] = ()

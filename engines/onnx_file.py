@@ -154,7 +154,7 @@ class OnnxFile(Closing):
             elif field == _NODE_METADATA:
                 key, text = self._pair(value)
                 if key == SCOPE_KEY:
-                    scope = _innermost(text)
+                    scope = innermost_scope(text)
         return Node(name, op_type, scope, tuple(outputs))
 
     def _initializer(self, message: memoryview) -> Initializer | None:
@@ -250,7 +250,7 @@ def _text(message: memoryview) -> str:
     return bytes(message).decode("utf-8", errors="replace")
 
 
-def _innermost(scopes: str) -> str:
+def innermost_scope(scopes: str) -> str:
     """The longest dotted name of a list such as `['', 'unet', 'unet.conv_in', 'convolution']`."""
     names = [name.strip().strip("'\"") for name in scopes.strip("[]").split(",")]
     # The last entry is the traced operator's own name, not a module's.

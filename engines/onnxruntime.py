@@ -111,7 +111,7 @@ class OnnxRuntimeBuilder:
         )
         progress(f"Optimising {module.name} with ONNX Runtime")
         try:
-            session = self._session(source / module.files[0].path, options)
+            session = self._optimise(source / module.files[0].path, options)
             problem = _interface_problem(session, module)
             del session  # its memory is needed again
             if problem is None:
@@ -122,7 +122,13 @@ class OnnxRuntimeBuilder:
         except Exception as error:
             raise BuildFailed(
                 f"ONNX Runtime cannot build {module.name}: {_short(error)}",
-                "Export the module again; if that does not help, report the message.",
+                (
+                    f"{PROVIDERS[self.provider]} lacks a kernel for a type of this export (for "
+                    "bfloat16 the CPU's always does): build a bf16 export with a TensorRT backend, "
+                    "or export with --precision fp16."
+                )
+                if _lacks_a_kernel(error)
+                else "Export the module again; if that does not help, report the message.",
             ) from error
         if problem is not None:
             raise BuildFailed(
@@ -161,6 +167,18 @@ class OnnxRuntimeBuilder:
                 "Build it again: fastface-trt build.",
             )
         return OnnxRuntimeEngine(manifest.module, session, self._device)
+
+    def _optimise(self, graph: Path, options: Any) -> Any:
+        """A session on the export's graph, which writes the optimised graph when it is made."""
+        try:
+            return self._session(graph, options)
+        except Exception as error:
+            if not _lacks_a_kernel(error):
+                raise
+        # It moves DequantizeLinear past a Reshape, and no kernel reshapes 8-bit floats. Left where
+        # they are, the pairs compute the same values.
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
+        return self._session(graph, options)
 
     def _options(self, level: str, prepack: bool) -> Any:
         ort = _onnxruntime()
@@ -280,6 +298,11 @@ def _interface_problem(session: Any, module: ModuleSpec) -> str | None:
         if "bfloat16" in found.values():
             return f"its {side} hold bfloat16, which this backend cannot pass; use fp16 or fp32"
     return None
+
+
+def _lacks_a_kernel(error: Exception) -> bool:
+    """Whether a graph was refused because no kernel of the provider takes one of its types."""
+    return "NOT_IMPLEMENTED" in str(error)
 
 
 def _short(error: Exception) -> str:

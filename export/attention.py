@@ -96,6 +96,18 @@ def _heads(x: Tensor, heads: int) -> Tensor:
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
+def _attend(q_BHND: Tensor, k_BHLD: Tensor, v_BHLD: Tensor) -> Tensor:
+    """softmax(Q Kᵀ / √D) V, [B,H,N,D].
+
+    The exporter would put √(1/√D) on Q and on K and turn K by way of three reshapes. Builders fuse
+    an attention that they recognise: scale on Q alone, product, softmax, product, in one type.
+    """
+    if not torch.onnx.is_in_onnx_export():
+        return functional.scaled_dot_product_attention(q_BHND, k_BHLD, v_BHLD)
+    scaled = q_BHND * q_BHND.shape[-1] ** -0.5
+    return torch.softmax(scaled @ k_BHLD.transpose(-2, -1), dim=-1) @ v_BHLD
+
+
 class SelfAttentionProcessor:
     """Plain attention over the picture; takes and ignores what the decoupled blocks need."""
 
@@ -121,7 +133,7 @@ class SelfAttentionProcessor:
                 (attn.to_v, context),
             )
         )
-        attended = functional.scaled_dot_product_attention(q_BHND, k_BHLD, v_BHLD)
+        attended = _attend(q_BHND, k_BHLD, v_BHLD)
         return attn.to_out[0](attended.transpose(1, 2).flatten(2))
 
 
@@ -154,7 +166,7 @@ class DecoupledAttentionProcessor(nn.Module):
         q_BHND = _heads(attn.to_q(hidden_states), attn.heads)
         k_BHLD = _heads(attn.to_k(encoder_hidden_states), attn.heads)
         v_BHLD = _heads(attn.to_v(encoder_hidden_states), attn.heads)
-        text = functional.scaled_dot_product_attention(q_BHND, k_BHLD, v_BHLD)
+        text = _attend(q_BHND, k_BHLD, v_BHLD)
 
         inputs = (
             q_BHND,

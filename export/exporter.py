@@ -8,12 +8,13 @@ import gc
 import resource
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from fastface_trt.engines.engine import Progress
+from fastface_trt.engines.engine import Engine, Progress
 from fastface_trt.engines.files import describe_file, finished_folder
 from fastface_trt.engines.manifest import EXPORT_MANIFEST, ExportManifest, FileEntry, ModuleSpec
 from fastface_trt.export import guidance_step, modules
@@ -21,6 +22,8 @@ from fastface_trt.export.model import Model
 from fastface_trt.export.modules import ModuleExport
 from fastface_trt.export.onnx_writer import write_module
 from fastface_trt.export.options import ExportOptions
+from fastface_trt.export.quantization.ranges import modelopt_version
+from fastface_trt.export.quantization.unet import quantize_unet
 from fastface_trt.export.weights import CheckpointWeights, RandomWeights, Weights
 
 _PACKAGES = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "fastface-trt")
@@ -33,19 +36,10 @@ def run_export(options: ExportOptions, out: Path, progress: Progress) -> ExportM
     Raises `WeightsError`, `InvalidRequest` or `StorageError`; then nothing is left at `out` that
     was not there before. `progress` is told every phase with its seconds and the peak memory.
     """
+    if options.quantized:
+        modelopt_version()  # not after an hour of exporting
     with finished_folder(out, EXPORT_MANIFEST) as draft:
         weights = RandomWeights(options) if options.random_weights else CheckpointWeights(options)
-        makers = _Makers(options, weights)
-        specs = {
-            name: _write(name, make, draft.path, options, progress)
-            for name, make in makers.in_order().items()
-        }
-        specs[guidance_step.NAME] = guidance_step.write_guidance_step(
-            draft.path,
-            channels=makers.facts["latent_channels"],
-            latent_size=options.latent_size(makers.facts["vae_scale_factor"], 1),
-            fixed_size=options.fixed_size,
-        )
         for name in _TOKENIZERS:
             weights.copy_tokenizer(name, draft.path / name)
         face_model = _copy_face_model(weights.face_model, draft.path)
@@ -55,7 +49,25 @@ def run_export(options: ExportOptions, out: Path, progress: Progress) -> ExportM
             for path in sorted((draft.path / folder).rglob("*"))
             if path.is_file()
         ]
-        manifest = _manifest(options, weights, makers.facts, specs, extra, face_model)
+        specs: dict[str, ModuleSpec] = {}
+
+        def so_far() -> ExportManifest:
+            return _manifest(options, weights, makers.facts, specs, extra, face_model)
+
+        def calibrate(unet: Engine) -> int:
+            assert options.calibration is not None  # or the options would have been refused
+            return options.calibration.run(unet, so_far(), draft.path, progress)
+
+        makers = _Makers(options, weights, calibrate)
+        for name, make in makers.in_order().items():
+            specs[name] = _write(name, make, draft.path, options, progress)
+        specs[guidance_step.NAME] = guidance_step.write_guidance_step(
+            draft.path,
+            channels=makers.facts["latent_channels"],
+            latent_size=options.latent_size(makers.facts["vae_scale_factor"], 1),
+            fixed_size=options.fixed_size,
+        )
+        manifest = so_far()
         draft.finish(manifest)
     return manifest
 
@@ -89,9 +101,12 @@ def _write(
 class _Makers:
     """Makes the modules that hold weights, in an order in which each finds its sizes in `facts`."""
 
-    def __init__(self, options: ExportOptions, weights: Weights) -> None:
+    def __init__(
+        self, options: ExportOptions, weights: Weights, calibrate: Callable[[Engine], int]
+    ) -> None:
         self._options = options
         self._weights = weights
+        self._calibrate = calibrate
         self.facts: dict[str, Any] = {}
 
     def in_order(self) -> dict[str, Callable[[], ModuleExport]]:
@@ -141,12 +156,18 @@ class _Makers:
     def _unet(self) -> ModuleExport:
         unet = self._weights.unet()
         levels = len(unet.config.block_out_channels)
-        return modules.unet_export(
+        plan = None
+        if self._options.quantized:
+            plan, self.facts["quantization"] = quantize_unet(
+                unet, self._options, self.facts["image_token_count"], self._calibrate
+            )
+        export = modules.unet_export(
             unet,
             tokens=self.facts["image_token_count"],
             latent_size=self._options.latent_size(self.facts["vae_scale_factor"], levels),
             fixed_size=self._options.fixed_size,
         )
+        return replace(export, quantization=plan)
 
 
 def vae_scale_factor(vae: Model) -> int:
@@ -177,7 +198,7 @@ def _manifest(
         checkpoint=checkpoint.name,
         adapter=weights.adapter_name,
         precision=options.precision,
-        weight_storage=options.weight_storage or options.precision,
+        weight_storage=options.stored,
         modules=specs,
         extra_files=tuple(extra),
         sources=tuple(weights.sources),

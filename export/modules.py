@@ -2,6 +2,8 @@
 
 Shape legend: B rows, R requests, T image tokens, C text width, P pooled width, S CLIP positions,
 K CLIP width, E face-embedding size, h × w latent size.
+
+Types at the boundaries are those of `fastface_trt.export.precision`, whatever a module computes in.
 """
 
 from collections.abc import Mapping
@@ -13,6 +15,8 @@ from torch import Tensor, nn
 from fastface_trt.engines import contract
 from fastface_trt.engines.manifest import Dimension
 from fastface_trt.export.model import Model
+from fastface_trt.export.precision import boundary_dtype, keep_group_norms_in_float32
+from fastface_trt.export.quantization.graph import QuantizationPlan
 
 TEXT_POSITIONS = 77
 EXAMPLE_REQUESTS = 2  # at least 2, or the exporter takes the size for a constant
@@ -34,6 +38,7 @@ class ModuleExport:
     shapes: Mapping[str, tuple[Dimension, ...]]
     multiples: Mapping[str, int] = field(default_factory=dict)
     """Dynamic sizes that are multiples of a number (height and width of the UNet)."""
+    quantization: QuantizationPlan | None = None
 
 
 class TextEncoderModule(nn.Module):
@@ -47,8 +52,9 @@ class TextEncoderModule(nn.Module):
     def forward(self, input_ids: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """Hidden states, and the projected pooled output where the encoder is SDXL's second."""
         output = self.encoder(input_ids, output_hidden_states=True)
-        hidden = output.hidden_states[-2]
-        return (hidden, output.text_embeds) if self.pooled else hidden
+        dtype = boundary_dtype(self.encoder.dtype)
+        hidden = output.hidden_states[-2].to(dtype)
+        return (hidden, output.text_embeds.to(dtype)) if self.pooled else hidden
 
 
 class ImageEncoderModule(nn.Module):
@@ -60,7 +66,23 @@ class ImageEncoderModule(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Hidden states before the last layer, as FaceID-Plus-v2 was trained on."""
-        return self.encoder(pixel_values, output_hidden_states=True).hidden_states[-2]
+        dtype = self.encoder.dtype
+        output = self.encoder(pixel_values.to(dtype), output_hidden_states=True)
+        return output.hidden_states[-2].to(boundary_dtype(dtype))
+
+
+class FaceProjectionModule(nn.Module):
+    """face_embeds [B,E] and clip_embeds [B,S,K] to image tokens [B,T,C]."""
+
+    def __init__(self, projection: Model) -> None:
+        super().__init__()
+        self.projection = projection
+
+    def forward(self, face_embeds: Tensor, clip_embeds: Tensor) -> Tensor:
+        """The adapter's tokens; see `fastface_trt.export.projection`."""
+        dtype = self.projection.norm.weight.dtype
+        tokens = self.projection(face_embeds.to(dtype), clip_embeds.to(dtype))
+        return tokens.to(boundary_dtype(dtype))
 
 
 class _CastOutput(nn.Module):
@@ -81,10 +103,14 @@ class _CastOutput(nn.Module):
 
 
 class UNetModule(nn.Module):
-    """A diffusers SDXL UNet with decoupled attention behind the contract of the UNet module."""
+    """A diffusers SDXL UNet with decoupled attention behind the contract of the UNet module.
+
+    Latents come and noise predictions go in float32.
+    """
 
     def __init__(self, unet: Model) -> None:
         super().__init__()
+        keep_group_norms_in_float32(unet)
         if not isinstance(unet.add_time_proj, _CastOutput):
             unet.add_time_proj = _CastOutput(unet.add_time_proj, unet.dtype)
         self.unet = unet
@@ -101,33 +127,36 @@ class UNetModule(nn.Module):
         attention_manipulation: Tensor,
     ) -> Tensor:
         """Noise prediction [B,4,h,w]; shapes of the inputs in `fastface_trt.engines.contract`."""
-        return self.unet(
-            sample,
+        dtype = self.unet.dtype
+        prediction = self.unet(
+            sample.to(dtype),
             timestep,
-            encoder_hidden_states,
-            added_cond_kwargs={"text_embeds": text_embeds, "time_ids": time_ids},
+            encoder_hidden_states.to(dtype),
+            added_cond_kwargs={"text_embeds": text_embeds.to(dtype), "time_ids": time_ids},
             cross_attention_kwargs={
-                "image_tokens": image_tokens,
+                "image_tokens": image_tokens.to(dtype),
                 "ip_adapter_scale": ip_adapter_scale,
                 "attention_manipulation": attention_manipulation,
             },
             return_dict=False,
         )[0]
+        return prediction.float()
 
 
 class VaeDecoderModule(nn.Module):
-    """Scheduler latents [B,4,h,w] to a picture [B,3,H,W] in [0, 1]."""
+    """Scheduler latents [B,4,h,w] to a picture [B,3,H,W] in [0, 1], both float32."""
 
     def __init__(self, vae: Model) -> None:
         super().__init__()
+        keep_group_norms_in_float32(vae)
         self.vae = vae
 
     def forward(self, latents: Tensor) -> Tensor:
         """Undo the VAE's scaling, decode, and map [−1, 1] to [0, 1]."""
         shift = getattr(self.vae.config, "shift_factor", None) or 0.0
         latents = latents / self.vae.config.scaling_factor + shift
-        picture = self.vae.decode(latents, return_dict=False)[0]
-        return (picture / 2 + 0.5).clamp(0, 1)
+        picture = self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0]
+        return (picture.float() / 2 + 0.5).clamp(0, 1)
 
 
 def text_encoder_export(name: str, encoder: Model) -> ModuleExport:
@@ -158,7 +187,7 @@ def image_encoder_export(encoder: Model) -> ModuleExport:
     return ModuleExport(
         "image_encoder",
         ImageEncoderModule(encoder),
-        {"pixel_values": example.to(encoder.dtype)},
+        {"pixel_values": example.to(boundary_dtype(encoder.dtype))},
         ("clip_embeds",),
         {
             "pixel_values": ("batch", 3, config.image_size, config.image_size),
@@ -169,13 +198,13 @@ def image_encoder_export(encoder: Model) -> ModuleExport:
 
 def face_projection_export(projection: Model, positions: int | str) -> ModuleExport:
     """The adapter's projection; `positions` is the image encoder's sequence length S."""
-    dtype = projection.norm.weight.dtype
+    dtype = boundary_dtype(projection.norm.weight.dtype)
     embedding = projection.proj[0].in_features
     features = projection.perceiver_resampler.proj_in.in_features
     example_positions = positions if isinstance(positions, int) else 17
     return ModuleExport(
         "face_projection",
-        projection,
+        FaceProjectionModule(projection),
         {
             "face_embeds": torch.zeros(EXAMPLE_REQUESTS, embedding, dtype=dtype),
             "clip_embeds": torch.zeros(EXAMPLE_REQUESTS, example_positions, features, dtype=dtype),
@@ -197,14 +226,14 @@ def unet_export(
     unet: Model, *, tokens: int, latent_size: tuple[int, int], fixed_size: bool
 ) -> ModuleExport:
     """The UNet with its adapter attached; `latent_size` is (h, w), fixed or only the example's."""
-    config, dtype, rows = unet.config, unet.dtype, EXAMPLE_ROWS
+    config, dtype, rows = unet.config, boundary_dtype(unet.dtype), EXAMPLE_ROWS
     text_width = config.cross_attention_dim
     pooled_width = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
     parts, columns = len(contract.PARTS), len(contract.MANIPULATION_COLUMNS)
     height, width = latent_size
     size: tuple[Dimension, Dimension] = latent_size if fixed_size else ("height", "width")
     inputs = {
-        contract.SAMPLE: torch.zeros(rows, config.in_channels, height, width, dtype=dtype),
+        contract.SAMPLE: torch.zeros(rows, config.in_channels, height, width),
         contract.TIMESTEP: torch.zeros(rows),
         contract.TEXT: torch.zeros(rows, TEXT_POSITIONS, text_width, dtype=dtype),
         contract.POOLED_TEXT: torch.zeros(rows, pooled_width, dtype=dtype),
@@ -247,7 +276,7 @@ def vae_decoder_export(
     return ModuleExport(
         "vae_decoder",
         VaeDecoderModule(vae),
-        {"latents": torch.zeros(EXAMPLE_REQUESTS, channels, *latent_size, dtype=vae.dtype)},
+        {"latents": torch.zeros(EXAMPLE_REQUESTS, channels, *latent_size)},
         ("picture",),
         {"latents": ("batch", channels, *size), "picture": ("batch", 3, *picture)},
     )

@@ -8,21 +8,24 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import torch
+from torch import nn
 
-from fastface_trt.engines.contract import FUNCTION_DOMAIN, FUNCTION_NAME
+from fastface_trt.engines.contract import FUNCTION_DOMAIN, FUNCTION_NAME, IMAGE_TOKENS
 from fastface_trt.engines.files import describe_file
 from fastface_trt.engines.manifest import DType, ModuleSpec, TensorSpec
-from fastface_trt.export.functions import FUNCTIONS, OPSET
+from fastface_trt.export.functions import OPSET, attention_functions
 from fastface_trt.export.modules import ModuleExport
+from fastface_trt.export.quantization.graph import quantize_graph
+from fastface_trt.export.scopes import SCOPE_KEY
 
 EXTERNAL_DATA_BYTES = 512 * 2**20
 """Weights beyond this go into a file beside the graph; protobuf itself ends at 2 GiB."""
 
+BFLOAT16_OPSET = 22
+"""The first opset whose convolution takes bfloat16."""
+
 FP16_STORAGE_ELEMENTS = 256
 """Smaller float32 tensors (biases, norms, constants) stay as they are under fp16 storage."""
-
-SCOPE_KEY = "pkg.torch.onnx.name_scopes"
-"""Node metadata that names the PyTorch module a node came from; builders quote it in errors."""
 
 _DTYPES: dict[ir.DataType, DType] = {
     ir.DataType.FLOAT: "float32",
@@ -56,8 +59,11 @@ def _attach_functions(model: ir.Model) -> None:
     """Put the function bodies into a model that holds `DecoupledAttention` nodes."""
     if not any(n.op_type == FUNCTION_NAME for n in model.graph.all_nodes()):
         return
-    for script in FUNCTIONS:
+    (tokens,) = (value.shape[1] for value in model.graph.inputs if value.name == IMAGE_TOKENS)
+    for script in attention_functions(tokens):
         function = ir.from_proto(script.to_function_proto())
+        # What the bodies use means the same in every opset from theirs to the model's.
+        function.opset_imports[""] = model.opset_imports[""]
         model.functions[function.identifier()] = function
     model.opset_imports[FUNCTION_DOMAIN] = 1
 
@@ -106,6 +112,12 @@ def _name_dimensions(model: ir.Model, export: ModuleExport) -> None:
         value.shape = ir.Shape(export.shapes[value.name])
 
 
+def _opset(module: nn.Module) -> int:
+    """The opset of the functions, or a later one that a bfloat16 module needs."""
+    is_bfloat16 = any(p.dtype == torch.bfloat16 for p in module.parameters())
+    return max(OPSET, BFLOAT16_OPSET) if is_bfloat16 else OPSET
+
+
 def write_module(export: ModuleExport, folder: Path, *, fp16_storage: bool = False) -> ModuleSpec:
     """Export one module into `folder`/NAME/model.onnx and return its entry for the manifest.
 
@@ -122,7 +134,7 @@ def write_module(export: ModuleExport, folder: Path, *, fp16_storage: bool = Fal
                 export.module.eval(),
                 kwargs=dict(export.inputs),
                 dynamo=True,
-                opset_version=OPSET,
+                opset_version=_opset(export.module),
                 dynamic_shapes=_dynamic_shapes(export),
                 input_names=list(export.inputs),
                 output_names=list(export.outputs),
@@ -133,6 +145,8 @@ def write_module(export: ModuleExport, folder: Path, *, fp16_storage: bool = Fal
     assert program is not None  # torch returns one whenever dynamo=True
     model = program.model
     _attach_functions(model)
+    if export.quantization is not None:
+        quantize_graph(model, export.quantization)
     if fp16_storage:
         _store_as_fp16(model)
     _keep_only_scopes(model)

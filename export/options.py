@@ -1,29 +1,37 @@
 """What to export: the choices of one export, checked before anything is loaded."""
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
 from fastface_trt.errors import InvalidRequest
 from fastface_trt.export.checkpoints import Checkpoint, HubItem
-
-Precision = Literal["fp32", "fp16"]
+from fastface_trt.export.precision import (
+    QUANTIZED_FORMATS,
+    Precision,
+    QuantizedFormat,
+    StoredType,
+    compute_dtype,
+    stored_type,
+)
+from fastface_trt.export.quantization.calibration import Calibration
 
 
 @dataclass(frozen=True)
 class ExportOptions:
     """What to export. Items left at None come from the checkpoint's registry entry.
 
-    precision: type that the modules compute in; weight_storage: type that the files hold (`fp16`
-    halves an fp32 export's files, engines still compute in fp32). height, width: pixels, the
+    precision: what the modules compute in, see `fastface_trt.export.precision`; weight_storage:
+    type that the files hold (`fp16` halves an fp32 export's files, engines still compute in fp32).
+    height, width: pixels, the
     example's size, or the only one with `fixed_size`. faceid_lora_scale: scale of the adapter's
-    LoRA, fused. random_weights: full-size SDXL without downloads. Raises `InvalidRequest`.
+    LoRA, fused. random_weights: full-size SDXL without downloads. calibration: what the UNet of
+    an fp8 or int8 export is run on. Raises `InvalidRequest`.
     """
 
     checkpoint: Checkpoint
     precision: Precision = "fp32"
-    weight_storage: Precision | None = None
+    weight_storage: StoredType | None = None
     steps: int | None = None
     height: int | None = None
     width: int | None = None
@@ -37,6 +45,7 @@ class ExportOptions:
     distillation_lora: HubItem | None = None
     distillation_lora_scale: float | None = None
     random_weights: bool = False
+    calibration: Calibration | None = None
 
     def __post_init__(self) -> None:
         allowed = self.checkpoint.allowed_steps
@@ -44,6 +53,18 @@ class ExportOptions:
             raise InvalidRequest(
                 f"Checkpoint {self.checkpoint.name} does not do {self.steps} steps.",
                 f"Choose one of {', '.join(map(str, allowed))}.",
+            )
+        if self.weight_storage not in (None, "fp16", stored_type(self.precision)) or (
+            self.weight_storage == "fp16" and self.precision == "bf16"
+        ):
+            raise InvalidRequest(
+                f"A {self.precision} export cannot store its weights as {self.weight_storage}.",
+                "Leave out --weight-storage, or add --precision fp32 --weight-storage fp16.",
+            )
+        if self.quantized and self.calibration is None:
+            raise InvalidRequest(
+                f"A {self.precision} export needs something to calibrate on.",
+                "Give `calibration`, or use fastface-trt export, which runs prompts and faces.",
             )
         given = (self.base, self.adapter, self.vae, self.image_encoder, self.distillation_lora)
         if self.random_weights and any(given):
@@ -58,8 +79,18 @@ class ExportOptions:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The torch type of `precision`."""
-        return torch.float16 if self.precision == "fp16" else torch.float32
+        """The torch type that everything computes in which is not quantised."""
+        return compute_dtype(self.precision)
+
+    @property
+    def quantized(self) -> QuantizedFormat | None:
+        """The 8-bit format of the UNet's layers, None for the precisions without one."""
+        return next((form for form in QUANTIZED_FORMATS if form == self.precision), None)
+
+    @property
+    def stored(self) -> StoredType:
+        """The type in which the files hold weights that are not quantised."""
+        return self.weight_storage or stored_type(self.precision)
 
     def latent_size(self, scale_factor: int, levels: int) -> tuple[int, int]:
         """(h, w) of the latents for a VAE that divides by `scale_factor`.

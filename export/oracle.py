@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from fastface_trt.engines.closing import Closing
-from fastface_trt.engines.contract import NOISE_PREDICTION, SAMPLE
+from fastface_trt.engines.contract import NOISE_PREDICTION
 from fastface_trt.engines.device import HostDevice, Tensor
 from fastface_trt.engines.engine import host_arrays
 from fastface_trt.engines.manifest import DType, ModuleSpec, TensorSpec
@@ -28,26 +28,26 @@ class TorchUNet(Closing):
     def __init__(self, unet: Model, tokens: int = 4) -> None:
         export = unet_export(unet, tokens=tokens, latent_size=(16, 16), fixed_size=False)
         self._module = UNetModule(unet).eval()
-        self._dtype = unet.dtype
+        self._torch_device = unet.device
         self.device = HostDevice()
 
         def spec(name: str, dtype: torch.dtype) -> TensorSpec:
             return TensorSpec(name=name, dtype=_NUMPY_NAMES[dtype], shape=export.shapes[name])
 
         inputs = tuple(spec(name, tensor.dtype) for name, tensor in export.inputs.items())
-        outputs = (spec(NOISE_PREDICTION, export.inputs[SAMPLE].dtype),)
+        outputs = (spec(NOISE_PREDICTION, torch.float32),)
         self.spec = ModuleSpec.model_construct(
             name="unet", inputs=inputs, outputs=outputs, files=()
         )
 
     def __call__(self, **inputs: Tensor) -> dict[str, Tensor]:
         """The noise prediction; inputs as in `fastface_trt.engines.contract`."""
-        with torch.inference_mode():
+        with torch.no_grad():
             tensors = {
-                name: torch.from_numpy(np.ascontiguousarray(array))
+                name: torch.from_numpy(np.ascontiguousarray(array)).to(self._torch_device)
                 for name, array in host_arrays(self.spec, inputs).items()
             }
-            return {NOISE_PREDICTION: self._module(**tensors).numpy()}
+            return {NOISE_PREDICTION: self._module(**tensors).cpu().numpy()}
 
     def close(self) -> None:
         """Nothing to free beyond the module itself."""

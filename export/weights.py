@@ -119,13 +119,13 @@ class CheckpointWeights:
         return load_projection(self._adapter).to(self._options.dtype)
 
     def vae(self) -> Model:
-        """See `Weights`; under fp16 the checkpoint's fp16 VAE where it has one.
+        """See `Weights`; in float16 the checkpoint's fp16 VAE where it has one.
 
         SDXL's own VAE overflows in fp16 and says so in its configuration; it stays in float32.
         """
         options = self._options
         item = options.vae or (TINY_VAE if options.tiny_vae else None)
-        if item is None and options.precision == "fp16":
+        if item is None and options.dtype == torch.float16:
             item = options.checkpoint.fp16_vae
         if item is not None:
             vae, source = load_vae(item, options.dtype)

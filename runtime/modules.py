@@ -19,7 +19,8 @@ class ModuleSet(Closing, Mapping[str, Engine]):
     With `build=False` a missing engine is an error instead.
 
     Reading the export checks its manifest and the small files beside the modules; a module's own
-    files are checked when it has to be built.
+    files are checked when it has to be built. `manifest` stands in for the folder's own while an
+    export is still being written.
     """
 
     def __init__(
@@ -30,9 +31,10 @@ class ModuleSet(Closing, Mapping[str, Engine]):
         progress: Progress = lambda line: None,
         *,
         build: bool = True,
+        manifest: ExportManifest | None = None,
     ) -> None:
         self.folder = export
-        self.manifest = read_manifest(export / EXPORT_MANIFEST, ExportManifest)
+        self.manifest = manifest or read_manifest(export / EXPORT_MANIFEST, ExportManifest)
         verify_files(export, self.manifest.extra_files, ExportIncomplete)
         self.builder = builder
         self._cache = cache

@@ -72,3 +72,19 @@ def tiny_export(tiny_entry, tmp_path_factory):
     folder = tmp_path_factory.mktemp("export") / "tiny"
     manifest = run_export(ExportOptions(tiny_entry), folder, lambda line: None)
     return folder, manifest
+
+
+@pytest.fixture(scope="session")
+def tiny_fp16_unet(tiny, tmp_path_factory):
+    """The tiny UNet exported in fp16, folder and spec, for what looks at its graph."""
+    from tiny_sdxl import tiny_unet
+
+    from fastface_trt.export.adapter import attach_adapter, read_adapter
+    from fastface_trt.export.modules import unet_export
+    from fastface_trt.export.onnx_writer import write_module
+
+    folder = tmp_path_factory.mktemp("fp16")
+    unet = tiny_unet()
+    attach_adapter(unet, read_adapter(tiny / "adapter.safetensors"), lora_scale=1.0)
+    export = unet_export(unet.half(), tokens=4, latent_size=(16, 16), fixed_size=False)
+    return folder, write_module(export, folder)

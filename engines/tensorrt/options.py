@@ -1,6 +1,7 @@
 """How an engine is built: what a user may choose, checked before anything starts."""
 
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, Field, ValidationError
 
@@ -24,6 +25,21 @@ Counts = Annotated[
 ]
 
 
+Options = TypeVar("Options", bound=Strict)
+
+
+def _validated(kind: type[Options], values: Mapping[str, Any]) -> Options:
+    try:
+        return kind(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise InvalidRequest(
+            f"The build option {where} is not valid: {first['msg']}.",
+            "See `fastface-trt build --help`.",
+        ) from None
+
+
 class DynamicProfile(Strict):
     """One more profile for everything between two ends, slower than a fixed one.
 
@@ -33,6 +49,16 @@ class DynamicProfile(Strict):
     smallest: LatentSize
     largest: LatentSize
     max_requests: int = Field(default=4, ge=1, le=64)
+
+    @classmethod
+    def checked(cls, **values: Any) -> "DynamicProfile":
+        """A profile of these values; raises `InvalidRequest` with the first thing that is wrong."""
+        profile = _validated(cls, values)
+        if any(low > high for low, high in zip(profile.smallest, profile.largest, strict=True)):
+            raise InvalidRequest(
+                "The smallest size of --dynamic is larger than its largest.", "Swap the two."
+            )
+        return profile
 
 
 class TensorRTOptions(Strict):
@@ -63,15 +89,7 @@ class TensorRTOptions(Strict):
     @classmethod
     def checked(cls, flavour: Flavour, **values: Any) -> "TensorRTOptions":
         """Options for `flavour`; raises `InvalidRequest` with the first thing that is wrong."""
-        try:
-            options = cls(**values)
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"])
-            raise InvalidRequest(
-                f"The build option {where} is not valid: {first['msg']}.",
-                "See `fastface-trt build --help`.",
-            ) from None
+        options = _validated(cls, values)
         options.check_flavour(flavour)
         return options
 

@@ -132,13 +132,11 @@ def build_options(given: Mapping[str, Any], scale_factor: int) -> dict[str, Any]
             raise InvalidRequest(
                 f"--dynamic is {given['dynamic']!r}.", "Write e.g. 512x512..1024x1024."
             )
-        ends = {
-            "smallest": _latents(smallest, scale_factor),
-            "largest": _latents(largest, scale_factor),
-        }
-        if given["max_requests"]:
-            ends["max_requests"] = given["max_requests"]
-        options["dynamic"] = DynamicProfile(**ends)
+        options["dynamic"] = DynamicProfile.checked(
+            smallest=_latents(smallest, scale_factor),
+            largest=_latents(largest, scale_factor),
+            max_requests=given["max_requests"] or 4,
+        )
     return options
 
 

@@ -5,14 +5,20 @@ import importlib.util
 import json
 import platform
 from dataclasses import asdict
+from pathlib import Path
 
 import click
 from rich.console import Console
 from rich.table import Table
 
 from fastface_trt import __version__
-from fastface_trt.engines.backends import BackendStatus, probe_backends
+from fastface_trt.cli.common import FILE, FOLDER, console, timed_lines
+from fastface_trt.engines.backends import BACKENDS, BackendStatus, probe_backends
 from fastface_trt.engines.cache import EngineCache
+from fastface_trt.engines.engine import Progress
+from fastface_trt.engines.files import storage_errors, write_text_durably
+from fastface_trt.errors import BackendUnavailable, UnknownName
+from fastface_trt.self_test import REFERENCE, Check, SelfTest, require_export_extra
 
 EXTRAS = {
     "export": ("torch", "diffusers", "transformers", "peft", "onnx", "onnxscript", "onnx-ir"),
@@ -36,9 +42,48 @@ def _extras() -> dict[str, dict[str, str | None]]:
 
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
-def doctor(as_json: bool) -> None:
-    """Say what is installed, which backends work here, and how to mend the others."""
+@click.option("--gpu", is_flag=True, help="Test every GPU backend against ONNX Runtime's CPU.")
+@click.option(
+    "--backend", "chosen", multiple=True, help="With --gpu: only this backend (repeatable)."
+)
+@click.option(
+    "--full-size",
+    type=FOLDER,
+    metavar="EXPORT",
+    help="With --gpu: also run this full-size export's UNet "
+    "(make one with `export --random-weights --fp16`).",
+)
+@click.option(
+    "--recording",
+    type=FOLDER,
+    help="With --gpu: also replay these recorded cases (tests/golden/pipeline in the sources).",
+)
+@click.option("--cache", type=FOLDER, help="Engine cache folder [FASTFACE_CACHE].")
+@click.option("--out", type=FILE, help="With --gpu: write the checks as JSON to this file.")
+def doctor(
+    as_json: bool,
+    gpu: bool,
+    chosen: tuple[str, ...],
+    full_size: Path | None,
+    recording: Path | None,
+    cache: Path | None,
+    out: Path | None,
+) -> None:
+    """Say what is installed, which backends work here, and how to mend the others.
+
+    With --gpu it is a self-test: every GPU backend that works here builds the small model, makes
+    pictures and is compared with ONNX Runtime on the CPU; exits with 1 when a check fails.
+    """
     backends = probe_backends()
+    if gpu:
+        _self_test(
+            SelfTest(
+                chosen or _on_gpu(backends), EngineCache(cache), full_size, recording, _lines()
+            ),
+            out,
+            as_json,
+        )
+        return
     if as_json:
         report = {
             "fastface_trt": __version__,
@@ -65,6 +110,51 @@ def doctor(as_json: bool) -> None:
         table.add_row(name, ", ".join(have) or "-", ", ".join(lack) or "-")
     out.print(table)
     out.print(f"Engine cache: {EngineCache().root}")
+
+
+def _lines() -> Progress:
+    return timed_lines(console())
+
+
+def _on_gpu(backends: list[BackendStatus]) -> list[str]:
+    """GPU backends that work here; raises `BackendUnavailable` when there are none."""
+    names = [status.name for status in backends if status.works and status.name != REFERENCE]
+    if not names:
+        reasons = "; ".join(f"{s.name}: {s.detail}" for s in backends if s.name != REFERENCE)
+        raise BackendUnavailable(
+            "No GPU backend works here, so there is nothing to test.",
+            f"{reasons}. `fastface-trt doctor` says how to mend each.",
+        )
+    return names
+
+
+def _self_test(test: SelfTest, file: Path | None, as_json: bool) -> None:
+    for backend in test.backends:
+        if backend not in BACKENDS:
+            raise UnknownName("backend", backend, BACKENDS)
+    require_export_extra(test.recording)
+    checks = test.run()
+    report = json.dumps(test.report(checks), indent=2)
+    if file is not None:
+        with storage_errors(file.parent):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_text_durably(file, report + "\n")
+    if as_json:
+        click.echo(report)
+    else:
+        _print_checks(Console(highlight=False), checks)
+    if not all(check.passed for check in checks):
+        raise click.exceptions.Exit(1)
+
+
+def _print_checks(out: Console, checks: list[Check]) -> None:
+    table = Table(title="Self-test", show_lines=True)
+    for heading in ("backend", "check", "passed", "how"):
+        table.add_column(heading, overflow="fold")
+    for check in checks:
+        passed = "[green]yes[/green]" if check.passed else "[red]no[/red]"
+        table.add_row(check.backend, check.name, passed, check.detail)
+    out.print(table)
 
 
 def _print_backends(out: Console, backends: list[BackendStatus]) -> None:

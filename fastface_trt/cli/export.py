@@ -6,8 +6,15 @@ from typing import Any
 
 import click
 
-from fastface_trt.cli.common import FOLDER, console, licence_option, timed_lines
-from fastface_trt.errors import LicenceNotAcknowledged, MissingDependency
+from fastface_trt.calibration import (
+    PipelineCalibration,
+    default_faces,
+    default_prompts,
+    find_faces,
+    read_prompts,
+)
+from fastface_trt.cli.common import FILE, FOLDER, console, licence_option, timed_lines
+from fastface_trt.errors import InvalidRequest, LicenceNotAcknowledged, MissingDependency
 
 
 @click.command()
@@ -35,10 +42,10 @@ from fastface_trt.errors import LicenceNotAcknowledged, MissingDependency
 @click.option("--distillation-lora-scale", type=float, help="Scale of the distillation LoRA.")
 @click.option(
     "--precision",
-    type=click.Choice(["fp32", "fp16"]),
+    type=click.Choice(["fp32", "fp16", "bf16", "fp8", "int8"]),
     default="fp32",
     show_default=True,
-    help="What the modules compute in.",
+    help="What the modules compute in; fp8 and int8: the UNet, the rest in fp16.",
 )
 @click.option("--fp16", is_flag=True, help="Short for --precision fp16.")
 @click.option(
@@ -50,13 +57,37 @@ from fastface_trt.errors import LicenceNotAcknowledged, MissingDependency
 @click.option("--width", type=int, help="Picture width in pixels.")
 @click.option("--fixed-size", is_flag=True, help="Export for this size only.")
 @click.option(
+    "--calibration-prompts",
+    type=FILE,
+    help="Text file, one prompt a line, that fp8 and int8 are calibrated on [the mini model's].",
+)
+@click.option(
+    "--calibration-faces",
+    type=FOLDER,
+    help="Folder of photographs of faces for it [for the mini model: its drawn people].",
+)
+@click.option(
+    "--calibration-size",
+    type=click.IntRange(min=1),
+    default=32,
+    show_default=True,
+    help="Pictures that the calibration makes.",
+)
+@click.option(
     "--random-weights",
     is_flag=True,
     help="Full-size SDXL with random weights, without downloads: for latency work.",
 )
 @licence_option
 def export(
-    out: Path | None, checkpoint: str, fp16: bool, accept_licence: bool, **options: Any
+    out: Path | None,
+    checkpoint: str,
+    fp16: bool,
+    accept_licence: bool,
+    calibration_prompts: Path | None,
+    calibration_faces: Path | None,
+    calibration_size: int,
+    **options: Any,
 ) -> None:
     """Write an SDXL checkpoint with FaceID-Plus-v2 as ONNX modules to folder OUT.
 
@@ -68,6 +99,8 @@ def export(
         from fastface_trt.export.checkpoints import find_checkpoint
         from fastface_trt.export.exporter import peak_gb, run_export
         from fastface_trt.export.options import ExportOptions
+        from fastface_trt.export.precision import QUANTIZED_FORMATS
+        from fastface_trt.export.quantization.calibration import RandomCalibration
         from fastface_trt.export.quiet import quiet_libraries
         from fastface_trt.export.sources import parse_item
     except ImportError as error:
@@ -89,8 +122,29 @@ def export(
             f"{entry.base.location}: {entry.base.licence}).",
             "Read their licences, then add --accept-licence.",
         )
+    if options["precision"] not in QUANTIZED_FORMATS:
+        if calibration_prompts or calibration_faces:
+            raise InvalidRequest(
+                f"--precision {options['precision']} is not calibrated.",
+                "Leave out --calibration-prompts and --calibration-faces, or add --precision fp8.",
+            )
+    elif options["random_weights"]:
+        options["calibration"] = RandomCalibration()
+    else:
+        if calibration_faces is None and checkpoint != "mini":
+            raise InvalidRequest(
+                f"--precision {options['precision']} is calibrated on faces, and the drawn ones of "
+                f"the mini model do not suit {checkpoint}.",
+                "Give a folder with photographs: --calibration-faces FOLDER.",
+            )
+        options["calibration"] = PipelineCalibration(
+            read_prompts(calibration_prompts) if calibration_prompts else default_prompts(),
+            find_faces(calibration_faces) if calibration_faces else default_faces(),
+            pictures=calibration_size,
+            licence_acknowledged=accept_licence,
+        )
     chosen = ExportOptions(checkpoint=entry, **options)
-    kind = "random" if chosen.random_weights else chosen.precision
+    kind = f"random-{chosen.precision}" if chosen.random_weights else chosen.precision
     target = out or Path("exports") / f"{checkpoint}-{kind}"
     screen = console()
     line = timed_lines(screen)

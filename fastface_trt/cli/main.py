@@ -13,6 +13,7 @@ from fastface_trt.cli.export import export
 from fastface_trt.cli.generate import generate
 from fastface_trt.cli.inspect import inspect
 from fastface_trt.cli.replay import replay
+from fastface_trt.cli.verify import verify
 from fastface_trt.errors import FastFaceError
 
 USER_ERROR, INTERRUPTED = 2, 130
@@ -43,7 +44,7 @@ def cli() -> None:
     """
 
 
-for command in (demo, generate, export, build, cache, inspect, doctor, replay):
+for command in (demo, generate, export, build, verify, cache, inspect, doctor, replay):
     cli.add_command(command)
 
 

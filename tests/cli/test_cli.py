@@ -210,6 +210,9 @@ def test_export_mistakes(tmp_path):
         (("--checkpoint", "hyper", "--random-weights", "--steps", 3), "3 steps"),
         (("--checkpoint", "hyper", "--random-weights", "--vae", "x/y"), "no weights"),
         (("--checkpoint", "mini", "--adapter", str(tmp_path / "a.bin")), "a.bin"),
+        (("--checkpoint", "mini", "--calibration-faces", str(tmp_path)), "not calibrated"),
+        (("--checkpoint", "hyper", "--precision", "fp8", "--accept-licence"), "photographs"),
+        (("--checkpoint", "mini", "--precision", "bf16", "--weight-storage", "fp16"), "store"),
     ):
         result = run("export", *arguments, tmp_path / "out")
         assert result.exit_code == USER_ERROR, result.output

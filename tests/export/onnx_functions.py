@@ -5,10 +5,10 @@ import onnxruntime
 from onnx import TensorProto, helper
 
 from fastface_trt.engines.contract import FUNCTION_DOMAIN
-from fastface_trt.export.functions import FUNCTIONS, OPSET
+from fastface_trt.export.functions import OPSET, attention_functions
 
 
-def session(function, inputs, output, dtype=TensorProto.FLOAT, typed=()):
+def session(function, inputs, output, dtype=TensorProto.FLOAT, typed=(), tokens=4):
     """A session of one call; `inputs` maps names to ranks, `typed` names inputs of `dtype`."""
 
     def value(name, rank):
@@ -23,7 +23,7 @@ def session(function, inputs, output, dtype=TensorProto.FLOAT, typed=()):
     model = helper.make_model(
         graph,
         opset_imports=[helper.make_opsetid("", OPSET), helper.make_opsetid(FUNCTION_DOMAIN, 1)],
-        functions=[f.to_function_proto() for f in FUNCTIONS],
+        functions=[f.to_function_proto() for f in attention_functions(tokens)],
         ir_version=10,
     )
     return onnxruntime.InferenceSession(
@@ -34,10 +34,10 @@ def session(function, inputs, output, dtype=TensorProto.FLOAT, typed=()):
 class DecoupledAttention:
     """The exported function of one block, called with numpy arrays."""
 
-    def __init__(self, dtype=np.float32):
+    def __init__(self, dtype=np.float32, tokens=4):
         kind = TensorProto.FLOAT16 if dtype == np.float16 else TensorProto.FLOAT
         ranks = {"q": 4, "k": 4, "v": 4, "manipulation": 2, "ip_scale": 1}
-        self._session = session("DecoupledAttention", ranks, 4, kind, ("q", "k", "v"))
+        self._session = session("DecoupledAttention", ranks, 4, kind, ("q", "k", "v"), tokens)
 
     def __call__(self, q, k, v, manipulation, ip_scale):
         feeds = {

@@ -18,7 +18,7 @@ from fastface_trt.errors import InvalidRequest, WeightsError
 from fastface_trt.export.adapter import attach_adapter, read_adapter
 from fastface_trt.export.checkpoints import HubItem
 from fastface_trt.export.exporter import run_export
-from fastface_trt.export.modules import unet_export, vae_decoder_export
+from fastface_trt.export.modules import vae_decoder_export
 from fastface_trt.export.onnx_writer import write_module
 from fastface_trt.export.options import ExportOptions
 from fastface_trt.export.oracle import TorchUNet
@@ -189,18 +189,16 @@ def test_fp16_storage_halves_files_and_keeps_float32(tiny, tmp_path):
     assert difference.max() < 5e-3
 
 
-def test_fp16_unet_passes_the_tensorrt_parser(tiny, tmp_path):
+def test_fp16_unet_passes_the_tensorrt_parser(tiny_fp16_unet):
     """The trap: a Concat of fp16 text and fp32 time embedding that ONNX's checker lets through."""
     trt = pytest.importorskip("tensorrt_rtx")
-    unet = tiny_unet()
-    attach_adapter(unet, read_adapter(tiny / "adapter.safetensors"), lora_scale=1.0)
-    export = unet_export(unet.half(), tokens=4, latent_size=(16, 16), fixed_size=False)
-    spec = write_module(export, tmp_path)
-    assert spec.dtype_of(contract.SAMPLE) == spec.dtype_of(contract.NOISE_PREDICTION) == "float16"
+    folder, spec = tiny_fp16_unet
+    assert spec.dtype_of(contract.SAMPLE) == spec.dtype_of(contract.NOISE_PREDICTION) == "float32"
+    assert spec.dtype_of(contract.TEXT) == spec.dtype_of(contract.IMAGE_TOKENS) == "float16"
     logger = trt.Logger(trt.Logger.ERROR)
     network = trt.Builder(logger).create_network(0)
     parser = trt.OnnxParser(network, logger)
-    parsed = parser.parse_from_file(str(tmp_path / spec.files[0].path))
+    parsed = parser.parse_from_file(str(folder / spec.files[0].path))
     assert parsed, [str(parser.get_error(i)) for i in range(parser.num_errors)]
 
 

@@ -1,0 +1,200 @@
+"""`verify`: is a backend's arithmetic that of the exported graphs, and if not, where it parts."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from fastface_trt.cli.common import FOLDER, console, timed_lines
+from fastface_trt.engines.cache import EngineCache
+from fastface_trt.engines.engine import Progress
+from fastface_trt.engines.manifest import EXPORT_MANIFEST, ExportManifest, read_manifest
+from fastface_trt.errors import MissingDependency, UnknownName
+from fastface_trt.pipeline import find_export
+from fastface_trt.verify.inputs import module_inputs
+from fastface_trt.verify.layers import LayerReport, find_layer
+from fastface_trt.verify.modules import ModuleVerdict, verify_builder, verify_modules
+
+FAILED = 1
+"""Exit code when a module is beyond its tolerance, or the linter finds an error."""
+
+
+@click.command()
+@click.argument("export", default="mini")
+@click.option("--backend", default="onnxruntime", show_default=True, help="Any that `build` knows.")
+@click.option("--module", "modules", multiple=True, help="Only this module (repeatable).")
+@click.option("--layers", is_flag=True, help="Find the first tensor where a module differs.")
+@click.option("--lint", "only_lint", is_flag=True, help="Lint the ONNX files; build nothing.")
+@click.option("--tolerance", type=click.FloatRange(min=0, min_open=True), help="Relative L2.")
+@click.option(
+    "--marks",
+    default=16,
+    show_default=True,
+    type=click.IntRange(min=1),
+    help="Tensors that --layers compares per build: more mean fewer builds and more memory.",
+)
+@click.option(
+    "--float64/--no-float64",
+    default=True,
+    help="With --layers: ask float64 which side is right (minutes for a full-size UNet).",
+)
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0))
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads per module.")
+@click.option("--cache", type=FOLDER, help="Engine cache folder [FASTFACE_CACHE].")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
+@click.pass_context
+def verify(
+    context: click.Context,
+    export: str,
+    backend: str,
+    modules: tuple[str, ...],
+    layers: bool,
+    only_lint: bool,
+    tolerance: float | None,
+    marks: int,
+    float64: bool,
+    seed: int,
+    threads: int | None,
+    cache: Path | None,
+    as_json: bool,
+) -> None:
+    """Compare the engines of EXPORT (a folder, or mini) with ONNX Runtime, module by module.
+
+    The reference is ONNX Runtime on the CPU with all optimisations off; the exit code is 1 when a
+    module is beyond the tolerance of its precision. --layers then looks inside such a module.
+    """
+    folder = find_export(export)
+    manifest = read_manifest(folder / EXPORT_MANIFEST, ExportManifest)
+    for name in modules:
+        if name not in manifest.modules:
+            raise UnknownName("module", name, manifest.modules)
+    line = timed_lines(console())
+    if only_lint:
+        report, failed = _lint(folder, manifest, modules or tuple(manifest.modules), seed, line)
+        _show(report, as_json, _print_lint)
+        context.exit(FAILED if failed else 0)
+    builder = verify_builder(backend, manifest, threads=threads)
+    verdicts = verify_modules(
+        folder,
+        manifest,
+        builder,
+        EngineCache(cache),
+        modules=modules,
+        tolerance=tolerance,
+        seed=seed,
+        threads=threads,
+        progress=line,
+    )
+    found = [
+        report
+        for verdict in verdicts
+        if layers
+        and (
+            report := find_layer(
+                folder,
+                manifest,
+                verdict,
+                builder,
+                marks=marks,
+                float64=float64,
+                seed=seed,
+                threads=threads,
+                progress=line,
+            )
+        )
+    ]
+    if as_json:
+        report = {"export": str(folder), "backend": backend, "precision": manifest.precision}
+        report["modules"] = [verdict.as_json() for verdict in verdicts]
+        report["layers"] = [one.as_json() for one in found]
+        click.echo(json.dumps(report, indent=2))
+    else:
+        out = Console(highlight=False)
+        _print_verdicts(out, backend, verdicts)
+        for one in found:
+            _print_layer(out, one)
+    context.exit(0 if all(verdict.agrees for verdict in verdicts) else FAILED)
+
+
+def _show(report: dict[str, Any], as_json: bool, show: Any) -> None:
+    if as_json:
+        click.echo(json.dumps(report, indent=2))
+    else:
+        show(Console(highlight=False), report)
+
+
+def _lint(
+    folder: Path, manifest: ExportManifest, modules: tuple[str, ...], seed: int, line: Progress
+) -> tuple[dict[str, Any], bool]:
+    try:
+        from fastface_trt.export.lint import lint
+    except ImportError as error:
+        raise MissingDependency(
+            f"Linting needs {error.name}.", "Install it with: pip install 'fastface-trt[export]'."
+        ) from None
+    report: dict[str, Any] = {"export": str(folder), "lint": {}}
+    failed = False
+    for name in modules:
+        line(f"Linting {name}")
+        inputs = module_inputs(manifest.modules[name], manifest, folder, seed=seed)
+        entries = lint(manifest.modules[name], folder, inputs)
+        failed = failed or any(entry.is_error for entry in entries)
+        report["lint"][name] = [
+            {"level": e.level, "source": e.source, "message": e.message, "nodes": list(e.nodes)}
+            for e in entries
+        ]
+    return report, failed
+
+
+def _print_lint(out: Console, report: dict[str, Any]) -> None:
+    for name, entries in report["lint"].items():
+        out.print(f"{name}: {'clean' if not entries else ''}")
+        for entry in entries:
+            nodes = f" ({', '.join(entry['nodes'])})" if entry["nodes"] else ""
+            out.print(f"  {entry['level']}, {entry['source']}{nodes}: {entry['message']}")
+
+
+def _print_verdicts(out: Console, backend: str, verdicts: list[ModuleVerdict]) -> None:
+    table = Table(title=f"{backend} against ONNX Runtime on the CPU, unoptimised")
+    for heading in ("module", "output", "max |difference|", "relative L2", "tolerance", ""):
+        table.add_column(heading)
+    for verdict in verdicts:
+        for name, one in verdict.differences.items():
+            differs = one.exceeds(verdict.tolerance)
+            table.add_row(
+                verdict.module,
+                name,
+                f"{one.max_abs:.2e}",
+                f"{one.relative_l2:.2e}",
+                f"{verdict.tolerance:.0e}",
+                "[red]differs[/red]" if differs else "[green]agrees[/green]",
+            )
+    out.print(table)
+
+
+def _print_layer(out: Console, report: LayerReport) -> None:
+    sizes = " x ".join(map(str, report.shape)) or "scalar"
+    where = f" inside a call of {report.inside}" if report.inside else ""
+    out.print(f"{report.module} parts from the reference at {report.tensor} ({sizes}){where}:")
+    rows = {
+        "operator": f"{report.op} ({report.node})",
+        "PyTorch module": report.scope or "not recorded",
+        "type": report.dtype,
+        "relative L2": f"{report.difference.relative_l2:.2e}, "
+        f"tolerance {report.tolerance:.0e}, max |difference| {report.difference.max_abs:.2e}",
+        "computed from": ", ".join(
+            f"{name} ({one.relative_l2:.1e})" for name, one in report.producers.items()
+        )
+        or "inputs and weights",
+        "searched": f"{report.searched} of {report.tensors} tensors in {report.builds} builds",
+    }
+    if report.float64 is not None:
+        rows["from float64"] = (
+            f"backend {report.float64.backend:.1e}, ONNX Runtime {report.float64.reference:.1e}"
+        )
+    for key, value in rows.items():
+        out.print(f"  {key:15} {value}", markup=False)
+    out.print(f"  {report.suggestion}", markup=False)

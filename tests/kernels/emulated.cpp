@@ -1,0 +1,22 @@
+// The two launches of engines/kernels/decoupled_attention.cu, run by g++ through emulation.h.
+#include "emulation.h"
+
+#include "decoupled_attention.cu"
+
+// 0 when both launches ran, 1 or 2 for the launch whose threads waited for each other for ever.
+extern "C" int run(const Scalar* q, const Scalar* k, const Scalar* v, const float* manipulation,
+                   const float* ip_scale, int requests, int rows, int heads, int positions,
+                   float4* maps, float4* statistics, Scalar* out, int reversed) {
+  const unsigned head_rows = rows * heads;
+  const unsigned blocks = (positions + OUTPUT_POSITIONS - 1) / OUTPUT_POSITIONS;
+  if (!emulation::emulate(decoupled_attention_statistics, {head_rows, 1, 1}, STATISTICS_THREADS,
+                          reversed, q, k, manipulation, requests, rows, heads, positions, maps,
+                          statistics)) {
+    return 1;
+  }
+  return emulation::emulate(decoupled_attention, {blocks, head_rows, 1}, OUTPUT_THREADS, reversed, q,
+                            k, v, manipulation, ip_scale, maps, statistics, requests, rows, heads,
+                            positions, out)
+             ? 0
+             : 2;
+}
