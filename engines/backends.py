@@ -118,6 +118,8 @@ def _installed(prefix: str) -> dict[str, str]:
     found = {}
     for distribution in importlib.metadata.distributions():
         name = (distribution.metadata["Name"] or "").lower().replace("_", "-")
+        if name.endswith("-bindings"):
+            continue  # without their libraries they are not an installation
         if name == prefix or name.startswith(_FLAVOURS[prefix]):
             found[name] = distribution.version
     return dict(sorted(found.items()))

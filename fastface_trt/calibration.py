@@ -21,7 +21,7 @@ from fastface_trt.mini.prompts import (
     canonical_prompt,
 )
 from fastface_trt.runtime.conditioning import Conditioner
-from fastface_trt.runtime.denoise import DenoiseReport, Job, denoise
+from fastface_trt.runtime.denoise import DenoiseReport, denoise
 from fastface_trt.runtime.face import Face, FaceAnalyzer
 from fastface_trt.runtime.images import load_picture
 from fastface_trt.runtime.modules import ModuleSet

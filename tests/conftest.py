@@ -8,7 +8,7 @@ import pytest
 
 TESTS = Path(__file__).parent
 GOLDEN = TESTS / "golden"
-sys.path[:0] = [str(TESTS / name) for name in ("", "..", "runtime", "engines", "export")]
+sys.path[:0] = [str(TESTS / name) for name in ("", "..", "runtime", "engines", "export", "verify")]
 
 
 @pytest.fixture(scope="session", autouse=True)

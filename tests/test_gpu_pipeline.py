@@ -112,7 +112,7 @@ def test_no_tensor_crosses_to_the_host_inside_a_picture(simulated, face):
 
 
 def test_nothing_is_waited_for_between_two_unet_calls(simulated, face):
-    gpu, cuda, trt = simulated
+    gpu, cuda, _ = simulated
     gpu(PROMPT, face)
     start = len(cuda.calls)
     seen = []

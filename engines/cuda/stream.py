@@ -143,6 +143,7 @@ class Stream:
         self.graphs = Graphs(driver, self.handle, warn)
         self.scratch = Scratch(driver, self._scratch_goes)
         self.dropped: deque[int] = deque()
+        self._live: set[int] = set()
         self._borrowed: list[Memory] = []
 
     def allocate(self, size: int) -> Memory:
@@ -150,6 +151,7 @@ class Stream:
         self._free_dropped()
         # The pool takes no request for nothing.
         address = self._driver.mem_alloc_async(max(size, 1), self._pool, self.handle)
+        self._live.add(address)
         return Memory(address, self)
 
     def reads(self, memory: object) -> None:
@@ -190,9 +192,11 @@ class Stream:
         self._borrowed.clear()
 
     def close(self) -> None:
-        """Free everything; twice is harmless."""
+        """Free everything, tensors that somebody still holds included; twice is harmless."""
         if self.handle is None:
             return
+        self._free_dropped()
+        self.dropped.extend(self._live)
         self.synchronize()
         self.graphs.close()
         self.staging.free()
@@ -202,7 +206,9 @@ class Stream:
 
     def _free_dropped(self) -> None:
         while self.dropped:
-            self._driver.mem_free_async(self.dropped.popleft(), self.handle)
+            address = self.dropped.popleft()
+            self._live.discard(address)
+            self._driver.mem_free_async(address, self.handle)
 
     def _scratch_goes(self, address: int) -> None:
         self.graphs.forget(address=address)

@@ -13,9 +13,11 @@ would on a GPU. Memory, streams and graphs are simulated strictly:
 import ctypes
 import inspect
 import itertools
+import re
 import threading
 from bisect import bisect_right
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import numpy as np
 from cuda.bindings import driver as real_driver
@@ -150,6 +152,7 @@ class FakeCuda:
         if implementation is None:
             raise NotImplementedError(f"the simulated driver has no {name}")
         parameters = len(inspect.signature(real).parameters)
+        returned = _documented_values(real)
 
         def call(*arguments):
             if len(arguments) != parameters:
@@ -167,7 +170,7 @@ class FakeCuda:
                         )
                     except Cuda as problem:
                         error = str(problem)
-                return (getattr(real_driver.CUresult, error), *[None] * _returns(name))
+                return (getattr(real_driver.CUresult, error), *[None] * returned)
 
         return call
 
@@ -424,6 +427,10 @@ class FakeCuda:
         self._gone(executable, "executable graph")
 
 
-def _returns(name):
-    """How many values a failing call still returns beside its code, as the binding does."""
-    return 0 if name.startswith(("cuMemcpy", "cuMemset", "cuMemFree")) else 1
+@lru_cache
+def _documented_values(real):
+    """How many values the real function returns beside its code."""
+    section = (
+        inspect.cleandoc(real.__doc__).rpartition("Returns\n-------\n")[2].partition("\n\n")[0]
+    )
+    return len(re.findall(r"^\w+ : ", section, re.M))
