@@ -183,7 +183,7 @@ class Subroutine:
         import onnxruntime
         from onnx import TensorProto, helper
 
-        from fastface_trt.export.functions import FUNCTIONS, OPSET
+        from fastface_trt.export.functions import OPSET, attention_functions
 
         if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
             raise ImportError("onnxruntime-gpu is not installed")
@@ -195,7 +195,7 @@ class Subroutine:
         imports = [helper.make_opsetid("", OPSET), helper.make_opsetid(FUNCTION_DOMAIN, 1)]
         model = helper.make_model(
             helper.make_graph([node], "g", values, [output]),
-            functions=[one.to_function_proto() for one in FUNCTIONS],
+            functions=[one.to_function_proto() for one in attention_functions(4)],
             opset_imports=imports,
             ir_version=10,
         )

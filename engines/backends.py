@@ -120,7 +120,8 @@ def _installed(prefix: str) -> dict[str, str]:
         name = (distribution.metadata["Name"] or "").lower().replace("_", "-")
         if name.endswith("-bindings"):
             continue  # without their libraries they are not an installation
-        if name == prefix or name.startswith(_FLAVOURS[prefix]):
+        half = name.endswith(("-bindings", "-libs"))  # parts of a package, useless alone
+        if name == prefix or (name.startswith(_FLAVOURS[prefix]) and not half):
             found[name] = distribution.version
     return dict(sorted(found.items()))
 

@@ -17,13 +17,13 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from fastface_trt.engines import protobuf
 from fastface_trt.engines.closing import Closing
 from fastface_trt.errors import ExportIncomplete
 
 SCOPE_KEY: Final = "pkg.torch.onnx.name_scopes"
 """Node metadata that names the PyTorch modules around a node, outermost first, as a list."""
 
-_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _MODEL_GRAPH = 7
 _GRAPH_NODE, _GRAPH_INITIALIZER = 1, 5
 _NODE_INPUT, _NODE_OUTPUT, _NODE_NAME, _NODE_OP_TYPE, _NODE_METADATA = 1, 2, 3, 4, 9
@@ -163,13 +163,13 @@ class OnnxFile(Closing):
             if not isinstance(value, memoryview):
                 continue
             if field == _NODE_INPUT:
-                inputs.append(_text(value))
+                inputs.append(protobuf.text(value))
             elif field == _NODE_OUTPUT:
-                outputs.append(_text(value))
+                outputs.append(protobuf.text(value))
             elif field == _NODE_NAME:
-                name = _text(value)
+                name = protobuf.text(value)
             elif field == _NODE_OP_TYPE:
-                op_type = _text(value)
+                op_type = protobuf.text(value)
             elif field == _NODE_METADATA:
                 key, text = self._pair(value)
                 if key == SCOPE_KEY:
@@ -189,9 +189,9 @@ class OnnxFile(Closing):
                 elif field == _TENSOR_TYPE:
                     dtype = value
             elif field == _TENSOR_DIMS:  # packed
-                shape += _varints(value)
+                shape += protobuf.varints(value)
             elif field == _TENSOR_NAME:
-                name = _text(value)
+                name = protobuf.text(value)
             elif field == _TENSOR_RAW:
                 raw = value
             elif field == _TENSOR_EXTERNAL:
@@ -216,58 +216,22 @@ class OnnxFile(Closing):
         return whole[start : start + length]
 
     def _pair(self, message: memoryview) -> tuple[str, str]:
-        pair = {f: _text(v) for f, v in self.fields(message) if isinstance(v, memoryview)}
+        pair = {f: protobuf.text(v) for f, v in self.fields(message) if isinstance(v, memoryview)}
         return pair.get(_PAIR_KEY, ""), pair.get(_PAIR_VALUE, "")
 
     def fields(self, message: memoryview) -> Fields:
-        """(field number, integer or bytes) of one protobuf message."""
-        at, end = 0, len(message)
+        """(field number, integer or bytes) of a message of this file.
+
+        Raises `ExportIncomplete` when it is cut.
+        """
         try:
-            while at < end:
-                tag, at = _varint(message, at)
-                kind = tag & 7
-                if kind == _VARINT:
-                    number, at = _varint(message, at)
-                    yield tag >> 3, number
-                    continue
-                if kind == _BYTES:
-                    size, at = _varint(message, at)
-                elif kind in (_FIXED64, _FIXED32):
-                    size = 8 if kind == _FIXED64 else 4
-                else:
-                    raise self._broken(f"unknown wire type {kind}")
-                if at + size > end:
-                    raise self._broken("it is cut")
-                yield tag >> 3, message[at : at + size]
-                at += size
-        except IndexError:
-            raise self._broken("it is cut") from None
+            for field in protobuf.fields(message):
+                yield field.number, field.value
+        except ValueError as error:
+            raise self._broken(str(error)) from None
 
     def _broken(self, why: str) -> ExportIncomplete:
         return ExportIncomplete(f"{self.path} is not an ONNX model: {why}.", "Export it again.")
-
-
-def _varint(message: memoryview, at: int) -> tuple[int, int]:
-    number = shift = 0
-    while True:
-        byte = message[at]
-        at += 1
-        number |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return number, at
-        shift += 7
-
-
-def _varints(message: memoryview) -> list[int]:
-    numbers, at = [], 0
-    while at < len(message):
-        number, at = _varint(message, at)
-        numbers.append(number)
-    return numbers
-
-
-def _text(message: memoryview) -> str:
-    return bytes(message).decode("utf-8", errors="replace")
 
 
 def innermost_scope(scopes: str) -> str:

@@ -4,9 +4,12 @@ import re
 from math import prod
 from typing import Any
 
+from fastface_trt.engines.hardware import cuda_hardware
 from fastface_trt.engines.manifest import ModuleSpec
 from fastface_trt.engines.onnx_file import OnnxFile
 from fastface_trt.engines.tensorrt.flavour import Flavour
+from fastface_trt.engines.tensorrt.plugin import register_plugins
+from fastface_trt.engines.tensorrt.plugin_function import with_plugins
 from fastface_trt.engines.topology import is_weight
 from fastface_trt.engines.weight_map import EngineWeight
 from fastface_trt.errors import BuildFailed
@@ -54,17 +57,26 @@ def parse(
     log: MessageLog,
     module: ModuleSpec,
     onnx: OnnxFile,
+    *,
+    attention_plugin: bool = False,
 ) -> tuple[Any, Any]:
     """A strongly typed network of `module`, and the parser, which must outlive it.
 
     Weights are handed over by address, so the file's mapping is the only copy, and the address says
     which initialiser a weight of the network is; `onnx` must stay open until the engine is built.
+    `attention_plugin` puts the CUDA kernels where decoupled attention's subroutine was.
     Raises `BuildFailed` with the node and the PyTorch module that the parser refused.
     """
-    typed = 1 << int(binding.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
-    network = builder.create_network(typed)
+    creation = binding.NetworkDefinitionCreationFlag
+    flags = 1 << int(creation.STRONGLY_TYPED)
+    model = bytes(onnx.model)
+    if attention_plugin:
+        register_plugins(flavour, f"sm_{cuda_hardware()['compute_capability'].replace('.', '')}")
+        flags |= 1 << int(creation.PREFER_AOT_PYTHON_PLUGINS)
+        model = with_plugins(onnx.model)
+    network = builder.create_network(flags)
     parser = binding.OnnxParser(network, log.logger)
-    accepted = parser.load_model_proto(bytes(onnx.model), str(onnx.path))
+    accepted = parser.load_model_proto(model, str(onnx.path))
     accepted = accepted and all(
         parser.load_initializer(one.name, one.address, len(one.data))
         for one in onnx.initializers.values()

@@ -68,8 +68,11 @@ class TensorRTOptions(Strict):
     `dynamic` adds one that covers a range. Numbers left at None are TensorRT's own defaults.
     workspace_gb is in GB of 2³⁰ bytes. targets are GPU generations (TensorRT-RTX only; none given
     means all that it can build for). weight_streaming lets the weights stay on the host when the
-    device is short of memory. refittable engines take other weights without a rebuild;
-    strip_weights leaves the weights out of the plan file, to be put in on the target machine.
+    device is short of memory. tf32 lets float32 products round to 10 bits of mantissa; attention
+    manipulation takes its statistics in float32 for a reason, so it is off. refittable engines take
+    other weights without a rebuild; strip_weights leaves the weights out of the plan file, to be
+    put in on the target machine. attention_plugin replaces the decoupled attention's subroutine by
+    the CUDA kernels of `fastface_trt.engines.kernels` (TensorRT only).
     """
 
     requests: Counts = (1,)
@@ -83,8 +86,10 @@ class TensorRTOptions(Strict):
     version_compatible: bool = False
     hardware_compatible: bool = False
     weight_streaming: bool = False
+    tf32: bool = False
     refittable: bool = False
     strip_weights: bool = False
+    attention_plugin: bool = False
 
     @classmethod
     def checked(cls, flavour: Flavour, **values: Any) -> "TensorRTOptions":
@@ -97,6 +102,8 @@ class TensorRTOptions(Strict):
         """Raise `InvalidRequest` for an option that `flavour` does not have."""
         if self.targets:
             flavour.require("compute_capabilities")
+        if self.attention_plugin:
+            flavour.require("plugins")
         if self.version_compatible:
             flavour.require("version_compatibility")
         if self.hardware_compatible:

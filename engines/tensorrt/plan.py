@@ -50,7 +50,15 @@ def build_plan(
         builder = binding.Builder(log.logger)
         if builder is None:  # how the binding reports a driver that it cannot use
             raise BackendUnavailable(f"{flavour.label} has no builder here: {log.reason()}", "")
-        network, parser = parse(flavour, binding, builder, log, module, onnx)
+        network, parser = parse(
+            flavour,
+            binding,
+            builder,
+            log,
+            module,
+            onnx,
+            attention_plugin=options.attention_plugin,
+        )
         if options.refittable or options.strip_weights:
             named = name_weights(binding, network, log, onnx)
             make_map(onnx, digest_weights(onnx), named).write(target)
@@ -95,9 +103,10 @@ def _configure(
         (options.refittable, flags.REFIT),
         (options.strip_weights, flags.STRIP_PLAN),
         (options.version_compatible, flags.VERSION_COMPATIBLE),
+        (options.tf32, flags.TF32),
     ):
-        if chosen:
-            config.set_flag(flag)
+        # Cleared as well as set: TF32 is on unless someone says otherwise.
+        (config.set_flag if chosen else config.clear_flag)(flag)
     if options.hardware_compatible:
         config.hardware_compatibility_level = binding.HardwareCompatibilityLevel.AMPERE_PLUS
     if options.optimization_level is not None:

@@ -66,9 +66,16 @@ class _Counts(click.ParamType[tuple[int, ...]]):
 @click.option(
     "--weight-streaming", is_flag=True, default=None, help="Weights may stay in host memory."
 )
+@click.option("--tf32", is_flag=True, default=None, help="Round float32 products to TF32.")
 @click.option("--refittable", is_flag=True, default=None, help="`refit` can change the weights.")
 @click.option(
     "--strip-weights", is_flag=True, default=None, help="Leave the weights out of the engine file."
+)
+@click.option(
+    "--attention-plugin",
+    is_flag=True,
+    default=None,
+    help="TensorRT: decoupled attention as CUDA kernels (not run on a GPU so far).",
 )
 @click.option("--log", type=FILE, help="Write every event as a line of JSON to this file.")
 def build(

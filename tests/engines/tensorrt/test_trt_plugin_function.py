@@ -13,7 +13,7 @@ from fastface_trt.errors import ExportIncomplete
 @pytest.fixture(scope="module")
 def model():
     """One call of the exported function on [3,2,64,16], with a layer behind it."""
-    from fastface_trt.export.functions import FUNCTIONS
+    from fastface_trt.export.functions import attention_functions
 
     shapes = {"q": [3, 2, 64, 16], "k": [3, 2, 4, 16], "v": [3, 2, 4, 16], "m": [1, 8], "s": [1]}
     floats = dict.fromkeys(shapes, TensorProto.FLOAT16) | dict.fromkeys("ms", TensorProto.FLOAT)
@@ -25,14 +25,14 @@ def model():
     graph = helper.make_graph(nodes, "g", inputs, [output])
     return helper.make_model(
         graph,
-        functions=[one.to_function_proto() for one in FUNCTIONS],
+        functions=[one.to_function_proto() for one in attention_functions(4)],
         opset_imports=imports,
         ir_version=10,
     )
 
 
 def test_only_the_body_of_the_function_changes(model):
-    rewritten = onnx.load_from_string(with_plugins(model.SerializeToString()))
+    rewritten = onnx.load_from_string(with_plugins(memoryview(model.SerializeToString())))
     assert rewritten.graph == model.graph
     assert len(rewritten.functions) == len(model.functions)
     for before, after in zip(model.functions, rewritten.functions, strict=True):
@@ -60,13 +60,13 @@ def test_a_model_without_the_function_keeps_its_bytes(model):
     plain.CopyFrom(model)
     del plain.functions[:]
     data = plain.SerializeToString()
-    assert with_plugins(data) == data
+    assert with_plugins(memoryview(data)) == data
 
 
 @pytest.mark.parametrize("cut", [1, 1000])
 def test_a_cut_model_is_refused(model, cut):
     with pytest.raises(ExportIncomplete):
-        with_plugins(model.SerializeToString()[:-cut])
+        with_plugins(memoryview(model.SerializeToString()[:-cut]))
 
 
 def test_another_signature_is_refused(model):
@@ -75,7 +75,7 @@ def test_another_signature_is_refused(model):
     ours = next(one for one in other.functions if one.name == FUNCTION_NAME)
     ours.input.append("sixth")
     with pytest.raises(ExportIncomplete, match="6 inputs and 1 outputs"):
-        with_plugins(other.SerializeToString())
+        with_plugins(memoryview(other.SerializeToString()))
 
 
 def test_the_parser_follows_the_function_to_the_plugin(model):
@@ -93,7 +93,7 @@ def test_the_parser_follows_the_function_to_the_plugin(model):
         return error.node_operator(), error.desc(), error.local_function_stack()
 
     assert parse(model.SerializeToString()) is None
-    operator, reason, stack = parse(with_plugins(model.SerializeToString()))
+    operator, reason, stack = parse(with_plugins(memoryview(model.SerializeToString())))
     assert operator == STATISTICS_PLUGIN
     assert "lugin" in reason
     assert len(stack) == 1

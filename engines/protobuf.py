@@ -1,0 +1,95 @@
+"""The wire format of protocol buffers: walking the fields of a message, and writing a few.
+
+ONNX files are protobuf messages. What engines need of them is little, and the onnx package, which
+brings a compiler's worth of code, is not needed to run an engine.
+"""
+
+from collections.abc import Iterator
+from typing import Final, NamedTuple
+
+VARINT: Final = 0
+BYTES: Final = 2
+_FIXED64, _FIXED32 = 1, 5
+
+
+class Field(NamedTuple):
+    """A field of a message: its number, its value, and all its bytes with the tag.
+
+    The value is an int for a number, a view for bytes, text or a message; fixed-width numbers come
+    as their bytes.
+    """
+
+    number: int
+    value: int | memoryview
+    whole: memoryview
+
+
+def fields(message: memoryview) -> Iterator[Field]:
+    """The fields of a serialised message in order; raises `ValueError` when it is cut."""
+    at, end = 0, len(message)
+    while at < end:
+        start = at
+        tag, at = read_varint(message, at)
+        kind = tag & 7
+        if kind == VARINT:
+            number, at = read_varint(message, at)
+            yield Field(tag >> 3, number, message[start:at])
+            continue
+        if kind == BYTES:
+            size, at = read_varint(message, at)
+        elif kind in (_FIXED64, _FIXED32):
+            size = 8 if kind == _FIXED64 else 4
+        else:
+            raise ValueError(f"unknown wire type {kind}")
+        if at + size > end:
+            raise ValueError("it is cut")
+        yield Field(tag >> 3, message[at : at + size], message[start : at + size])
+        at += size
+
+
+def read_varint(message: memoryview, at: int) -> tuple[int, int]:
+    """The number that starts at byte `at`, and where the next one starts; `ValueError` if cut."""
+    number = 0
+    for shift in range(0, 70, 7):
+        if at >= len(message):
+            raise ValueError("it is cut")
+        byte = message[at]
+        at += 1
+        number |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return number, at
+    raise ValueError("a number of more than 64 bits")
+
+
+def varints(message: memoryview) -> list[int]:
+    """The numbers of a packed field."""
+    numbers, at = [], 0
+    while at < len(message):
+        number, at = read_varint(message, at)
+        numbers.append(number)
+    return numbers
+
+
+def text(message: memoryview) -> str:
+    """A field's bytes as text; what is not UTF-8 is replaced."""
+    return bytes(message).decode("utf-8", errors="replace")
+
+
+def bytes_field(number: int, content: bytes) -> bytes:
+    """A field of bytes, text or a message, serialised."""
+    return write_varint(number << 3 | BYTES) + write_varint(len(content)) + content
+
+
+def number_field(number: int, value: int) -> bytes:
+    """A field that is a number of at least 0, serialised."""
+    return write_varint(number << 3 | VARINT) + write_varint(value)
+
+
+def write_varint(value: int) -> bytes:
+    """A number of at least 0 in base 128, serialised."""
+    out = bytearray()
+    while value >= 0x80:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    out.append(value)
+    return bytes(out)
