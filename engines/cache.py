@@ -270,8 +270,8 @@ class EngineCache:
         donors = find_donors(self.manifests(), self.root, module, source, builder)
         if donors:
             progress(
-                f"A refit makes this engine in seconds from {donors[0].key[:12]}: stop, then "
-                f"fastface-trt refit --export {source} --module {module.name}"
+                f"Without a build, from engine {donors[0].key[:12]}: fastface-trt refit "
+                f"--backend {builder.backend} --export {source} --module {module.name}"
             )
 
     def _make(

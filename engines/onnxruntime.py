@@ -161,7 +161,7 @@ class OnnxRuntimeBuilder:
         built = read_map(donor, folder)
         with OnnxFile(source / module.files[0].path) as onnx:
             change = find_change(module, built, onnx)
-            replace_weights(folder, target, _GRAPH, change, onnx)
+            replace_weights(folder, target, (_GRAPH, _WEIGHTS), change, onnx)
         built.with_weights(change.weights).write(target)
         return change
 

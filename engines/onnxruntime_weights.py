@@ -70,15 +70,17 @@ def find_weights(
     return _resolve(found, {one.name: one.dtype for one in targets}, _aliases(onnx))
 
 
-def replace_weights(old: Path, new: Path, graph: str, change: Change, onnx: OnnxFile) -> None:
-    """Copy the engine's files from folder `old` to `new` and put the weights of `onnx` into them.
+def replace_weights(
+    old: Path, new: Path, files: tuple[str, ...], change: Change, onnx: OnnxFile
+) -> None:
+    """Copy `files`, the graph first, from folder `old` to `new` and put weights of `onnx` in.
 
-    Raises `EngineMismatch` when a weight is not where the map says,
-    `OSError` for a full disk.
+    Raises `EngineMismatch` when a weight is not where the map says, `OSError` for a full disk.
     """
-    for path in sorted(old.iterdir()):
-        if path.name.startswith(Path(graph).stem):
-            shutil.copyfile(path, new / path.name)
+    for name in files:
+        if (old / name).exists():  # a module whose weights are all small has no data file
+            shutil.copyfile(old / name, new / name)
+    graph = files[0]
     with OnnxFile(old / graph) as engine:
         for one in change.engine:
             place = engine.initializers.get(one.name)

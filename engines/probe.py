@@ -34,7 +34,7 @@ def read_probe(module: ModuleSpec, source: Path) -> tuple[dict[str, Array], dict
         raise ExportIncomplete(
             f"The probe of {module.name} cannot be read: {error}.", "Export it again."
         ) from None
-    sides = ({}, {})
+    sides: tuple[dict[str, Array], dict[str, Array]] = ({}, {})
     for name, tensor in tensors.items():
         prefix = INPUT if name.startswith(INPUT) else OUTPUT
         sides[prefix == OUTPUT][name.removeprefix(prefix)] = tensor

@@ -39,10 +39,10 @@ def topology(onnx: OnnxFile) -> Topology:
 
 
 def first_difference(ours: Sequence[str], theirs: Sequence[str]) -> str | None:
-    """The label of the first part that differs, None when the topologies are equal."""
+    """The label that the first differing part has in `ours`, None when they are equal."""
     for mine, other in zip(ours, theirs, strict=False):
         if mine != other:
-            return (other or mine).rpartition(" ")[0]
+            return mine.rpartition(" ")[0]
     if len(ours) != len(theirs):
         longer = max(ours, theirs, key=len)
         return longer[min(len(ours), len(theirs))].rpartition(" ")[0]
@@ -56,8 +56,9 @@ def _parts(onnx: OnnxFile) -> Iterator[tuple[str, str]]:
         if field == _MODEL_OPSET:
             yield "the operator sets", _digest(value)
         elif field == _MODEL_FUNCTION:
-            name = next((bytes(v) for f, v in onnx.fields(value) if f == _FUNCTION_NAME), b"")  # type: ignore[arg-type]
-            yield f"function {name.decode(errors='replace')}", _digest(value)
+            fields = (v for f, v in onnx.fields(value) if f == _FUNCTION_NAME)
+            name = bytes(next(fields, b"")).decode(errors="replace")
+            yield f"function {name}", _digest(value)
     for field, value in onnx.fields(onnx.graph):
         if not isinstance(value, memoryview):
             continue

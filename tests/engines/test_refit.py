@@ -4,11 +4,14 @@ import errno
 import shutil
 
 import numpy as np
+import onnx
 import pytest
+from onnx import numpy_helper
 from tiny_models import write_module
 
 from fastface_trt.engines import onnxruntime_weights
 from fastface_trt.engines.cache import EngineCache
+from fastface_trt.engines.files import describe_file
 from fastface_trt.engines.manifest import FileEntry
 from fastface_trt.engines.onnxruntime import OnnxRuntimeBuilder
 from fastface_trt.engines.probe import check_probe, read_probe
@@ -67,6 +70,41 @@ def test_a_refitted_engine_is_the_built_one(unets, cache, tmp_path):
     assert not np.array_equal(half, outputs(cache, *unets[0]))
 
 
+def other_checkpoint(module, folder, target):
+    """The module with every weight of it replaced by another value of its size."""
+    model = onnx.load(folder / module.files[0].path)
+    values = np.random.default_rng(5)
+    changed = set()
+    for tensor in model.graph.initializer:
+        weight = numpy_helper.to_array(tensor)
+        if weight.dtype == np.float32 and weight.size > 4:
+            noise = values.standard_normal(weight.shape).astype(np.float32) * 0.1
+            changed.add(tensor.name)
+            tensor.CopyFrom(numpy_helper.from_array(weight * 0.9 + noise, tensor.name))
+    path = target / module.files[0].path
+    path.parent.mkdir(parents=True)
+    onnx.save(model, path)
+    files = (describe_file(target, path),)
+    return module.model_copy(update={"files": files, "probe": None}), changed
+
+
+def test_another_checkpoint_of_the_same_shape(unets, cache, tmp_path):
+    """Norms that were all ones are told apart, and convolutions get their blocked layout."""
+    module, folder = unets[0]
+    other, changed = other_checkpoint(module, folder, tmp_path / "other")
+    assert len(changed) > 200
+    report = refit(cache, other, tmp_path / "other", BUILDER)
+    assert set(report.changed) == changed
+    fresh = EngineCache(tmp_path / "fresh")
+    inputs, _ = read_probe(module, folder)
+    with (
+        cache.open(other, tmp_path / "other", BUILDER) as refitted,
+        fresh.open(other, tmp_path / "other", BUILDER) as built,
+    ):
+        expected = built(**inputs)["noise_prediction"]
+        np.testing.assert_array_equal(refitted(**inputs)["noise_prediction"], expected)
+
+
 def test_there_and_back_again_changes_nothing(unets, cache):
     """Five rounds, each from the engine that the last one made: not a byte is left behind."""
     keys = [cache.key(module, BUILDER) for module, _ in unets]
@@ -103,7 +141,7 @@ def test_only_what_differs_is_reported_and_the_donor_stays(unets, cache):
 def test_a_build_says_that_a_refit_would_do(unets, cache):
     lines = []
     cache.get(*unets[1], BUILDER, lines.append)
-    assert any(f"fastface-trt refit --export {unets[1][1]}" in line for line in lines)
+    assert any("fastface-trt refit --backend onnxruntime --export" in line for line in lines)
 
 
 def test_the_probe_knows_a_wrong_weight(unets, cache):
@@ -116,8 +154,8 @@ def test_the_probe_knows_a_wrong_weight(unets, cache):
 def test_a_refit_that_fails_its_probe_never_appears(unets, cache, monkeypatch):
     monkeypatch.setattr(
         "fastface_trt.engines.onnxruntime.replace_weights",
-        lambda old, new, graph, change, onnx: [
-            shutil.copy(old / name, new / name) for name in ("engine.onnx", "engine.data")
+        lambda old, new, files, change, onnx: [
+            shutil.copy(old / name, new / name) for name in files
         ],
     )
     before = snapshot(cache.root)
@@ -176,14 +214,17 @@ def test_a_damaged_donor_is_not_used(unets, cache, damage, name):
     assert snapshot(cache.root) == before
 
 
-@pytest.mark.parametrize("name", ["model.onnx", "probe.safetensors"])
-def test_a_changed_export_is_not_used(unets, cache, tmp_path, name):
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("model.onnx", "is not an ONNX model: it is cut"), ("probe.safetensors", "is truncated")],
+)
+def test_a_changed_export_is_not_used(unets, cache, tmp_path, name, words):
     module, folder = unets[1]
     shutil.copytree(folder / "unet", tmp_path / "unet")
     file = tmp_path / "unet" / name
     file.write_bytes(file.read_bytes()[:-1])
     before = snapshot(cache.root)
-    with pytest.raises(ExportIncomplete, match=rf"{name} is truncated"):
+    with pytest.raises(ExportIncomplete, match=f"{name} {words}"):
         refit(cache, module, tmp_path, BUILDER)
     assert snapshot(cache.root) == before
 
