@@ -88,19 +88,28 @@ def measure_ranges(
     quiet = contextlib.redirect_stdout(io.StringIO())  # it reports with print
     with warnings.catch_warnings(), quiet, torch.no_grad():
         warnings.simplefilter("ignore")
-        quantization.quantize(twin, config, run)
+        try:
+            quantization.quantize(twin, config, run)
+        except AssertionError as error:
+            if "nan" not in str(error):
+                raise
+            raise _not_finite("some layer") from None
     return {
         name: _range(name, twin.get_submodule(name).input_quantizer) for name in choice.quantized
     }
 
 
+def _not_finite(where: str) -> WeightsError:
+    return WeightsError(
+        f"Calibration found no finite range for {where}.",
+        "Check the weights and the calibration inputs with a --precision fp32 export first.",
+    )
+
+
 def _range(name: str, quantizer: Any) -> LayerRange:
     amax = quantizer.amax
     if amax is None or not bool(torch.isfinite(amax).all()):
-        raise WeightsError(
-            f"Calibration found no finite range for the layer {name}.",
-            "Check the weights with a --precision fp32 export first.",
-        )
+        raise _not_finite(f"layer {name}")
     smoothing = quantizer.pre_quant_scale
     return LayerRange(
         float(amax),

@@ -295,7 +295,7 @@ def test_fp16_graph_passes_the_tensorrt_parser_and_is_half_as_large(tiny, form, 
     kinds = [network.get_layer(i).type for i in range(network.num_layers)]
     assert kinds.count(trt.LayerType.DEQUANTIZE) > len(choice.quantized)
     held = onnx.load(path).graph.initializer
-    codes = sum(np.prod(i.dims) for i in held if i.data_type == CODE_TYPES[form])
+    codes = sum(np.prod(i.dims) for i in held if i.data_type == CODE_TYPES[form] and i.dims)
     weights = sum(unet.get_submodule(n).weight.numel() for n in choice.quantized)
     assert codes == weights
     half = sum(np.prod(i.dims) for i in held if i.data_type == onnx.TensorProto.FLOAT16)
@@ -344,7 +344,7 @@ def test_ranges_that_are_not_finite_are_explained(tiny):
         inputs[contract.SAMPLE][:] = np.inf
         oracle(**inputs)
 
-    with pytest.raises(WeightsError, match="layer"):
+    with pytest.raises(WeightsError, match="finite"):
         measure_ranges(unet, "fp8", choice, run)
 
 
