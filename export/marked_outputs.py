@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, cast
+from typing import Final
 
 import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass, ShapeInferencePass
@@ -237,6 +237,4 @@ def _counts(node: ir.Node, alive: set[str], counts: set[str]) -> bool:
 def _dimensions(value: ir.Value) -> tuple[Dimension, ...]:
     if value.shape is None:
         return ()
-    return tuple(
-        cast(Dimension, size if isinstance(size, int) else str(size)) for size in value.shape
-    )
+    return tuple(size if isinstance(size, int) else str(size) for size in value.shape)

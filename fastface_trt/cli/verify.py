@@ -89,11 +89,11 @@ def verify(
         progress=line,
     )
     found = [
-        report
+        layer
         for verdict in verdicts
         if layers
         and (
-            report := find_layer(
+            layer := find_layer(
                 folder,
                 manifest,
                 verdict,

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from fastface_trt.engines.cache import EngineCache
 from fastface_trt.engines.engine import EngineBuilder, Progress
+from fastface_trt.engines.files import storage_errors
 from fastface_trt.engines.manifest import Dimension, ExportManifest
 from fastface_trt.errors import MissingDependency
 from fastface_trt.verify.difference import Difference, compare
@@ -221,7 +222,8 @@ class _BothSides:
     ) -> dict[str, Array]:
         with TemporaryDirectory(prefix="fastface-verify-") as temporary:
             root = Path(temporary)
-            module = graph.write(names, root / "onnx")
+            with storage_errors(root):
+                module = graph.write(names, root / "onnx")
             if on_reference:
                 values = run_reference(module, root / "onnx", self._inputs, threads=self._threads)
             else:
