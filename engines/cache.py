@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from platformdirs import user_cache_path
 
+from fastface_trt.engines.donors import find_donors
 from fastface_trt.engines.engine import Engine, EngineBuilder, Progress
 from fastface_trt.engines.files import (
     describe_file,
@@ -34,6 +35,7 @@ from fastface_trt.engines.leftovers import sweep
 from fastface_trt.engines.manifest import (
     ENGINE_MANIFEST,
     SCHEMA_VERSION,
+    BuildReport,
     EngineManifest,
     ModuleSpec,
     read_manifest,
@@ -128,7 +130,37 @@ class EngineCache:
                 except FastFaceError as problem:
                     progress(f"Engine {module.name} is set aside: {problem.message}")
                     self._quarantine(key)
-            return self._build(key, module, source, builder, progress), folder
+
+            def write(target: Path) -> BuildReport:
+                self._mention_refit(module, source, builder, progress)
+                progress(f"Building {module.name} for {builder.backend}")
+                return builder.build(module, source, target, progress)
+
+            return self._make(key, module, source, builder, write, progress), folder
+
+    def make(
+        self,
+        module: ModuleSpec,
+        source: Path,
+        builder: EngineBuilder,
+        write: Callable[[Path], BuildReport],
+        progress: Progress = lambda line: None,
+    ) -> tuple[EngineManifest, Path]:
+        """The verified engine of `module`, written by `write` instead of built where it is missing.
+
+        `write` fills an empty folder with what `builder.open` reads; an exception in it leaves the
+        cache as it was. Otherwise as `get`, with the same key: what it writes must be as good.
+        """
+        key = self.key(module, builder)
+        folder = self.root / key
+        with self._locked(key, f"{module.name} for {builder.backend}", progress):
+            if folder.exists():
+                try:
+                    return self._checked(key, progress), folder
+                except FastFaceError as problem:
+                    progress(f"Engine {module.name} is set aside: {problem.message}")
+                    self._quarantine(key)
+            return self._make(key, module, source, builder, write, progress), folder
 
     def open(
         self,
@@ -157,6 +189,12 @@ class EngineCache:
             for folder in sorted(self.root.iterdir())
             if folder.is_dir() and _KEY.fullmatch(folder.name)
         ]
+
+    def manifests(self) -> list[EngineManifest]:
+        """Manifests of all readable engines, newest first; their files are not verified."""
+        found = [entry for entry in self.entries() if entry.manifest is not None]
+        found.sort(key=lambda entry: _last_use(entry.folder), reverse=True)
+        return [entry.manifest for entry in found if entry.manifest is not None]
 
     def verify(self, key: str) -> EngineManifest:
         """Check every file of engine `key` and return its manifest; nothing is changed.
@@ -226,12 +264,23 @@ class EngineCache:
         verify_files(folder, manifest.files, EngineMismatch, _REBUILD)
         return manifest
 
-    def _build(
+    def _mention_refit(
+        self, module: ModuleSpec, source: Path, builder: EngineBuilder, progress: Progress
+    ) -> None:
+        donors = find_donors(self.manifests(), self.root, module, source, builder)
+        if donors:
+            progress(
+                f"A refit makes this engine in seconds from {donors[0].key[:12]}: stop, then "
+                f"fastface-trt refit --export {source} --module {module.name}"
+            )
+
+    def _make(
         self,
         key: str,
         module: ModuleSpec,
         source: Path,
         builder: EngineBuilder,
+        write: Callable[[Path], BuildReport],
         progress: Progress,
     ) -> EngineManifest:
         progress(f"Verifying the ONNX files of {module.name}")
@@ -240,8 +289,7 @@ class EngineCache:
         sweep(self.root)
         began = time.monotonic()
         with finished_folder(self.root / key, ENGINE_MANIFEST) as draft:
-            progress(f"Building {module.name} for {builder.backend}")
-            report = builder.build(module, source, draft.path, progress)
+            report = write(draft.path)
             written = sorted(path for path in draft.path.rglob("*") if path.is_file())
             if not written:
                 raise BuildFailed(f"The {builder.backend} builder wrote nothing for {module.name}.")

@@ -65,13 +65,30 @@ class FileEntry(Strict):
     sha256: str = Field(pattern="^[0-9a-f]{64}$")
 
 
+class Probe(Strict):
+    """Inputs of a module and what the PyTorch module made of them, to compare an engine with.
+
+    `file` is a safetensors file with tensors `input.NAME` and `output.NAME`, `sizes` gives the
+    module's dynamic sizes in it, `tolerance` the relative L2 error that the precision explains.
+    """
+
+    file: FileEntry
+    sizes: dict[str, int]
+    tolerance: float = Field(gt=0)
+
+
 class ModuleSpec(Strict):
-    """One ONNX module: `files[0]` is the graph, the others hold its external data."""
+    """One ONNX module: `files[0]` is the graph, the others hold its external data.
+
+    `probe` says nothing about the module that its files do not say, so it is no part of an engine's
+    identity; exports of versions before it lack one.
+    """
 
     name: str
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     files: tuple[FileEntry, ...] = Field(min_length=1)
+    probe: Probe | None = None
 
     def dtype_of(self, name: str) -> DType:
         """The element type of the input or output called `name`."""
@@ -139,7 +156,9 @@ class ExportManifest(Strict):
 
     def files(self) -> list[FileEntry]:
         """Every file of the export, modules' and others'."""
-        return [f for m in self.modules.values() for f in m.files] + list(self.extra_files)
+        modules = self.modules.values()
+        probes = [module.probe.file for module in modules if module.probe is not None]
+        return [f for m in modules for f in m.files] + probes + list(self.extra_files)
 
 
 class BuildReport(Strict):
@@ -147,6 +166,7 @@ class BuildReport(Strict):
 
     layers: of the parsed network. Peak bytes are of the building process: what it allocated, and
     that plus the pages of mapped files. built_on: the machine, its GPU and driver, where known.
+    refitted_from: key of the engine whose weights were replaced to make this one.
     """
 
     layers: int | None = None
@@ -154,6 +174,7 @@ class BuildReport(Strict):
     peak_resident_bytes: int = 0
     warnings: tuple[str, ...] = ()
     built_on: dict[str, str] = {}
+    refitted_from: str | None = None
 
 
 class EngineManifest(Strict):

@@ -26,7 +26,7 @@ SCOPE_KEY: Final = "pkg.torch.onnx.name_scopes"
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _MODEL_GRAPH = 7
 _GRAPH_NODE, _GRAPH_INITIALIZER = 1, 5
-_NODE_OUTPUT, _NODE_NAME, _NODE_OP_TYPE, _NODE_METADATA = 2, 3, 4, 9
+_NODE_INPUT, _NODE_OUTPUT, _NODE_NAME, _NODE_OP_TYPE, _NODE_METADATA = 1, 2, 3, 4, 9
 _TENSOR_DIMS, _TENSOR_TYPE, _TENSOR_NAME, _TENSOR_RAW, _TENSOR_EXTERNAL = 1, 2, 8, 9, 13
 _PAIR_KEY, _PAIR_VALUE = 1, 2
 
@@ -75,6 +75,7 @@ class Node:
     op_type: str
     scope: str
     outputs: tuple[str, ...]
+    inputs: tuple[str, ...] = ()
 
 
 class OnnxFile(Closing):
@@ -89,7 +90,7 @@ class OnnxFile(Closing):
         self.path = path
         self._maps: dict[Path, mmap.mmap] = {}
         self._graph = memoryview(b"")
-        for field, value in self._fields(self._map(path)):
+        for field, value in self.fields(self._map(path)):
             if field == _MODEL_GRAPH and isinstance(value, memoryview):
                 self._graph = value
         if not self._graph:
@@ -98,18 +99,32 @@ class OnnxFile(Closing):
     @cached_property
     def initializers(self) -> dict[str, Initializer]:
         """The graph's weights by name, in the file's order."""
-        read = (self._initializer(value) for value in self._messages(_GRAPH_INITIALIZER))
+        read = (self.read_initializer(value) for value in self._messages(_GRAPH_INITIALIZER))
         return {one.name: one for one in read if one is not None}
 
     @cached_property
     def nodes(self) -> list[Node]:
         """The main graph's nodes in order; nodes inside functions are not among them."""
-        return [self._node(value) for value in self._messages(_GRAPH_NODE)]
+        return [self.read_node(value) for value in self._messages(_GRAPH_NODE)]
 
     @property
     def model(self) -> memoryview:
         """The bytes of the model file itself, external data not included."""
         return self._map(self.path)
+
+    @property
+    def graph(self) -> memoryview:
+        """The GraphProto message, for `fields`."""
+        return self._graph
+
+    def place(self, weight: Initializer) -> tuple[Path, int]:
+        """The file that holds the bytes of `weight`, and where they begin in it."""
+        for path in self._maps:
+            whole: NDArray[np.uint8] = np.frombuffer(self._map(path), np.uint8)
+            offset = weight.address - whole.ctypes.data
+            if 0 <= offset < len(whole):
+                return path, offset
+        raise self._broken(f"{weight.name} has no bytes")
 
     def drop_pages(self) -> None:
         """Take the mapped pages out of memory; a later access reads them from the disk again."""
@@ -135,17 +150,21 @@ class OnnxFile(Closing):
         return memoryview(self._maps[path])
 
     def _messages(self, wanted: int) -> Iterator[memoryview]:
-        for field, value in self._fields(self._graph):
+        for field, value in self.fields(self._graph):
             if field == wanted and isinstance(value, memoryview):
                 yield value
 
-    def _node(self, message: memoryview) -> Node:
+    def read_node(self, message: memoryview) -> Node:
+        """A NodeProto message as a `Node`."""
         name = op_type = scope = ""
+        inputs: list[str] = []
         outputs: list[str] = []
-        for field, value in self._fields(message):
+        for field, value in self.fields(message):
             if not isinstance(value, memoryview):
                 continue
-            if field == _NODE_OUTPUT:
+            if field == _NODE_INPUT:
+                inputs.append(_text(value))
+            elif field == _NODE_OUTPUT:
                 outputs.append(_text(value))
             elif field == _NODE_NAME:
                 name = _text(value)
@@ -155,14 +174,15 @@ class OnnxFile(Closing):
                 key, text = self._pair(value)
                 if key == SCOPE_KEY:
                     scope = innermost_scope(text)
-        return Node(name, op_type, scope, tuple(outputs))
+        return Node(name, op_type, scope, tuple(outputs), tuple(inputs))
 
-    def _initializer(self, message: memoryview) -> Initializer | None:
+    def read_initializer(self, message: memoryview) -> Initializer | None:
+        """A TensorProto message as an `Initializer`, None when it holds no raw bytes."""
         name, dtype = "", 0
         shape: list[int] = []
         raw: memoryview | None = None
         external: dict[str, str] = {}
-        for field, value in self._fields(message):
+        for field, value in self.fields(message):
             if isinstance(value, int):
                 if field == _TENSOR_DIMS:
                     shape.append(value)
@@ -196,10 +216,10 @@ class OnnxFile(Closing):
         return whole[start : start + length]
 
     def _pair(self, message: memoryview) -> tuple[str, str]:
-        pair = {f: _text(v) for f, v in self._fields(message) if isinstance(v, memoryview)}
+        pair = {f: _text(v) for f, v in self.fields(message) if isinstance(v, memoryview)}
         return pair.get(_PAIR_KEY, ""), pair.get(_PAIR_VALUE, "")
 
-    def _fields(self, message: memoryview) -> Fields:
+    def fields(self, message: memoryview) -> Fields:
         """(field number, integer or bytes) of one protobuf message."""
         at, end = 0, len(message)
         try:

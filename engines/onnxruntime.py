@@ -26,7 +26,16 @@ from fastface_trt.engines.device import Device, HostDevice, Tensor
 from fastface_trt.engines.engine import Progress, check_inputs, host_arrays
 from fastface_trt.engines.hardware import cpu_hardware, cuda_hardware
 from fastface_trt.engines.manifest import BuildReport, EngineManifest, ModuleSpec
+from fastface_trt.engines.onnx_file import OnnxFile
 from fastface_trt.engines.onnxruntime_gpu import BoundEngine, ProviderOptions
+from fastface_trt.engines.onnxruntime_weights import find_weights, replace_weights
+from fastface_trt.engines.weight_map import (
+    Change,
+    digest_weights,
+    find_change,
+    make_map,
+    read_map,
+)
 from fastface_trt.errors import BackendUnavailable, BuildFailed, EngineFailed, EngineMismatch
 
 Provider = Literal["cpu", "cuda", "tensorrt", "nv-tensorrt-rtx"]
@@ -156,7 +165,26 @@ class OnnxRuntimeBuilder:
                 f"The graph of {module.name} does not fit its manifest: {problem}.",
                 "Export the module again.",
             )
+        with OnnxFile(source / module.files[0].path) as onnx, OnnxFile(graph) as engine:
+            weights = digest_weights(onnx)
+            make_map(onnx, weights, find_weights(onnx, weights, engine)).write(target)
         return BuildReport()
+
+    def refit(
+        self, donor: EngineManifest, folder: Path, module: ModuleSpec, source: Path, target: Path
+    ) -> Change:
+        """Write the engine of `module` into `target`: that of `donor` with other weights.
+
+        Copies the optimised graph of `folder` and swaps the weights that differ; no optimisation
+        runs, so it takes as long as copying. Raises `EngineMismatch` when more than weights
+        differs, or a weight is not where it can be replaced.
+        """
+        built = read_map(donor, folder)
+        with OnnxFile(source / module.files[0].path) as onnx:
+            change = find_change(module, built, onnx)
+            replace_weights(folder, target, _GRAPH, change, onnx)
+        built.with_weights(change.weights).write(target)
+        return change
 
     def open(self, manifest: EngineManifest, folder: Path) -> "OnnxRuntimeEngine | BoundEngine":
         """Load a verified engine; the graph is not optimised again.
@@ -215,10 +243,10 @@ class OnnxRuntimeBuilder:
         try:
             return self._session(graph, options)
         except Exception as error:
-            if not _lacks_a_kernel(error):
+            if not (_lacks_a_kernel(error) or "float8" in str(error)):
                 raise
-        # It moves DequantizeLinear past a Reshape, and no kernel reshapes 8-bit floats. Left where
-        # they are, the pairs compute the same values.
+        # Its optimiser moves DequantizeLinear past a Reshape or a Transpose, which take no 8-bit
+        # floats. Left where they are, the pairs compute the same values.
         options.add_session_config_entry("session.disable_quant_qdq", "1")
         return self._session(graph, options)
 

@@ -22,6 +22,7 @@ from fastface_trt.export.model import Model
 from fastface_trt.export.modules import ModuleExport
 from fastface_trt.export.onnx_writer import write_module
 from fastface_trt.export.options import ExportOptions
+from fastface_trt.export.probe import write_probe
 from fastface_trt.export.quantization.ranges import modelopt_version
 from fastface_trt.export.quantization.unet import quantize_unet
 from fastface_trt.export.weights import CheckpointWeights, RandomWeights, Weights
@@ -90,6 +91,9 @@ def _write(
     progress(f"{name}: exporting to ONNX")
     compress = options.precision == "fp32" and options.weight_storage == "fp16"
     spec = write_module(export, folder, fp16_storage=compress)
+    progress(f"{name}: computing a probe with PyTorch")
+    probe = write_probe(export, folder, "fp16" if compress else options.precision)
+    spec = spec.model_copy(update={"probe": probe})
     del export
     gc.collect()  # modules and their graphs hold each other in cycles
     size = sum(f.bytes for f in spec.files) / 2**20

@@ -60,8 +60,9 @@ class MarkableModule:
     """The tensors of one ONNX module that can be compared, in topological order, and copies.
 
     A tensor counts when it is floating point and depends on an input. Whole numbers made by
-    comparing or rounding do not: there an error of 1e-7 upstream is rightly a step of 1. With `inline` every call of a model-local function is replaced by the function's
-    body; names of the main graph's tensors stay, and the new nodes carry the scope of the call.
+    comparing or rounding do not: there an error of 1e-7 upstream is rightly a step of 1. With
+    `inline` every call of a model-local function is replaced by the function's body; names of the
+    main graph's tensors stay, and the new nodes carry the scope of the call.
     """
 
     def __init__(self, module: ModuleSpec, folder: Path, *, inline: bool = False) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 TESTS = Path(__file__).parent
 GOLDEN = TESTS / "golden"
-sys.path[:0] = [str(TESTS / name) for name in ("", "..", "runtime", "engines", "export")]
+sys.path[:0] = [str(TESTS / name) for name in ("", "..", "runtime", "engines", "export", "verify")]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -71,6 +71,39 @@ def tiny_export(tiny_entry, tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("export") / "tiny"
     manifest = run_export(ExportOptions(tiny_entry), folder, lambda line: None)
+    return folder, manifest
+
+
+@pytest.fixture(scope="session")
+def half_scale_export(tiny_entry, tiny_export, tmp_path_factory):
+    """The tiny export with its LoRA at half scale: folder and manifest.
+
+    Only its UNet is exported again, since the LoRA changes nothing else.
+    """
+    import shutil
+
+    from fastface_trt.engines.manifest import EXPORT_MANIFEST
+    from fastface_trt.export.modules import unet_export
+    from fastface_trt.export.onnx_writer import write_module
+    from fastface_trt.export.options import ExportOptions
+    from fastface_trt.export.probe import write_probe
+    from fastface_trt.export.weights import CheckpointWeights
+
+    whole, manifest = tiny_export
+    folder = tmp_path_factory.mktemp("export") / "half"
+    shutil.copytree(whole, folder)
+    shutil.rmtree(folder / "unet")
+    options = ExportOptions(tiny_entry, faceid_lora_scale=0.5)
+    unet = CheckpointWeights(options).unet()
+    size = options.latent_size(manifest.vae_scale_factor, 3)
+    export = unet_export(
+        unet, tokens=manifest.image_token_count, latent_size=size, fixed_size=False
+    )
+    spec = write_module(export, folder)
+    spec = spec.model_copy(update={"probe": write_probe(export, folder, "fp32")})
+    modules = manifest.modules | {"unet": spec}
+    manifest = manifest.model_copy(update={"modules": modules})
+    (folder / EXPORT_MANIFEST).write_text(manifest.model_dump_json())
     return folder, manifest
 
 

@@ -8,11 +8,14 @@ from fastface_trt.engines.cuda.device import CudaDevice, SharedDevice
 from fastface_trt.engines.engine import Progress
 from fastface_trt.engines.hardware import cuda_driver, cuda_hardware
 from fastface_trt.engines.manifest import BuildReport, EngineManifest, ModuleSpec
+from fastface_trt.engines.onnx_file import OnnxFile
 from fastface_trt.engines.tensorrt.flavour import Flavour, FlavourName, find_flavour
 from fastface_trt.engines.tensorrt.options import TensorRTOptions
 from fastface_trt.engines.tensorrt.plan import Event
 from fastface_trt.engines.tensorrt.profiles import choose_profile, make_profiles, read_profiles
+from fastface_trt.engines.tensorrt.refit import refit_plan
 from fastface_trt.engines.tensorrt.worker import Job, run_in_child
+from fastface_trt.engines.weight_map import Change, find_change, read_map
 from fastface_trt.errors import BackendUnavailable, BuildFailed, EngineMismatch
 
 if TYPE_CHECKING:
@@ -81,7 +84,7 @@ class TensorRTBuilder:
 
     def takes(self, manifest: EngineManifest) -> bool:
         """Without `exact`: an engine of this backend and version that has the wanted profiles."""
-        if self._exact or manifest.backend != self.backend:
+        if self._exact or manifest.backend != self.backend or _stripped(manifest):
             return False
         built = read_profiles(manifest)
         wanted = make_profiles(manifest.module, self.options)
@@ -122,12 +125,48 @@ class TensorRTBuilder:
         facts = run_in_child(job, tell)
         return BuildReport(**facts, built_on=cuda_hardware() | cuda_driver())
 
+    def refit(
+        self, donor: EngineManifest, folder: Path, module: ModuleSpec, source: Path, target: Path
+    ) -> Change:
+        """Write the plan of `module` into `target`: that of `donor` with other weights.
+
+        A stripped donor gets all weights, so this is also how a shipped engine is completed. Raises
+        `EngineMismatch`, `BuildFailed`, `OSError`; `BackendUnavailable` without a GPU.
+        """
+        self._check(donor)
+        built = read_map(donor, folder)
+        with OnnxFile(source / module.files[0].path) as onnx:
+            change = find_change(module, built, onnx)
+            if change.changed and not donor.options.get("refittable", False):
+                raise EngineMismatch(
+                    f"The engine of {module.name} takes only the weights that it was built with, "
+                    f"and {change.changed[0]} differs.",
+                    "Build it with --refittable.",
+                )
+            refit_plan(
+                self.flavour, module, change, onnx, folder, target, stripped=_stripped(donor)
+            )
+        built.with_weights(change.weights).write(target)
+        return change
+
     def open(self, manifest: EngineManifest, folder: Path) -> "TensorRTEngine":
         """Load a verified plan onto the GPU.
 
         Raises `EngineMismatch` naming the field that differs when it was built for another flavour,
         version or GPU, `BackendUnavailable` without a GPU, `OutOfMemory` before anything is loaded.
         """
+        self._check(manifest)
+        if _stripped(manifest):
+            raise EngineMismatch(
+                f"The engine of {manifest.module.name} was built without its weights.",
+                "Put them in first: fastface-trt refit --export FOLDER.",
+            )
+        from fastface_trt.engines.tensorrt.engine import TensorRTEngine
+
+        return TensorRTEngine.open(self.flavour, manifest, folder, self.device())
+
+    def _check(self, manifest: EngineManifest) -> None:
+        """Raise unless an engine of this manifest can be opened on this machine."""
         self.check_runs_here()
         misfit = self._misfit(manifest, cuda_hardware())
         if misfit is not None:
@@ -137,9 +176,6 @@ class TensorRTBuilder:
                 f"{here}.",
                 mend,
             )
-        from fastface_trt.engines.tensorrt.engine import TensorRTEngine
-
-        return TensorRTEngine.open(self.flavour, manifest, folder, self.device())
 
     def device(self) -> CudaDevice:
         """GPU 0, which all engines of this builder share."""
@@ -175,6 +211,10 @@ class TensorRTBuilder:
         if "compute_capabilities" in self.flavour.supports:
             return {"targets": " ".join(self.options.targets) or ANY_TARGET}
         return {} if self.options.hardware_compatible else cuda_hardware()
+
+
+def _stripped(manifest: EngineManifest) -> bool:
+    return bool(manifest.options.get("strip_weights", False))
 
 
 def _version(text: str) -> tuple[int, ...]:

@@ -1,11 +1,14 @@
 """From an ONNX module to a TensorRT network, without a second copy of its weights."""
 
 import re
+from math import prod
 from typing import Any
 
 from fastface_trt.engines.manifest import ModuleSpec
 from fastface_trt.engines.onnx_file import OnnxFile
 from fastface_trt.engines.tensorrt.flavour import Flavour
+from fastface_trt.engines.topology import is_weight
+from fastface_trt.engines.weight_map import EngineWeight
 from fastface_trt.errors import BuildFailed
 
 _DUPLICATE_NAME = re.compile(r"A node named \S+ already exists")
@@ -54,9 +57,9 @@ def parse(
 ) -> tuple[Any, Any]:
     """A strongly typed network of `module`, and the parser, which must outlive it.
 
-    Weights that lie beside the graph are handed over by address, so the file's mapping is the only
-    copy; `onnx` must stay open until the engine is built. Raises `BuildFailed` with the node and
-    the PyTorch module that the parser refused.
+    Weights are handed over by address, so the file's mapping is the only copy, and the address says
+    which initialiser a weight of the network is; `onnx` must stay open until the engine is built.
+    Raises `BuildFailed` with the node and the PyTorch module that the parser refused.
     """
     typed = 1 << int(binding.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
     network = builder.create_network(typed)
@@ -65,7 +68,7 @@ def parse(
     accepted = accepted and all(
         parser.load_initializer(one.name, one.address, len(one.data))
         for one in onnx.initializers.values()
-        if one.external and len(one.data)
+        if len(one.data)
     )
     if not (accepted and parser.parse_model_proto()):
         reason = _first_error(parser, onnx) or log.reason()
@@ -85,6 +88,38 @@ def parse(
                 "Export the module again.",
             )
     return network, parser
+
+
+def name_weights(binding: Any, network: Any, log: MessageLog, onnx: OnnxFile) -> list[EngineWeight]:
+    """Name the network's weights after their initialisers, for a refit; returns those it uses.
+
+    TensorRT knows a weight by type, address and count. What the parser copied or computed has
+    another address and is refused, so nothing is named that a refit would not replace.
+    """
+    types = weight_types(binding)
+    named = []
+    heard = len(log.errors)
+    for one in onnx.initializers.values():
+        if not is_weight(one) or one.dtype not in types:
+            continue
+        weights = binding.Weights(types[one.dtype], one.address, prod(one.shape))
+        if network.set_weights_name(weights, one.name):
+            named.append(EngineWeight(name=one.name, sources=(one.name,), dtype=one.dtype))
+    del log.errors[heard:]  # each refusal is one, and none of them fails a build
+    return named
+
+
+def weight_types(binding: Any) -> dict[str, Any]:
+    """TensorRT's types of weights by the names used here."""
+    types = binding.DataType
+    return {
+        "float32": types.FLOAT,
+        "float16": types.HALF,
+        "bfloat16": types.BF16,
+        "float8_e4m3fn": types.FP8,
+        "int8": types.INT8,
+        "uint8": types.UINT8,
+    }
 
 
 def _first_error(parser: Any, onnx: OnnxFile) -> str:

@@ -16,9 +16,10 @@ from fastface_trt.engines.manifest import ModuleSpec
 from fastface_trt.engines.memory import MemoryPeak
 from fastface_trt.engines.onnx_file import OnnxFile
 from fastface_trt.engines.tensorrt.flavour import Flavour
-from fastface_trt.engines.tensorrt.network import MessageLog, parse
+from fastface_trt.engines.tensorrt.network import MessageLog, name_weights, parse
 from fastface_trt.engines.tensorrt.options import TensorRTOptions
 from fastface_trt.engines.tensorrt.profiles import Profile, make_profiles
+from fastface_trt.engines.weight_map import digest_weights, make_map
 from fastface_trt.errors import BackendUnavailable, BuildFailed
 
 PLAN = "engine.plan"
@@ -50,6 +51,9 @@ def build_plan(
         if builder is None:  # how the binding reports a driver that it cannot use
             raise BackendUnavailable(f"{flavour.label} has no builder here: {log.reason()}", "")
         network, parser = parse(flavour, binding, builder, log, module, onnx)
+        if options.refittable or options.strip_weights:
+            named = name_weights(binding, network, log, onnx)
+            make_map(onnx, digest_weights(onnx), named).write(target)
         layers = network.num_layers
         on_event({"event": "parsed", "layers": layers, "seconds": perf_counter() - began})
         config = _configure(flavour, binding, builder, network, options, module, log)
@@ -64,7 +68,7 @@ def build_plan(
                 f"{flavour.label} cannot build {module.name}: {log.reason()}", _mend(log)
             )
         with open(target / PLAN, "wb", buffering=0) as file:
-            _write_all(file, memoryview(plan))
+            write_all(file, memoryview(plan))
         _save_timing_cache(cache, timing_cache)
         del parser  # it owns what the network refers to, and must go last
     return {
@@ -163,8 +167,8 @@ def _monitor(binding: Any, on_event: Callable[[Event], None]) -> Any:
     return Monitor()
 
 
-def _write_all(file: RawIOBase, content: memoryview) -> None:
-    """Write in pieces: one system call writes at most 2 GB."""
+def write_all(file: RawIOBase, content: memoryview) -> None:
+    """Write a plan in pieces: one system call writes at most 2 GB."""
     done = 0
     while done < len(content):
         done += file.write(content[done : done + _PIECE]) or 0

@@ -60,6 +60,11 @@ def make_profiles(module: ModuleSpec, options: TensorRTOptions) -> tuple[Profile
         shapes = _shapes(module, sizes)
         profile = Profile(smallest=shapes, best=shapes, largest=shapes)
         profiles.setdefault(profile.model_dump_json(), profile)
+    if (options.refittable or options.strip_weights) and module.probe is not None:
+        # A refitted engine is compared on the export's probe, which is smaller than any picture.
+        shapes = _shapes(module, module.probe.sizes)
+        profile = Profile(smallest=shapes, best=shapes, largest=shapes)
+        profiles.setdefault(profile.model_dump_json(), profile)
     if options.dynamic is not None:
         profile = _dynamic(module, options)
         if not profile.fixed:

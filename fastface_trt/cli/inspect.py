@@ -69,6 +69,13 @@ def _show_export(out: Console, export: ExportManifest) -> None:
     )
     for lora in export.loras:
         out.print(f"LoRA fused: {lora.role} at {lora.scale}")
+    if export.quantization is not None:
+        record = export.quantization
+        kept = sum(len(names) for names in record.excluded.values())
+        out.print(
+            f"UNet in {record.format}: {len(record.layers)} layers, {kept} kept in fp16; "
+            f"{record.tool} ({record.method}) on {record.calibration}"
+        )
     table = Table(title="Sources")
     for heading in ("role", "location", "revision or hash", "licence"):
         table.add_column(heading, overflow="fold")

@@ -12,6 +12,7 @@ from fastface_trt.cli.doctor import doctor
 from fastface_trt.cli.export import export
 from fastface_trt.cli.generate import generate
 from fastface_trt.cli.inspect import inspect
+from fastface_trt.cli.refit import refit_command
 from fastface_trt.cli.replay import replay
 from fastface_trt.cli.verify import verify
 from fastface_trt.errors import FastFaceError
@@ -44,7 +45,18 @@ def cli() -> None:
     """
 
 
-for command in (demo, generate, export, build, verify, cache, inspect, doctor, replay):
+for command in (
+    demo,
+    generate,
+    export,
+    build,
+    refit_command,
+    verify,
+    cache,
+    inspect,
+    doctor,
+    replay,
+):
     cli.add_command(command)
 
 

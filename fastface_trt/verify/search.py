@@ -22,11 +22,17 @@ class TensorGraph(Protocol):
     """The tensors that can be compared, in topological order, and what each is computed from."""
 
     @property
-    def names(self) -> tuple[str, ...]: ...
+    def names(self) -> tuple[str, ...]:
+        """The tensors, in topological order."""
+        ...
 
-    def producers(self, name: str) -> frozenset[str]: ...
+    def producers(self, name: str) -> frozenset[str]:
+        """The nearest tensors that `name` is computed from."""
+        ...
 
-    def ancestors(self, name: str) -> frozenset[str]: ...
+    def ancestors(self, name: str) -> frozenset[str]:
+        """All tensors that `name` is computed from."""
+        ...
 
 
 @dataclass(frozen=True)

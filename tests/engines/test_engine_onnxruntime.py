@@ -45,7 +45,11 @@ def test_round_trip(tmp_path, cache, dtype, external, optimization):
     assert manifest.backend == "onnxruntime"
     assert manifest.backend_version == onnxruntime.__version__
     # Weights beside the graph: inside it they would end at 2 GB and could not be mapped.
-    assert [file.path for file in manifest.files] == ["engine.data", "engine.onnx"]
+    assert [file.path for file in manifest.files] == [
+        "engine.data",
+        "engine.onnx",
+        "weights.json",
+    ]
     shutil.rmtree(tmp_path / "export")  # the engine needs nothing of the export
     with builder.open(manifest, folder) as engine:
         for rows in (1, 3):

@@ -1,0 +1,71 @@
+"""Does an engine compute what the PyTorch module computes: a comparison on stored tensors."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from fastface_trt.engines.engine import Array, Engine
+from fastface_trt.engines.files import verify_files
+from fastface_trt.engines.manifest import ModuleSpec
+from fastface_trt.errors import EngineMismatch, ExportIncomplete
+
+PROBE_FILE = "probe.safetensors"
+INPUT, OUTPUT = "input.", "output."
+
+
+def read_probe(module: ModuleSpec, source: Path) -> tuple[dict[str, Array], dict[str, Array]]:
+    """Inputs and expected outputs of the probe of `module`, whose export lies in `source`.
+
+    Raises `ExportIncomplete` when the module has none, or its file is missing or changed.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    if module.probe is None:
+        raise ExportIncomplete(
+            f"The export of {module.name} has no probe to check an engine with.",
+            "Export it again with this version.",
+        )
+    verify_files(source, [module.probe.file])
+    try:
+        tensors = load_file(source / module.probe.file.path)
+    except (SafetensorError, ValueError) as error:
+        raise ExportIncomplete(
+            f"The probe of {module.name} cannot be read: {error}.", "Export it again."
+        ) from None
+    sides = ({}, {})
+    for name, tensor in tensors.items():
+        prefix = INPUT if name.startswith(INPUT) else OUTPUT
+        sides[prefix == OUTPUT][name.removeprefix(prefix)] = tensor
+    return sides
+
+
+def check_probe(engine: Engine, module: ModuleSpec, source: Path) -> dict[str, float]:
+    """Run the probe of `module` and return the relative L2 error of each output, ‖e − p‖ / ‖p‖.
+
+    Raises `EngineMismatch` for an error above the probe's tolerance or a value that is not finite,
+    and what `read_probe` and the engine raise.
+    """
+    inputs, expected = read_probe(module, source)
+    errors = relative_errors(engine(**inputs), expected)
+    assert module.probe is not None
+    for name, error in errors.items():
+        if not error <= module.probe.tolerance:
+            raise EngineMismatch(
+                f"The engine of {module.name} does not compute what the export does: {name} is "
+                f"off by {error:.2g} (relative L2), {module.probe.tolerance:g} is allowed.",
+                "Build it instead: fastface-trt build.",
+            )
+    return errors
+
+
+def relative_errors(actual: Mapping[str, Array], expected: Mapping[str, Array]) -> dict[str, float]:
+    """‖a − e‖ / ‖e‖ of each output in float64; NaN where `actual` is not finite."""
+    errors = {}
+    for name, wanted in expected.items():
+        reference = wanted.astype(np.float64)
+        difference = actual[name].astype(np.float64) - reference
+        scale = float(np.linalg.norm(reference)) or 1.0
+        errors[name] = float(np.linalg.norm(difference)) / scale
+    return errors

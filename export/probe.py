@@ -1,0 +1,112 @@
+"""The probe of a module: seeded inputs and what the PyTorch module makes of them, in one file.
+
+An engine is compared with it after a refit (`fastface_trt.engines.probe`). It is as small as the
+module allows: two requests of one branch, the smallest latent size, so a full-size UNet's file
+stays below 1 MB in fp16. A weight that is wrong shows at any size.
+"""
+
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fastface_trt.engines import contract
+from fastface_trt.engines.files import describe_file
+from fastface_trt.engines.manifest import Dimension, Probe
+from fastface_trt.engines.probe import INPUT, OUTPUT, PROBE_FILE
+from fastface_trt.export.modules import ModuleExport
+
+PROBE_REQUESTS: Final = 2
+TOLERANCES: Final = {"fp32": 1e-3, "fp16": 1e-2, "bf16": 3e-2}
+"""Relative L2 error that is put down to the type that weights are stored or computed in."""
+
+_SEED: Final = 20
+_LATENT: Final = 8
+
+_MANIPULATION: Final = {
+    "scale": 1.1,
+    "power": 1.2,
+    "quantile": 0.65,
+    "sharpness": 5.0,
+    "adain_weight": 0.8,
+    "invert_first_token": 1.0,
+    "upper_bound": 10.0,
+}
+"""Values that change the result in every term of Eq. 7 to 10."""
+
+
+def write_probe(export: ModuleExport, folder: Path, precision: str) -> Probe:
+    """Write `folder`/NAME/probe.safetensors, running the module once as it was exported.
+
+    `precision` is the coarser of those that weights are stored and computed in.
+    """
+    sizes = _sizes(export)
+    inputs = _inputs(export, sizes)
+    with torch.no_grad():
+        results = export.module.eval()(**inputs)
+    outputs = dict(
+        zip(export.outputs, results if isinstance(results, tuple) else (results,), strict=True)
+    )
+    path = folder / export.name / PROBE_FILE
+    tensors = {INPUT + k: v for k, v in inputs.items()} | {
+        OUTPUT + k: v for k, v in outputs.items()
+    }
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+    return Probe(file=describe_file(folder, path), sizes=sizes, tolerance=TOLERANCES[precision])
+
+
+def _sizes(export: ModuleExport) -> dict[str, int]:
+    names = {
+        size for name in export.inputs for size in export.shapes[name] if isinstance(size, str)
+    }
+    sizes = {}
+    for name in names:
+        if name in ("height", "width"):
+            # Twice the multiple, or more: the exporter takes smaller ones for constants.
+            sizes[name] = max(_LATENT, 2 * export.multiples.get(name, 1))
+        else:
+            sizes[name] = PROBE_REQUESTS
+    return sizes
+
+
+def _inputs(export: ModuleExport, sizes: dict[str, int]) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(_SEED)
+    inputs = {}
+    for name, example in export.inputs.items():
+        shape = tuple(_size(of, sizes) for of in export.shapes[name])
+        inputs[name] = _values(name, example, shape, generator).to(example.dtype)
+    return inputs
+
+
+def _values(name: str, example: Tensor, shape: tuple[int, ...], generator: Any) -> Tensor:
+    if name == contract.TIMESTEP:
+        return torch.linspace(999, 249, shape[0])
+    if name == contract.TIME_IDS:
+        return torch.tensor([1024.0, 1024, 0, 0, 1024, 1024]).expand(shape)
+    if name == contract.IP_ADAPTER_SCALE:
+        return torch.linspace(0.4, 1.0, shape[0] * shape[1]).reshape(shape)
+    if name == contract.MANIPULATION:
+        return _manipulation(shape)
+    if not example.is_floating_point():
+        # Token ids: random words in front of the example's end marks.
+        ids = example[:1].expand(shape).clone()
+        words = torch.randint(1, int(example.max()), shape, generator=generator)
+        return torch.where(ids == 0, words, ids)
+    return torch.randn(shape, generator=generator)
+
+
+def _manipulation(shape: tuple[int, ...]) -> Tensor:
+    """[R, parts, columns]: every kind in turn, so that each request and part has another one."""
+    rows = torch.zeros(shape)
+    for column, name in enumerate(contract.MANIPULATION_COLUMNS):
+        for request in range(shape[0]):
+            for part in range(shape[1]):
+                kind = (request + part) % len(contract.KINDS)
+                rows[request, part, column] = kind if name == "kind" else _MANIPULATION[name]
+    return rows
+
+
+def _size(of: Dimension, sizes: dict[str, int]) -> int:
+    return of if isinstance(of, int) else sizes[of]

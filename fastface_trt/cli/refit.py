@@ -1,0 +1,67 @@
+"""`refit`: make an export's engines out of built ones by replacing weights, without a build."""
+
+from pathlib import Path
+
+import click
+
+from fastface_trt.builders import make_builder
+from fastface_trt.cli.common import FOLDER, backend_options, console, timed_lines
+from fastface_trt.engines.cache import EngineCache
+from fastface_trt.engines.manifest import EXPORT_MANIFEST, ExportManifest, read_manifest
+from fastface_trt.engines.refit import RefitReport, refit
+from fastface_trt.errors import UnknownName
+from fastface_trt.pipeline import find_export
+
+
+@click.command("refit")
+@backend_options
+@click.option("--from", "donor", type=FOLDER, help="Use the engines of this export [the newest].")
+@click.option("--module", "modules", multiple=True, help="Only this module (repeatable).")
+def refit_command(
+    export_folder: str,
+    backend: str,
+    cache: Path | None,
+    threads: int | None,
+    donor: Path | None,
+    modules: tuple[str, ...],
+) -> None:
+    """Make the engines of an export from built ones whose graphs are the same.
+
+    For another LoRA scale, another LoRA, or another distilled checkpoint: only weights differ, so
+    they are put into a copy of an engine that the cache holds. The copy is compared with the
+    export's probe before it counts.
+    """
+    folder = find_export(export_folder)
+    manifest = read_manifest(folder / EXPORT_MANIFEST, ExportManifest)
+    start = None if donor is None else read_manifest(donor / EXPORT_MANIFEST, ExportManifest)
+    for known in (manifest, start):
+        for name in modules:
+            if known is not None and name not in known.modules:
+                raise UnknownName("module", name, known.modules)
+    store = EngineCache(cache)
+    builder = make_builder(manifest, backend, threads=threads, cache=store)
+    line = timed_lines(console())
+    for name in modules or manifest.modules:
+        report = refit(
+            store,
+            manifest.modules[name],
+            folder,
+            builder,
+            line,
+            None if start is None else start.modules.get(name),
+        )
+        line(_words(report))
+        click.echo(str(store.root / report.key))
+
+
+def _words(report: RefitReport) -> str:
+    if report.donor is None:
+        return f"{report.module}: this engine exists"
+    errors = "no probe"
+    if report.probe_errors is not None:
+        errors = ", ".join(f"{name} {error:.1e}" for name, error in report.probe_errors.items())
+    return (
+        f"{report.module}: {len(report.changed)} weights changed "
+        f"({report.changed_bytes / 2**20:.1f} MB) in {report.seconds:.1f} s; "
+        f"difference from PyTorch: {errors}"
+    )
