@@ -5,7 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from fastface_trt.engines.engine import Array, Engine
+from fastface_trt.engines.device import Array
+from fastface_trt.engines.engine import Engine
 from fastface_trt.engines.files import verify_files
 from fastface_trt.engines.manifest import ModuleSpec
 from fastface_trt.errors import EngineMismatch, ExportIncomplete
@@ -34,7 +35,7 @@ def read_probe(module: ModuleSpec, source: Path) -> tuple[dict[str, Array], dict
         raise ExportIncomplete(
             f"The probe of {module.name} cannot be read: {error}.", "Export it again."
         ) from None
-    sides = ({}, {})
+    sides: tuple[dict[str, Array], dict[str, Array]] = ({}, {})
     for name, tensor in tensors.items():
         prefix = INPUT if name.startswith(INPUT) else OUTPUT
         sides[prefix == OUTPUT][name.removeprefix(prefix)] = tensor
@@ -48,7 +49,8 @@ def check_probe(engine: Engine, module: ModuleSpec, source: Path) -> dict[str, f
     and what `read_probe` and the engine raise.
     """
     inputs, expected = read_probe(module, source)
-    errors = relative_errors(engine(**inputs), expected)
+    outputs = {name: engine.device.download(one) for name, one in engine(**inputs).items()}
+    errors = relative_errors(outputs, expected)
     assert module.probe is not None
     for name, error in errors.items():
         if not error <= module.probe.tolerance:
