@@ -31,7 +31,7 @@ from benchmarks.mini_quality import (
 from fastface_trt import FastFace
 from fastface_trt.cli.main import cli
 from fastface_trt.mini.prompts import canonical_prompt
-from fastface_trt.runtime.denoise import StepTrace
+from fastface_trt.runtime.trace import StepTrace
 
 REFERENCE = "fp16"
 PRECISIONS = (REFERENCE, "fp8", "int8")

@@ -126,6 +126,15 @@ def _installed(prefix: str) -> dict[str, str]:
     return dict(sorted(found.items()))
 
 
+def _onnxruntime_backend(provider: Provider) -> Backend:
+    name = "onnxruntime" if provider == "cpu" else f"onnxruntime-{provider}"
+    return Backend(
+        name,
+        lambda: _probe_onnxruntime(name, provider),
+        lambda **options: OnnxRuntimeBuilder(provider, **options),
+    )
+
+
 _FLAVOURS: dict[str, tuple[str, ...]] = {
     "onnxruntime": (
         "onnxruntime-gpu",
@@ -142,16 +151,7 @@ BACKENDS: Mapping[str, Backend] = MappingProxyType(
     {
         backend.name: backend
         for backend in (
-            Backend(
-                "onnxruntime",
-                lambda: _probe_onnxruntime("onnxruntime", "cpu"),
-                lambda **options: OnnxRuntimeBuilder("cpu", **options),
-            ),
-            Backend(
-                "onnxruntime-cuda",
-                lambda: _probe_onnxruntime("onnxruntime-cuda", "cuda"),
-                lambda **options: OnnxRuntimeBuilder("cuda", **options),
-            ),
+            *map(_onnxruntime_backend, PROVIDERS),
             Backend(
                 "tensorrt",
                 lambda: _probe_tensorrt("tensorrt"),

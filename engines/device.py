@@ -5,7 +5,7 @@ a GPU. Arithmetic on tensors is the engines' business; the little that the loop 
 UNet calls is an engine too (`guidance_step`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any, Final, Protocol, TypeAlias
@@ -47,10 +47,13 @@ class DeviceTensor:
     def __len__(self) -> int:
         return self.shape[0]
 
+    def __iter__(self) -> Iterator["DeviceTensor"]:
+        return (self[row] for row in range(len(self)))
+
     def __getitem__(self, row: int) -> "DeviceTensor":
         """Row `row` of the leading axis, sharing this tensor's memory."""
         if not 0 <= row < self.shape[0]:
-            raise IndexError(f"row {row} of {self.shape[0]}")  # also what ends an iteration
+            raise IndexError(f"row {row} of {self.shape[0]}")
         stride = prod(self.shape[1:]) * ITEM_BYTES[self.dtype]
         return DeviceTensor(self.address + row * stride, self.shape[1:], self.dtype, self.memory)
 

@@ -23,7 +23,11 @@ class Engine(Protocol):
     """A module that can be called, and a context manager around its resources."""
 
     spec: ModuleSpec
-    device: Device
+
+    @property
+    def device(self) -> Device:
+        """Where its tensors live."""
+        ...
 
     def __call__(self, **inputs: Tensor) -> dict[str, Tensor]:
         """Run once. Inputs and outputs carry the names, shapes and dtypes of `spec`.

@@ -8,19 +8,26 @@ into its weights: the engine is twice as large as the module and, on large matri
 about twice as fast. A build takes memory for the engine once, a running session again for packed
 copies of its weights. With "extended" or "basic" the weights stay float16 and are mapped from the
 file: opening takes next to no memory, and every run casts them again.
+
+The providers `tensorrt` and `nv-tensorrt-rtx` compile the module whenever it is opened: what they
+would keep on the disk is loaded without being verified, so it is not kept. The backends `tensorrt`
+and `tensorrt-rtx` build once.
 """
 
 import re
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from fastface_trt.engines.closing import Closing
-from fastface_trt.engines.device import HostDevice, Tensor
+from fastface_trt.engines.cuda.device import SharedDevice
+from fastface_trt.engines.device import Device, HostDevice, Tensor
 from fastface_trt.engines.engine import Progress, check_inputs, host_arrays
 from fastface_trt.engines.hardware import cpu_hardware, cuda_hardware
 from fastface_trt.engines.manifest import BuildReport, EngineManifest, ModuleSpec
 from fastface_trt.engines.onnx_file import OnnxFile
+from fastface_trt.engines.onnxruntime_gpu import BoundEngine, ProviderOptions
 from fastface_trt.engines.onnxruntime_weights import find_weights, replace_weights
 from fastface_trt.engines.weight_map import (
     Change,
@@ -31,13 +38,16 @@ from fastface_trt.engines.weight_map import (
 )
 from fastface_trt.errors import BackendUnavailable, BuildFailed, EngineFailed, EngineMismatch
 
-Provider = Literal["cpu", "cuda"]
+Provider = Literal["cpu", "cuda", "tensorrt", "nv-tensorrt-rtx"]
 Optimization = Literal["all", "extended", "basic"]
 
 PROVIDERS: dict[Provider, str] = {
     "cpu": "CPUExecutionProvider",
     "cuda": "CUDAExecutionProvider",
+    "tensorrt": "TensorrtExecutionProvider",
+    "nv-tensorrt-rtx": "NvTensorRTRTXExecutionProvider",
 }
+_COMPILES: frozenset[Provider] = frozenset(("tensorrt", "nv-tensorrt-rtx"))
 _LEVELS: dict[str, str] = {
     "all": "ORT_ENABLE_ALL",
     "extended": "ORT_ENABLE_EXTENDED",
@@ -53,6 +63,11 @@ REINSTALL = (
     "`onnxruntime` and `onnxruntime-gpu` install over each other, and only the last one counts: "
     "pip uninstall -y onnxruntime onnxruntime-gpu && pip install --no-deps onnxruntime-gpu. "
     "It needs an NVIDIA GPU with the CUDA and cuDNN versions that its release notes name."
+)
+
+_ANOTHER_BUILD = (
+    "It comes with builds of ONNX Runtime for TensorRT-RTX, in place of onnxruntime; the backend "
+    "tensorrt-rtx needs none of them."
 )
 
 
@@ -72,11 +87,11 @@ class OnnxRuntimeBuilder:
         self.threads = threads
         self.optimization = optimization
         self.backend = "onnxruntime" if provider == "cpu" else f"onnxruntime-{provider}"
-        self._device = HostDevice()
+        self._host, self._gpu = HostDevice(), SharedDevice()
 
-    def device(self) -> HostDevice:
-        """The host: ONNX Runtime takes and returns numpy arrays."""
-        return self._device
+    def device(self) -> Device:
+        """The host, or GPU 0 for every other provider."""
+        return self._host if self.provider == "cpu" else self._gpu.get()
 
     def identity(self, module: ModuleSpec) -> Mapping[str, Any]:
         """Backend, ONNX Runtime's version, provider, optimisation, and the hardware.
@@ -105,9 +120,15 @@ class OnnxRuntimeBuilder:
     ) -> BuildReport:
         """Optimise `module` and write graph and weights into `target`.
 
-        Raises `BuildFailed` with ONNX Runtime's own message, `BackendUnavailable` when the
-        provider does not run here. Needs memory for the optimised weights once.
+        For a provider that compiles when it opens, the engine is the module as it is. Raises
+        `BuildFailed` with ONNX Runtime's own message, `BackendUnavailable` when the provider does
+        not run here. Needs memory for the optimised weights once.
         """
+        if self.provider in _COMPILES:
+            self.check_runs_here()
+            for file in module.files:
+                shutil.copyfile(source / file.path, target / Path(file.path).name)
+            return BuildReport()
         graph = target / _GRAPH
         options = self._options(self.optimization, prepack=False)
         options.optimized_model_filepath = str(graph)
@@ -165,7 +186,7 @@ class OnnxRuntimeBuilder:
         built.with_weights(change.weights).write(target)
         return change
 
-    def open(self, manifest: EngineManifest, folder: Path) -> "OnnxRuntimeEngine":
+    def open(self, manifest: EngineManifest, folder: Path) -> "OnnxRuntimeEngine | BoundEngine":
         """Load a verified engine; the graph is not optimised again.
 
         Raises `EngineMismatch` when it was built for another backend, version or machine, or
@@ -179,8 +200,29 @@ class OnnxRuntimeBuilder:
                     f"here it is {here}.",
                     "Build it again on this machine: fastface-trt build.",
                 )
+        self.check_runs_here()
+        module = manifest.module
+        if self.provider == "cpu":
+            session = self._open_session(manifest, folder / _GRAPH, {})
+            return OnnxRuntimeEngine(module, session, self._host)
+        compiles = self.provider in _COMPILES
+        graph = folder / (Path(module.files[0].path).name if compiles else _GRAPH)
+        return BoundEngine(
+            module,
+            self._gpu.get(),
+            _onnxruntime().RunOptions(),
+            lambda provider_options: self._open_session(manifest, graph, provider_options),
+        )
+
+    def _open_session(
+        self, manifest: EngineManifest, graph: Path, provider_options: ProviderOptions
+    ) -> Any:
+        options = self._options("off", prepack=True)
+        if self.provider in _COMPILES:
+            # A node that the provider leaves over would run on the CPU, slowly and unnoticed.
+            options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
         try:
-            session = self._session(folder / _GRAPH, self._options("off", prepack=True))
+            session = open_session(str(graph), options, self.provider, provider_options)
         except BackendUnavailable:
             raise
         except Exception as error:
@@ -194,7 +236,7 @@ class OnnxRuntimeBuilder:
                 f"The engine of {manifest.module.name} does not fit its manifest: {problem}.",
                 "Build it again: fastface-trt build.",
             )
-        return OnnxRuntimeEngine(manifest.module, session, self._device)
+        return session
 
     def _optimise(self, graph: Path, options: Any) -> Any:
         """A session on the export's graph, which writes the optimised graph when it is made."""
@@ -260,7 +302,12 @@ class OnnxRuntimeEngine(Closing):
         self._session = None
 
 
-def open_session(graph: str | bytes, options: Any, provider: Provider) -> Any:
+def open_session(
+    graph: str | bytes,
+    options: Any,
+    provider: Provider,
+    provider_options: ProviderOptions | None = None,
+) -> Any:
     """An ONNX Runtime session that runs on `provider`; `graph` is a path or a serialised model.
 
     Raises `BackendUnavailable` when ONNX Runtime would quietly use another provider instead;
@@ -272,7 +319,9 @@ def open_session(graph: str | bytes, options: Any, provider: Provider) -> Any:
     if wanted not in available:
         raise _lacks(provider, available)
     # Its fallback would retry on the CPU, when opening and again in the middle of a run.
-    session = ort.InferenceSession(graph, options, providers=[wanted], enable_fallback=0)
+    session = ort.InferenceSession(
+        graph, options, providers=[(wanted, provider_options or {})], enable_fallback=0
+    )
     actual = session.get_providers()
     if not actual or actual[0] != wanted:
         raise BackendUnavailable(
@@ -286,7 +335,7 @@ def _lacks(provider: Provider, available: Sequence[str]) -> BackendUnavailable:
     return BackendUnavailable(
         f"ONNX Runtime {_onnxruntime().__version__} has no {PROVIDERS[provider]} here, only "
         f"{', '.join(available)}.",
-        REINSTALL,
+        REINSTALL if provider != "nv-tensorrt-rtx" else _ANOTHER_BUILD,
     )
 
 

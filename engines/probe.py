@@ -5,7 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from fastface_trt.engines.engine import Array, Engine
+from fastface_trt.engines.device import Array
+from fastface_trt.engines.engine import Engine
 from fastface_trt.engines.files import verify_files
 from fastface_trt.engines.manifest import ModuleSpec
 from fastface_trt.errors import EngineMismatch, ExportIncomplete
@@ -48,7 +49,8 @@ def check_probe(engine: Engine, module: ModuleSpec, source: Path) -> dict[str, f
     and what `read_probe` and the engine raise.
     """
     inputs, expected = read_probe(module, source)
-    errors = relative_errors(engine(**inputs), expected)
+    outputs = {name: engine.device.download(one) for name, one in engine(**inputs).items()}
+    errors = relative_errors(outputs, expected)
     assert module.probe is not None
     for name, error in errors.items():
         if not error <= module.probe.tolerance:

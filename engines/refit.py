@@ -127,6 +127,7 @@ class _BuiltLike:
         self.open = builder.open
         self.takes = builder.takes
         self.check_runs_here = builder.check_runs_here
+        self.device = builder.device
         self._identity = build_identity(donor)
 
     def identity(self, module: ModuleSpec) -> Mapping[str, Any]:

@@ -24,6 +24,7 @@ from fastface_trt.runtime.conditioning import Conditioner
 from fastface_trt.runtime.denoise import DenoiseReport, denoise
 from fastface_trt.runtime.face import Face, FaceAnalyzer
 from fastface_trt.runtime.images import load_picture
+from fastface_trt.runtime.job import Job
 from fastface_trt.runtime.modules import ModuleSet
 from fastface_trt.runtime.presets import preset_fields
 from fastface_trt.runtime.request import GenerationRequest

@@ -12,7 +12,6 @@ import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import astuple
 from math import prod
-from typing import cast
 
 import numpy as np
 
@@ -154,12 +153,7 @@ class CudaDevice:
 
     def empty(self, shape: Sequence[int], dtype: str) -> DeviceTensor:
         """A tensor whose contents are undefined."""
-        if dtype not in ITEM_BYTES:
-            raise EngineMismatch(
-                f"A GPU engine was given numbers of type {dtype}.",
-                f"It takes {', '.join(ITEM_BYTES)}.",
-            )
-        kind = cast(DType, dtype)
+        kind = _dtype(dtype)
         memory = self.stream().allocate(prod(shape) * ITEM_BYTES[kind])
         return DeviceTensor(memory.address, tuple(shape), kind, memory)
 
@@ -232,14 +226,23 @@ class SharedDevice:
             return self._device
 
 
-def _common_dtype(tensors: Sequence[Tensor]) -> str:
+def _dtype(name: str) -> DType:
+    for known in ITEM_BYTES:
+        if known == name:
+            return known
+    raise EngineMismatch(
+        f"A GPU engine was given numbers of type {name}.", f"It takes {', '.join(ITEM_BYTES)}."
+    )
+
+
+def _common_dtype(tensors: Sequence[Tensor]) -> DType:
     names = sorted({dtype_name(tensor) for tensor in tensors})
     if len(names) > 1:
         raise EngineMismatch(
             f"Modules of this export give {' and '.join(names)} where one type is needed.",
             "Export the model again with this version: fastface-trt export.",
         )
-    return names[0]
+    return _dtype(names[0])
 
 
 def _warn(line: str) -> None:

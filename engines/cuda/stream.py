@@ -63,7 +63,7 @@ class Staging:
         address = self._address + self._used
         self._used += _rounded(size)
         part = (ctypes.c_uint8 * size).from_address(address)
-        return address, np.frombuffer(part, np.uint8)
+        return address, np.ctypeslib.as_array(part)
 
     def reset(self) -> None:
         """All copies so far have finished."""

@@ -101,7 +101,7 @@ def run_backend(
 ) -> dict[str, Array]:
     """All outputs of `module` from an engine of `builder`, as numpy arrays."""
     with cache.open(module, folder, builder, progress) as engine:
-        return {name: np.asarray(output) for name, output in engine(**inputs).items()}
+        return {name: engine.device.download(output) for name, output in engine(**inputs).items()}
 
 
 def verify_modules(

@@ -178,8 +178,8 @@ def test_build_then_inspect(tiny_export, tmp_path):
     result = run("build", "--export", folder, "--cache", tmp_path)
     assert result.exit_code == 0, result.output
     engines = result.stdout.split()
-    assert len(engines) == 6
-    assert run("cache", "verify", "--cache", tmp_path).output.count("ok") == 6
+    assert len(engines) == 7
+    assert run("cache", "verify", "--cache", tmp_path).output.count("ok") == 7
     assert "unet" in run("inspect", folder, "--verify").output
     assert "input_ids" in run("inspect", engines[0], "--verify").output
     assert json.loads(run("inspect", folder, "--json").stdout)["checkpoint"] == "tiny"

@@ -16,6 +16,7 @@ import itertools
 import re
 import threading
 from bisect import bisect_right
+from collections import deque
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -63,7 +64,9 @@ class Handle:
 
 @dataclass(eq=False)
 class FakeStream(Handle):
-    queue: list = field(default_factory=list)
+    queue: deque = field(default_factory=deque)
+    submitted: int = 0
+    done: int = 0
     recording: list | None = None
     recorder: int | None = None
     broken: bool = False
@@ -139,6 +142,7 @@ class FakeCuda:
             stream.recording.append(work)
         else:
             stream.queue.append(work)
+            stream.submitted += 1
 
     # The module
 
@@ -199,11 +203,12 @@ class FakeCuda:
                 return np.frombuffer((ctypes.c_uint8 * size).from_address(address), np.uint8)
         raise Cuda("CUDA_ERROR_INVALID_VALUE")  # pageable memory would make the copy synchronous
 
-    def _drain(self, stream):
-        queue, stream.queue = stream.queue, []
+    def _drain(self, stream, until=None):
+        """Do what was submitted, up to a count: an event covers what came before it, no more."""
         try:
-            for work in queue:
-                work()
+            while stream.done < (stream.submitted if until is None else until):
+                stream.done += 1
+                stream.queue.popleft()()
         except Cuda as problem:  # on a GPU nothing works after that
             self.sticky = str(problem)
             raise
@@ -276,11 +281,11 @@ class FakeCuda:
         self._gone(event, "event")
 
     def _cuEventRecord(self, event, stream):
-        event.after = (self.stream_of(int(stream)), len(stream.queue))
+        event.after = (self.stream_of(int(stream)), stream.submitted)
 
     def _cuStreamWaitEvent(self, stream, event, flags):
-        earlier, _ = event.after
-        self.submit(self.stream_of(int(stream)), lambda: self._drain(earlier))
+        earlier, count = event.after
+        self.submit(self.stream_of(int(stream)), lambda: self._drain(earlier, count))
 
     # Memory
 
