@@ -32,7 +32,9 @@ def test_a_copy_returns_what_was_marked(tmp_path, external, dtype):
         # The module itself is what it was, and can be marked again.
         again = marked.write([], tmp_path / f"again{inline}")
         assert [tensor.name for tensor in again.outputs] == ["y"]
-        graph = onnx.load(tmp_path / f"again{inline}" / again.files[0].path).graph
+        path = tmp_path / f"again{inline}" / again.files[0].path
+        # Without the data: onnx refuses hard links, which ONNX Runtime and OnnxFile take.
+        graph = onnx.load(path, load_external_data=False).graph
         assert [value.name for value in graph.output] == ["y"]
     assert marked.producers("y") == {"p"}
     assert marked.ancestors("p") == frozenset()
