@@ -1,9 +1,10 @@
 """The probe of a module: seeded inputs and what the PyTorch module makes of them, in one file.
 
 An engine is compared with it after a refit (`fastface_trt.engines.probe`). It is as small as the
-module allows: two requests of one branch, the smallest latent size, so a full-size UNet's file
-stays below 1 MB in fp16. A weight that is wrong shows at any size. A module of one fixed size that
-is a large one has no probe: PyTorch on a CPU would take longer for it than for the whole export.
+module allows: the UNet with two requests of one branch, the others with one row, at the smallest
+latent size, so a full-size UNet's file stays below 1 MB in fp16. A weight that is wrong shows at
+any size. A module of one fixed size that is a large one has no probe: PyTorch on a CPU would take
+longer for it than for the whole export.
 """
 
 import math
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from fastface_trt.engines import contract
@@ -61,7 +62,8 @@ def write_probe(export: ModuleExport, folder: Path, precision: str) -> Probe | N
     tensors = {INPUT + k: v for k, v in inputs.items()} | {
         OUTPUT + k: v for k, v in outputs.items()
     }
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+    # Not save_file, which makes a file that only its owner can read.
+    path.write_bytes(save({name: tensor.contiguous() for name, tensor in tensors.items()}))
     return Probe(file=describe_file(folder, path), sizes=sizes, tolerance=TOLERANCES[precision])
 
 
@@ -75,7 +77,8 @@ def _sizes(export: ModuleExport) -> dict[str, int]:
             # Twice the multiple, or more: the exporter takes smaller ones for constants.
             sizes[name] = max(_LATENT, 2 * export.multiples.get(name, 1))
         else:
-            sizes[name] = PROBE_REQUESTS
+            # One row is what other modules run anyway: TensorRT has a profile for it.
+            sizes[name] = PROBE_REQUESTS if "requests" in names else 1
     return sizes
 
 

@@ -20,6 +20,12 @@ def test_every_module_of_an_export_has_one_that_its_onnx_fulfils(tiny_export):
     for name, module in manifest.modules.items():
         assert f"{name}/probe.safetensors" in listed
         inputs, expected = read_probe(module, folder)
+        rows = {len(tensor) for tensor in (*inputs.values(), *expected.values())}
+        assert rows == ({2} if name == "unet" else {1})
+        # As readable as the other files: an export is often made by another user than it serves.
+        assert (folder / module.probe.file.path).stat().st_mode & 0o044 == (
+            folder / module.files[0].path
+        ).stat().st_mode & 0o044
         session = onnxruntime.InferenceSession(
             folder / module.files[0].path, providers=["CPUExecutionProvider"]
         )
