@@ -37,7 +37,7 @@ class QuantizationPlan:
     root: str = "unet"
 
 
-def scale_of(amax: Floats, form: QuantizedFormat, dtype: np.dtype) -> Floats:
+def scale_of(amax: Floats | float, form: QuantizedFormat, dtype: np.dtype) -> Floats:
     """amax / largest code in `dtype`; 1 for a range of nothing, and never rounded to 0."""
     exact = np.asarray(amax, dtype=np.float64) / LARGEST[form]
     smallest = float(np.finfo(dtype).smallest_subnormal)
@@ -105,7 +105,7 @@ class _Writer:
             factors = ranges.smoothing.astype(dtype)
             x = self._node(node, "Mul", [x, self._initializer(f"{name}.smoothing", factors)], x)
             values = values.astype(np.float32) / _along(factors, inputs, values.ndim)
-        scale = scale_of(np.float64(ranges.input_amax), self._form, dtype)
+        scale = scale_of(ranges.input_amax, self._form, dtype)
         node.replace_input_with(0, self._input(node, name, x, scale))
         node.replace_input_with(1, self._weight(node, name, weight, values, outputs, dtype))
         self._replaced.append(weight)
