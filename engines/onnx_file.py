@@ -21,8 +21,8 @@ from fastface_trt.engines import protobuf
 from fastface_trt.engines.closing import Closing
 from fastface_trt.errors import ExportIncomplete
 
-SCOPE_KEY: Final = "pkg.torch.onnx.name_scopes"
-"""Node metadata that names the PyTorch modules around a node, outermost first, as a list."""
+MODULE_KEY: Final = "fastface.module"
+"""Node metadata that names the PyTorch module a node came from, such as unet.mid_block."""
 
 _MODEL_GRAPH = 7
 _GRAPH_NODE, _GRAPH_INITIALIZER = 1, 5
@@ -172,8 +172,8 @@ class OnnxFile(Closing):
                 op_type = protobuf.text(value)
             elif field == _NODE_METADATA:
                 key, text = self._pair(value)
-                if key == SCOPE_KEY:
-                    scope = innermost_scope(text)
+                if key == MODULE_KEY:
+                    scope = text
         return Node(name, op_type, scope, tuple(outputs), tuple(inputs))
 
     def read_initializer(self, message: memoryview) -> Initializer | None:
@@ -232,10 +232,3 @@ class OnnxFile(Closing):
 
     def _broken(self, why: str) -> ExportIncomplete:
         return ExportIncomplete(f"{self.path} is not an ONNX model: {why}.", "Export it again.")
-
-
-def innermost_scope(scopes: str) -> str:
-    """The longest dotted name of a list such as `['', 'unet', 'unet.conv_in', 'convolution']`."""
-    names = [name.strip().strip("'\"") for name in scopes.strip("[]").split(",")]
-    # The last entry is the traced operator's own name, not a module's.
-    return max(names[:-1], key=len, default="")

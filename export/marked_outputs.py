@@ -18,7 +18,7 @@ from onnx_ir.passes.common import InlinePass, ShapeInferencePass
 
 from fastface_trt.engines.files import describe_file
 from fastface_trt.engines.manifest import Dimension, DType, ModuleSpec, TensorSpec
-from fastface_trt.engines.onnx_file import SCOPE_KEY, innermost_scope
+from fastface_trt.engines.onnx_file import MODULE_KEY
 
 _FLOATS: Final[dict[ir.DataType, DType]] = {
     ir.DataType.FLOAT: "float32",
@@ -125,7 +125,7 @@ class MarkableModule:
             name=name,
             op=node.op_type,
             node=node.name or "",
-            scope=innermost_scope(node.metadata_props.get(SCOPE_KEY, "")),
+            scope=node.metadata_props.get(MODULE_KEY, ""),
             dtype=value.dtype.name.lower() if value.dtype is not None else "unknown",
             shape=_dimensions(value),
             calls=bool(node.domain),

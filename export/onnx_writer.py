@@ -16,7 +16,7 @@ from fastface_trt.engines.manifest import DType, ModuleSpec, TensorSpec
 from fastface_trt.export.functions import OPSET, attention_functions
 from fastface_trt.export.modules import ModuleExport
 from fastface_trt.export.quantization.graph import quantize_graph
-from fastface_trt.export.scopes import SCOPE_KEY
+from fastface_trt.export.scopes import keep_only_modules
 
 EXTERNAL_DATA_BYTES = 512 * 2**20
 """Weights beyond this go into a file beside the graph; protobuf itself ends at 2 GiB."""
@@ -97,15 +97,6 @@ def _store_as_fp16(model: ir.Model) -> None:
         model.graph.insert_before(model.graph[0], nodes)
 
 
-def _keep_only_scopes(model: ir.Model) -> None:
-    """Drop the exporter's stack traces (they hold paths of this machine); keep module names."""
-    for node in model.graph.all_nodes():
-        for key in [k for k in node.metadata_props if k != SCOPE_KEY]:
-            del node.metadata_props[key]
-    for value in model.graph.initializers.values():
-        value.metadata_props.clear()
-
-
 def _name_dimensions(model: ir.Model, export: ModuleExport) -> None:
     """Give the graph's inputs and outputs the shapes of the manifest, names included."""
     for value in (*model.graph.inputs, *model.graph.outputs):
@@ -144,12 +135,12 @@ def write_module(export: ModuleExport, folder: Path, *, fp16_storage: bool = Fal
             logging.disable(previous)
     assert program is not None  # torch returns one whenever dynamo=True
     model = program.model
+    keep_only_modules(model)
     _attach_functions(model)
     if export.quantization is not None:
         quantize_graph(model, export.quantization)
     if fp16_storage:
         _store_as_fp16(model)
-    _keep_only_scopes(model)
     _name_dimensions(model, export)
     size = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value)
     program.save(target / "model.onnx", external_data=size > EXTERNAL_DATA_BYTES)

@@ -16,9 +16,9 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from fastface_trt.engines.onnx_file import MODULE_KEY
 from fastface_trt.export.precision import QuantizedFormat
 from fastface_trt.export.quantization.ranges import LayerRange
-from fastface_trt.export.scopes import SCOPE_KEY, module_of
 
 LARGEST: Mapping[QuantizedFormat, float] = {"fp8": 448.0, "int8": 127.0}
 _CODES: dict[QuantizedFormat, type] = {"fp8": ml_dtypes.float8_e4m3fn, "int8": np.int8}
@@ -78,7 +78,7 @@ def _layer_name(node: ir.Node, root: str) -> str | None:
         return None
     if node.inputs[1].const_value is None:
         return None  # a product of two activations
-    module = module_of(node) or ""
+    module = node.metadata_props.get(MODULE_KEY, "")
     return module.removeprefix(f"{root}.") if module.startswith(f"{root}.") else None
 
 
@@ -171,7 +171,7 @@ class _Writer:
         suffix = {"Mul": "smoothed", "QuantizeLinear": "q", "DequantizeLinear": "dq"}[op]
         node = ir.node(op, inputs, attributes or {}, num_outputs=1)
         node.name = f"{inputs[0].name}.{suffix}.{before.name}"
-        node.metadata_props[SCOPE_KEY] = before.metadata_props[SCOPE_KEY]
+        node.metadata_props[MODULE_KEY] = before.metadata_props[MODULE_KEY]
         output = node.outputs[0]
         output.name = f"{node.name}.output"
         output.shape, output.type = like.shape, like.type

@@ -6,7 +6,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from tiny_models import write_module
 
-from fastface_trt.engines.onnx_file import SCOPE_KEY, OnnxFile
+from fastface_trt.engines.onnx_file import MODULE_KEY, OnnxFile
 from fastface_trt.errors import ExportIncomplete
 
 
@@ -51,10 +51,10 @@ def test_the_address_is_where_the_bytes_are(tmp_path):
         assert ctypes.string_at(weight.address, len(weight.data)) == there
 
 
-def test_scopes_are_the_innermost_module(tmp_path):
+def test_nodes_say_which_module_they_came_from(tmp_path):
     node = helper.make_node("Identity", ["x"], ["y"], name="n")
     entry = node.metadata_props.add()
-    entry.key, entry.value = SCOPE_KEY, "['', 'unet', 'unet.mid_block', 'identity']"
+    entry.key, entry.value = MODULE_KEY, "unet.mid_block"
     value = [helper.make_tensor_value_info(n, TensorProto.FLOAT, [1]) for n in "xy"]
     model = helper.make_model(helper.make_graph([node], "g", value[:1], value[1:]))
     onnx.save(model, tmp_path / "model.onnx")

@@ -1,6 +1,5 @@
 """8-bit UNets: which layers, which scales, and numbers against ModelOpt's own simulation."""
 
-import ast
 import sys
 from dataclasses import replace
 
@@ -15,6 +14,7 @@ from tiny_sdxl import tiny_unet
 
 from fastface_trt.engines import contract
 from fastface_trt.engines.manifest import EXPORT_MANIFEST, ExportManifest, read_manifest
+from fastface_trt.engines.onnx_file import MODULE_KEY
 from fastface_trt.errors import InvalidRequest, MissingDependency, WeightsError
 from fastface_trt.export.adapter import attach_adapter, read_adapter
 from fastface_trt.export.exporter import run_export
@@ -32,7 +32,6 @@ from fastface_trt.export.quantization.graph import (
 )
 from fastface_trt.export.quantization.layers import choose_layers
 from fastface_trt.export.quantization.ranges import measure_ranges
-from fastface_trt.export.scopes import SCOPE_KEY
 
 pytest.importorskip("modelopt")
 
@@ -125,8 +124,8 @@ class Quantized:
                 continue
             if weight not in held and weight not in made:
                 continue
-            scopes = next(p.value for p in node.metadata_props if p.key == SCOPE_KEY)
-            found[ast.literal_eval(scopes)[-2].removeprefix("unet.")] = node
+            module = next(p.value for p in node.metadata_props if p.key == MODULE_KEY)
+            found[module.removeprefix("unet.")] = node
         return found, made, {i.name: i for i in self.model.graph.initializer}
 
 

@@ -18,7 +18,7 @@ from tiny_models import tree, write_module
 from fastface_trt.engines.cache import EngineCache
 from fastface_trt.engines.files import describe_file
 from fastface_trt.engines.manifest import EngineManifest, ModuleSpec, TensorSpec
-from fastface_trt.engines.onnx_file import SCOPE_KEY
+from fastface_trt.engines.onnx_file import MODULE_KEY
 from fastface_trt.engines.tensorrt import builder as builder_module
 from fastface_trt.engines.tensorrt import worker
 from fastface_trt.engines.tensorrt.builder import TensorRTBuilder
@@ -65,7 +65,7 @@ def test_the_parsers_error_names_the_node_and_the_pytorch_module(store, tmp_path
     folder.mkdir(parents=True)
     node = helper.make_node("Concat", ["a", "b"], ["y"], name="node_cat_7", axis=1)
     entry = node.metadata_props.add()
-    entry.key, entry.value = SCOPE_KEY, "['', 'unet', 'unet.add_embedding', 'cat']"
+    entry.key, entry.value = MODULE_KEY, "unet.add_embedding"
     inputs = [
         helper.make_tensor_value_info("a", TensorProto.FLOAT16, [1, 4]),
         helper.make_tensor_value_info("b", TensorProto.FLOAT, [1, 4]),
