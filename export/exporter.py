@@ -91,8 +91,10 @@ def _write(
     progress(f"{name}: exporting to ONNX")
     compress = options.precision == "fp32" and options.weight_storage == "fp16"
     spec = write_module(export, folder, fp16_storage=compress)
-    progress(f"{name}: computing a probe with PyTorch")
-    probe = write_probe(export, folder, "fp16" if compress else options.precision)
+    progress(f"{name}: computing a probe")
+    # What is not quantised in a quantised export is fp16.
+    half = compress or (options.quantized is not None and export.quantization is None)
+    probe = write_probe(export, folder, "fp16" if half else options.precision)
     spec = spec.model_copy(update={"probe": probe})
     del export
     gc.collect()  # modules and their graphs hold each other in cycles

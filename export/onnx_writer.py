@@ -18,6 +18,8 @@ from fastface_trt.export.modules import ModuleExport
 from fastface_trt.export.quantization.graph import quantize_graph
 from fastface_trt.export.scopes import keep_only_modules
 
+MODEL_FILE = "model.onnx"
+
 EXTERNAL_DATA_BYTES = 512 * 2**20
 """Weights beyond this go into a file beside the graph; protobuf itself ends at 2 GiB."""
 
@@ -143,14 +145,14 @@ def write_module(export: ModuleExport, folder: Path, *, fp16_storage: bool = Fal
         _store_as_fp16(model)
     _name_dimensions(model, export)
     size = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value)
-    program.save(target / "model.onnx", external_data=size > EXTERNAL_DATA_BYTES)
+    program.save(target / MODEL_FILE, external_data=size > EXTERNAL_DATA_BYTES)
 
     def spec(value: ir.Value) -> TensorSpec:
         return TensorSpec(
             name=value.name, dtype=_DTYPES[value.dtype], shape=export.shapes[value.name]
         )
 
-    paths = sorted(target.iterdir(), key=lambda p: (p.name != "model.onnx", p.name))
+    paths = sorted(target.iterdir(), key=lambda p: (p.name != MODEL_FILE, p.name))
     return ModuleSpec(
         name=export.name,
         inputs=tuple(spec(v) for v in model.graph.inputs),
