@@ -15,35 +15,12 @@ import inspect
 import itertools
 import re
 import threading
-from bisect import bisect_right
 from collections import deque
 from dataclasses import dataclass, field
 from functools import lru_cache
 
-import numpy as np
 from cuda.bindings import driver as real_driver
-
-GUARD = 2**20
-FIRST_ADDRESS = 0x7F00_0000_0000
-
-
-class Cuda(Exception):
-    """A result code, which the simulated module turns into a return value."""
-
-
-@dataclass
-class Block:
-    address: int
-    content: np.ndarray
-    alive: bool = True
-    """False from the call that frees it; what was queued before may still use it."""
-    readable: bool = True
-    """False once the freeing has happened in its stream's order."""
-
-
-@dataclass
-class Graph:
-    work: list
+from simulated_memory import Cuda, SimulatedMemory
 
 
 class Handle:
@@ -77,30 +54,23 @@ class FakeStream(Handle):
     __hash__ = object.__hash__
 
 
-class FakeCuda:
+class FakeCuda(SimulatedMemory):
     """Put it into `sys.modules["cuda.bindings.driver"]`. `memory` is the GPU's, in bytes."""
 
     def __init__(self, memory=2**33, compute_capability=(12, 0), name="Simulated GPU"):
         self.calls = []
         self.fail = {}
         self.sticky = None
-        self._memory, self._capability, self._name = memory, compute_capability, name
-        self._lock = threading.RLock()
-        self._blocks, self._addresses = {}, []
-        self._pinned = {}
+        self._capability, self._name = compute_capability, name
+        super().__init__(memory)
         self._handles = {}
         self._contexts = 0
         self._current = threading.local()
-        self._next = FIRST_ADDRESS
 
     # What tests ask
 
     def names(self, start=0):
         return [name for _, name, _ in self.calls[start:]]
-
-    def held(self):
-        """Device bytes that are allocated."""
-        return sum(b.content.nbytes for b in self._blocks.values() if b.readable)
 
     def leaks(self):
         """Everything that was made and not given back."""
@@ -114,27 +84,6 @@ class FakeCuda:
         if not isinstance(stream, FakeStream) or not stream.alive:
             raise Cuda("CUDA_ERROR_INVALID_HANDLE")
         return stream
-
-    def read(self, address, size):
-        """Bytes of device memory as an array that shares them."""
-        return self._span(address, size, "readable")
-
-    def allocate(self, size):
-        """Memory that TensorRT takes for itself."""
-        if self.held() + size > self._memory:
-            raise Cuda("CUDA_ERROR_OUT_OF_MEMORY")
-        with self._lock:
-            address, self._next = self._next, self._next + -(-size // 256) * 256 + GUARD
-            # What was never written must not look like zeros.
-            self._blocks[address] = Block(address, np.full(size, 0xA5, np.uint8))
-            self._addresses.append(address)
-        return address
-
-    def release(self, address):
-        block = self._blocks.get(address)
-        if block is None or not block.alive:
-            raise Cuda("CUDA_ERROR_INVALID_VALUE")
-        block.alive = block.readable = False
 
     def submit(self, stream, work):
         """Queue `work` on a stream, or record it."""
@@ -188,20 +137,6 @@ class FakeCuda:
             if isinstance(stream, FakeStream) and stream.recorder == threading.get_ident():
                 stream.broken = True
                 raise Cuda("CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED")
-
-    def _span(self, address, size, state):
-        index = bisect_right(self._addresses, int(address)) - 1
-        block = self._blocks[self._addresses[index]] if index >= 0 else None
-        offset = int(address) - block.address if block else 0
-        if block is None or offset + size > block.content.nbytes or not getattr(block, state):
-            raise Cuda("CUDA_ERROR_ILLEGAL_ADDRESS")
-        return block.content[offset : offset + size]
-
-    def _pinned_span(self, address, size):
-        for start, part in self._pinned.items():
-            if start <= address and address + size <= start + len(part):
-                return np.frombuffer((ctypes.c_uint8 * size).from_address(address), np.uint8)
-        raise Cuda("CUDA_ERROR_INVALID_VALUE")  # pageable memory would make the copy synchronous
 
     def _drain(self, stream, until=None):
         """Do what was submitted, up to a count: an event covers what came before it, no more."""

@@ -7,13 +7,12 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 from gpu_double import simulated_gpu
-from tiny_models import OUT, WIDTH, expected, write_module
+from tiny_models import OUT, expected, write_module
+from trt_bench import Bench, rows, run, unet_like
 
-from fastface_trt.engines.cache import EngineCache
 from fastface_trt.engines.device import DeviceTensor
 from fastface_trt.engines.hardware import cuda_hardware
 from fastface_trt.engines.manifest import TensorSpec
-from fastface_trt.engines.tensorrt.builder import TensorRTBuilder
 from fastface_trt.engines.tensorrt.options import TensorRTOptions
 from fastface_trt.engines.tensorrt.plan import PLAN
 from fastface_trt.errors import (
@@ -25,21 +24,6 @@ from fastface_trt.errors import (
 )
 
 FLAVOURS = ["tensorrt", "tensorrt-rtx"]
-
-
-class Bench:
-    """A simulated GPU, a builder of a flavour, and a module of three profiles: 1, 2 and 3 rows."""
-
-    def __init__(self, folder, flavour, cuda, trt):
-        self.cuda, self.trt, self.folder = cuda, trt, folder
-        self.builder = TensorRTBuilder(flavour, TensorRTOptions())
-        self.cache = EngineCache(folder / "cache")
-        module = write_module(folder / "export")
-        # A second input with a number of requests makes the rows a product, as in the UNet.
-        self.module = module
-
-    def open(self, module=None):
-        return self.cache.open(module or self.module, self.folder / "export", self.builder)
 
 
 @pytest.fixture(params=FLAVOURS)
@@ -62,14 +46,6 @@ def rtx(tmp_path):
 def datacentre(tmp_path):
     with simulated_gpu("tensorrt") as (cuda, trt):
         yield Bench(tmp_path, "tensorrt", cuda, trt)
-
-
-def rows(count=1, seed=0):
-    return np.random.default_rng(seed).standard_normal((count, WIDTH)).astype(np.float32)
-
-
-def run(engine, x):
-    return engine.device.download(engine(x=x)["y"])
 
 
 def test_it_computes_what_the_module_says(bench):
@@ -157,44 +133,6 @@ def test_a_run_that_cannot_be_recorded_is_launched_plainly_and_said_once(datacen
             np.testing.assert_allclose(run(engine, rows()), expected(rows()), rtol=1e-5)
         assert engine.device.stream().graphs.counts.refused == 1
         assert datacentre.cuda.names().count("cuStreamEndCapture") == 1
-
-
-def unet_like(folder):
-    """x [batch, 16] and a parameter row [requests, 3], so that options give several profiles."""
-    from onnx import TensorProto, helper, save
-
-    from fastface_trt.engines.files import describe_file
-    from fastface_trt.engines.manifest import ModuleSpec
-
-    nodes = [
-        helper.make_node("ReduceSum", ["p"], ["s"], keepdims=0),
-        helper.make_node("Mul", ["x", "s"], ["y"]),
-    ]
-
-    def value(name, *shape):
-        return helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
-
-    graph = helper.make_graph(
-        nodes,
-        "many",
-        [value("x", "batch", WIDTH), value("p", "requests", 3)],
-        [value("y", "batch", WIDTH)],
-    )
-    (folder / "many").mkdir(parents=True)
-    save(
-        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9),
-        folder / "many" / "model.onnx",
-    )
-
-    def spec(name, *shape):
-        return TensorSpec(name=name, dtype="float32", shape=shape)
-
-    return ModuleSpec(
-        name="many",
-        inputs=(spec("x", "batch", WIDTH), spec("p", "requests", 3)),
-        outputs=(spec("y", "batch", WIDTH),),
-        files=(describe_file(folder, folder / "many" / "model.onnx"),),
-    )
 
 
 def test_a_context_per_profile_and_a_graph_per_shape(datacentre):
@@ -367,54 +305,3 @@ def test_without_a_gpu_there_is_one_sentence(bench):
     bench.cuda.fail["cuInit"] = "CUDA_ERROR_NO_DEVICE"
     with pytest.raises(BackendUnavailable, match="finds no NVIDIA GPU"):
         bench.builder.open(manifest, folder)
-
-
-def runtime_files(bench):
-    return sorted((bench.cache.root / "runtime").glob("*"))
-
-
-def test_compiled_kernels_are_kept_beside_the_entry_and_taken_in_again(rtx):
-    rtx.trt.kernels = b"for this GPU"
-    with rtx.open() as engine:
-        run(engine, rows())
-    (file,) = runtime_files(rtx)
-    manifest, folder = rtx.cache.get(rtx.module, rtx.folder / "export", rtx.builder)
-    assert file.name.startswith(manifest.key)
-    assert file.parent != folder
-    assert file.read_bytes()[32:] == b"kernels for this GPU"
-    written = file.stat().st_mtime_ns
-    with rtx.open() as engine:
-        run(engine, rows())
-    assert file.stat().st_mtime_ns == written  # nothing new, nothing written
-    assert rtx.trt.counts()["IRuntimeCache.deserialize"] == 1
-
-
-@pytest.mark.parametrize("damage", ["cut", "changed", "refused", "empty"])
-def test_a_runtime_cache_that_does_not_fit_is_dropped(rtx, damage):
-    rtx.trt.kernels = b"for this GPU"
-    with rtx.open() as engine:
-        run(engine, rows())
-    (file,) = runtime_files(rtx)
-    content = file.read_bytes()
-    if damage == "refused":
-        rtx.trt.kernels = b"for a newer driver"
-    else:
-        file.write_bytes(
-            {"cut": content[:-1], "changed": content[:-1] + b"x", "empty": b""}[damage]
-        )
-    with rtx.open() as engine:
-        assert runtime_files(rtx) == []
-        run(engine, rows())
-    tried = rtx.trt.counts()["IRuntimeCache.deserialize"]
-    assert tried == (1 if damage == "refused" else 0)  # a damaged file never reaches TensorRT
-    assert len(runtime_files(rtx)) == 1
-
-
-def test_a_runtime_cache_that_cannot_be_written_costs_nothing(rtx):
-    rtx.trt.kernels = b"for this GPU"
-    rtx.cache.root.mkdir(parents=True)
-    (rtx.cache.root / "runtime").write_text("in the way")
-    with rtx.open() as engine:
-        run(engine, rows())
-    rtx.builder.device().close()
-    assert rtx.cuda.leaks() == []
