@@ -8,6 +8,7 @@ where one was exported. Every check says by how much it was off and how long it 
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import perf_counter
@@ -15,6 +16,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from fastface_trt import __version__
 from fastface_trt.builders import make_builder
@@ -29,11 +31,14 @@ from fastface_trt.mini.folders import SAMPLE_FACES
 from fastface_trt.pipeline import FastFace
 from fastface_trt.replay import Recording, replay
 from fastface_trt.runtime.presets import PRESETS
+from fastface_trt.verify.difference import compare
+from fastface_trt.verify.inputs import module_inputs
+from fastface_trt.verify.tolerances import tolerance_for
 
 REFERENCE = "onnxruntime"
-TOLERANCE: dict[str, float] = {"fp32": 1e-3, "fp16": 1e-2, "bf16": 3e-2}
-"""Relative L2 error of a UNet's output against ONNX Runtime on the CPU, by precision. Quantised
-UNets are judged by pictures, not by this."""
+REPLAY_TOLERANCE = 2e-3
+"""Relative L2 error of latents against the recorded ones, all of it float32."""
+
 PICTURE_TOLERANCE = 2e-2
 """Relative L2 error of a picture: four steps of guidance multiply the UNet's own."""
 
@@ -79,9 +84,9 @@ class SelfTest:
     def _checks(self) -> Iterator[Check]:
         pictures = self._pictures(REFERENCE)[0]
         for backend in self.backends:
-            yield self._guarded(backend, "mini model", lambda b=backend: self._mini(b, pictures))
+            yield self._guarded(backend, "mini model", partial(self._mini, backend, pictures))
             if self.recording is not None:
-                yield self._guarded(backend, "recorded cases", lambda b=backend: self._replay(b))
+                yield self._guarded(backend, "recorded cases", partial(self._replay, backend))
             if self.full_size is not None:
                 yield from self._full_size(backend, self.full_size)
 
@@ -102,10 +107,7 @@ class SelfTest:
             seconds = {"load_seconds": perf_counter() - started}
             face = fastface.analyze(next(iter(sorted(SAMPLE_FACES.glob("*.png")))))
             pictures = {
-                preset: np.asarray(
-                    fastface(_PROMPT, face, preset=preset, seed=_SEED).images[0], dtype=np.float32
-                )
-                / 255
+                preset: _pixels(fastface(_PROMPT, face, preset=preset, seed=_SEED).images[0])
                 for preset in PRESETS
             }
             times = [
@@ -116,7 +118,7 @@ class SelfTest:
 
     def _mini(self, backend: str, expected: dict[str, NDArray[np.float32]]) -> Check:
         pictures, seconds = self._pictures(backend)
-        errors = {f"error_{name}": relative_l2(pictures[name], expected[name]) for name in expected}
+        errors = {f"error_{name}": _distance(pictures[name], expected[name]) for name in expected}
         worst = max(errors.values())
         return Check(
             backend,
@@ -142,12 +144,12 @@ class SelfTest:
                 progress=self.progress,
             )
         errors = {
-            name: relative_l2(tensor, recorded[name])
+            name: _distance(tensor, recorded[name])
             for name, tensor in written.items()
             if name.endswith("latents")
         }
         name, worst = max(errors.items(), key=lambda item: item[1])
-        tolerance = 2 * TOLERANCE["fp32"]
+        tolerance = REPLAY_TOLERANCE
         return Check(
             backend,
             "recorded cases",
@@ -169,7 +171,7 @@ class SelfTest:
             return engines[name]
 
         def check(branches: int) -> Check:
-            inputs = example_inputs(manifest, branches)
+            inputs = module_inputs(spec, manifest, folder, branches=branches)
             times = []
             for _ in range(_RUNS):
                 started = perf_counter()
@@ -177,11 +179,11 @@ class SelfTest:
                 times.append(perf_counter() - started)
             numbers = {"unet_seconds_median": statistics.median(times)}
             passed, words = bool(np.isfinite(output).all()), "finite"
-            if branches == 1 and backend != REFERENCE and manifest.precision in TOLERANCE:
-                expected = predict(engine(REFERENCE), inputs)
-                error = relative_l2(output, expected)
-                passed = passed and error <= TOLERANCE[manifest.precision]
-                words = f"{error:.1e} off (tolerance {TOLERANCE[manifest.precision]:.0e})"
+            if branches == 1:
+                tolerance = tolerance_for(manifest.precision, "unet").relative_l2
+                error = _distance(output, predict(engine(REFERENCE), inputs))
+                passed = passed and error <= tolerance
+                words = f"{error:.1e} off (tolerance {tolerance:.0e})"
                 numbers["error"] = error
             seconds = numbers["unet_seconds_median"]
             return Check(backend, name, passed, f"{words}, {seconds:.3f} s a call", numbers)
@@ -189,46 +191,24 @@ class SelfTest:
         try:
             for branches in (1, 2, 3):
                 name = f"full-size UNet, {branches} branches"
-                yield self._guarded(backend, name, lambda count=branches: check(count))
+                yield self._guarded(backend, name, partial(check, branches))
         finally:
             for one in engines.values():
                 one.close()
 
 
-def relative_l2(actual: NDArray[Any], expected: NDArray[Any]) -> float:
-    """‖actual − expected‖ / ‖expected‖ in float64."""
-    difference = actual.astype(np.float64) - expected.astype(np.float64)
-    return float(np.linalg.norm(difference) / np.linalg.norm(expected.astype(np.float64)))
+def _pixels(image: Image.Image) -> NDArray[np.float32]:
+    """A picture as float32 [H,W,3] in [0, 1]."""
+    return np.asarray(image, dtype=np.float32) / np.float32(255)
+
+
+def _distance(actual: NDArray[Any], expected: NDArray[Any]) -> float:
+    return compare(actual, expected).relative_l2
 
 
 def predict(engine: Engine, inputs: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
     """The UNet's noise prediction for inputs on the host, back on the host."""
     return engine.device.download(engine(**inputs)[contract.NOISE_PREDICTION])
-
-
-def example_inputs(manifest: ExportManifest, branches: int) -> dict[str, NDArray[Any]]:
-    """Seeded inputs of one UNet call for one request at the export's size."""
-    factor = manifest.vae_scale_factor
-    sizes = {
-        "batch": branches,
-        "requests": 1,
-        "height": manifest.height // factor,
-        "width": manifest.width // factor,
-    }
-    generator = np.random.default_rng(_SEED)
-    inputs = {
-        tensor.name: generator.standard_normal(
-            [sizes[size] if isinstance(size, str) else size for size in tensor.shape]
-        ).astype(tensor.dtype)
-        for tensor in manifest.modules["unet"].inputs
-    }
-    inputs[contract.TIMESTEP][:] = 499
-    size = [manifest.height, manifest.width]
-    inputs[contract.TIME_IDS][:] = [*size, 0, 0, *size]
-    inputs[contract.IP_ADAPTER_SCALE][:] = 0.8
-    # kind scale-power, s, p, quantile level, d, w, inverted first token, upper bound
-    inputs[contract.MANIPULATION][:] = [1, 1.5, 1.3, 0.65, 5, 0.7, 1, 10]
-    return inputs
 
 
 def require_export_extra(recording: Path | None) -> None:

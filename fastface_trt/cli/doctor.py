@@ -15,7 +15,6 @@ from fastface_trt import __version__
 from fastface_trt.cli.common import FILE, FOLDER, console, timed_lines
 from fastface_trt.engines.backends import BACKENDS, BackendStatus, probe_backends
 from fastface_trt.engines.cache import EngineCache
-from fastface_trt.engines.engine import Progress
 from fastface_trt.engines.files import storage_errors, write_text_durably
 from fastface_trt.errors import BackendUnavailable, UnknownName
 from fastface_trt.self_test import REFERENCE, Check, SelfTest, require_export_extra
@@ -24,7 +23,9 @@ EXTRAS = {
     "export": ("torch", "diffusers", "transformers", "peft", "onnx", "onnxscript", "onnx-ir"),
     "gpu": ("onnxruntime-gpu", "cuda-python"),
     "tensorrt": ("tensorrt", "polygraphy"),
-    "tensorrt-rtx": ("tensorrt-rtx-cu13",),
+    "tensorrt-rtx": ("tensorrt-rtx-cu13", "cuda-python"),
+    "kernels": ("nvidia-cuda-nvrtc", "cuda-core"),
+    "quantize": ("nvidia-modelopt",),
 }
 RUNTIME = ("numpy", "onnxruntime", "insightface", "tokenizers", "pillow", "safetensors")
 
@@ -59,7 +60,7 @@ def _extras() -> dict[str, dict[str, str | None]]:
     help="With --gpu: also replay these recorded cases (tests/golden/pipeline in the sources).",
 )
 @click.option("--cache", type=FOLDER, help="Engine cache folder [FASTFACE_CACHE].")
-@click.option("--out", type=FILE, help="With --gpu: write the checks as JSON to this file.")
+@click.option("--out", "file", type=FILE, help="With --gpu: write the checks as JSON to this file.")
 def doctor(
     as_json: bool,
     gpu: bool,
@@ -67,7 +68,7 @@ def doctor(
     full_size: Path | None,
     recording: Path | None,
     cache: Path | None,
-    out: Path | None,
+    file: Path | None,
 ) -> None:
     """Say what is installed, which backends work here, and how to mend the others.
 
@@ -76,13 +77,9 @@ def doctor(
     """
     backends = probe_backends()
     if gpu:
-        _self_test(
-            SelfTest(
-                chosen or _on_gpu(backends), EngineCache(cache), full_size, recording, _lines()
-            ),
-            out,
-            as_json,
-        )
+        names = chosen or _on_gpu(backends)
+        line = timed_lines(console())
+        _self_test(SelfTest(names, EngineCache(cache), full_size, recording, line), file, as_json)
         return
     if as_json:
         report = {
@@ -110,10 +107,6 @@ def doctor(
         table.add_row(name, ", ".join(have) or "-", ", ".join(lack) or "-")
     out.print(table)
     out.print(f"Engine cache: {EngineCache().root}")
-
-
-def _lines() -> Progress:
-    return timed_lines(console())
 
 
 def _on_gpu(backends: list[BackendStatus]) -> list[str]:

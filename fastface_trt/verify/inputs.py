@@ -27,13 +27,15 @@ _MANIPULATION = {
 }
 
 
-def picture_sizes(module: ModuleSpec, manifest: ExportManifest) -> dict[str, int]:
-    """Sizes by name for one request of the export's own picture size, with all three branches.
+def picture_sizes(
+    module: ModuleSpec, manifest: ExportManifest, branches: int = 3
+) -> dict[str, int]:
+    """Sizes by name for one request of the export's own picture size, with so many branches.
 
     They are among those that engines are built for; modules without branches get one row.
     """
     names = {size for tensor in module.inputs for size in tensor.shape}
-    branches = 3 if "requests" in names or "branches" in names else 1
+    branches = branches if "requests" in names or "branches" in names else 1
     return {
         "requests": 1,
         "branches": branches,
@@ -44,7 +46,12 @@ def picture_sizes(module: ModuleSpec, manifest: ExportManifest) -> dict[str, int
 
 
 def module_inputs(
-    module: ModuleSpec, manifest: ExportManifest, folder: Path, *, seed: int = 0
+    module: ModuleSpec,
+    manifest: ExportManifest,
+    folder: Path,
+    *,
+    seed: int = 0,
+    branches: int = 3,
 ) -> dict[str, Array]:
     """Inputs of `module` by name, in the shapes and types of its manifest entry.
 
@@ -54,7 +61,7 @@ def module_inputs(
     values for.
     """
     rng = np.random.default_rng(seed)
-    sizes = picture_sizes(module, manifest)
+    sizes = picture_sizes(module, manifest, branches)
     return {
         tensor.name: _values(tensor, module, manifest, folder, sizes, rng)
         for tensor in module.inputs
