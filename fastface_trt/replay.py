@@ -24,6 +24,8 @@ from fastface_trt.engines.device import Device, HostDevice
 from fastface_trt.engines.engine import Engine, EngineBuilder, Progress
 from fastface_trt.engines.files import sha256_file, storage_errors
 from fastface_trt.engines.manifest import ModuleSpec
+from fastface_trt.engines.tensorrt.flavour import FLAVOURS
+from fastface_trt.engines.tensorrt.options import TensorRTOptions
 from fastface_trt.errors import MissingDependency, UnknownName, WeightsError
 from fastface_trt.runtime.advance import EngineGuidance, Guidance, HostGuidance
 from fastface_trt.runtime.denoise import denoise, require_finite
@@ -65,6 +67,11 @@ class Recording:
             if name not in known:
                 raise UnknownName("case", name, known)
         return [known[name] for name in names] if names else self.cases
+
+    def latent_sizes(self, names: Sequence[str]) -> list[tuple[int, int]]:
+        """Height and width of the latents of the cases called `names`, or of all."""
+        shapes = (self.require(str(case["name"]), "latents").shape for case in self.select(names))
+        return sorted({(shape[-2], shape[-1]) for shape in shapes})
 
     def input(self, case: str, name: str) -> Array | None:
         """An input of a case, its own (`CASE.input.NAME`) or the shared one; None if absent."""
@@ -180,7 +187,9 @@ def replay(
     written. Needs the `export` extra, since engines are made from PyTorch weights.
     """
     recording = Recording(cases, tensors)
-    provider = _UNetProvider(model, backend, cache or EngineCache(), progress)
+    provider = _UNetProvider(
+        model, backend, cache or EngineCache(), progress, recording.latent_sizes(names)
+    )
     results: Tensors = {}
     for case in recording.select(names):
         name = str(case["name"])
@@ -207,10 +216,23 @@ def replay(
     return results
 
 
+def _builder(backend: str, latent_sizes: Sequence[tuple[int, int]]) -> EngineBuilder:
+    if backend in FLAVOURS:
+        return builder_for(backend, options=TensorRTOptions(latent_sizes=tuple(latent_sizes)))
+    return builder_for(backend)
+
+
 class _UNetProvider:
     """UNets of a model folder by LoRA scale, on one backend."""
 
-    def __init__(self, model: Path, backend: str, cache: EngineCache, progress: Progress) -> None:
+    def __init__(
+        self,
+        model: Path,
+        backend: str,
+        cache: EngineCache,
+        progress: Progress,
+        latent_sizes: Sequence[tuple[int, int]],
+    ) -> None:
         try:
             from fastface_trt.export import adapter
         except ImportError as error:
@@ -220,7 +242,7 @@ class _UNetProvider:
             ) from None
         self._model, self._cache, self._progress = model, cache, progress
         # Fail on an unknown backend before minutes of export.
-        self._builder = None if backend == "torch" else builder_for(backend)
+        self._builder = None if backend == "torch" else _builder(backend, latent_sizes)
         files = [p for p in sorted(model.glob("*")) if p.suffix in (".safetensors", ".bin")]
         if not (model / "unet" / "config.json").is_file() or len(files) != 1:
             raise WeightsError(

@@ -1,4 +1,4 @@
-"""`doctor --gpu`: what it compares, that a wrong backend fails it, and what it says without a GPU."""
+"""`doctor --gpu`: what it compares, that a wrong backend fails, and what it says without a GPU."""
 
 import json
 
