@@ -1,4 +1,5 @@
 """Engines: what runs a module (`engine`), how one is built and where it is kept (`cache`).
 
-Nothing here imports torch. `manifest` holds the types that export and runtime share.
+Tensors live on a `device`: the host, or a GPU (`cuda`). `manifest` holds the types that export and
+runtime share. Nothing here imports torch.
 """

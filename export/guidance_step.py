@@ -45,18 +45,18 @@ def _graph(
     to_rows = op.Concat(op.Shape(coefficients), last, axis=0)
     epsilon_RGN = op.Reshape(noise_prediction, to_rows)
 
-    # The mean first, then the squares of what is left: one pass over squares would cancel.
-    freedom = op.Sub(op.Cast(op.Shape(epsilon_RGN, start=2, end=3), to=1), one)
+    # The mean first, then the squares of what is left: one pass over squares would cancel. Only the
+    # quotient of two deviations is needed, and from that their N − 1 is gone.
     centred_RGN = op.Sub(epsilon_RGN, op.ReduceMean(epsilon_RGN, last, keepdims=1))
     squares_RG = op.ReduceSum(op.Mul(centred_RGN, centred_RGN), last, keepdims=0)
-    deviation_RG = op.Sqrt(op.Div(squares_RG, freedom))
+    deviation_RG = op.Sqrt(squares_RG)
     spread_R1 = op.ReduceSum(op.Mul(spread, deviation_RG), last, keepdims=1)
 
     weighted_RGN = op.Mul(epsilon_RGN, op.Unsqueeze(coefficients, op.Constant(value_ints=[2])))
     sum_RN = op.ReduceSum(weighted_RGN, axis_1, keepdims=0)
     centred_RN = op.Sub(sum_RN, op.ReduceMean(sum_RN, last, keepdims=1))
     squares_R1 = op.ReduceSum(op.Mul(centred_RN, centred_RN), last, keepdims=1)
-    own_R1 = op.Sqrt(op.Div(squares_R1, freedom))
+    own_R1 = op.Sqrt(squares_R1)
 
     # Where ε̂ is flat there is nothing to rescale; φ first, so that φ = 0 gives a factor of 1.
     flat_R1 = op.Equal(own_R1, op.Constant(value_float=0.0))

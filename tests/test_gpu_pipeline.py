@@ -182,6 +182,20 @@ def test_threads_make_their_own_pictures_from_shared_encodings(simulated, cpu, f
         same(mine, theirs)
 
 
+@pytest.mark.parametrize("what", ["text", "image_tokens"])
+def test_an_encoding_is_finished_before_another_thread_gets_it(simulated, cpu, what):
+    gpu, _, _ = simulated
+
+    def encode(conditioner):
+        return conditioner.text(PROMPT).text if what == "text" else conditioner.image_tokens(None)
+
+    with ThreadPoolExecutor(1) as other:  # a thread that waits for nothing afterwards
+        shared = other.submit(encode, gpu._conditioner).result()
+        ours = gpu._modules.device.download(shared)
+        np.testing.assert_allclose(ours, encode(cpu._conditioner), rtol=1e-4, atol=1e-4)
+        del shared
+
+
 def test_closed_it_can_be_used_again(simulated, face):
     gpu, cuda, _ = simulated
     first = pixels(gpu(PROMPT, face))

@@ -164,6 +164,15 @@ def test_the_session_runs_on_a_stream_of_ours_and_never_on_the_cpu(bench):
     engine.close()  # twice is harmless
 
 
+def test_a_run_waits_for_its_inputs_whichever_stream_gets_there_first(bench):
+    opened, _, cuda = bench
+    with opened() as engine:
+        y = engine(x=engine.device.upload(rows()))["y"]
+        cuda.cuStreamSynchronize(engine._stream)
+        np.testing.assert_allclose(engine.device.download(y), expected(rows()), rtol=1e-5)
+        del y
+
+
 def test_threads_take_turns_and_get_their_own(bench):
     opened, _, _ = bench
     with opened() as engine:

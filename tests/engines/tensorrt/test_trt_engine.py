@@ -204,6 +204,21 @@ def test_engines_of_a_thread_share_one_scratch_memory(bench):
     assert second.device.stream().scratch.size == 0
 
 
+def test_graphs_go_with_the_scratch_memory_that_they_use(datacentre):
+    with datacentre.open() as engine:
+        for _ in range(3):
+            run(engine, rows())
+        stream = engine.device.stream()
+        assert len(stream.graphs) == 1
+        stream.scratch.get(99, 5000)  # another engine needs more
+        assert len(stream.graphs) == 0
+        for seed in range(3):
+            x = rows(seed=seed)
+            np.testing.assert_allclose(run(engine, x), expected(x), rtol=1e-5)
+        assert len(stream.graphs) == 1
+        stream.scratch.release(99)
+
+
 def test_loading_twenty_times_gives_all_memory_back(bench):
     device = bench.builder.device()
     held = []
