@@ -274,6 +274,7 @@ class OnnxRuntimeEngine(Closing):
 
     def __init__(self, spec: ModuleSpec, session: Any, device: HostDevice) -> None:
         self.spec = spec
+        self.request_counts = None
         self.device = device
         self._session: Any = session
         self._outputs = [tensor.name for tensor in spec.outputs]

@@ -37,6 +37,7 @@ class BoundEngine(Closing):
     ) -> None:
         self.spec = spec
         self.device = device
+        self.request_counts = None
         device.stream()  # a thread's first call needs the context
         self._lock = Lock()
         self._stream = device.driver.stream_create()

@@ -30,6 +30,7 @@ class TorchUNet(Closing):
         self._module = UNetModule(unet).eval()
         self._torch_device = unet.device
         self.device = HostDevice()
+        self.request_counts = None
 
         def spec(name: str, dtype: torch.dtype) -> TensorSpec:
             return TensorSpec(name=name, dtype=_NUMPY_NAMES[dtype], shape=export.shapes[name])

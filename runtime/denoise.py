@@ -66,8 +66,9 @@ def denoise(
     """Run every job to the end of its schedule and return its latents, float32 [C,h,w] each.
 
     `guidance` runs where the UNet does: None is numpy, for a UNet on the host. Jobs with the same
-    number of branches and the same size share UNet calls of at most `max_rows` rows, whatever their
-    settings and even at different timesteps; results equal single runs.
+    number of branches and the same size share UNet calls of at most `max_rows` rows, as many as the
+    UNet's engine takes, whatever their settings and even at different timesteps; results equal
+    single runs.
     Raises `Cancelled` when `on_step` returns False, and on the host `EngineFailed` when the UNet's
     output is not finite; elsewhere `require_finite` finds that in the end.
     """
@@ -76,7 +77,7 @@ def denoise(
     runs = [_Run(job, device) for job in jobs]
     for step in range(max((len(job.schedule) for job in jobs), default=0)):
         active = [index for index, job in enumerate(jobs) if step < len(job.schedule)]
-        for group in _group(jobs, active, step, max_rows):
+        for group in _group(jobs, active, step, max_rows, unet.request_counts):
             members = [runs[index] for index in group]
             prediction_BChw = _predict(unet, members, step, report)
             advanced = advance(
@@ -123,18 +124,32 @@ def _shares_statistics(job: Job) -> bool:
 
 
 def _group(
-    jobs: Sequence[Job], active: Sequence[int], step: int, max_rows: int | None
+    jobs: Sequence[Job],
+    active: Sequence[int],
+    step: int,
+    max_rows: int | None,
+    counts: Sequence[int] | None,
 ) -> list[list[int]]:
-    """Split the active jobs into groups that can share one UNet call."""
+    """Split the active jobs into groups that can share one UNet call.
+
+    `counts` are the group sizes that the UNet's engine takes, None for any.
+    """
     groups: dict[Any, list[int]] = defaultdict(list)
     for index in active:
         job = jobs[index]
         branches = len(job.guidance[step].branches)
         groups[branches, job.latent_shape, _shares_statistics(job)].append(index)
     split = []
-    for (branches, _, _), members in groups.items():
-        size = max(1, max_rows // branches) if max_rows else len(members)
-        split += [members[at : at + size] for at in range(0, len(members), size)]
+    for (branches, _, shares), members in groups.items():
+        limit = max(1, max_rows // branches) if max_rows else len(members)
+        # Where every row has its own statistics, a row is a request to the engine: no size helps.
+        sizes = counts if shares else None
+        while members:
+            size = min(limit, len(members))
+            if sizes is not None:
+                size = max((count for count in sizes if count <= size), default=size)
+            split.append(members[:size])
+            members = members[size:]
     return split
 
 

@@ -12,6 +12,7 @@ from fastface_trt.calibration import (
     read_prompts,
 )
 from fastface_trt.engines import contract
+from fastface_trt.engines.device import HostDevice
 from fastface_trt.engines.manifest import EXPORT_MANIFEST, ExportManifest, read_manifest
 from fastface_trt.errors import InvalidRequest
 from fastface_trt.mini import folders
@@ -21,9 +22,11 @@ class RecordingUNet:
     """Takes what a UNet takes, predicts nothing, and remembers its inputs."""
 
     spec = None
+    request_counts = None
 
     def __init__(self):
         self.calls = []
+        self.device = HostDevice()
 
     def __call__(self, **inputs):
         self.calls.append({name: np.array(array) for name, array in inputs.items()})

@@ -20,7 +20,12 @@ from fastface_trt.engines.tensorrt.context import ProfileContext
 from fastface_trt.engines.tensorrt.flavour import Flavour
 from fastface_trt.engines.tensorrt.network import MessageLog
 from fastface_trt.engines.tensorrt.plan import PLAN
-from fastface_trt.engines.tensorrt.profiles import Shape, choose_profile, read_profiles
+from fastface_trt.engines.tensorrt.profiles import (
+    Shape,
+    choose_profile,
+    read_profiles,
+    request_counts,
+)
 from fastface_trt.engines.tensorrt.runtime_cache import RuntimeCacheFile
 from fastface_trt.errors import EngineFailed, EngineMismatch, InvalidRequest
 
@@ -94,6 +99,7 @@ class TensorRTEngine(Closing):
         self.device = device
         self._backend = manifest.backend
         self._profiles = read_profiles(manifest)
+        self.request_counts = request_counts(manifest.module, self._profiles)
         self._log = log
         self._runtime, self._plan = runtime, plan
         self._lock = Lock()

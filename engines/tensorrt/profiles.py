@@ -83,6 +83,27 @@ def choose_profile(profiles: tuple[Profile, ...], shapes: Mapping[str, Shape]) -
     return min(fitting, key=lambda index: not profiles[index].fixed, default=None)
 
 
+def request_counts(module: ModuleSpec, profiles: tuple[Profile, ...]) -> tuple[int, ...] | None:
+    """Numbers of requests that some profile takes; None for a module that knows no requests."""
+    places = [
+        (tensor.name, tensor.shape.index("requests"))
+        for tensor in module.inputs
+        if "requests" in tensor.shape
+    ]
+    if not places:
+        return None
+    name, axis = places[0]
+    return tuple(
+        sorted(
+            {
+                count
+                for profile in profiles
+                for count in range(profile.smallest[name][axis], profile.largest[name][axis] + 1)
+            }
+        )
+    )
+
+
 def _sizes(module: ModuleSpec, options: TensorRTOptions) -> Iterator[dict[str, int]]:
     per_request = _names(module) & {"requests", "branches"}
     counts = itertools.product(options.requests, options.branches) if per_request else [(1, 1)]

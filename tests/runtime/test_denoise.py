@@ -20,9 +20,10 @@ SHAPE = (4, 8, 8)
 class ArithmeticUNet:
     """A function of every input of its row, and of its request's parameters, like the real one."""
 
-    def __init__(self):
+    def __init__(self, request_counts=None):
         self.rows = []
         self.device = HostDevice()
+        self.request_counts = request_counts
 
     def __call__(self, **inputs):
         rows, requests = len(inputs[contract.SAMPLE]), len(inputs[contract.IP_ADAPTER_SCALE])
@@ -93,6 +94,16 @@ def test_rows_of_the_calls():
     unet = ArithmeticUNet()
     denoise(unet, [job(requests()[2])])  # scope branch: one parameter row per UNet row
     assert unet.rows == [(2, 2), (3, 3), (3, 3), (2, 2)]
+
+
+def test_calls_hold_as_many_requests_as_the_engine_takes():
+    one = job(requests()[0])
+    whole, parts = ArithmeticUNet(), ArithmeticUNet(request_counts=(1, 2))
+    expected = denoise(whole, [one] * 5)
+    np.testing.assert_array_equal(denoise(parts, [one] * 5), expected)
+    assert whole.rows == [(10, 5), (15, 5), (15, 5), (10, 5)]
+    assert parts.rows[:3] == [(4, 2), (4, 2), (2, 1)]
+    assert len(parts.rows) == 12
 
 
 def test_cancelling_stops_after_the_step():

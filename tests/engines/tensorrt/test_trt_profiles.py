@@ -5,7 +5,7 @@ import pytest
 from fastface_trt.engines.manifest import FileEntry, ModuleSpec, TensorSpec
 from fastface_trt.engines.tensorrt.flavour import FLAVOURS, find_flavour
 from fastface_trt.engines.tensorrt.options import DynamicProfile, TensorRTOptions
-from fastface_trt.engines.tensorrt.profiles import choose_profile, make_profiles
+from fastface_trt.engines.tensorrt.profiles import choose_profile, make_profiles, request_counts
 from fastface_trt.errors import BuildFailed, InvalidRequest, UnknownName
 
 RTX, TENSORRT = FLAVOURS["tensorrt-rtx"], FLAVOURS["tensorrt"]
@@ -70,6 +70,15 @@ def test_a_dynamic_profile_covers_its_range_and_fixed_ones_go_first():
     assert chosen(2, 1, 16, 24) == chosen(4, 2, 16, 16) == 3
     assert chosen(2, 1, 16, 32) is None
     assert chosen(9, 3, 16, 16) is None
+
+
+def test_how_many_requests_an_engine_takes():
+    fixed = TensorRTOptions(requests=(4, 1))
+    assert request_counts(UNET, make_profiles(UNET, fixed)) == (1, 4)
+    dynamic = DynamicProfile(smallest=(64, 64), largest=(128, 128), max_requests=3)
+    ranged = TensorRTOptions(requests=(1,), dynamic=dynamic)
+    assert request_counts(UNET, make_profiles(UNET, ranged)) == (1, 2, 3)
+    assert request_counts(TEXT, make_profiles(TEXT, fixed)) is None
 
 
 def test_a_size_that_no_option_gives():
