@@ -29,6 +29,11 @@ class Engine(Protocol):
         """Where its tensors live."""
         ...
 
+    @property
+    def request_counts(self) -> tuple[int, ...] | None:
+        """Numbers of requests that one call may hold, in rising order; None for any number."""
+        ...
+
     def __call__(self, **inputs: Tensor) -> dict[str, Tensor]:
         """Run once. Inputs and outputs carry the names, shapes and dtypes of `spec`.
 
