@@ -12,6 +12,7 @@ from conftest import GOLDEN
 from fastface_trt.engines.cache import EngineCache
 from fastface_trt.engines.files import describe_file
 from fastface_trt.engines.manifest import EXPORT_MANIFEST, ExportManifest, read_manifest
+from fastface_trt.engines.onnx_file import MODULE_KEY
 from fastface_trt.engines.tensorrt.builder import TensorRTBuilder
 from fastface_trt.engines.tensorrt.options import TensorRTOptions
 from fastface_trt.errors import BuildFailed
@@ -100,17 +101,11 @@ def test_a_concat_of_two_types_is_refused_with_its_module(store, mini_fp16, tmp_
     folder, manifest = mini_fp16
     module = manifest.modules["unet"]
     model = onnx.load(folder / module.files[0].path)
-    produced = {output: node for node in model.graph.node for output in node.output}
-    concat = next(
+    cast = next(
         node
         for node in model.graph.node
-        if node.op_type == "Concat"
-        and any(produced[i].op_type == "Cast" for i in node.input if i in produced)
-    )
-    cast = next(
-        produced[name]
-        for name in concat.input
-        if name in produced and produced[name].op_type == "Cast"
+        if node.op_type == "Cast"
+        and [(p.key, p.value) for p in node.metadata_props] == [(MODULE_KEY, "unet.add_time_proj")]
     )
     cast.attribute[0].i = onnx.TensorProto.FLOAT
     (tmp_path / "unet").mkdir()
