@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from fastface_trt.engines import contract
+from fastface_trt.engines.device import HostDevice
 from fastface_trt.engines.manifest import FileEntry, ModuleSpec, TensorSpec
 from fastface_trt.engines.probe import check_probe, read_probe, relative_errors
 from fastface_trt.errors import EngineMismatch, ExportIncomplete
@@ -18,6 +19,9 @@ def test_every_module_of_an_export_has_one_that_its_onnx_fulfils(tiny_export):
     folder, manifest = tiny_export
     listed = {file.path for file in manifest.files()}
     for name, module in manifest.modules.items():
+        if name == "guidance_step":  # no weights, so nothing that a refit could get wrong
+            assert module.probe is None
+            continue
         assert f"{name}/probe.safetensors" in listed
         inputs, expected = read_probe(module, folder)
         rows = {len(tensor) for tensor in (*inputs.values(), *expected.values())}
@@ -64,6 +68,8 @@ def test_a_large_fixed_size_has_none(tmp_path):
 
 
 class Engine:
+    device = HostDevice()
+
     def __init__(self, value):
         self.value = value
 
