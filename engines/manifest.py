@@ -195,6 +195,12 @@ class EngineManifest(Strict):
 Manifest = TypeVar("Manifest", bound=Strict)
 
 
+def first_problem(error: ValidationError) -> tuple[str, str]:
+    """Where the first thing that pydantic refused stands (dotted), and what is wrong with it."""
+    first = error.errors()[0]
+    return ".".join(str(part) for part in first["loc"]), first["msg"]
+
+
 def read_manifest(path: Path, kind: type[Manifest]) -> Manifest:
     """Read and check a manifest file; raise `ManifestError` with the first thing that is wrong."""
     try:
@@ -219,9 +225,7 @@ def read_manifest(path: Path, kind: type[Manifest]) -> Manifest:
     except (json.JSONDecodeError, AttributeError):
         raise ManifestError(f"{path} is not a manifest.", "Export or build it again.") from None
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
+        where, problem = first_problem(error)
         raise ManifestError(
-            f"{path} is not valid at {where or 'the top'}: {first['msg']}.",
-            "Export or build it again.",
+            f"{path} is not valid at {where or 'the top'}: {problem}.", "Export or build it again."
         ) from None

@@ -257,7 +257,7 @@ class OnnxRuntimeBuilder:
         options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, _LEVELS[level])
         if self.threads is not None:
             options.intra_op_num_threads = self.threads
-        # Six sessions live in one process and run one after the other. Idle threads of one must
+        # Several sessions live in one process and run one after the other. Idle threads of one must
         # not spin on the cores that the next one needs; within a run spinning stays, it is faster.
         options.add_session_config_entry("session.force_spinning_stop", "1")
         if not prepack:

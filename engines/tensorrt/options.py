@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, Field, ValidationError
 
-from fastface_trt.engines.manifest import Strict
+from fastface_trt.engines.manifest import Strict, first_problem
 from fastface_trt.engines.tensorrt.flavour import Flavour
 from fastface_trt.errors import InvalidRequest
 
@@ -32,10 +32,9 @@ def _validated(kind: type[Options], values: Mapping[str, Any]) -> Options:
     try:
         return kind(**values)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
+        where, problem = first_problem(error)
         raise InvalidRequest(
-            f"The build option {where} is not valid: {first['msg']}.",
+            f"The build option {where} is not valid: {problem}.",
             "See `fastface-trt build --help`.",
         ) from None
 
