@@ -1,4 +1,4 @@
-"""The modules of an export that hold weights, as torch modules with their example inputs and dynamic sizes.
+"""The modules of an export that hold weights, with their example inputs and dynamic sizes.
 
 Shape legend: B rows, R requests, T image tokens, C text width, P pooled width, S CLIP positions,
 K CLIP width, E face-embedding size, h × w latent size.
