@@ -39,7 +39,8 @@ test: setup
 test-long: setup
 	$(BIN)/pytest -m long
 
-# TensorRT-RTX engines of every module of the mini and the golden model, fp32 and fp16; no GPU needed.
+# TensorRT-RTX engines of every module of the mini and the golden model, and the slower exports for
+# them (fp16, fp8, int8); no GPU needed.
 test-engines: setup
 	$(BIN)/pytest -m engines
 

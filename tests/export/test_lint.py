@@ -44,6 +44,7 @@ def test_the_tiny_export_in_fp32_is_clean(tiny_export):
     assert not any(found.values()), found
 
 
+@pytest.mark.engines
 def test_the_tiny_export_in_fp16_is_clean(tiny_entry, tmp_path):
     manifest = run_export(ExportOptions(tiny_entry, precision="fp16"), tmp_path / "fp16", quiet)
     found = complaints(tmp_path / "fp16", manifest)

@@ -271,6 +271,7 @@ def test_scales_never_become_zero():
     assert float(scale_of(np.float64(4.48), "fp8", half)) == np.float16(0.01)
 
 
+@pytest.mark.engines
 @pytest.mark.parametrize("form", FORMS)
 def test_fp16_graph_passes_the_tensorrt_parser_and_is_half_as_large(tiny, form, tmp_path):
     trt = pytest.importorskip("tensorrt_rtx")
@@ -302,6 +303,7 @@ def test_fp16_graph_passes_the_tensorrt_parser_and_is_half_as_large(tiny, form, 
     assert half < everything - weights + 0.2 * weights  # the rest, scales and factors
 
 
+@pytest.mark.engines
 def test_export_records_what_was_quantised(tiny_entry, tmp_path):
     options = ExportOptions(tiny_entry, precision="int8", calibration=RandomCalibration(calls=1))
     manifest = run_export(options, tmp_path / "out", quiet)
