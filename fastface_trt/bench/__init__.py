@@ -1,0 +1,1 @@
+"""Latency: what a picture costs, stage by stage, on this machine."""

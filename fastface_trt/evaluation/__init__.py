@@ -1,0 +1,1 @@
+"""Quality: the paper's protocol, with judges, experiments, pictures and a report."""
