@@ -11,13 +11,8 @@ from typing import Any
 
 from fastface_trt.engines.engine import EngineBuilder
 from fastface_trt.engines.hardware import cpu_hardware, cuda_hardware
-from fastface_trt.engines.onnxruntime import (
-    PROVIDERS,
-    REINSTALL,
-    OnnxRuntimeBuilder,
-    Provider,
-    open_session,
-)
+from fastface_trt.engines.onnxruntime import OnnxRuntimeBuilder
+from fastface_trt.engines.onnxruntime_session import PROVIDERS, REINSTALL, Provider, open_session
 from fastface_trt.engines.tensorrt.builder import TensorRTBuilder
 from fastface_trt.engines.tensorrt.flavour import FlavourName, find_flavour
 from fastface_trt.errors import BackendUnavailable, UnknownName

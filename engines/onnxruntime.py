@@ -14,13 +14,14 @@ would keep on the disk is loaded without being verified, so it is not kept. The 
 and `tensorrt-rtx` build once.
 """
 
-import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from fastface_trt.engines import host_attention
 from fastface_trt.engines.closing import Closing
+from fastface_trt.engines.contract import IMAGE_TOKENS
 from fastface_trt.engines.cuda.device import SharedDevice
 from fastface_trt.engines.device import Device, HostDevice, Tensor
 from fastface_trt.engines.engine import Progress, check_inputs, host_arrays
@@ -28,7 +29,27 @@ from fastface_trt.engines.hardware import cpu_hardware, cuda_hardware
 from fastface_trt.engines.manifest import BuildReport, EngineManifest, ModuleSpec
 from fastface_trt.engines.onnx_file import OnnxFile
 from fastface_trt.engines.onnxruntime_gpu import BoundEngine, ProviderOptions
+from fastface_trt.engines.onnxruntime_session import (
+    PROVIDERS,
+    Provider,
+    interface_problem,
+    lacks_a_kernel,
+    lacks_provider,
+    load_onnxruntime,
+    open_session,
+    short_message,
+)
 from fastface_trt.engines.onnxruntime_weights import find_weights, replace_weights
+from fastface_trt.engines.probe import read_probe
+from fastface_trt.engines.threads import (
+    LARGEST_BYTES,
+    THREADS_FILE,
+    Run,
+    fastest_threads,
+    read_threads,
+    usable_cores,
+    write_threads,
+)
 from fastface_trt.engines.weight_map import (
     Change,
     digest_weights,
@@ -38,15 +59,8 @@ from fastface_trt.engines.weight_map import (
 )
 from fastface_trt.errors import BackendUnavailable, BuildFailed, EngineFailed, EngineMismatch
 
-Provider = Literal["cpu", "cuda", "tensorrt", "nv-tensorrt-rtx"]
 Optimization = Literal["all", "extended", "basic"]
 
-PROVIDERS: dict[Provider, str] = {
-    "cpu": "CPUExecutionProvider",
-    "cuda": "CUDAExecutionProvider",
-    "tensorrt": "TensorrtExecutionProvider",
-    "nv-tensorrt-rtx": "NvTensorRTRTXExecutionProvider",
-}
 _COMPILES: frozenset[Provider] = frozenset(("tensorrt", "nv-tensorrt-rtx"))
 _LEVELS: dict[str, str] = {
     "all": "ORT_ENABLE_ALL",
@@ -59,22 +73,12 @@ _WEIGHTS = "engine.data"
 _SMALLEST_EXTERNAL_BYTES = 1024
 """Smaller initialisers stay in the graph: shape inference reads shapes only from there."""
 
-REINSTALL = (
-    "`onnxruntime` and `onnxruntime-gpu` install over each other, and only the last one counts: "
-    "pip uninstall -y onnxruntime onnxruntime-gpu && pip install --no-deps onnxruntime-gpu. "
-    "It needs an NVIDIA GPU with the CUDA and cuDNN versions that its release notes name."
-)
-
-_ANOTHER_BUILD = (
-    "It comes with builds of ONNX Runtime for TensorRT-RTX, in place of onnxruntime; the backend "
-    "tensorrt-rtx needs none of them."
-)
-
 
 class OnnxRuntimeBuilder:
     """Builds and opens ONNX Runtime engines for one execution provider.
 
-    `threads` is the number of threads per operator (None: one per core); it changes no engine.
+    `threads` is the number of threads per operator (None: what was fastest when the engine was
+    built, one per core for large modules); it changes no engine.
     """
 
     def __init__(
@@ -100,16 +104,17 @@ class OnnxRuntimeBuilder:
         """
         return {
             "backend": self.backend,
-            "backend_version": str(_onnxruntime().__version__),
-            "options": {"provider": PROVIDERS[self.provider], "optimization": self.optimization},
+            "backend_version": str(load_onnxruntime().__version__),
+            "options": {"provider": PROVIDERS[self.provider], "optimization": self.optimization}
+            | ({"attention_form": host_attention.VERSION} if self.provider == "cpu" else {}),
             "hardware": cpu_hardware() if self.provider == "cpu" else cuda_hardware(),
         }
 
     def check_runs_here(self) -> None:
         """See `EngineBuilder`."""
-        available = _onnxruntime().get_available_providers()
+        available = load_onnxruntime().get_available_providers()
         if PROVIDERS[self.provider] not in available:
-            raise _lacks(self.provider, available)
+            raise lacks_provider(self.provider, available)
 
     def takes(self, manifest: EngineManifest) -> bool:
         """Only what it would make: a build takes seconds, and options change speed and memory."""
@@ -141,8 +146,8 @@ class OnnxRuntimeBuilder:
         )
         progress(f"Optimising {module.name} with ONNX Runtime")
         try:
-            session = self._optimise(source / module.files[0].path, options)
-            problem = _interface_problem(session, module)
+            session = self._optimise(self._model(module, source, options), options)
+            problem = interface_problem(session, module)
             del session  # its memory is needed again
             if problem is None:
                 # A graph that still refers to the export's data, or was cut, shows here.
@@ -151,13 +156,13 @@ class OnnxRuntimeBuilder:
             raise
         except Exception as error:
             raise BuildFailed(
-                f"ONNX Runtime cannot build {module.name}: {_short(error)}",
+                f"ONNX Runtime cannot build {module.name}: {short_message(error)}",
                 (
                     f"{PROVIDERS[self.provider]} lacks a kernel for a type of this export (for "
                     "bfloat16 the CPU's always does): build a bf16 export with a TensorRT backend, "
                     "or export with --precision fp16."
                 )
-                if _lacks_a_kernel(error)
+                if lacks_a_kernel(error)
                 else "Export the module again; if that does not help, report the message.",
             ) from error
         if problem is not None:
@@ -168,7 +173,23 @@ class OnnxRuntimeBuilder:
         with OnnxFile(source / module.files[0].path) as onnx, OnnxFile(graph) as engine:
             weights = digest_weights(onnx)
             make_map(onnx, weights, find_weights(onnx, weights, engine)).write(target)
+        self._measure_threads(module, source, target)
         return BuildReport()
+
+    def _measure_threads(self, module: ModuleSpec, source: Path, target: Path) -> None:
+        """Keep beside the engine with how many threads its probe runs fastest."""
+        size = sum(path.stat().st_size for path in target.iterdir())
+        if self.provider != "cpu" or module.probe is None or size > LARGEST_BYTES:
+            return
+        inputs, _ = read_probe(module, source)
+
+        def prepare(threads: int) -> Run:
+            options = self._options("off", prepack=True)
+            options.intra_op_num_threads = threads
+            session = self._session(target / _GRAPH, options)
+            return lambda: session.run(None, inputs)
+
+        write_threads(target, fastest_threads(prepare, usable_cores()))
 
     def refit(
         self, donor: EngineManifest, folder: Path, module: ModuleSpec, source: Path, target: Path
@@ -182,7 +203,7 @@ class OnnxRuntimeBuilder:
         built = read_map(donor, folder)
         with OnnxFile(source / module.files[0].path) as onnx:
             change = find_change(module, built, onnx)
-            replace_weights(folder, target, (_GRAPH, _WEIGHTS), change, onnx)
+            replace_weights(folder, target, (_GRAPH, _WEIGHTS, THREADS_FILE), change, onnx)
         built.with_weights(change.weights).write(target)
         return change
 
@@ -210,7 +231,7 @@ class OnnxRuntimeBuilder:
         return BoundEngine(
             module,
             self._gpu.get(),
-            _onnxruntime().RunOptions(),
+            load_onnxruntime().RunOptions(),
             lambda provider_options: self._open_session(manifest, graph, provider_options),
         )
 
@@ -218,6 +239,9 @@ class OnnxRuntimeBuilder:
         self, manifest: EngineManifest, graph: Path, provider_options: ProviderOptions
     ) -> Any:
         options = self._options("off", prepack=True)
+        measured = read_threads(graph.parent)
+        if self.threads is None and measured is not None:
+            options.intra_op_num_threads = measured
         if self.provider in _COMPILES:
             # A node that the provider leaves over would run on the CPU, slowly and unnoticed.
             options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
@@ -227,10 +251,11 @@ class OnnxRuntimeBuilder:
             raise
         except Exception as error:
             raise EngineMismatch(
-                f"ONNX Runtime cannot open the engine of {manifest.module.name}: {_short(error)}",
+                f"ONNX Runtime cannot open the engine of {manifest.module.name}: "
+                f"{short_message(error)}",
                 "Build it again: fastface-trt build.",
             ) from error
-        problem = _interface_problem(session, manifest.module)
+        problem = interface_problem(session, manifest.module)
         if problem is not None:
             raise EngineMismatch(
                 f"The engine of {manifest.module.name} does not fit its manifest: {problem}.",
@@ -238,12 +263,27 @@ class OnnxRuntimeBuilder:
             )
         return session
 
-    def _optimise(self, graph: Path, options: Any) -> Any:
+    def _model(self, module: ModuleSpec, source: Path, options: Any) -> Path | bytes:
+        """What is optimised: the export's graph, on a CPU with its attentions in host form."""
+        path = source / module.files[0].path
+        tokens = [spec.shape[1] for spec in module.inputs if spec.name == IMAGE_TOKENS]
+        if self.provider != "cpu" or not tokens:
+            return path
+        with OnnxFile(path) as onnx:
+            model = host_attention.host_form(onnx, int(tokens[0]))
+        if model is None:
+            return path
+        options.add_session_config_entry(
+            "session.model_external_initializers_file_folder_path", str(path.parent)
+        )
+        return model
+
+    def _optimise(self, graph: Path | bytes, options: Any) -> Any:
         """A session on the export's graph, which writes the optimised graph when it is made."""
         try:
             return self._session(graph, options)
         except Exception as error:
-            if not (_lacks_a_kernel(error) or "float8" in str(error)):
+            if not (lacks_a_kernel(error) or "float8" in str(error)):
                 raise
         # Its optimiser moves DequantizeLinear past a Reshape or a Transpose, which take no 8-bit
         # floats. Left where they are, the pairs compute the same values.
@@ -251,7 +291,7 @@ class OnnxRuntimeBuilder:
         return self._session(graph, options)
 
     def _options(self, level: str, prepack: bool) -> Any:
-        ort = _onnxruntime()
+        ort = load_onnxruntime()
         options = ort.SessionOptions()
         options.log_severity_level = 3
         options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, _LEVELS[level])
@@ -265,8 +305,9 @@ class OnnxRuntimeBuilder:
             options.add_session_config_entry("session.disable_prepacking", "1")
         return options
 
-    def _session(self, graph: Path, options: Any) -> Any:
-        return open_session(str(graph), options, self.provider)
+    def _session(self, graph: Path | bytes, options: Any) -> Any:
+        model = graph if isinstance(graph, bytes) else str(graph)
+        return open_session(model, options, self.provider)
 
 
 class OnnxRuntimeEngine(Closing):
@@ -293,7 +334,7 @@ class OnnxRuntimeEngine(Closing):
             results = session.run(self._outputs, ready)
         except Exception as error:
             raise EngineFailed(
-                f"ONNX Runtime failed in {self.spec.name}: {_short(error)}",
+                f"ONNX Runtime failed in {self.spec.name}: {short_message(error)}",
                 "If memory ran out, ask for fewer or smaller pictures at once.",
             ) from error
         return dict(zip(self._outputs, results, strict=True))
@@ -301,89 +342,3 @@ class OnnxRuntimeEngine(Closing):
     def close(self) -> None:
         """Free the session; calling it twice is harmless."""
         self._session = None
-
-
-def open_session(
-    graph: str | bytes,
-    options: Any,
-    provider: Provider,
-    provider_options: ProviderOptions | None = None,
-) -> Any:
-    """An ONNX Runtime session that runs on `provider`; `graph` is a path or a serialised model.
-
-    Raises `BackendUnavailable` when ONNX Runtime would quietly use another provider instead;
-    ONNX Runtime's own exceptions for a graph that it cannot load.
-    """
-    ort = _onnxruntime()
-    wanted = PROVIDERS[provider]
-    available = ort.get_available_providers()
-    if wanted not in available:
-        raise _lacks(provider, available)
-    # Its fallback would retry on the CPU, when opening and again in the middle of a run.
-    session = ort.InferenceSession(
-        graph, options, providers=[(wanted, provider_options or {})], enable_fallback=0
-    )
-    actual = session.get_providers()
-    if not actual or actual[0] != wanted:
-        raise BackendUnavailable(
-            f"ONNX Runtime was asked for {wanted} and took {', '.join(actual) or 'nothing'}.",
-            REINSTALL,
-        )
-    return session
-
-
-def _lacks(provider: Provider, available: Sequence[str]) -> BackendUnavailable:
-    return BackendUnavailable(
-        f"ONNX Runtime {_onnxruntime().__version__} has no {PROVIDERS[provider]} here, only "
-        f"{', '.join(available)}.",
-        REINSTALL if provider != "nv-tensorrt-rtx" else _ANOTHER_BUILD,
-    )
-
-
-def _onnxruntime() -> Any:
-    try:
-        import onnxruntime
-
-        # A half-removed installation imports as an empty package.
-        onnxruntime.InferenceSession  # noqa: B018
-    except (ImportError, AttributeError) as error:
-        raise BackendUnavailable(
-            f"ONNX Runtime cannot be imported: {error}.",
-            "pip install --force-reinstall --no-deps onnxruntime (or onnxruntime-gpu, not both).",
-        ) from error
-    return onnxruntime
-
-
-_TYPES = {
-    "tensor(float)": "float32",
-    "tensor(float16)": "float16",
-    "tensor(bfloat16)": "bfloat16",
-    "tensor(int64)": "int64",
-    "tensor(int32)": "int32",
-}
-
-
-def _interface_problem(session: Any, module: ModuleSpec) -> str | None:
-    """What differs between the session's inputs and outputs and the module's, None if nothing."""
-    for side, actual, wanted in (
-        ("inputs", session.get_inputs(), module.inputs),
-        ("outputs", session.get_outputs(), module.outputs),
-    ):
-        found = {node.name: _TYPES.get(node.type, node.type) for node in actual}
-        expected = {tensor.name: tensor.dtype for tensor in wanted}
-        if found != expected:
-            return f"its {side} are {found}, expected {expected}"
-        if "bfloat16" in found.values():
-            return f"its {side} hold bfloat16, which this backend cannot pass; use fp16 or fp32"
-    return None
-
-
-def _lacks_a_kernel(error: Exception) -> bool:
-    """Whether a graph was refused because no kernel of the provider takes one of its types."""
-    return "NOT_IMPLEMENTED" in str(error)
-
-
-def _short(error: Exception) -> str:
-    """The message of an ONNX Runtime exception without its code prefix and C++ signature."""
-    text = " ".join(str(error).split())
-    return re.sub(r".*\[ONNXRuntimeError\] : \d+ : \w+ : ", "", text)[:300]

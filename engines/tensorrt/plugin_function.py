@@ -3,30 +3,21 @@
 TensorRT's parser prefers a model's own function to a plugin of the same name, and a plugin here is
 one kernel launch while the function needs two. So the function stays and its body is replaced. The
 graph, its weights, and the other functions keep their bytes; the numbers below are the field
-numbers of ModelProto, FunctionProto, NodeProto and AttributeProto in onnx.proto3.
+numbers of ModelProto and FunctionProto in onnx.proto3.
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
 from typing import TypeGuard
 
 from fastface_trt.engines.contract import FUNCTION_DOMAIN, FUNCTION_NAME
-from fastface_trt.engines.protobuf import bytes_field, fields, number_field
+from fastface_trt.engines.onnx_nodes import node
+from fastface_trt.engines.protobuf import bytes_field, fields
 from fastface_trt.engines.tensorrt.plugin import OUTPUT_PLUGIN, STATISTICS_PLUGIN
 from fastface_trt.errors import ExportIncomplete
 
 _MODEL_FUNCTIONS = 25
 _FUNCTION_NAME, _FUNCTION_INPUT, _FUNCTION_OUTPUT, _FUNCTION_NODE = 1, 4, 5, 7
 _FUNCTION_DOMAIN, _FUNCTION_VALUE_INFO = 10, 12
-_NODE_INPUT, _NODE_OUTPUT, _NODE_NAME, _NODE_OP_TYPE, _NODE_ATTRIBUTE, _NODE_DOMAIN = (
-    1,
-    2,
-    3,
-    4,
-    5,
-    7,
-)
-_ATTRIBUTE_NAME, _ATTRIBUTE_STRING, _ATTRIBUTE_TYPE, _STRING = 1, 4, 20, 3
 
 
 def with_plugins(model: memoryview) -> bytes:
@@ -69,7 +60,8 @@ def _contents(message: memoryview) -> defaultdict[int, list[bytes]]:
 
 def _plugin_body(function: memoryview) -> bytes:
     contents = _contents(function)
-    inputs, outputs = contents[_FUNCTION_INPUT], contents[_FUNCTION_OUTPUT]
+    inputs = [name.decode() for name in contents[_FUNCTION_INPUT]]
+    outputs = [name.decode() for name in contents[_FUNCTION_OUTPUT]]
     if len(inputs) != 5 or len(outputs) != 1:
         raise ExportIncomplete(
             f"The function {FUNCTION_NAME} of this model has {len(inputs)} inputs and "
@@ -77,29 +69,16 @@ def _plugin_body(function: memoryview) -> bytes:
             "Export it again with this version.",
         )
     q, k, _, manipulation, _ = inputs
-    scratch = [b"attention_maps", b"row_statistics"]
+    scratch = ["attention_maps", "row_statistics"]
     body = [
-        _node(STATISTICS_PLUGIN, [q, k, manipulation], scratch),
-        _node(OUTPUT_PLUGIN, [*inputs, *scratch], outputs),
+        _plugin(STATISTICS_PLUGIN, [q, k, manipulation], scratch),
+        _plugin(OUTPUT_PLUGIN, [*inputs, *scratch], outputs),
     ]
     dropped = (_FUNCTION_NODE, _FUNCTION_VALUE_INFO)
     kept = (bytes(field.whole) for field in fields(function) if field.number not in dropped)
-    return b"".join((*kept, *(bytes_field(_FUNCTION_NODE, node) for node in body)))
+    return b"".join((*kept, *(bytes_field(_FUNCTION_NODE, one) for one in body)))
 
 
-def _node(plugin: str, inputs: Sequence[bytes], outputs: Sequence[bytes]) -> bytes:
-    namespace = (
-        bytes_field(_ATTRIBUTE_NAME, b"plugin_namespace")
-        + bytes_field(_ATTRIBUTE_STRING, FUNCTION_DOMAIN.encode())
-        + number_field(_ATTRIBUTE_TYPE, _STRING)
-    )
-    return b"".join(
-        (
-            *(bytes_field(_NODE_INPUT, name) for name in inputs),
-            *(bytes_field(_NODE_OUTPUT, name) for name in outputs),
-            bytes_field(_NODE_NAME, plugin.encode()),
-            bytes_field(_NODE_OP_TYPE, plugin.encode()),
-            bytes_field(_NODE_ATTRIBUTE, namespace),
-            bytes_field(_NODE_DOMAIN, FUNCTION_DOMAIN.encode()),
-        )
-    )
+def _plugin(name: str, inputs: list[str], outputs: list[str]) -> bytes:
+    domain = FUNCTION_DOMAIN
+    return node(name, inputs, outputs, name=name, domain=domain, plugin_namespace=domain)

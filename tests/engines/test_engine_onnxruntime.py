@@ -14,7 +14,8 @@ from tiny_models import OUT, WIDTH, expected, tree, write_module
 from fastface_trt.engines.cache import EngineCache
 from fastface_trt.engines.files import describe_file
 from fastface_trt.engines.manifest import TensorSpec
-from fastface_trt.engines.onnxruntime import OnnxRuntimeBuilder, _short
+from fastface_trt.engines.onnxruntime import OnnxRuntimeBuilder
+from fastface_trt.engines.onnxruntime_session import short_message
 from fastface_trt.errors import (
     BackendUnavailable,
     BuildFailed,
@@ -109,7 +110,7 @@ def test_a_failing_run_is_an_engine_failure(tmp_path, cache):
         with pytest.raises(EngineFailed, match="ONNX Runtime failed in affine") as caught:
             engine(x=random_input()[:, 1:])
     assert "[ONNXRuntimeError]" not in caught.value.message
-    assert _short(RuntimeError("[ONNXRuntimeError] : 1 : FAIL : one\n two")) == "one two"
+    assert short_message(RuntimeError("[ONNXRuntimeError] : 1 : FAIL : one\n two")) == "one two"
 
 
 def test_cuda_without_cuda_is_refused_before_anything_is_built(tmp_path, cache):

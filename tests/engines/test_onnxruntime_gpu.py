@@ -17,8 +17,9 @@ from tiny_models import WIDTH, expected, write_module
 
 from fastface_trt.engines.cache import EngineCache
 from fastface_trt.engines.manifest import ModuleSpec, TensorSpec
-from fastface_trt.engines.onnxruntime import PROVIDERS, OnnxRuntimeBuilder
+from fastface_trt.engines.onnxruntime import OnnxRuntimeBuilder
 from fastface_trt.engines.onnxruntime_gpu import output_shapes
+from fastface_trt.engines.onnxruntime_session import PROVIDERS
 from fastface_trt.errors import BackendUnavailable, EngineFailed, EngineMismatch
 
 GPU_PROVIDERS = [provider for provider in PROVIDERS if provider != "cpu"]
