@@ -53,7 +53,7 @@ class _New:
 
     def add(self, op_type: str, inputs: Sequence[str], output: str, **attributes: int) -> str:
         """A node of the main graph with one output, whose name it returns."""
-        message = node(op_type, inputs, [output], **attributes)
+        message = node(op_type, inputs, [output], attributes)
         self.append(message, Node(output, op_type, "", (output,), tuple(inputs)))
         return output
 
@@ -95,7 +95,9 @@ def _write(new: _New, attention: Attention, graph: AttentionGraph, tokens: int) 
     image = attention.image
     text = attention.output if image is None else f"{attention.output}.host.text"
     inputs = [attention.q, attention.k, attention.v]
-    call = node("MultiHeadAttention", inputs, [text], domain=_MICROSOFT, num_heads=attention.heads)
+    call = node(
+        "MultiHeadAttention", inputs, [text], {"num_heads": attention.heads}, domain=_MICROSOFT
+    )
     new.append(call, Node(text, "MultiHeadAttention", "", (text,), tuple(inputs)))
     if image is not None:
         branch = _image_branch(new, attention, image, graph, tokens)
@@ -119,7 +121,7 @@ def _image_branch(
     result = f"{prefix}image"
     exported = _exported(new, f"{prefix}exported.", attention, (k, v, manipulation, ip_scale))
     lean = _lean(new, f"{prefix}lean.", attention, (k, v, manipulation, ip_scale), tokens)
-    message = node("If", [asks], [result], then_branch=exported, else_branch=lean.graph)
+    message = node("If", [asks], [result], {"then_branch": exported, "else_branch": lean.graph})
     # A branch sees the tensors around it without naming them as inputs of the If.
     seen = (asks, attention.q, k, v, attention.scale, manipulation, ip_scale, *lean.seen)
     new.append(message, Node(result, "If", "", (result,), seen))
@@ -137,13 +139,15 @@ def _exported(
     for name, tensor in (("q", attention.q), ("k", k), ("v", v)):
         nodes += [
             node("Reshape", [tensor, by_head], [f"{prefix}{name}.split"]),
-            node("Transpose", [f"{prefix}{name}.split"], [f"{prefix}{name}"], perm=HEADS_FIRST),
+            node(
+                "Transpose", [f"{prefix}{name}.split"], [f"{prefix}{name}"], {"perm": HEADS_FIRST}
+            ),
         ]
         split.append(f"{prefix}{name}")
     called = [*split, manipulation, ip_scale]
     nodes += [
         node(FUNCTION_NAME, called, [f"{prefix}hidden"], domain=FUNCTION_DOMAIN),
-        node("Transpose", [f"{prefix}hidden"], [f"{prefix}back"], perm=HEADS_FIRST),
+        node("Transpose", [f"{prefix}hidden"], [f"{prefix}back"], {"perm": HEADS_FIRST}),
         node("Reshape", [f"{prefix}back", merged], [f"{prefix}out"]),
     ]
     return subgraph("softmask", nodes, {f"{prefix}out": attention.dtype})
@@ -193,7 +197,7 @@ def _lean(
     def add(
         op_type: str, inputs: Sequence[str], name: str, **attributes: int | Sequence[int]
     ) -> str:
-        nodes.append(node(op_type, inputs, [f"{prefix}{name}"], **attributes))
+        nodes.append(node(op_type, inputs, [f"{prefix}{name}"], attributes))
         return f"{prefix}{name}"
 
     def block_diagonal(tensor_BTC: str, name: str) -> str:

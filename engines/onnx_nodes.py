@@ -39,10 +39,10 @@ def node(
     op_type: str,
     inputs: Sequence[str],
     outputs: Sequence[str],
+    attributes: Mapping[str, Attribute] | None = None,
     *,
     name: str = "",
     domain: str = "",
-    **attributes: Attribute,
 ) -> bytes:
     """A NodeProto; whole numbers in attributes are at least 0."""
     return b"".join(
@@ -51,7 +51,10 @@ def node(
             *(bytes_field(_NODE_OUTPUT, one.encode()) for one in outputs),
             bytes_field(_NODE_NAME, (name or outputs[0]).encode()),
             bytes_field(_NODE_OP_TYPE, op_type.encode()),
-            *(bytes_field(_NODE_ATTRIBUTE, _attribute(*item)) for item in attributes.items()),
+            *(
+                bytes_field(_NODE_ATTRIBUTE, _attribute(*item))
+                for item in (attributes or {}).items()
+            ),
             bytes_field(_NODE_DOMAIN, domain.encode()) if domain else b"",
         )
     )

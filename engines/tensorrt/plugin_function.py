@@ -81,4 +81,4 @@ def _plugin_body(function: memoryview) -> bytes:
 
 def _plugin(name: str, inputs: list[str], outputs: list[str]) -> bytes:
     domain = FUNCTION_DOMAIN
-    return node(name, inputs, outputs, name=name, domain=domain, plugin_namespace=domain)
+    return node(name, inputs, outputs, {"plugin_namespace": domain}, name=name, domain=domain)
