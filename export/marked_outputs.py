@@ -201,7 +201,9 @@ class MarkableModule:
             except OSError:
                 shutil.copyfile(self._folder / entry.path, place)
             files.append(entry.model_copy(update={"path": place.relative_to(target).as_posix()}))
-        return self.module.model_copy(update={"outputs": outputs, "files": tuple(files)})
+        # The probe is of the module, and stays with it.
+        changed = {"outputs": outputs, "files": tuple(files), "probe": None}
+        return self.module.model_copy(update=changed)
 
     def _read(self) -> None:
         graph = self.model.graph
