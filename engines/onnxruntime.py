@@ -177,9 +177,10 @@ class OnnxRuntimeBuilder:
         return BuildReport()
 
     def _measure_threads(self, module: ModuleSpec, source: Path, target: Path) -> None:
-        """Keep beside the engine with how many threads its probe runs fastest."""
+        """Keep beside the engine with how many threads its probe runs fastest, unless told."""
         size = sum(path.stat().st_size for path in target.iterdir())
-        if self.provider != "cpu" or module.probe is None or size > LARGEST_BYTES:
+        told = self.threads is not None or self.provider != "cpu"
+        if told or module.probe is None or size > LARGEST_BYTES:
             return
         inputs, _ = read_probe(module, source)
 
