@@ -17,7 +17,7 @@ Shape legend: B rows, R requests, H heads, N query positions, L text positions, 
 D head size, C = H·D channels.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -32,12 +32,14 @@ from fastface_trt.engines.contract import (
 )
 from fastface_trt.engines.onnx_file import Node, OnnxFile
 from fastface_trt.engines.onnx_nodes import initializer, node, opset_import, subgraph
-from fastface_trt.engines.protobuf import bytes_field, fields
+from fastface_trt.engines.protobuf import bytes_field, fields, text
 
 VERSION = 1
 """Part of an engine's identity: another form of the same module is another engine."""
 
-_MODEL_GRAPH, _MODEL_OPSET = 7, 8
+_MODEL_GRAPH, _MODEL_OPSET, _MODEL_FUNCTIONS = 7, 8, 25
+_FUNCTION_NAME, _FUNCTION_NODE, _FUNCTION_DOMAIN = 1, 7, 10
+_NODE_OP_TYPE, _NODE_DOMAIN = 4, 7
 _GRAPH_NODE, _GRAPH_INITIALIZER = 1, 5
 _MICROSOFT = "com.microsoft"
 _FLOAT32 = 1
@@ -46,10 +48,16 @@ _BOOL = 9
 
 @dataclass
 class _New:
-    """Nodes that take the place of one, and constants that they share by name."""
+    """Nodes that take the place of others, constants that they share by name, a suffix per call.
+
+    Each call of the exported function has copies of it and of what it calls, named with the suffix:
+    ONNX Runtime gives what it inlines from one function the same names in every branch, and then
+    refuses the graph that it wrote.
+    """
 
     nodes: list[Item] = field(default_factory=list)
     constants: dict[str, NDArray[np.generic]] = field(default_factory=dict)
+    suffixes: list[str] = field(default_factory=list)
 
     def add(self, op_type: str, inputs: Sequence[str], output: str, **attributes: int) -> str:
         """A node of the main graph with one output, whose name it returns."""
@@ -87,21 +95,21 @@ def host_form(onnx: OnnxFile, tokens: int) -> bytes | None:
         for item in graph.items
         for one in replaced.get(next(iter(item.node.outputs), ""), [item])
     ]
-    return _with_graph(onnx, _needed(items, graph.outputs), new.constants)
+    return _with_graph(onnx, _needed(items, graph.outputs), new)
 
 
 def _write(new: _New, attention: Attention, graph: AttentionGraph, tokens: int) -> None:
     """Nodes that compute one attention in host form."""
     image = attention.image
-    text = attention.output if image is None else f"{attention.output}.host.text"
+    prompt = attention.output if image is None else f"{attention.output}.host.text"
     inputs = [attention.q, attention.k, attention.v]
     call = node(
-        "MultiHeadAttention", inputs, [text], {"num_heads": attention.heads}, domain=_MICROSOFT
+        "MultiHeadAttention", inputs, [prompt], {"num_heads": attention.heads}, domain=_MICROSOFT
     )
-    new.append(call, Node(text, "MultiHeadAttention", "", (text,), tuple(inputs)))
+    new.append(call, Node(prompt, "MultiHeadAttention", "", (prompt,), tuple(inputs)))
     if image is not None:
         branch = _image_branch(new, attention, image, graph, tokens)
-        new.add("Add", [text, branch], attention.output)
+        new.add("Add", [prompt, branch], attention.output)
 
 
 def _image_branch(
@@ -145,8 +153,10 @@ def _exported(
         ]
         split.append(f"{prefix}{name}")
     called = [*split, manipulation, ip_scale]
+    new.suffixes.append(f"_{len(new.suffixes)}")
+    function = FUNCTION_NAME + new.suffixes[-1]
     nodes += [
-        node(FUNCTION_NAME, called, [f"{prefix}hidden"], domain=FUNCTION_DOMAIN),
+        node(function, called, [f"{prefix}hidden"], domain=FUNCTION_DOMAIN),
         node("Transpose", [f"{prefix}hidden"], [f"{prefix}back"], {"perm": HEADS_FIRST}),
         node("Reshape", [f"{prefix}back", merged], [f"{prefix}out"]),
     ]
@@ -234,10 +244,8 @@ def _needed(items: Sequence[Item], outputs: Sequence[str]) -> list[bytes]:
     return kept[::-1]
 
 
-def _with_graph(
-    onnx: OnnxFile, nodes: Sequence[bytes], constants: Mapping[str, NDArray[np.generic]]
-) -> bytes:
-    """The model's bytes with other nodes and further constants."""
+def _with_graph(onnx: OnnxFile, nodes: Sequence[bytes], new: _New) -> bytes:
+    """The model's bytes with other nodes, and the constants and functions of the new ones."""
     kept = (bytes(one.whole) for one in fields(onnx.graph) if one.number != _GRAPH_NODE)
     graph = b"".join(
         (
@@ -245,7 +253,7 @@ def _with_graph(
             *kept,
             *(
                 bytes_field(_GRAPH_INITIALIZER, initializer(name, array))
-                for name, array in constants.items()
+                for name, array in new.constants.items()
             ),
         )
     )
@@ -255,5 +263,47 @@ def _with_graph(
             *rest,
             bytes_field(_MODEL_GRAPH, graph),
             bytes_field(_MODEL_OPSET, opset_import(_MICROSOFT, 1)),
+            *(bytes_field(_MODEL_FUNCTIONS, one) for one in _copies(onnx, new.suffixes)),
         )
     )
+
+
+def _copies(onnx: OnnxFile, suffixes: Sequence[str]) -> Iterator[bytes]:
+    """The exported functions, which call each other, once more for every suffix to their names."""
+    functions = [
+        one.value
+        for one in fields(onnx.model)
+        if one.number == _MODEL_FUNCTIONS and isinstance(one.value, memoryview)
+    ]
+    for suffix in suffixes:
+        for function in functions:
+            if _text(function, _FUNCTION_DOMAIN) == FUNCTION_DOMAIN:
+                yield b"".join(_renamed_function(function, suffix))
+
+
+def _renamed_function(function: memoryview, suffix: str) -> Iterator[bytes]:
+    for one in fields(function):
+        if one.number == _FUNCTION_NAME and isinstance(one.value, memoryview):
+            yield bytes_field(_FUNCTION_NAME, bytes(one.value) + suffix.encode())
+        elif one.number == _FUNCTION_NODE and isinstance(one.value, memoryview):
+            yield bytes_field(_FUNCTION_NODE, b"".join(_renamed_call(one.value, suffix)))
+        else:
+            yield bytes(one.whole)
+
+
+def _renamed_call(message: memoryview, suffix: str) -> Iterator[bytes]:
+    """A node of a function; one that calls another function calls its copy."""
+    ours = _text(message, _NODE_DOMAIN) == FUNCTION_DOMAIN
+    for one in fields(message):
+        if ours and one.number == _NODE_OP_TYPE and isinstance(one.value, memoryview):
+            yield bytes_field(_NODE_OP_TYPE, bytes(one.value) + suffix.encode())
+        else:
+            yield bytes(one.whole)
+
+
+def _text(message: memoryview, number: int) -> str:
+    """A text of a message, empty where it has none."""
+    for one in fields(message):
+        if one.number == number and isinstance(one.value, memoryview):
+            return text(one.value)
+    return ""
