@@ -1,0 +1,56 @@
+"""The roofline: what was achieved against what this machine could do at best."""
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from fastface_trt.bench.report import RooflineReport
+from fastface_trt.bench.style import INK, add_legend, colour, name_axes, new_figure
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def roofline_plot(roofline: RooflineReport) -> "Figure":
+    """Left: achieved time and floor per stage. Right: FLOP/s over FLOP per byte, with both roofs."""
+    stages = roofline.stages
+    figure, (bars, roof) = new_figure(11, max(4.2, 0.34 * len(stages) + 1.5), columns=2)
+    places = np.arange(len(stages))
+    floor = np.array([stage.floor_seconds for stage in stages]) * 1000
+    achieved = np.array([stage.achieved_seconds for stage in stages]) * 1000
+    bars.barh(places - 0.2, achieved, 0.38, color=colour(0), label="achieved (median)")
+    bars.barh(places + 0.2, floor, 0.38, color=colour(2), label="floor of this machine")
+    for place, most, least in zip(places, achieved, floor, strict=True):
+        times = f" {most / least:.1f}×" if least > 0 else ""
+        bars.text(max(most, least), place, times, va="center", fontsize=7, color=INK)
+    bars.set_yticks(places, [stage.stage for stage in stages])
+    bars.set_ylim(len(stages) - 0.4, -0.6)
+    name_axes(bars, f"Achieved against floor, {len(stages)} stages", "ms per call", "")
+    add_legend(bars)
+
+    peak, bandwidth = roofline.matmul_flops_per_second, roofline.copy_bytes_per_second
+    intensity = np.array([stage.flops / stage.bytes for stage in stages if stage.bytes])
+    ridge = peak / bandwidth
+    low = min([*intensity, ridge]) / 3
+    high = max([*intensity, ridge]) * 3
+    x = np.geomspace(max(low, 1e-3), high, 100)
+    roof.loglog(x, np.minimum(x * bandwidth, peak) / 1e9, color=INK, label="roof of this machine")
+    counted = [stage for stage in stages if stage.bytes and stage.flops]
+    for index, stage in enumerate(counted):
+        rate = stage.flops / stage.achieved_seconds / 1e9
+        roof.plot(
+            stage.flops / stage.bytes,
+            rate,
+            "o",
+            color=colour(index // 4),
+            marker="os^D"[index % 4],
+            label=stage.stage,
+        )
+    name_axes(
+        roof,
+        f"Roofline: {peak / 1e9:.0f} GFLOP/s (matmul), {bandwidth / 1e9:.1f} GB/s (copy)",
+        "arithmetic intensity, FLOP per byte",
+        "GFLOP/s",
+    )
+    add_legend(roof, fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    return figure
