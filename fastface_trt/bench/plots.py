@@ -10,7 +10,6 @@ from fastface_trt.bench.report import BenchReport, Case, Stage
 from fastface_trt.bench.style import (
     COLOURS,
     INK,
-    PALE,
     add_legend,
     colour,
     name_axes,
@@ -34,7 +33,7 @@ _KINDS = {
 
 
 def write_plots(report: BenchReport, folder: Path) -> list[Path]:
-    """Write every plot that the report has numbers for into `folder`; raises `MissingDependency`."""
+    """Write every plot that the report has numbers for; raises `MissingDependency`."""
     require_matplotlib()
     drawn: dict[str, Callable[[], Figure]] = {
         f"stages-{preset}": lambda preset=preset: stage_waterfall(report, preset)  # type: ignore[misc]
@@ -64,8 +63,10 @@ def stage_waterfall(report: BenchReport, preset: str) -> "Figure":
     from matplotlib.patches import Patch
 
     cases = [case for case in detailed(report) if case.preset == preset]
-    most = max(len(case.stages) for case in cases)
-    figure, panels = new_figure(9, 1.2 + 0.24 * most * len(cases), rows=len(cases), sharex=True)
+    counts = [len(case.stages) for case in cases]
+    figure, panels = new_figure(
+        9, 1.6 + 0.24 * sum(counts), rows=len(cases), sharex=True, height_ratios=counts
+    )
     colours = {kind: COLOURS[at] for at, kind in enumerate(_KINDS)} | {"other": "#7F7F7F"}
     for axes, case in zip(panels, cases, strict=True):
         _waterfall(axes, case, colours)
@@ -107,11 +108,13 @@ def latency_distribution(report: BenchReport) -> "Figure":
     figure, (axes,) = new_figure(8, 4.5)
     for index, case in enumerate(detailed(report)):
         values = np.sort(np.array(case.seconds.samples)) * 1000
-        share = np.arange(1, len(values) + 1) / len(values)
+        share = np.arange(len(values) + 1) / len(values)
         style = "-" if case.features == "fresh" else "--"
         shade = colour(index // 2)
         name = f"{case.label} (n = {case.seconds.n})"
-        axes.step(values, share, where="post", color=shade, linestyle=style, label=name)
+        axes.step(
+            [values[0], *values], share, where="post", color=shade, linestyle=style, label=name
+        )
         for percent, mark in ((50, "o"), (95, "^"), (99, "s")):
             at = np.percentile(values, percent)
             axes.plot(at, percent / 100, mark, color=shade, markersize=5)
@@ -121,17 +124,17 @@ def latency_distribution(report: BenchReport) -> "Figure":
         axes, "Distribution of end-to-end times", "time per call, ms", "share of calls done by then"
     )
     axes.set_ylim(0, 1.03)
-    add_legend(axes, loc="best")
+    add_legend(axes, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return figure
 
 
 def unet_samples(report: BenchReport) -> "Figure":
     """UNet samples per step, stacked, for every preset under the three branch plans."""
-    presets = list(report.work.presets)
+    presets = list(dict.fromkeys(plan.preset for plan in report.branch_plans))
     plans = ("full", "exact", "lean")
     steps = report.work.steps
     figure, (axes,) = new_figure(max(6.5, 1.9 * len(presets) + 2), 4.2)
-    shades = [COLOURS[0], COLOURS[5], COLOURS[2], COLOURS[4]]
+    shades = [COLOURS[5], COLOURS[4], COLOURS[2], COLOURS[3]]
     for plan in report.branch_plans:
         place = presets.index(plan.preset) + (plans.index(plan.plan) - 1) * 0.27
         bottom = 0
@@ -141,9 +144,9 @@ def unet_samples(report: BenchReport) -> "Figure":
             if steps <= 8:
                 middle = bottom + len(branches) / 2
                 text = str(len(branches))
-                axes.text(place, middle, text, ha="center", va="center", fontsize=7, color="white")
+                axes.text(place, middle, text, ha="center", va="center", fontsize=7, color=INK)
             bottom += len(branches)
-        ran = plan.plan == report.work.plan
+        ran = plan.plan == report.work.plan and plan.preset in report.work.presets
         weight = "bold" if ran else "normal"
         axes.text(place, bottom + 0.1, str(bottom), ha="center", fontsize=8, weight=weight)
         axes.text(place, -0.15, plan.plan, ha="center", va="top", fontsize=7, weight=weight)
@@ -153,7 +156,7 @@ def unet_samples(report: BenchReport) -> "Figure":
         axes.bar(0, 0, color=shades[step], label=f"step {step + 1}")
     name_axes(
         axes,
-        f"UNet samples of a picture by branch plan ({steps} steps; bold: the plan measured here)",
+        f"UNet samples of a picture by branch plan ({steps} steps; bold: measured here)",
         "preset",
         "UNet samples (rows of the batch)",
     )
@@ -182,12 +185,12 @@ def latency_over_requests(report: BenchReport) -> "Figure":
             axes.fill_between(counts, low, high, color=colour(index), alpha=0.2, linewidth=0)
             axes.plot(counts, middle, "o-", color=colour(index), label=name)
             axes.set_xticks(counts)
-            axes.set_ylim(bottom=0)
     requests = "requests in one call"
     name_axes(whole, "Time per call (band: 95 % interval of the median)", requests, "median, ms")
     name_axes(each, "Time per picture", requests, "median per picture, ms")
-    add_legend(whole)
-    add_legend(each)
+    for axes in (whole, each):
+        axes.set_ylim(bottom=0)
+        add_legend(axes)
     return figure
 
 
@@ -206,7 +209,6 @@ def throughput_over_concurrency(report: BenchReport) -> "Figure":
         name = f"{preset} (at least {least} pictures each)"
         axes.plot(threads, rates, "o-", color=colour(index), label=name)
         axes.set_xticks(threads)
-    axes.axvline(report.environment.machine["cores"], color=PALE, linestyle=":", zorder=0)
     name_axes(
         axes,
         f"Throughput, {first} request{'s' if first > 1 else ''} per call, kept features",

@@ -75,7 +75,8 @@ class Stage(Strict):
         """What tables and plots call it; steps are counted from 1 there."""
         if self.step is None:
             return self.name
-        branches = f", {self.branches} br." if self.branches else ""
+        plural = "" if self.branches == 1 else "es"
+        branches = f", {self.branches} branch{plural}" if self.branches else ""
         return f"{self.name} {self.step + 1}{branches}"
 
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def roofline_plot(roofline: RooflineReport) -> "Figure":
-    """Left: achieved time and floor per stage. Right: FLOP/s over FLOP per byte, with both roofs."""
+    """Left: achieved time and floor per stage. Right: FLOP/s over FLOP per byte under the roofs."""
     stages = roofline.stages
     figure, (bars, roof) = new_figure(11, max(4.2, 0.34 * len(stages) + 1.5), columns=2)
     places = np.arange(len(stages))

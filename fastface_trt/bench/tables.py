@@ -5,6 +5,7 @@ import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from rich import box
 from rich.console import Console
 from rich.table import Table as RichTable
 
@@ -12,6 +13,8 @@ from fastface_trt.bench.report import BenchReport, Case, Distribution
 
 MEGABYTE = 2**20
 _SUMMARY = ("n", "min", "median", "95 % of it", "p90", "p95", "p99", "max")
+_BRIEF = ("n", "median", "95 % of it", "p95")
+"""What fits on a terminal of eighty columns."""
 
 
 @dataclass(frozen=True)
@@ -24,38 +27,37 @@ class Table:
     words: int = 1
 
 
-def tables(report: BenchReport) -> list[Table]:
-    """Everything that a person wants to see; times in milliseconds."""
+def tables(report: BenchReport, shown: tuple[str, ...] = _SUMMARY) -> list[Table]:
+    """Everything that a person wants to see; times in milliseconds, `shown` of their summaries."""
     found = [
         Table(
             "End to end, ms per call (from the call to the bytes of the PNGs)",
-            ("case", *_SUMMARY, "pictures/s", "UNet samples"),
+            ("case", *shown, "pictures/s"),
             tuple(
                 (
                     case.label,
-                    *_summary(case.seconds),
+                    *_summary(case.seconds, shown),
                     f"{case.throughput.pictures_per_second:.2f}",
-                    str(case.unet_samples),
                 )
                 for case in report.cases
             ),
         )
     ]
-    found += [_stage_table(case) for case in detailed(report)]
+    found += [_stage_table(case, shown) for case in detailed(report)]
     if report.cold_start is not None:
         start = report.cold_start
         found.append(
             Table(
-                "Cold start, ms in a fresh process",
-                ("phase", *_SUMMARY),
+                "Cold start, ms from starting a process to its first picture on the disk",
+                ("phase", *shown),
                 tuple(
-                    (name, *_summary(values))
+                    (name, *_summary(values, shown))
                     for name, values in (
                         ("imports", start.imports),
                         ("load", start.load),
                         ("first picture", start.picture),
                         ("write", start.write),
-                        ("process start to first picture", start.to_first_picture),
+                        ("all of it", start.to_first_picture),
                     )
                 ),
             )
@@ -126,7 +128,7 @@ def print_report(out: Console, report: BenchReport) -> None:
     """Facts, tables and notes on a terminal."""
     for line in facts(report):
         out.print(line, markup=False)
-    for table in tables(report):
+    for table in tables(report, _BRIEF):
         print_table(out, table)
     for note in report.notes:
         out.print(f"Note: {note}", markup=False)
@@ -134,9 +136,9 @@ def print_report(out: Console, report: BenchReport) -> None:
 
 def print_table(out: Console, table: Table) -> None:
     """One table on a terminal."""
-    drawn = RichTable(title=table.title, title_justify="left")
+    drawn = RichTable(title=table.title, title_justify="left", box=box.SIMPLE, pad_edge=False)
     for column, heading in enumerate(table.headings):
-        drawn.add_column(heading, justify="left" if column < table.words else "right")
+        drawn.add_column(heading, justify="left" if column < table.words else "right", no_wrap=True)
     for row in table.rows:
         drawn.add_row(*row)
     out.print(drawn)
@@ -215,16 +217,16 @@ def _csv_stages(
     yield "call", None, None, case.unet_samples, 1, case.seconds
 
 
-def _stage_table(case: Case) -> Table:
+def _stage_table(case: Case, shown: tuple[str, ...]) -> Table:
     whole = case.seconds.median
     return Table(
         f"Stages of {case.label}, ms",
-        ("stage", "calls", *_SUMMARY, "share"),
+        ("stage", "calls", *shown, "share"),
         tuple(
             (
                 stage.label,
                 str(stage.calls),
-                *_summary(stage.seconds),
+                *_summary(stage.seconds, shown),
                 f"{stage.seconds.median / whole:.1%}",
             )
             for stage in case.stages
@@ -232,20 +234,24 @@ def _stage_table(case: Case) -> Table:
     )
 
 
-def _summary(values: Distribution) -> tuple[str, ...]:
+def _summary(values: Distribution, shown: tuple[str, ...]) -> tuple[str, ...]:
     low, high = values.median_interval
-    return (
-        str(values.n),
-        _ms(values.minimum),
-        _ms(values.median),
-        f"{_ms(low)} to {_ms(high)}",
-        *(_ms(value) for value in (values.p90, values.p95, values.p99, values.maximum)),
-    )
+    texts = {
+        "n": str(values.n),
+        "min": _ms(values.minimum),
+        "median": _ms(values.median),
+        "95 % of it": f"{_ms(low)} to {_ms(high)}",
+        "p90": _ms(values.p90),
+        "p95": _ms(values.p95),
+        "p99": _ms(values.p99),
+        "max": _ms(values.maximum),
+    }
+    return tuple(texts[name] for name in shown)
 
 
 def _ms(seconds: float) -> str:
     value = seconds * 1000
-    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.2f}"
+    return f"{value:.{0 if abs(value) >= 1000 else 1 if abs(value) >= 100 else 2}f}"
 
 
 def _markdown_rows(table: Table) -> Iterator[str]:

@@ -8,6 +8,7 @@ from fastface_trt.bench.report import BranchPlan, Features, Work
 from fastface_trt.pipeline import FastFace
 from fastface_trt.runtime.guidance import BRANCH_PLANS
 from fastface_trt.runtime.guidance import BranchPlan as PlanName
+from fastface_trt.runtime.presets import PRESETS
 from fastface_trt.runtime.request import GenerationRequest
 
 
@@ -82,9 +83,9 @@ class Workload:
         )
 
     def branch_plans(self, fastface: FastFace) -> list[BranchPlan]:
-        """Branches per step of every preset under every branch plan."""
+        """Branches per step of every preset there is, under every branch plan."""
         plans = []
-        for preset in self.presets:
+        for preset in PRESETS:
             for plan in BRANCH_PLANS:
                 request = self.request(fastface, preset, plan=plan)
                 plans.append(
