@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from fastface_trt.bench import statistics
 from fastface_trt.bench.report import BenchReport, Case, Distribution
-from fastface_trt.bench.tables import Table
+from fastface_trt.bench.tables import Table, interval_text
 from fastface_trt.engines.manifest import first_problem
 from fastface_trt.errors import InvalidRequest
 
@@ -84,25 +84,51 @@ def compare(
     return [ratio for one, other in pairs for ratio in _ratios(one, other)]
 
 
-def comparison_table(ratios: list[Ratio]) -> Table:
-    """The ratios as a table; those that differ from 1 are named so."""
-    return Table(
-        "B over A: ratio of medians with its 95 % interval",
-        ("case", "what", "verdict", "A, ms", "B, ms", "B / A", "95 % interval"),
-        tuple(
-            (
-                one.case,
-                one.what,
-                _verdict(one),
-                f"{one.first * 1000:.2f}",
-                f"{one.second * 1000:.2f}",
-                f"{one.ratio:.3f}",
-                f"{one.low:.3f} to {one.high:.3f}",
-            )
-            for one in ratios
-        ),
-        words=3,
+def comparison_tables(first: BenchReport, second: BenchReport, ratios: list[Ratio]) -> list[Table]:
+    """The ratios, a table per case, and then how either report's own ratios agree.
+
+    A report's own ratios are of calls in turns, so they say the same on a faster machine if the
+    software is the same.
+    """
+    found = [
+        Table(
+            f"{case}, B over A: ratio of medians with its 95 % interval",
+            ("stage", "verdict", "A, ms", "B, ms", "B / A", "95 % of it"),
+            tuple(
+                (
+                    one.what,
+                    _verdict(one),
+                    f"{one.first * 1000:.2f}",
+                    f"{one.second * 1000:.2f}",
+                    f"{one.ratio:.2f}",
+                    interval_text((one.low, one.high)),
+                )
+                for one in ratios
+                if one.case == case
+            ),
+            words=2,
+        )
+        for case in dict.fromkeys(one.case for one in ratios)
+    ]
+    others = {(one.case, one.over): one for one in second.ratios}
+    rows = tuple(
+        (
+            f"{one.case} / {one.over}",
+            "overlap" if _overlap(one.interval, other.interval) else "apart",
+            f"{one.ratio:.2f} ({interval_text(one.interval)})",
+            f"{other.ratio:.2f} ({interval_text(other.interval)})",
+        )
+        for one in first.ratios
+        if (other := others.get((one.case, one.over))) is not None
     )
+    if rows:
+        title = "Ratios within each report, with 95 % intervals"
+        found.append(Table(title, ("ratio", "intervals", "A", "B"), rows, words=2))
+    return found
+
+
+def _overlap(one: tuple[float, float], other: tuple[float, float]) -> bool:
+    return one[0] <= other[1] and other[0] <= one[1]
 
 
 def _verdict(ratio: Ratio) -> str:

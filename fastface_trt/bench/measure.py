@@ -9,10 +9,11 @@ from time import perf_counter
 
 import numpy as np
 
-from fastface_trt.bench.report import Case, Distribution, Stage, Throughput
+from fastface_trt.bench.report import Case, Distribution, PairedRatio, Stage, Throughput
+from fastface_trt.bench.statistics import median_interval
 from fastface_trt.bench.workload import Setting, Workload
 from fastface_trt.engines.engine import Progress
-from fastface_trt.pipeline import FastFace
+from fastface_trt.pipeline import FaceInput, FastFace
 from fastface_trt.runtime.face import Face
 from fastface_trt.runtime.png import encode_png
 from fastface_trt.runtime.timeline import Ranges, Recorder, Span
@@ -111,9 +112,9 @@ class Measurement:
             workload.request(fastface, setting.preset, picture=picture)
             for picture in range(setting.requests)
         ]
+        face: FaceInput = workload.face
         if setting.features == "fresh":
             fastface.forget()
-            face = workload.face
         else:
             face = self._known_face()
         recorder = Recorder(self._clock, self._ranges)
@@ -167,6 +168,32 @@ def stages(calls: Sequence[Sequence[Span]]) -> list[Stage]:
     whole = np.array([call[-1].seconds for call in calls])
     found.append(Stage(name="other", calls=1, seconds=Distribution.of(whole - covered)))
     return found
+
+
+def paired_ratios(cases: Sequence[Case]) -> list[PairedRatio]:
+    """Ratios of the first group's cases: fresh over cached features, and over the first preset."""
+    turns = {
+        (case.preset, case.features): case
+        for case in cases
+        if case.requests == cases[0].requests and case.concurrency == 1
+    }
+    first = cases[0].preset
+    found = []
+    for preset in dict.fromkeys(preset for preset, _ in turns):
+        found.append(_paired(turns[preset, "fresh"], turns[preset, "cached"]))
+        if preset != first:
+            found.append(_paired(turns[preset, "cached"], turns[first, "cached"]))
+    return found
+
+
+def _paired(case: Case, over: Case) -> PairedRatio:
+    ratios = np.array(case.seconds.samples) / np.array(over.seconds.samples)
+    return PairedRatio(
+        case=case.label,
+        over=over.label,
+        ratio=float(np.median(ratios)),
+        interval=median_interval(ratios),
+    )
 
 
 def _case(setting: Setting, warm_up: int, taken: _Taken) -> Case:

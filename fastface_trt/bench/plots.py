@@ -112,9 +112,7 @@ def latency_distribution(report: BenchReport) -> "Figure":
         style = "-" if case.features == "fresh" else "--"
         shade = colour(index // 2)
         name = f"{case.label} (n = {case.seconds.n})"
-        axes.step(
-            [values[0], *values], share, where="post", color=shade, linestyle=style, label=name
-        )
+        axes.step([values[0], *values], share, style, where="post", color=shade, label=name)
         for percent, mark in ((50, "o"), (95, "^"), (99, "s")):
             at = np.percentile(values, percent)
             axes.plot(at, percent / 100, mark, color=shade, markersize=5)

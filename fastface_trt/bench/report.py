@@ -113,6 +113,19 @@ class Case(Strict):
         return ", ".join([self.preset, self.features, *many])
 
 
+class PairedRatio(Strict):
+    """How many times as long one case takes as another that was measured in turns with it.
+
+    ratio: median over the rounds of (time of `case` / time of `over` in the same round), so that
+    what slowed both down cancels; `interval` is its 95 % bootstrap interval.
+    """
+
+    case: str
+    over: str
+    ratio: float
+    interval: tuple[float, float]
+
+
 class ColdStart(Strict):
     """Fresh processes, each making one picture; the system may still hold their files in memory.
 
@@ -228,6 +241,7 @@ class BenchReport(Strict):
     environment: Environment
     cold_start: ColdStart | None
     cases: tuple[Case, ...] = Field(min_length=1)
+    ratios: tuple[PairedRatio, ...] = ()
     branch_plans: tuple[BranchPlan, ...]
     engines: tuple[EngineFacts, ...]
     memory: Memory

@@ -22,7 +22,7 @@ def roofline_plot(roofline: RooflineReport) -> "Figure":
     bars.barh(places + 0.2, floor, 0.38, color=colour(2), label="floor of this machine")
     for place, most, least in zip(places, achieved, floor, strict=True):
         times = f" {most / least:.1f}×" if least > 0 else ""
-        bars.text(max(most, least), place, times, va="center", fontsize=7, color=INK)
+        bars.text(max(most, least), float(place), times, va="center", fontsize=7, color=INK)
     bars.set_yticks(places, [stage.stage for stage in stages])
     bars.set_ylim(len(stages) - 0.4, -0.6)
     name_axes(bars, f"Achieved against floor, {len(stages)} stages", "ms per call", "")

@@ -9,7 +9,7 @@ from typing import Any
 from fastface_trt.bench import gpu, plots, tables
 from fastface_trt.bench.cold_start import measure_cold_starts
 from fastface_trt.bench.environment import describe_environment, machine_state, peak_host_bytes
-from fastface_trt.bench.measure import Measurement
+from fastface_trt.bench.measure import Measurement, paired_ratios
 from fastface_trt.bench.notes import notes
 from fastface_trt.bench.profilers import chrome_trace
 from fastface_trt.bench.report import BENCH_FILE, BenchReport, EngineFacts, Memory
@@ -99,6 +99,7 @@ def _measure(
         environment=environment,
         cold_start=cold_start,
         cases=tuple(cases),
+        ratios=tuple(paired_ratios(cases)),
         branch_plans=tuple(plans),
         engines=tuple(
             EngineFacts(

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 Samples = Sequence[float] | NDArray[np.float64]
 
 CONFIDENCE: Final = 0.95
-_RESAMPLES: Final = 4000
+_RESAMPLES: Final = 2000
 _SEED: Final = 20260
 _FENCE: Final = 1.5
 

@@ -43,6 +43,18 @@ def tables(report: BenchReport, shown: tuple[str, ...] = _SUMMARY) -> list[Table
             ),
         )
     ]
+    if report.ratios:
+        found.append(
+            Table(
+                "Ratios of times in the same round",
+                ("case", "over", "ratio", "95 % interval"),
+                tuple(
+                    (one.case, one.over, f"{one.ratio:.2f}", interval_text(one.interval))
+                    for one in report.ratios
+                ),
+                words=2,
+            )
+        )
     found += [_stage_table(case, shown) for case in detailed(report)]
     if report.cold_start is not None:
         start = report.cold_start
@@ -215,6 +227,11 @@ def _csv_stages(
     for stage in case.stages:
         yield stage.name, stage.step, stage.branches, stage.rows, stage.calls, stage.seconds
     yield "call", None, None, case.unet_samples, 1, case.seconds
+
+
+def interval_text(interval: tuple[float, float]) -> str:
+    """Both ends of an interval of ratios."""
+    return f"{interval[0]:.2f} to {interval[1]:.2f}"
 
 
 def _stage_table(case: Case, shown: tuple[str, ...]) -> Table:

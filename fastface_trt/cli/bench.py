@@ -8,7 +8,7 @@ from typing import Any, Literal
 import click
 from rich.console import Console
 
-from fastface_trt.bench.compare import compare, comparison_table, read_report
+from fastface_trt.bench.compare import compare, comparison_tables, read_report
 from fastface_trt.bench.profilers import nvtx_ranges
 from fastface_trt.bench.random_weights import random_export
 from fastface_trt.bench.report import BENCH_FILE, schema_text
@@ -101,7 +101,7 @@ SCHEMA_FILE = Path("benchmarks/bench.schema.json")
 @click.option("--json", "as_json", is_flag=True, help="Print bench.json instead of tables.")
 @licence_option
 @click.pass_context
-def bench(context: click.Context, **given: Any) -> None:
+def bench(context: click.Context, /, **given: Any) -> None:
     """Measure how long a picture takes, stage by stage, and write a report to --out.
 
     Fresh features: the face is found and everything encoded on every call. Cached features: the
@@ -202,18 +202,15 @@ def compare_command(
     Intervals are 95 % bootstraps of the ratio of medians, one by one: of a hundred stages that did
     not change, about five are told apart all the same.
     """
-    ratios = compare(
-        read_report(first),
-        read_report(second),
-        across_machines=across_machines,
-        different_work=different_work,
-    )
+    before, after = read_report(first), read_report(second)
+    ratios = compare(before, after, across_machines=across_machines, different_work=different_work)
     if as_json:
         rows = [asdict(one) | {"distinguishable": one.distinguishable} for one in ratios]
         click.echo(json.dumps(rows, indent=2))
         return
     out = Console(highlight=False)
-    print_table(out, comparison_table(ratios))
+    for table in comparison_tables(before, after, ratios):
+        print_table(out, table)
     apart = sum(one.distinguishable for one in ratios)
     out.print(f"{apart} of {len(ratios)} ratios are told apart from 1.")
 
