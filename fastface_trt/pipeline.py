@@ -219,7 +219,7 @@ class FastFace(Closing):
         seconds: dict[str, float] = {}
         with self._timed(seconds, "total"):
             for request in requests:
-                self._check_size(request)
+                self.check_size(request)
             with self._timed(seconds, "face"):
                 tokens = self._face_tokens(faces, face_index, channel_order, timeline)
             with self._timed(seconds, "text"):
@@ -280,7 +280,8 @@ class FastFace(Closing):
             return HostGuidance()
         return EngineGuidance(self._modules["guidance_step"])
 
-    def _check_size(self, request: GenerationRequest) -> None:
+    def check_size(self, request: GenerationRequest) -> None:
+        """Raise `InvalidRequest` unless this export makes pictures of the request's size."""
         manifest = self.manifest
         size = (request.height, request.width)
         if manifest.fixed_size and size != (manifest.height, manifest.width):

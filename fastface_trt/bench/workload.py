@@ -66,9 +66,10 @@ class Workload:
         )
 
     def work(self, fastface: FastFace) -> Work:
-        """What is done, without how often."""
+        """What is done, without how often; raises `InvalidRequest` for what cannot be done."""
         manifest = fastface.manifest
         request = self.request(fastface, self.presets[0])
+        fastface.check_size(request)
         return Work(
             checkpoint=manifest.checkpoint,
             adapter=manifest.adapter,

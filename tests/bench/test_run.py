@@ -15,18 +15,8 @@ from fastface_trt.bench.report import BenchReport, schema, schema_text
 from fastface_trt.cli.main import USER_ERROR, cli
 
 SCHEMA = Path(__file__).parents[2] / "benchmarks" / "bench.schema.json"
-SMALL = (
-    "--runs",
-    2,
-    "--warm-up",
-    1,
-    "--requests",
-    "1,2",
-    "--cold-starts",
-    1,
-    "--preset",
-    "am1+dcg",
-)
+FEW = ("--runs", 2, "--warm-up", 0, "--requests", "1,2", "--cold-starts", 1)
+ONE = ("--runs", 1, "--warm-up", 0, "--requests", 1, "--concurrency", 1, "--cold-starts", 0)
 
 
 def run(*arguments):
@@ -36,7 +26,7 @@ def run(*arguments):
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
     out = tmp_path_factory.mktemp("bench") / "out"
-    result = run(*SMALL, "--trace", "--nvtx", "--out", out)
+    result = run(*FEW, "--trace", "--nvtx", "--out", out)
     assert result.exit_code == 0, result.output
     return out, result
 
@@ -112,8 +102,7 @@ def test_stages_are_the_pipelines_and_make_up_the_call(report):
     for case in report.cases:
         total = np.sum([stage.seconds.samples for stage in case.stages], axis=0)
         np.testing.assert_allclose(total, case.seconds.samples)
-        other = case.stages[-1].seconds.samples
-        assert all(0 <= a < 0.5 * b for a, b in zip(other, case.seconds.samples, strict=True))
+        assert min(case.stages[-1].seconds.samples) > 0  # nothing is counted twice
 
 
 def test_what_is_stamped(report):
@@ -125,10 +114,9 @@ def test_what_is_stamped(report):
     # Python, NumPy and ONNX Runtime with weights: neither kilobytes nor terabytes.
     assert 2**26 < report.memory.host_peak_bytes < 2**34
     start = report.cold_start
-    parts = [start.imports, start.load, start.picture, start.write]
-    assert sum(part.samples[0] for part in parts) == pytest.approx(
-        start.to_first_picture.samples[0]
-    )
+    parts = [part.samples[0] for part in (start.imports, start.load, start.picture, start.write)]
+    assert min(parts) > 0
+    assert sum(parts) == pytest.approx(start.to_first_picture.samples[0])
     plans = {(p.preset, p.plan): p.unet_samples for p in report.branch_plans}
     assert [plans["am1+dcg", plan] for plan in ("full", "exact", "lean")] == [12, 10, 8]
 
@@ -151,18 +139,17 @@ def test_the_trace_nests(written):
 
 
 def test_an_earlier_report_is_replaced_and_other_files_are_not(written, tmp_path):
-    quick = ("--runs", 1, "--warm-up", 0, "--requests", 1, "--concurrency", 1, "--cold-starts", 0)
     out = tmp_path / "out"
-    first = run(*quick, "--preset", "plain", "--out", out, "--json")
+    first = run(*ONE, "--preset", "plain", "--out", out, "--json")
     assert first.exit_code == 0, first.output
     assert BenchReport.model_validate_json(first.stdout).cold_start is None
-    assert run(*quick, "--preset", "dcg", "--out", out).exit_code == 0
+    assert run(*ONE, "--preset", "dcg", "--out", out).exit_code == 0
     assert (out / "plots" / "stages-dcg.png").exists()
     assert not (out / "plots" / "stages-plain.png").exists()
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "thesis.txt").write_text("years of work")
-    refused = run(*quick, "--out", mine)
+    refused = run(*ONE, "--out", mine)
     assert refused.exit_code == USER_ERROR
     assert (mine / "thesis.txt").exists()
 
@@ -197,7 +184,7 @@ def test_mistakes_get_one_sentence_and_the_mend(tmp_path, arguments, says):
 
 def test_a_folder_that_cannot_be_written_is_found_before_the_first_call(tmp_path):
     (tmp_path / "file").write_text("")
-    result = run(*SMALL, "--out", tmp_path / "file" / "out")
+    result = run(*ONE, "--out", tmp_path / "file" / "out")
     assert result.exit_code == USER_ERROR, result.output
     assert "Traceback" not in result.output
     assert "median" not in result.stderr
@@ -216,8 +203,7 @@ def without(monkeypatch, *packages):
 
 def test_without_matplotlib_everything_else_is_written(tmp_path, monkeypatch):
     without(monkeypatch, "matplotlib")
-    quick = ("--runs", 1, "--warm-up", 0, "--requests", 1, "--concurrency", 1, "--cold-starts", 0)
-    result = run(*quick, "--preset", "plain", "--out", tmp_path / "out")
+    result = run(*ONE, "--preset", "plain", "--out", tmp_path / "out")
     assert result.exit_code == 0, result.output
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         "bench.json",

@@ -53,9 +53,14 @@ def test_spans_last_as_long_as_their_blocks_and_nest():
 def test_a_span_ends_with_an_error_too():
     clock = Clock()
     recorder = Recorder(clock)
-    with pytest.raises(KeyError), recorder.span("call"), recorder.span("stage"):
-        clock.now += 1
-        raise KeyError
+
+    def fail():
+        with recorder.span("call"), recorder.span("stage"):
+            clock.now += 1
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
     with recorder.span("after"):
         pass
     assert [(s.name, s.depth, s.seconds) for s in recorder.spans()] == [
