@@ -72,10 +72,10 @@ def stage_waterfall(report: BenchReport, preset: str) -> "Figure":
         _waterfall(axes, case, colours)
         name_axes(
             axes,
-            f"{preset}, {case.features} features: {case.seconds.median * 1000:.1f} ms per call of "
-            f"{case.requests}, n = {case.seconds.n}",
+            f"{case.label}: median {case.seconds.median * 1000:.1f} ms per call, "
+            f"n = {case.seconds.n}",
             "",
-            "",
+            "stage",
         )
     panels[-1].set_xlabel("time since the call, ms (bars: median; line: p95)", fontsize=9)
     handles = [Patch(color=value, label=kind) for kind, value in colours.items()]

@@ -225,8 +225,10 @@ class RooflineStage(Strict):
 
 
 class RooflineReport(Strict):
-    """Stages against the rates that were measured on this machine."""
+    """Stages of one case (its label, and its n calls) against the measured rates of its machine."""
 
+    case: str
+    n: int
     stages: tuple[RooflineStage, ...]
     matmul_flops_per_second: float
     copy_bytes_per_second: float
@@ -263,6 +265,8 @@ def make_roofline(
     machine that measured the case. `report.model_copy(update={"roofline": …})` takes the result.
     """
     return RooflineReport(
+        case=case.label,
+        n=case.seconds.n,
         stages=tuple(
             RooflineStage(
                 stage=stage.label,

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 def roofline_plot(roofline: RooflineReport) -> "Figure":
     """Left: achieved time and floor per stage. Right: FLOP/s over FLOP per byte under the roofs."""
+    from matplotlib.ticker import NullFormatter, ScalarFormatter
+
     stages = roofline.stages
     figure, (bars, roof) = new_figure(11, max(4.2, 0.34 * len(stages) + 1.5), columns=2)
     places = np.arange(len(stages))
@@ -25,7 +27,7 @@ def roofline_plot(roofline: RooflineReport) -> "Figure":
         bars.text(max(most, least), float(place), times, va="center", fontsize=7, color=INK)
     bars.set_yticks(places, [stage.stage for stage in stages])
     bars.set_ylim(len(stages) - 0.4, -0.6)
-    name_axes(bars, f"Achieved against floor, {len(stages)} stages", "ms per call", "")
+    name_axes(bars, f"{roofline.case} (n = {roofline.n})", "ms per call", "stage")
     add_legend(bars)
 
     peak, bandwidth = roofline.matmul_flops_per_second, roofline.copy_bytes_per_second
@@ -41,11 +43,15 @@ def roofline_plot(roofline: RooflineReport) -> "Figure":
         roof.plot(
             stage.flops / stage.bytes,
             rate,
-            "o",
+            linestyle="none",
             color=colour(index // 4),
             marker="os^D"[index % 4],
             label=stage.stage,
         )
+    for axis in (roof.xaxis, roof.yaxis):
+        axis.set_major_formatter(ScalarFormatter())
+        axis.set_minor_formatter(NullFormatter())
+    roof.set_xlim(10 ** np.floor(np.log10(x[0])), 10 ** np.ceil(np.log10(x[-1])))
     name_axes(
         roof,
         f"Roofline: {peak / 1e9:.0f} GFLOP/s (matmul), {bandwidth / 1e9:.1f} GB/s (copy)",
