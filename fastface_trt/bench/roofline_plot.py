@@ -1,5 +1,6 @@
 """The roofline: what was achieved against what this machine could do at best."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
 
 def roofline_plot(roofline: RooflineReport) -> "Figure":
     """Left: achieved time and floor per stage. Right: FLOP/s over FLOP per byte under the roofs."""
-    from matplotlib.ticker import NullFormatter, ScalarFormatter
+    from matplotlib.ticker import FuncFormatter, NullFormatter
 
     stages = roofline.stages
     figure, (bars, roof) = new_figure(11, max(4.2, 0.34 * len(stages) + 1.5), columns=2)
@@ -32,14 +33,12 @@ def roofline_plot(roofline: RooflineReport) -> "Figure":
 
     peak, bandwidth = roofline.matmul_flops_per_second, roofline.copy_bytes_per_second
     intensity = np.array([stage.flops / stage.bytes for stage in stages if stage.bytes])
-    ridge = peak / bandwidth
-    low = min([*intensity, ridge]) / 3
-    high = max([*intensity, ridge]) * 3
-    x = np.geomspace(max(low, 1e-3), high, 100)
+    left, right = _decades([*intensity, peak / bandwidth])
+    x = np.geomspace(left, right, 100)
     roof.loglog(x, np.minimum(x * bandwidth, peak) / 1e9, color=INK, label="roof of this machine")
     counted = [stage for stage in stages if stage.bytes and stage.flops]
-    for index, stage in enumerate(counted):
-        rate = stage.flops / stage.achieved_seconds / 1e9
+    rates = [stage.flops / stage.achieved_seconds / 1e9 for stage in counted]
+    for index, (stage, rate) in enumerate(zip(counted, rates, strict=True)):
         roof.plot(
             stage.flops / stage.bytes,
             rate,
@@ -49,9 +48,10 @@ def roofline_plot(roofline: RooflineReport) -> "Figure":
             label=stage.stage,
         )
     for axis in (roof.xaxis, roof.yaxis):
-        axis.set_major_formatter(ScalarFormatter())
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axis.set_minor_formatter(NullFormatter())
-    roof.set_xlim(10 ** np.floor(np.log10(x[0])), 10 ** np.ceil(np.log10(x[-1])))
+    roof.set_xlim(left, right)
+    roof.set_ylim(*_decades([peak / 1e9, *rates]))
     name_axes(
         roof,
         f"Roofline: {peak / 1e9:.0f} GFLOP/s (matmul), {bandwidth / 1e9:.1f} GB/s (copy)",
@@ -60,3 +60,9 @@ def roofline_plot(roofline: RooflineReport) -> "Figure":
     )
     add_legend(roof, fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return figure
+
+
+def _decades(values: Sequence[float]) -> tuple[float, float]:
+    """Powers of ten with all values well between them."""
+    low, high = np.log10(min(values)), np.log10(max(values))
+    return float(10 ** np.floor(low - 0.1)), float(10 ** np.ceil(high + 0.1))

@@ -225,3 +225,25 @@ def test_without_nvtx_or_the_export_extra_it_says_what_to_install(tmp_path, monk
     result = run("--random-weights", "--out", tmp_path / "out", "--cache", tmp_path / "cache")
     assert result.exit_code == USER_ERROR
     assert "fastface-trt[export]" in result.stderr
+
+
+def test_random_weights_are_exported_once_into_the_cache(tmp_path, monkeypatch):
+    from fastface_trt.bench.random_weights import random_export
+    from fastface_trt.engines.cache import EngineCache
+    from fastface_trt.export import exporter
+
+    exported = []
+
+    def export(options, folder, progress):
+        exported.append((options.checkpoint.name, options.precision, options.random_weights))
+        folder.mkdir(parents=True)
+        (folder / "manifest.json").write_text("{}")
+
+    monkeypatch.setattr(exporter, "run_export", export)
+    cache = EngineCache(tmp_path)
+    folders = {random_export("hyper", "fp16", None, cache, print) for _ in range(2)}
+    assert exported == [("hyper", "fp16", True)]
+    folders.add(random_export("hyper", "fp8", 8, cache, print))
+    assert len(exported) == len(folders) == 2
+    assert all(folder.is_relative_to(cache.root) for folder in folders)
+    assert cache.entries() == []
