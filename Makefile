@@ -6,7 +6,7 @@ INSTALLED := build/installed
 # A CPU build of torch is enough for export and tests; the range for users is in pyproject.toml.
 TORCH ?= torch==2.13.0
 
-.PHONY: setup demo test test-long test-engines evaluate evaluate-quantized mini-export \
+.PHONY: setup demo test test-long test-engines bench evaluate evaluate-quantized mini-export \
 	full-size full-size-engines clean
 
 # The light runtime: no torch, no diffusers.
@@ -43,6 +43,10 @@ test-long: setup
 # them (fp16, fp8, int8); no GPU needed.
 test-engines: setup
 	$(BIN)/pytest -m engines
+
+# Latency of the mini model, stage by stage: JSON, CSV, Markdown and plots in out/bench.
+bench: setup
+	$(BIN)/fastface-trt bench --preset plain --preset am1+dcg --trace --out out/bench
 
 # Quality of the mini model by independent judges; writes benchmarks/results/mini-quality.json.
 evaluate: setup

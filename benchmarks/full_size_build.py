@@ -18,7 +18,7 @@ from typing import Any
 
 import click
 
-from benchmarks.machine import GB, describe_machine
+from fastface_trt.bench.environment import GB, describe_machine
 from fastface_trt.builders import make_builder
 from fastface_trt.cli.build_display import build_display
 from fastface_trt.cli.common import console, timed_lines

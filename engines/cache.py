@@ -180,6 +180,16 @@ class EngineCache:
         progress(f"Opening {module.name} with {builder.backend}")
         return builder.open(manifest, folder)
 
+    def find(self, module: ModuleSpec, builder: EngineBuilder) -> EngineManifest | None:
+        """The manifest of the engine that `get` would return without building, or None.
+
+        Its files are not verified.
+        """
+        for known in (self.key(module, builder), *self._taken(module, builder)):
+            if (manifest := self._entry(known).manifest) is not None:
+                return manifest
+        return None
+
     def entries(self) -> list[CacheEntry]:
         """All engines in the cache, in the order of their keys; their files are not verified."""
         if not self.root.is_dir():

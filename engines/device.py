@@ -72,6 +72,17 @@ class Copies:
     to_host_bytes: int = 0
 
 
+class Marker(Protocol):
+    """A point in the work that one thread gave to a device."""
+
+    def seconds_since(self, earlier: "Marker") -> float:
+        """Seconds from `earlier` to this point, by the device's clock; waits until it is reached.
+
+        Both are of one device.
+        """
+        ...
+
+
 class Device(Protocol):
     """A place for tensors. Every method may be called from several threads side by side.
 
@@ -111,6 +122,13 @@ class Device(Protocol):
 
     def synchronize(self) -> None:
         """Wait until all earlier work of this thread has finished."""
+        ...
+
+    def mark(self) -> Marker | None:
+        """The point that this thread's work has come to, without waiting for it.
+
+        None where work is done when a call returns, so that the host's clock tells the same.
+        """
         ...
 
     def close(self) -> None:
@@ -154,6 +172,9 @@ class HostDevice:
 
     def synchronize(self) -> None:
         """Nothing to wait for."""
+
+    def mark(self) -> None:
+        """None: nothing is queued."""
 
     def close(self) -> None:
         """Nothing to free."""

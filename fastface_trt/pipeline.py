@@ -14,9 +14,14 @@ from fastface_trt import __version__
 from fastface_trt.builders import make_builder
 from fastface_trt.engines.cache import EngineCache
 from fastface_trt.engines.closing import Closing
-from fastface_trt.engines.device import HostDevice, Tensor
+from fastface_trt.engines.device import Device, HostDevice, Tensor
 from fastface_trt.engines.engine import Progress
-from fastface_trt.engines.manifest import EXPORT_MANIFEST, ExportManifest, read_manifest
+from fastface_trt.engines.manifest import (
+    EXPORT_MANIFEST,
+    EngineManifest,
+    ExportManifest,
+    read_manifest,
+)
 from fastface_trt.errors import InvalidRequest
 from fastface_trt.mini import folders
 from fastface_trt.runtime.advance import EngineGuidance, Guidance, HostGuidance
@@ -30,6 +35,7 @@ from fastface_trt.runtime.presets import preset_fields
 from fastface_trt.runtime.request import GenerationRequest
 from fastface_trt.runtime.result import GenerationResult
 from fastface_trt.runtime.schedule import make_schedule
+from fastface_trt.runtime.timeline import NO_TIMELINE, Timeline
 from fastface_trt.runtime.trace import OnStep
 
 FaceInput: TypeAlias = PictureSource | Face
@@ -105,14 +111,22 @@ class FastFace(Closing):
             self._modules[name]
         self._faces.load()
 
-    def analyze(self, picture: FaceInput, *, index: int | None = None) -> Face:
+    def analyze(
+        self,
+        picture: FaceInput,
+        *,
+        index: int | None = None,
+        timeline: Timeline = NO_TIMELINE,
+    ) -> Face:
         """Find the face of a picture: the largest, or the `index`-th by size.
 
         Raises `BadPicture`, `NoFaceFound`, `FaceIndexOutOfRange`.
         """
         if isinstance(picture, Face):
             return picture
-        return self._faces.analyze(load_picture(picture), index=index)
+        with timeline.span("read_picture"):
+            pixels = load_picture(picture)
+        return self._faces.analyze(pixels, index=index, timeline=timeline)
 
     def __call__(
         self,
@@ -126,6 +140,7 @@ class FastFace(Closing):
         channel_order: ChannelOrder = "bgr",
         max_rows: int | None = None,
         on_step: OnStep | None = None,
+        timeline: Timeline = NO_TIMELINE,
         **fields: Any,
     ) -> GenerationResult:
         """Make pictures of a person: one per prompt and face, times `num_images_per_prompt`.
@@ -163,6 +178,7 @@ class FastFace(Closing):
             channel_order=channel_order,
             max_rows=max_rows,
             on_step=on_step,
+            timeline=timeline,
         )
 
     def request(
@@ -192,21 +208,24 @@ class FastFace(Closing):
         channel_order: ChannelOrder = "bgr",
         max_rows: int | None = None,
         on_step: OnStep | None = None,
+        timeline: Timeline = NO_TIMELINE,
     ) -> GenerationResult:
         """Run requests with their faces, one each, in one batch; settings may all differ.
 
         `max_rows` bounds the rows of a UNet call (memory). `on_step` is called after every step of
-        every request and may return False to cancel (`Cancelled`).
+        every request and may return False to cancel (`Cancelled`). `timeline` is told the stages
+        of this call: see `runtime.timeline`.
         """
         seconds: dict[str, float] = {}
         with self._timed(seconds, "total"):
             for request in requests:
-                self._check_size(request)
+                self.check_size(request)
             with self._timed(seconds, "face"):
-                tokens = self._face_tokens(faces, face_index, channel_order)
+                tokens = self._face_tokens(faces, face_index, channel_order, timeline)
             with self._timed(seconds, "text"):
                 jobs = [
-                    self._job(request, one) for request, one in zip(requests, tokens, strict=True)
+                    self._job(request, one, timeline)
+                    for request, one in zip(requests, tokens, strict=True)
                 ]
             report = DenoiseReport()
             with self._timed(seconds, "unet"):
@@ -217,9 +236,10 @@ class FastFace(Closing):
                     on_step=on_step,
                     max_rows=max_rows,
                     report=report,
+                    timeline=timeline,
                 )
             with self._timed(seconds, "vae"):
-                images = [self._decode(one) for one in latents]
+                images = [self._decode(one, timeline) for one in latents]
         return GenerationResult(
             images,
             list(requests),
@@ -231,22 +251,26 @@ class FastFace(Closing):
         )
 
     def _face_tokens(
-        self, faces: Sequence[FaceInput], index: int | None, order: ChannelOrder
+        self,
+        faces: Sequence[FaceInput],
+        index: int | None,
+        order: ChannelOrder,
+        timeline: Timeline,
     ) -> list[Tensor]:
         analysed: dict[int, Tensor] = {}
         for face in faces:  # the same object many times is one face
             if id(face) not in analysed:
-                found = self.analyze(face, index=index)
-                analysed[id(face)] = self._conditioner.image_tokens(found, order)
+                found = self.analyze(face, index=index, timeline=timeline)
+                analysed[id(face)] = self._conditioner.image_tokens(found, order, timeline)
         return [analysed[id(face)] for face in faces]
 
-    def _job(self, request: GenerationRequest, face_tokens: Tensor) -> Job:
+    def _job(self, request: GenerationRequest, face_tokens: Tensor, timeline: Timeline) -> Job:
         manifest = self.manifest
         factor = manifest.vae_scale_factor
         return Job.prepare(
             request,
             make_schedule(manifest.scheduler, request.steps),
-            self._conditioner.conditions(request, face_tokens),
+            self._conditioner.conditions(request, face_tokens, timeline),
             (manifest.latent_channels, request.height // factor, request.width // factor),
         )
 
@@ -256,7 +280,8 @@ class FastFace(Closing):
             return HostGuidance()
         return EngineGuidance(self._modules["guidance_step"])
 
-    def _check_size(self, request: GenerationRequest) -> None:
+    def check_size(self, request: GenerationRequest) -> None:
+        """Raise `InvalidRequest` unless this export makes pictures of the request's size."""
         manifest = self.manifest
         size = (request.height, request.width)
         if manifest.fixed_size and size != (manifest.height, manifest.width):
@@ -271,14 +296,16 @@ class FastFace(Closing):
                 f"Width and height must be multiples of {unit} pixels.",
             )
 
-    def _decode(self, latents: Tensor) -> Image.Image:
-        device = self._modules.device
-        picture = self._modules["vae_decoder"](latents=device.stack([latents]))["picture"]
-        picture_3HW = device.download(picture[0])
-        # The picture cannot tell: its clamp to [0, 1] may swallow what is not a number.
-        require_finite(device, latents)
-        pixels = np.rint(picture_3HW.astype(np.float32) * 255).clip(0, 255).astype(np.uint8)
-        return Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
+    def _decode(self, latents: Tensor, timeline: Timeline) -> Image.Image:
+        device, decoder = self._modules.device, self._modules["vae_decoder"]
+        with timeline.span("vae_decoder", device):
+            picture = decoder(latents=device.stack([latents]))["picture"]
+        with timeline.span("picture", device):
+            picture_3HW = device.download(picture[0])
+            # The picture cannot tell: its clamp to [0, 1] may swallow what is not a number.
+            require_finite(device, latents)
+            pixels = np.rint(picture_3HW.astype(np.float32) * 255).clip(0, 255).astype(np.uint8)
+            return Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
 
     def _parameters(self, request: GenerationRequest) -> Mapping[str, Any]:
         manifest = self.manifest
@@ -305,6 +332,19 @@ class FastFace(Closing):
         yield
         self._modules.device.synchronize()  # or the time would be that of queueing the work
         seconds[stage] = perf_counter() - started
+
+    @property
+    def device(self) -> Device:
+        """Where the tensors of the engines live."""
+        return self._modules.device
+
+    def engines(self) -> dict[str, EngineManifest]:
+        """What is known of each module's engine: its key, size and build. Only those that exist."""
+        return self._modules.engine_manifests()
+
+    def forget(self) -> None:
+        """Drop every encoding of a prompt or a face that is kept for the next call."""
+        self._conditioner.forget()
 
     def close(self) -> None:
         """Free the engines and what is kept on their device."""

@@ -19,6 +19,7 @@ from fastface_trt.runtime.guidance import FACE, TEXT, TEXT_AND_FACE, UNCONDITION
 from fastface_trt.runtime.job import Condition
 from fastface_trt.runtime.modules import ModuleSet
 from fastface_trt.runtime.request import GenerationRequest
+from fastface_trt.runtime.timeline import NO_TIMELINE, Timeline
 from fastface_trt.runtime.tokenizer import ClipTokenizer
 
 Value = TypeVar("Value")
@@ -74,15 +75,19 @@ class Conditioner:
         self._texts: _Recent[TextEmbedding] = _Recent(256)
         self._tokens: _Recent[Tensor] = _Recent(64)
 
-    def text(self, prompt: str) -> TextEmbedding:
+    def text(self, prompt: str, timeline: Timeline = NO_TIMELINE) -> TextEmbedding:
         """Both encoders' penultimate hidden states side by side, and the second's pooled output."""
         known = self._texts.get(prompt)
         if known is not None:
             return known
-        first, second = (tokenizer.encode([prompt]) for tokenizer in self._tokenizers)
+        with timeline.span("tokenise"):
+            first, second = (tokenizer.encode([prompt]) for tokenizer in self._tokenizers)
         device = self._modules.device
-        hidden = self._modules["text_encoder"](input_ids=first.input_ids)["hidden_states"]
-        both = self._modules["text_encoder_2"](input_ids=second.input_ids)
+        encoder, encoder_2 = (self._modules[name] for name in ("text_encoder", "text_encoder_2"))
+        with timeline.span("text_encoder", device):
+            hidden = encoder(input_ids=first.input_ids)["hidden_states"]
+        with timeline.span("text_encoder_2", device):
+            both = encoder_2(input_ids=second.input_ids)
         encoded = TextEmbedding(
             device.concatenate_last((hidden[0], both["hidden_states"][0])),
             device.copy(both["text_embeds"][0]),
@@ -92,9 +97,9 @@ class Conditioner:
         self._texts.put(prompt, encoded)
         return encoded
 
-    def negative_text(self, prompt: str) -> TextEmbedding:
+    def negative_text(self, prompt: str, timeline: Timeline = NO_TIMELINE) -> TextEmbedding:
         """The text of branches u and i: zeros for no prompt where the checkpoint was made so."""
-        embedding = self.text(prompt)
+        embedding = self.text(prompt, timeline)
         if prompt.strip() or not self._modules.manifest.force_zeros_for_empty_prompt:
             return embedding
         zeros = self._modules.device.zeros
@@ -103,7 +108,12 @@ class Conditioner:
             zeros(text.shape, dtype_name(text)), zeros(pooled.shape, dtype_name(pooled))
         )
 
-    def image_tokens(self, face: Face | None, channel_order: ChannelOrder = "bgr") -> Tensor:
+    def image_tokens(
+        self,
+        face: Face | None,
+        channel_order: ChannelOrder = "bgr",
+        timeline: Timeline = NO_TIMELINE,
+    ) -> Tensor:
         """Image tokens [T, C] of a face, or of no face (zero embedding, all-zero CLIP input)."""
         key = (
             None
@@ -113,10 +123,11 @@ class Conditioner:
         known = self._tokens.get(key)
         if known is not None:
             return known
-        manifest = self._modules.manifest
+        manifest, device = self._modules.manifest, self._modules.device
+        encoder, projection = (self._modules[name] for name in ("image_encoder", "face_projection"))
         size = manifest.image_encoder_size
         if face is None:
-            width = self._modules["face_projection"].spec.inputs[0].shape[1]
+            width = projection.spec.inputs[0].shape[1]
             embedding = np.zeros(int(width), dtype=np.float32)
             pixels = np.zeros((3, size, size), dtype=np.float32)
         else:
@@ -128,21 +139,25 @@ class Conditioner:
                 std=manifest.image_std,
                 channel_order=channel_order,
             )
-        features = self._modules["image_encoder"](pixel_values=pixels[None])["clip_embeds"]
-        projected = self._modules["face_projection"](
-            face_embeds=embedding[None], clip_embeds=features
-        )[IMAGE_TOKENS]
-        tokens = self._modules.device.copy(projected[0])
-        self._modules.device.synchronize()  # from here on other threads read them
+        with timeline.span("image_encoder", device):
+            features = encoder(pixel_values=pixels[None])["clip_embeds"]
+        with timeline.span("face_projection", device):
+            projected = projection(face_embeds=embedding[None], clip_embeds=features)
+            tokens = device.copy(projected[IMAGE_TOKENS][0])
+        device.synchronize()  # from here on other threads read them
         self._tokens.put(key, tokens)
         return tokens
 
     def conditions(
-        self, request: GenerationRequest, face_tokens: Tensor
+        self,
+        request: GenerationRequest,
+        face_tokens: Tensor,
+        timeline: Timeline = NO_TIMELINE,
     ) -> Mapping[str, Condition]:
         """Text and image tokens of the four branches u, t, i and ti of a request."""
-        text, nothing = self.text(request.prompt), self.negative_text(request.negative_prompt)
-        no_face = self.image_tokens(None)
+        text = self.text(request.prompt, timeline)
+        nothing = self.negative_text(request.negative_prompt, timeline)
+        no_face = self.image_tokens(None, timeline=timeline)
         return {
             UNCONDITIONAL: Condition(nothing.text, nothing.pooled, no_face),
             TEXT: Condition(text.text, text.pooled, no_face),

@@ -23,6 +23,7 @@ from fastface_trt.errors import Cancelled, EngineFailed
 from fastface_trt.runtime.advance import NOT_FINITE_MEND, Guidance, HostGuidance
 from fastface_trt.runtime.job import Job
 from fastface_trt.runtime.noise import INITIAL_LATENTS, step_stream
+from fastface_trt.runtime.timeline import NO_TIMELINE, Timeline
 from fastface_trt.runtime.trace import OnStep, StepTrace
 
 
@@ -62,6 +63,7 @@ def denoise(
     on_step: OnStep | None = None,
     max_rows: int | None = None,
     report: DenoiseReport | None = None,
+    timeline: Timeline = NO_TIMELINE,
 ) -> list[Tensor]:
     """Run every job to the end of its schedule and return its latents, float32 [C,h,w] each.
 
@@ -74,19 +76,24 @@ def denoise(
     """
     device = unet.device
     advance = guidance or HostGuidance()
-    runs = [_Run(job, device) for job in jobs]
+    with timeline.span("noise", device):
+        runs = [_Run(job, device) for job in jobs]
     for step in range(max((len(job.schedule) for job in jobs), default=0)):
         active = [index for index, job in enumerate(jobs) if step < len(job.schedule)]
         for group in _group(jobs, active, step, max_rows, unet.request_counts):
             members = [runs[index] for index in group]
-            prediction_BChw = _predict(unet, members, step, report)
-            advanced = advance(
-                [run.job for run in members],
-                step,
-                prediction_BChw,
-                [run.latents for run in members],
-                [run.noise[step] for run in members],
-            )
+            branches = len(members[0].job.guidance[step].branches)
+            rows = branches * len(members)
+            with timeline.span("unet", device, step=step, branches=branches, rows=rows):
+                prediction_BChw = _predict(unet, members, step, report)
+            with timeline.span("guidance", device, step=step):
+                advanced = advance(
+                    [run.job for run in members],
+                    step,
+                    prediction_BChw,
+                    [run.latents for run in members],
+                    [run.noise[step] for run in members],
+                )
             if on_step is not None:
                 # The next UNet call overwrites its output, and a trace may be kept.
                 predictions = iter(list(device.copy(prediction_BChw)))

@@ -29,6 +29,7 @@ from fastface_trt.errors import (
     UnknownName,
     WeightsError,
 )
+from fastface_trt.runtime.timeline import NO_TIMELINE, Timeline
 
 DETECTOR_SIZES = (640, 576, 512, 448, 384, 320)
 """Detector input sizes in pixels, tried in this order, as in the paper's evaluation."""
@@ -118,7 +119,12 @@ class FaceAnalyzer:
         self._loaded()
 
     def analyze(
-        self, picture: NDArray[np.uint8], *, index: int | None = None, pad: bool = True
+        self,
+        picture: NDArray[np.uint8],
+        *,
+        index: int | None = None,
+        pad: bool = True,
+        timeline: Timeline = NO_TIMELINE,
     ) -> Face:
         """The face number `index` by area (None and 0: the largest) of an RGB picture.
 
@@ -129,7 +135,8 @@ class FaceAnalyzer:
         `FaceIndexOutOfRange`, and what `load` raises.
         """
         bgr = _bgr(picture)
-        found = self._find(bgr, pad=pad)
+        with timeline.span("face_detection"):
+            found = self._find(bgr, pad=pad)
         if found is None:
             raise NoFaceFound(
                 f"No face was found at any detector size from {DETECTOR_SIZES[0]} "
@@ -143,7 +150,8 @@ class FaceAnalyzer:
                 f"Face {chosen} was asked for, and the picture has {count}.",
                 f"Use an index from 0 (the largest face) to {count - 1}.",
             )
-        return self._embed(bgr, found, chosen)
+        with timeline.span("face_recognition"):
+            return self._embed(bgr, found, chosen)
 
     def faces(self, picture: NDArray[np.uint8], *, pad: bool = True) -> list[Face]:
         """All faces of an RGB picture (uint8 [H, W, 3]), largest first; see `analyze`."""

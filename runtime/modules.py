@@ -9,7 +9,12 @@ from fastface_trt.engines.closing import Closing
 from fastface_trt.engines.device import Device
 from fastface_trt.engines.engine import Engine, EngineBuilder, Progress
 from fastface_trt.engines.files import verify_files
-from fastface_trt.engines.manifest import EXPORT_MANIFEST, ExportManifest, read_manifest
+from fastface_trt.engines.manifest import (
+    EXPORT_MANIFEST,
+    EngineManifest,
+    ExportManifest,
+    read_manifest,
+)
 from fastface_trt.errors import ExportIncomplete
 
 
@@ -65,6 +70,14 @@ class ModuleSet(Closing, Mapping[str, Engine]):
                     spec, self.folder, self.builder, self._progress, build=self._build
                 )
             return self._open[name]
+
+    def engine_manifests(self) -> dict[str, EngineManifest]:
+        """Manifests of the engines that the cache has for these modules, by module name."""
+        found = {
+            name: self._cache.find(spec, self.builder)
+            for name, spec in self.manifest.modules.items()
+        }
+        return {name: manifest for name, manifest in found.items() if manifest is not None}
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.manifest.modules)

@@ -19,6 +19,7 @@ from fastface_trt import FastFace
 from fastface_trt.engines.manifest import EXPORT_MANIFEST, ExportManifest, read_manifest
 from fastface_trt.errors import Cancelled, EngineFailed, ExportIncomplete, InvalidRequest
 from fastface_trt.mini import folders
+from fastface_trt.runtime.timeline import Recorder
 
 PROMPT = "photo; person in a garden"
 FACE = folders.SAMPLE_FACES / "ada.png"
@@ -120,6 +121,57 @@ def test_nothing_is_waited_for_between_two_unet_calls(simulated, face):
     between = [name for _, name, _ in cuda.calls[start:][seen[0] - start : seen[-1] - start]]
     assert len(seen) == 4
     assert not {"cuStreamSynchronize", "cuMemcpyDtoHAsync"} & set(between)
+
+
+def test_stages_are_timed_by_events_of_the_threads_own_stream(simulated, face):
+    """Timing adds events to the stream and nothing else: no copy, no wait before the end."""
+    gpu, cuda, _ = simulated
+    for _ in range(3):  # afterwards every graph is recorded, so that runs are alike
+        gpu(PROMPT, face, preset="am1+dcg")
+    start = len(cuda.calls)
+    gpu(PROMPT, face, preset="am1+dcg", seed=1)
+    plain = [name for _, name, _ in cuda.calls[start:]]
+    start = len(cuda.calls)
+    recorder = Recorder()
+    gpu(PROMPT, face, preset="am1+dcg", seed=1, timeline=recorder)
+    calls = cuda.calls[start:]
+    timing = {"cuEventCreate", "cuEventRecord"}
+    assert [name for _, name, _ in calls if name not in timing] == plain
+
+    recorded = [args for _, name, args in calls if name == "cuEventRecord"]
+    own = gpu._modules.device.stream().handle
+    assert all(stream is own for _, stream in recorded)
+    spans = recorder.spans()
+    on_gpu = [span for span in spans if span.device_seconds is not None]
+    # 4 UNet calls, 4 guidance steps, the noise, the VAE and the picture.
+    assert len(recorded) == 2 * len(on_gpu) == 2 * 11
+    unet = [span for span in on_gpu if span.name == "unet"]
+    assert [span.attributes for span in unet] == [
+        {"step": step, "branches": branches, "rows": branches}
+        for step, branches in enumerate((2, 3, 3, 2))
+    ]
+    # Each piece of work takes a millisecond there: stages come one after the other.
+    ends = [span.device_start + span.device_seconds for span in on_gpu]
+    starts = [span.device_start for span in on_gpu]
+    assert min(span.device_seconds for span in unet) > 0
+    assert all(end <= begin + 1e-9 for end, begin in zip(ends, starts[1:], strict=False))
+
+
+def test_every_threads_stages_lie_on_its_own_stream(simulated, face):
+    gpu, cuda, _ = simulated
+    gpu(PROMPT, face)
+    recorder, start = Recorder(), len(cuda.calls)
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda seed: gpu(PROMPT, face, seed=seed, timeline=recorder), range(4)))
+    streams = {}
+    for thread, name, arguments in cuda.calls[start:]:
+        if name == "cuEventRecord":
+            streams.setdefault(thread, set()).add(int(arguments[1]))
+    assert all(len(used) == 1 for used in streams.values())
+    assert len(set.union(*streams.values())) == len(streams)
+    spans = recorder.spans()  # read by a thread that recorded none of them
+    assert len([span for span in spans if span.name == "unet"]) == 16
+    assert {span.thread for span in spans} == set(streams)
 
 
 def test_pictures_of_a_batch_equal_single_ones(simulated, cpu, face):

@@ -17,6 +17,7 @@ from fastface_trt.errors import (
     UnknownName,
 )
 from fastface_trt.runtime.manipulation import AttentionManipulation, PartManipulation
+from fastface_trt.runtime.timeline import Recorder
 
 
 def picture(*centres):
@@ -50,6 +51,20 @@ def test_one_picture(fastface):
     assert set(result.seconds) == {"total", "face", "text", "unet", "vae"}
     assert result.parameters[0]["seed"] == 3
     assert result.warnings == []
+
+
+def test_what_is_forgotten_is_encoded_again(fastface):
+    def encoded(timeline):
+        fastface(PROMPT, FACE, seed=3, timeline=timeline)
+        return [span.name for span in timeline.spans() if "encoder" in span.name]
+
+    fastface(PROMPT, FACE, seed=3)
+    assert encoded(Recorder()) == []
+    fastface.forget()
+    # The face and no face, the prompt and the empty one.
+    assert sorted(encoded(Recorder())) == sorted(
+        ["image_encoder"] * 2 + ["text_encoder", "text_encoder_2"] * 2
+    )
 
 
 def test_same_seed_same_picture_other_seed_other_picture(fastface):

@@ -16,6 +16,7 @@ from math import prod
 import numpy as np
 
 from fastface_trt.engines.cuda.driver import Driver
+from fastface_trt.engines.cuda.events import Event, TimingEvents
 from fastface_trt.engines.cuda.stream import Stream
 from fastface_trt.engines.device import (
     ITEM_BYTES,
@@ -50,6 +51,7 @@ class CudaDevice:
         self._context = self.driver.retain_context(self._device)
         self.driver.use_context(self._context)
         self._pool = self.driver.pool_create(ordinal)
+        self._events = TimingEvents(self.driver, self._context)
         self._lock = threading.Lock()
         self._here = threading.local()
         self._streams: list[tuple[weakref.ref[threading.Thread], Stream]] = []
@@ -122,6 +124,10 @@ class CudaDevice:
         """Wait for this thread's work."""
         self.stream().synchronize()
 
+    def mark(self) -> Event:
+        """A CUDA event on this thread's stream."""
+        return self._events.record(self.stream().handle)
+
     def close(self) -> None:
         """Free everything on the GPU; twice is harmless."""
         with self._lock:
@@ -133,6 +139,7 @@ class CudaDevice:
                 with stream.lock:
                     stream.close()
             self._streams.clear()
+            self._events.close()
             for address in self._buffers:
                 self.driver.mem_free(address)
             self._buffers.clear()

@@ -113,9 +113,22 @@ class Driver:
         """Destroy an event."""
         self._call("cuEventDestroy", event)
 
+    def timing_event_create(self) -> Handle:
+        """An event that takes the time at which the GPU reaches it."""
+        return self._call("cuEventCreate", int(self._cuda.CUevent_flags.CU_EVENT_DEFAULT))
+
+    def event_record(self, event: Handle, stream: Handle) -> None:
+        """Put `event` behind what is on `stream` now."""
+        self._call("cuEventRecord", event, stream)
+
+    def event_seconds(self, earlier: Handle, later: Handle) -> float:
+        """Seconds between two recorded timing events; waits until the GPU has reached `later`."""
+        self._call("cuEventSynchronize", later)
+        return float(self._call("cuEventElapsedTime", earlier, later)) / 1000
+
     def stream_follow(self, later: Handle, earlier: Handle, event: Handle) -> None:
         """Work put on stream `later` from now on waits for what is on `earlier` now."""
-        self._call("cuEventRecord", event, earlier)
+        self.event_record(event, earlier)
         self._call("cuStreamWaitEvent", later, event, 0)
 
     # Memory

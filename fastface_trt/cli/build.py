@@ -8,25 +8,20 @@ import click
 
 from fastface_trt.builders import make_builder
 from fastface_trt.cli.build_display import build_display
-from fastface_trt.cli.common import FILE, backend_options, console, parse_size, timed_lines
+from fastface_trt.cli.common import (
+    FILE,
+    Counts,
+    backend_options,
+    console,
+    parse_size,
+    timed_lines,
+)
 from fastface_trt.engines.cache import EngineCache
 from fastface_trt.engines.manifest import EXPORT_MANIFEST, ExportManifest, read_manifest
 from fastface_trt.engines.relatives import expected_seconds
 from fastface_trt.engines.tensorrt.options import DynamicProfile
 from fastface_trt.errors import InvalidRequest, UnknownName
 from fastface_trt.pipeline import find_export
-
-
-class _Counts(click.ParamType[tuple[int, ...]]):
-    """Whole numbers with commas between them, such as 1,2,4."""
-
-    name = "LIST"
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[int, ...]:
-        try:
-            return tuple(int(part) for part in str(value).split(","))
-        except ValueError:
-            self.fail(f"{value!r} is not a list of whole numbers such as 1,2,4.", param, ctx)
 
 
 @click.command()
@@ -37,8 +32,8 @@ class _Counts(click.ParamType[tuple[int, ...]]):
     type=click.Choice(["all", "extended", "basic"]),
     help="ONNX Runtime: how far the graph is optimised; extended keeps fp16 weights fp16 on a CPU.",
 )
-@click.option("--requests", type=_Counts(), help="Requests per UNet call to build for [1].")
-@click.option("--branches", type=_Counts(), help="Branches per request to build for [1,2,3].")
+@click.option("--requests", type=Counts(), help="Requests per UNet call to build for [1].")
+@click.option("--branches", type=Counts(), help="Branches per request to build for [1,2,3].")
 @click.option(
     "--size", "sizes", multiple=True, help="WIDTHxHEIGHT in pixels, repeatable [the export's]."
 )

@@ -19,6 +19,21 @@ FOLDER = click.Path(path_type=Path, file_okay=False)
 FILE = click.Path(path_type=Path, dir_okay=False)
 
 
+class Counts(click.ParamType[tuple[int, ...]]):
+    """Whole numbers with commas between them, such as 1,2,4."""
+
+    name = "LIST"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[int, ...]:
+        """See click; a default that is a tuple already stays one."""
+        if isinstance(value, tuple):
+            return value
+        try:
+            return tuple(int(part) for part in str(value).split(","))
+        except ValueError:
+            self.fail(f"{value!r} is not a list of whole numbers such as 1,2,4.", param, ctx)
+
+
 def parse_size(text: str) -> tuple[int, int]:
     """Read WIDTHxHEIGHT in pixels; raises `InvalidRequest`."""
     match = re.fullmatch(r"(\d+)[x×](\d+)", text.strip().lower())

@@ -5,6 +5,7 @@ from typing import Any
 import click
 
 from fastface_trt import __version__
+from fastface_trt.cli.bench import bench
 from fastface_trt.cli.build import build
 from fastface_trt.cli.cache import cache
 from fastface_trt.cli.demo import demo
@@ -56,6 +57,7 @@ for command in (
     inspect,
     doctor,
     replay,
+    bench,
 ):
     cli.add_command(command)
 

@@ -210,13 +210,31 @@ class FakeCuda(SimulatedMemory):
         self._drain(self.stream_of(int(stream)))
 
     def _cuEventCreate(self, flags):
-        return self._new(Handle("event"))
+        self._needs_context()
+        event = self._new(Handle("event"))
+        event.timed = flags != int(real_driver.CUevent_flags.CU_EVENT_DISABLE_TIMING)
+        return event
 
     def _cuEventDestroy(self, event):
         self._gone(event, "event")
 
     def _cuEventRecord(self, event, stream):
         event.after = (self.stream_of(int(stream)), stream.submitted)
+
+    def _cuEventSynchronize(self, event):
+        self._needs_context()
+        self._drain(*event.after)
+
+    def _cuEventElapsedTime(self, start, end):
+        """Milliseconds: a piece of work lasts one on the simulated GPU, and waiting nothing."""
+        self._needs_context()
+        if not (start.alive and start.timed and end.alive and end.timed):
+            raise Cuda("CUDA_ERROR_INVALID_HANDLE")
+        (stream, first), (other, last) = start.after, end.after
+        assert stream is other, "events of two streams are not compared here"
+        if stream.done < last:
+            raise Cuda("CUDA_ERROR_NOT_READY")
+        return float(last - first)
 
     def _cuStreamWaitEvent(self, stream, event, flags):
         earlier, count = event.after

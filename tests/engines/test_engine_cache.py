@@ -68,6 +68,17 @@ def test_built_once_then_found(cache, module, source, builder):
     check(cache, module, source, builder)
 
 
+def test_an_engine_is_found_without_building_or_verifying(cache, module, source, builder):
+    assert cache.find(module, builder) is None
+    manifest, folder = cache.get(module, source, builder)
+    assert cache.find(module, builder) == manifest
+    (folder / "part0").write_bytes(b"damaged")
+    assert cache.find(module, builder) == manifest
+    (folder / "engine.json").unlink()
+    assert cache.find(module, builder) is None
+    assert builder.builds() == 1
+
+
 def test_the_key_follows_the_content_and_not_the_place(tmp_path, cache, module, builder):
     key = cache.key(module, builder)
     assert cache.key(write_module(tmp_path / "elsewhere", external=True), ChunkBuilder()) == key

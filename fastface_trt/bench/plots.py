@@ -1,0 +1,223 @@
+"""Pictures of a report: where the time goes, and how it grows. Each is a matplotlib figure."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from fastface_trt.bench.report import BenchReport, Case, Stage
+from fastface_trt.bench.style import (
+    COLOURS,
+    INK,
+    add_legend,
+    colour,
+    name_axes,
+    new_figure,
+    require_matplotlib,
+    save,
+)
+from fastface_trt.bench.tables import detailed
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_KINDS = {
+    "face": ("read_picture", "face_detection", "face_recognition"),
+    "encoders": ("image_encoder", "face_projection", "tokenise", "text_encoder", "text_encoder_2"),
+    "UNet": ("unet",),
+    "guidance, scheduler, noise": ("guidance", "noise"),
+    "VAE and picture": ("vae_decoder", "picture", "png"),
+}
+
+
+def write_plots(report: BenchReport, folder: Path) -> list[Path]:
+    """Write every plot that the report has numbers for; raises `MissingDependency`."""
+    require_matplotlib()
+    drawn: dict[str, Callable[[], Figure]] = {
+        f"stages-{preset}": lambda preset=preset: stage_waterfall(report, preset)  # type: ignore[misc]
+        for preset in report.work.presets
+    }
+    drawn["latency-distribution"] = lambda: latency_distribution(report)
+    drawn["unet-samples"] = lambda: unet_samples(report)
+    if len({case.requests for case in report.cases}) > 1:
+        drawn["latency-over-requests"] = lambda: latency_over_requests(report)
+    if len({case.concurrency for case in report.cases}) > 1:
+        drawn["throughput-over-concurrency"] = lambda: throughput_over_concurrency(report)
+    if report.roofline is not None:
+        from fastface_trt.bench.roofline_plot import roofline_plot
+
+        roofline = report.roofline
+        drawn["roofline"] = lambda: roofline_plot(roofline)
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for name, draw in drawn.items():
+        paths.append(folder / f"{name}.png")
+        save(draw(), paths[-1])
+    return paths
+
+
+def stage_waterfall(report: BenchReport, preset: str) -> "Figure":
+    """Stages of a preset one after the other: medians as bars, p95 as a thin line beyond."""
+    from matplotlib.patches import Patch
+
+    cases = [case for case in detailed(report) if case.preset == preset]
+    counts = [len(case.stages) for case in cases]
+    figure, panels = new_figure(
+        9, 1.6 + 0.24 * sum(counts), rows=len(cases), sharex=True, height_ratios=counts
+    )
+    colours = {kind: COLOURS[at] for at, kind in enumerate(_KINDS)} | {"other": "#7F7F7F"}
+    for axes, case in zip(panels, cases, strict=True):
+        _waterfall(axes, case, colours)
+        name_axes(
+            axes,
+            f"{case.label}: median {case.seconds.median * 1000:.1f} ms per call, "
+            f"n = {case.seconds.n}",
+            "",
+            "stage",
+        )
+    panels[-1].set_xlabel("time since the call, ms (bars: median; line: p95)", fontsize=9)
+    handles = [Patch(color=value, label=kind) for kind, value in colours.items()]
+    figure.legend(handles=handles, loc="outside lower center", ncols=6, fontsize=8, frameon=False)
+    return figure
+
+
+def _waterfall(axes: "Axes", case: Case, colours: dict[str, str]) -> None:
+    start = 0.0
+    for place, stage in enumerate(case.stages):
+        median, late = stage.seconds.median * 1000, stage.seconds.p95 * 1000
+        shade = colours[_kind(stage)]
+        axes.barh(place, median, left=start, color=shade, height=0.7)
+        end = start + max(late, median)
+        axes.plot([start + median, end], [place, place], color=INK, linewidth=1)
+        axes.text(end, place, f"  {median:.1f}", va="center", fontsize=7, color=INK)
+        start += median
+    axes.set_yticks(range(len(case.stages)), [stage.label for stage in case.stages])
+    axes.invert_yaxis()
+    axes.set_ylim(len(case.stages) - 0.4, -0.6)
+    axes.grid(False, axis="y")
+
+
+def _kind(stage: Stage) -> str:
+    return next((kind for kind, names in _KINDS.items() if stage.name in names), "other")
+
+
+def latency_distribution(report: BenchReport) -> "Figure":
+    """How many of the calls were done after so many milliseconds, with percentiles marked."""
+    figure, (axes,) = new_figure(8, 4.5)
+    for index, case in enumerate(detailed(report)):
+        values = np.sort(np.array(case.seconds.samples)) * 1000
+        share = np.arange(len(values) + 1) / len(values)
+        style = "-" if case.features == "fresh" else "--"
+        shade = colour(index // 2)
+        name = f"{case.label} (n = {case.seconds.n})"
+        axes.step([values[0], *values], share, style, where="post", color=shade, label=name)
+        for percent, mark in ((50, "o"), (95, "^"), (99, "s")):
+            at = np.percentile(values, percent)
+            axes.plot(at, percent / 100, mark, color=shade, markersize=5)
+    for mark, name in (("o", "median"), ("^", "p95"), ("s", "p99")):
+        axes.plot([], [], mark, color=INK, markersize=5, label=name)
+    name_axes(
+        axes, "Distribution of end-to-end times", "time per call, ms", "share of calls done by then"
+    )
+    axes.set_ylim(0, 1.03)
+    add_legend(axes, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    return figure
+
+
+def unet_samples(report: BenchReport) -> "Figure":
+    """UNet samples per step, stacked, for every preset under the three branch plans."""
+    presets = list(dict.fromkeys(plan.preset for plan in report.branch_plans))
+    plans = ("full", "exact", "lean")
+    steps = report.work.steps
+    figure, (axes,) = new_figure(max(6.5, 1.9 * len(presets) + 2), 4.2)
+    shades = [COLOURS[5], COLOURS[4], COLOURS[2], COLOURS[3]]
+    for plan in report.branch_plans:
+        place = presets.index(plan.preset) + (plans.index(plan.plan) - 1) * 0.27
+        bottom = 0
+        for step, branches in enumerate(plan.branches):
+            shade = shades[step % len(shades)]
+            axes.bar(place, len(branches), 0.24, bottom, color=shade, edgecolor="white")
+            if steps <= 8:
+                middle = bottom + len(branches) / 2
+                text = str(len(branches))
+                axes.text(place, middle, text, ha="center", va="center", fontsize=7, color=INK)
+            bottom += len(branches)
+        ran = plan.plan == report.work.plan and plan.preset in report.work.presets
+        weight = "bold" if ran else "normal"
+        axes.text(place, bottom + 0.1, str(bottom), ha="center", fontsize=8, weight=weight)
+        axes.text(place, -0.15, plan.plan, ha="center", va="top", fontsize=7, weight=weight)
+    axes.set_xticks(range(len(presets)), presets)
+    axes.tick_params(axis="x", pad=14, length=0)
+    for step in range(min(steps, len(shades))):
+        axes.bar(0, 0, color=shades[step], label=f"step {step + 1}")
+    name_axes(
+        axes,
+        f"UNet samples of a picture by branch plan ({steps} steps; bold: measured here)",
+        "preset",
+        "UNet samples (rows of the batch)",
+    )
+    axes.grid(False, axis="x")
+    add_legend(axes, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    return figure
+
+
+def latency_over_requests(report: BenchReport) -> "Figure":
+    """Time per call and per picture over the requests in one call, kept features."""
+    figure, (whole, each) = new_figure(10, 4.2, columns=2)
+    for index, preset in enumerate(report.work.presets):
+        cases = sorted(
+            (c for c in report.cases if _steady(c, preset) and c.concurrency == 1),
+            key=lambda case: case.requests,
+        )
+        counts = np.array([case.requests for case in cases])
+        name = f"{preset} (n = {min(case.seconds.n for case in cases)})"
+        for axes, divisor in ((whole, np.ones(len(counts))), (each, counts)):
+            middle, low, high = (
+                np.array(values) * 1000 / divisor
+                for values in zip(
+                    *((c.seconds.median, *c.seconds.median_interval) for c in cases), strict=True
+                )
+            )
+            axes.fill_between(counts, low, high, color=colour(index), alpha=0.2, linewidth=0)
+            axes.plot(counts, middle, "o-", color=colour(index), label=name)
+            axes.set_xticks(counts)
+    requests = "requests in one call"
+    name_axes(whole, "Time per call (band: 95 % interval of the median)", requests, "median, ms")
+    name_axes(each, "Time per picture", requests, "median per picture, ms")
+    for axes in (whole, each):
+        axes.set_ylim(bottom=0)
+        add_legend(axes)
+    return figure
+
+
+def throughput_over_concurrency(report: BenchReport) -> "Figure":
+    """Pictures per second over threads that call one model, kept features."""
+    figure, (axes,) = new_figure(6.5, 4.2)
+    first = report.cases[0].requests
+    for index, preset in enumerate(report.work.presets):
+        cases = sorted(
+            (c for c in report.cases if _steady(c, preset) and c.requests == first),
+            key=lambda case: case.concurrency,
+        )
+        threads = [case.concurrency for case in cases]
+        rates = [case.throughput.pictures_per_second for case in cases]
+        least = min(case.throughput.pictures for case in cases)
+        name = f"{preset} (at least {least} pictures each)"
+        axes.plot(threads, rates, "o-", color=colour(index), label=name)
+        axes.set_xticks(threads)
+    name_axes(
+        axes,
+        f"Throughput, {first} request{'s' if first > 1 else ''} per call, kept features",
+        f"threads calling one model ({report.environment.machine['cores']} cores, "
+        f"{report.environment.threads} engine threads)",
+        "pictures per second",
+    )
+    axes.set_ylim(bottom=0)
+    add_legend(axes)
+    return figure
+
+
+def _steady(case: Case, preset: str) -> bool:
+    return case.preset == preset and case.features == "cached"

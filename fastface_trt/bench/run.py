@@ -1,0 +1,130 @@
+"""A whole benchmark: load, measure, report, and the folder that it is written to."""
+
+import json
+from collections.abc import Callable, Mapping
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from fastface_trt.bench import gpu, plots, tables
+from fastface_trt.bench.cold_start import measure_cold_starts
+from fastface_trt.bench.environment import describe_environment, machine_state, peak_host_bytes
+from fastface_trt.bench.measure import Measurement, paired_ratios
+from fastface_trt.bench.notes import notes
+from fastface_trt.bench.profilers import chrome_trace
+from fastface_trt.bench.report import BENCH_FILE, BenchReport, EngineFacts, Memory
+from fastface_trt.bench.workload import Workload
+from fastface_trt.engines.engine import Progress
+from fastface_trt.engines.files import finished_folder, storage_errors, write_text_durably
+from fastface_trt.errors import MissingDependency
+from fastface_trt.pipeline import FastFace
+from fastface_trt.runtime.timeline import Ranges
+
+Finish = Callable[[BenchReport], BenchReport]
+"""Adds to a report what is computed from it, such as the roofline, before it is written."""
+
+
+def run_benchmark(
+    load: Mapping[str, Any],
+    workload: Workload,
+    out: Path,
+    progress: Progress,
+    *,
+    trace: bool = False,
+    ranges: Ranges | None = None,
+    finish: Finish = lambda report: report,
+) -> BenchReport:
+    """Measure `workload` and write folder `out`, which appears complete or not at all.
+
+    `load` are arguments of `FastFace.load`, as JSON values. The folder holds `bench.json`,
+    `stages.csv`, `report.md`, `plots/` and with `trace` `trace.json`; an earlier report there is
+    replaced. Engines that are missing are built first. Raises what `FastFace` raises,
+    `StorageError`, and `InvalidRequest` when `out` holds something else.
+    """
+    with finished_folder(out, BENCH_FILE) as draft:
+        report, measurement = _measure(load, workload, progress, ranges)
+        report = finish(report)
+        pictures: list[str] = []
+        try:
+            drawn = plots.write_plots(report, draft.path / "plots")
+            pictures = [path.relative_to(draft.path).as_posix() for path in drawn]
+        except MissingDependency as error:
+            said = (*report.notes, f"There are no plots: {error.message} {error.mend}")
+            report = report.model_copy(update={"notes": said})
+        with storage_errors(draft.path):
+            (draft.path / "stages.csv").write_text(tables.stages_csv(report), encoding="utf-8")
+            text = tables.markdown(report, pictures)
+            (draft.path / "report.md").write_text(text, encoding="utf-8")
+            if trace:
+                events = json.dumps(chrome_trace(measurement.last_spans))
+                (draft.path / "trace.json").write_text(events, encoding="utf-8")
+        draft.finish(report)
+    return report
+
+
+def write_schema(path: Path, text: str) -> None:
+    """Write the published schema; raises `StorageError`."""
+    with storage_errors(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text_durably(path, text)
+
+
+def _measure(
+    load: Mapping[str, Any], workload: Workload, progress: Progress, ranges: Ranges | None
+) -> tuple[BenchReport, Measurement]:
+    with FastFace.load(**load, progress=progress) as fastface:
+        work, plans = workload.work(fastface), workload.branch_plans(fastface)
+        fastface.warm_up()
+        facts = fastface.engines()
+        start = machine_state()
+        measurement = Measurement(fastface, workload, progress, ranges=ranges)
+        cases = measurement.cases()
+        end = machine_state()
+        memory = Memory(host_peak_bytes=peak_host_bytes(), device_bytes=gpu.held_bytes())
+    # Only now: a second process on the GPU while the first holds it would be another experiment.
+    cold_start = None
+    if workload.cold_starts:
+        progress(f"Starting {workload.cold_starts} fresh processes")
+        cold_start = measure_cold_starts(_first_call(load, workload), workload.cold_starts)
+    environment = describe_environment(
+        backend=load["backend"],
+        threads=load.get("threads"),
+        engines=[engine.key for engine in facts.values()],
+        start=start,
+        end=end,
+    )
+    report = BenchReport(
+        date=date.today().isoformat(),
+        work=work,
+        environment=environment,
+        cold_start=cold_start,
+        cases=tuple(cases),
+        ratios=tuple(paired_ratios(cases)),
+        branch_plans=tuple(plans),
+        engines=tuple(
+            EngineFacts(
+                module=name,
+                key=engine.key,
+                bytes=sum(file.bytes for file in engine.files),
+                build_seconds=engine.build_seconds,
+            )
+            for name, engine in facts.items()
+        ),
+        memory=memory,
+        notes=tuple(notes(cases, environment, cold_start)),
+    )
+    return report, measurement
+
+
+def _first_call(load: Mapping[str, Any], workload: Workload) -> dict[str, Any]:
+    """Arguments of `cold_start.first_picture`."""
+    fields: dict[str, Any] = {"plan": workload.plan, "steps": workload.steps}
+    if workload.size is not None:
+        fields["width"], fields["height"] = workload.size
+    return {
+        "load": dict(load),
+        "prompt": workload.prompt,
+        "face": str(workload.face),
+        "preset": workload.presets[0],
+        "fields": fields,
+    }
