@@ -25,13 +25,44 @@ _VIEWS: Final = frozenset(
     ("Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity", "Shape", "Size", "Constant")
 )
 _MOVES: Final = frozenset(
-    "Cast CastLike Concat Expand Gather GatherElements GatherND Pad Resize ScatterElements "
-    "ScatterND Slice Split Tile Transpose Where ConstantOfShape Range OneHot".split()
+    [
+        "Cast",
+        "CastLike",
+        "Concat",
+        "Expand",
+        "Gather",
+        "GatherElements",
+        "GatherND",
+        "Pad",
+        "Resize",
+        "ScatterElements",
+        "ScatterND",
+        "Slice",
+        "Split",
+        "Tile",
+        "Transpose",
+        "Where",
+        "ConstantOfShape",
+        "Range",
+        "OneHot",
+    ]
 )
 _PER_INPUT: Final = frozenset(
-    "ArgMax ArgMin AveragePool BatchNormalization GlobalAveragePool GroupNormalization "
-    "InstanceNormalization LayerNormalization LpNormalization MaxPool RMSNormalization Softmax "
-    "LogSoftmax".split()
+    [
+        "ArgMax",
+        "ArgMin",
+        "AveragePool",
+        "BatchNormalization",
+        "GlobalAveragePool",
+        "GroupNormalization",
+        "InstanceNormalization",
+        "LayerNormalization",
+        "LpNormalization",
+        "MaxPool",
+        "RMSNormalization",
+        "Softmax",
+        "LogSoftmax",
+    ]
 )
 _UNKNOWN_INSIDE: Final = frozenset(("If", "Loop", "Scan", "LSTM", "GRU", "RNN"))
 
