@@ -24,45 +24,14 @@ Kind = Literal["convolution", "linear", "attention"]
 _VIEWS: Final = frozenset(
     ("Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity", "Shape", "Size", "Constant")
 )
-_MOVES: Final = frozenset(
-    [
-        "Cast",
-        "CastLike",
-        "Concat",
-        "Expand",
-        "Gather",
-        "GatherElements",
-        "GatherND",
-        "Pad",
-        "Resize",
-        "ScatterElements",
-        "ScatterND",
-        "Slice",
-        "Split",
-        "Tile",
-        "Transpose",
-        "Where",
-        "ConstantOfShape",
-        "Range",
-        "OneHot",
-    ]
+_MOVES: Final = _VIEWS.union(
+    ("Cast", "CastLike", "Concat", "ConstantOfShape", "Expand", "Pad", "Range", "Resize"),
+    ("Gather", "GatherElements", "GatherND", "ScatterElements", "ScatterND", "OneHot"),
+    ("Slice", "Split", "Tile", "Transpose", "Where"),
 )
-_PER_INPUT: Final = frozenset(
-    [
-        "ArgMax",
-        "ArgMin",
-        "AveragePool",
-        "BatchNormalization",
-        "GlobalAveragePool",
-        "GroupNormalization",
-        "InstanceNormalization",
-        "LayerNormalization",
-        "LpNormalization",
-        "MaxPool",
-        "RMSNormalization",
-        "Softmax",
-        "LogSoftmax",
-    ]
+_NORMS: Final = frozenset(("Softmax", "LogSoftmax", "ArgMax", "ArgMin")).union(
+    ("AveragePool", "MaxPool", "GlobalAveragePool", "BatchNormalization", "GroupNormalization"),
+    ("InstanceNormalization", "LayerNormalization", "LpNormalization", "RMSNormalization"),
 )
 _UNKNOWN_INSIDE: Final = frozenset(("If", "Loop", "Scan", "LSTM", "GRU", "RNN"))
 
@@ -210,12 +179,12 @@ def _attention(node: StaticNode, inputs: list[StaticTensor]) -> int:
 
 def _elements(node: StaticNode) -> int:
     """Elements that an operator other than a product of matrices computes on."""
-    if node.op in _VIEWS or node.op in _MOVES or not node.outputs:
+    if node.op in _MOVES or not node.outputs:
         return 0
     first = next((tensor for tensor in node.inputs if tensor is not None), node.outputs[0])
     if not (first.floating or node.outputs[0].floating):
         return 0  # sizes and indices
-    reduces = node.op.startswith("Reduce") or node.op in _PER_INPUT
+    reduces = node.op.startswith("Reduce") or node.op in _NORMS
     return first.elements if reduces else node.outputs[0].elements
 
 
