@@ -9,6 +9,7 @@ from rich.table import Table
 
 from benchmarks.peers.measure import PeerResult
 
+OURS, OTHERS, INK = "#2a6f97", "#b8bcc2", "#222222"
 COLUMNS = ("peer", "UNet samples", "seconds", "times as fast as eager PyTorch", "set-up, s")
 
 
@@ -35,7 +36,8 @@ def rich_table(preset: str, results: Sequence[PeerResult]) -> Table:
     rounds = max(len(result.seconds) for result in results)
     table = Table(title=f"{preset}, medians of {rounds} rounds", title_justify="left")
     for column in COLUMNS:
-        table.add_column(column, justify="left" if column == "peer" else "right")
+        is_name = column == "peer"
+        table.add_column(column, justify="left" if is_name else "right", no_wrap=not is_name)
     for row in rows(results):
         table.add_row(*row)
     return table
@@ -56,6 +58,8 @@ def markdown(tables: Mapping[str, Sequence[PeerResult]], machine: str, what: str
 def plot(tables: Mapping[str, Sequence[PeerResult]], path: Path, subtitle: str) -> None:
     """Bars of the ratio to eager PyTorch with their intervals, one panel per preset."""
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
 
     timed = {p: [r for r in results if r.speed is not None] for p, results in tables.items()}
     height = sum(0.9 + 0.36 * len(results) for results in timed.values()) + 1.2
@@ -68,43 +72,16 @@ def plot(tables: Mapping[str, Sequence[PeerResult]], path: Path, subtitle: str) 
         height_ratios=[0.6 + 0.36 * len(results) for results in timed.values()],
     )
     for axes, (preset, results) in zip(panels[:, 0], timed.items(), strict=True):
-        places = range(len(results))
-        medians = [r.speed.median for r in results if r.speed is not None]
-        spans = [
-            [r.speed.median - r.speed.low for r in results if r.speed is not None],
-            [r.speed.high - r.speed.median for r in results if r.speed is not None],
-        ]
-        colours = ["#2a6f97" if r.name.startswith("fastface") else "#b8bcc2" for r in results]
-        bars = axes.barh(places, medians, color=colours, height=0.7)
-        axes.errorbar(medians, list(places), xerr=spans, fmt="none", ecolor="#222222", capsize=3)
-        for place, result, high in zip(places, results, medians, strict=True):
-            top = high + spans[1][place]
-            axes.annotate(
-                f"{high:.2f}×  {1000 * median(result.seconds):.0f} ms, "
-                f"{result.unet_samples} UNet samples",
-                (top, place),
-                xytext=(6, 0),
-                textcoords="offset points",
-                va="center",
-                fontsize=8,
-            )
-        axes.axvline(1, color="#222222", linewidth=0.8, linestyle=":")
-        labels = [r.label + ("" if r.does == preset else f" ({r.does})") for r in results]
-        axes.set_yticks(list(places), labels, fontsize=8)
-        axes.invert_yaxis()
-        axes.set_ylabel("peer")
-        axes.set_title(f"{preset}, n = {len(results[0].seconds)} rounds", fontsize=9, loc="left")
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.set_xlim(0, max(1.2, *(m + s for m, s in zip(medians, spans[1], strict=True))) * 1.45)
-        del bars
+        _bars(axes, preset, results)
+    speeds = [r.speed for results in timed.values() for r in results if r.speed is not None]
+    panels[0, 0].set_xlim(0, 1.45 * max(1.2, *(speed.high for speed in speeds)))
     panels[-1, 0].set_xlabel("times as fast as the FastFace loop in eager PyTorch (1 = the same)")
-    from matplotlib.patches import Patch
-
+    interval = "95 % interval of the median over rounds"
     figure.legend(
         handles=[
-            Patch(color="#2a6f97", label="FastFace-TRT"),
-            Patch(color="#b8bcc2", label="peers"),
-            Patch(facecolor="none", edgecolor="#222222", label="line: 95 % interval of the median"),
+            Patch(color=OURS, label="FastFace-TRT"),
+            Patch(color=OTHERS, label="peers"),
+            Line2D([], [], color=INK, marker="|", label=interval),
         ],
         loc="outside lower right",
         ncols=3,
@@ -115,3 +92,37 @@ def plot(tables: Mapping[str, Sequence[PeerResult]], path: Path, subtitle: str) 
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
+
+
+def _bars(axes: Any, preset: str, results: Sequence[PeerResult]) -> None:
+    labels = []
+    for place, result in enumerate(results):
+        speed = result.speed
+        assert speed is not None  # only peers that were timed are drawn
+        colour = OURS if result.name.startswith("fastface-trt") else OTHERS
+        axes.barh(place, speed.median, color=colour, height=0.7)
+        axes.errorbar(
+            speed.median,
+            place,
+            xerr=[[speed.median - speed.low], [speed.high - speed.median]],
+            ecolor=INK,
+            capsize=3,
+        )
+        axes.annotate(
+            f"{speed.median:.2f}×, {1000 * median(result.seconds):.0f} ms, "
+            f"{result.unet_samples} UNet samples",
+            (speed.high, place),
+            xytext=(6, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=8,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
+        )
+        labels.append(result.label + ("" if result.does == preset else f" (preset {result.does})"))
+    axes.axvline(1, color=INK, linewidth=0.8, linestyle=":", zorder=0)
+    axes.set_yticks(range(len(labels)), labels, fontsize=8)
+    axes.invert_yaxis()
+    axes.set_ylabel("peer", fontsize=8)
+    rounds = len(results[0].seconds)
+    axes.set_title(f"{preset}, n = {rounds} interleaved rounds", fontsize=9, loc="left")
+    axes.spines[["top", "right"]].set_visible(False)
