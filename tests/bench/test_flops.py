@@ -238,6 +238,28 @@ def test_sizes_that_go_through_arithmetic_and_functions(tmp_path):
     assert count.activation_bytes == 3 * count.input_bytes + 3 * count.output_bytes
 
 
+def test_eight_bit_weights_move_as_they_are_stored(tmp_path):
+    """Q/DQ around a linear layer: still a linear layer, its weights one byte each."""
+    body = """g (float[n,8] x) => (float[n,9] y) {
+        q = QuantizeLinear(x, scale, zero)
+        d = DequantizeLinear(q, scale, zero)
+        w = DequantizeLinear(w8, scale, zero)
+        y = MatMul(d, w)
+    }"""
+    model = parser.parse_model(HEAD + body)
+    for name, array in (
+        ("scale", np.float32(0.1)),
+        ("zero", np.int8(0)),
+        ("w8", np.zeros((8, 9), np.int8)),
+    ):
+        model.graph.initializer.append(numpy_helper.from_array(np.asarray(array), name))
+    onnx.save(model, tmp_path / "quantised.onnx")
+    count = count_module(tmp_path / "quantised.onnx", {"n": 2})
+    assert (count.linear, count.attention) == (2 * 2 * 8 * 9, 0)
+    assert count.weight_bytes == 8 * 9 + 4 + 1
+    assert count.elementwise == 2 * 2 * 8  # quantised and back
+
+
 def test_what_cannot_be_counted_is_said(tmp_path):
     path = small(tmp_path, HEAD + "g (float[n,4] x) => (float[n,4] y) { y = Relu(x) }")
     with pytest.raises(InvalidRequest, match="dynamic size n") as caught:
