@@ -156,8 +156,8 @@ def run_mini(
     with FastFace.load("mini") as fastface, tempfile.TemporaryDirectory() as folder:
         # Compiled anew, or the set-up of torch.compile would be that of an earlier run's cache.
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(folder) / "inductor")
-        peers = make_peers(fastface, Path(folder), names)
         works = {preset: make_work(fastface, preset) for preset in presets}
+        peers = make_peers(fastface, Path(folder), names)
         tables = {
             preset: compare_peers(
                 peers_for(peers, work), work, rounds=rounds, progress=console.print

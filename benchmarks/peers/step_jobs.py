@@ -184,9 +184,10 @@ def run_engine(job: Job) -> dict[str, Any]:
         module = read_manifest(folder / EXPORT_MANIFEST, UNetExport).module
     cache = EngineCache(Path(job.folder) / "cache")
     builder = builder_for("onnxruntime")
-    with cache.open(module, folder, builder, lambda line: None) as engine:
-        if job.kind == "build":
-            return {}
+    if job.kind == "build":
+        cache.get(module, folder, builder)
+        return {}
+    with cache.open(module, folder, builder) as engine:
         shapes = {tensor.name: tensor.shape for tensor in module.inputs}
         widths = int(shapes[contract.TEXT][-1]), int(shapes[contract.POOLED_TEXT][-1])
         inputs = {rows: make_inputs(rows, job.side, *widths) for rows in job.rows}

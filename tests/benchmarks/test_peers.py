@@ -260,3 +260,16 @@ def test_the_report_says_who_was_not_timed(mini, tmp_path, capsys):
     assert "not timed: its latents differ" in text
     assert "not timed: its latents differ" in capsys.readouterr().out
     assert Image.open(tmp_path / "out" / "peers.png").width > 500
+
+
+def test_unknown_names_are_said_before_anything_runs():
+    from click.testing import CliRunner
+
+    from benchmarks.peers.__main__ import main
+
+    result = CliRunner().invoke(main, ["--preset", "am1+dgc"])
+    assert result.exit_code == 1
+    assert "Did you mean 'am1+dcg'?" in result.output
+    result = CliRunner().invoke(main, ["--peer", "pytorhc", "--preset", "plain"])
+    assert result.exit_code == 2
+    assert "pytorhc is none of: pytorch, pytorch-compile" in " ".join(result.output.split())
