@@ -1,6 +1,6 @@
-"""IP-Adapter FaceID-Plus-v2 files: read them, check that they fit, and put them into a UNet.
+"""Adapter files: read them, tell their kind, check that they fit, and put them into a UNet.
 
-A file has two parts: `image_proj` (the projection) and `ip_adapter`, whose keys start with the
+An IP-Adapter FaceID file has two parts: `image_proj` (the projection) and `ip_adapter`, whose keys start with the
 index of a layer in `unet.attn_processors`: `N.to_k_ip`, `N.to_v_ip` and, per projection, the LoRA
 `N.to_{q,k,v,out}_lora.{down,up}`.
 """
@@ -11,19 +11,25 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from fastface_trt.engines.manifest import AdapterKind
 from fastface_trt.errors import WeightsError
 from fastface_trt.export.attention import attach_processors
 from fastface_trt.export.model import Model
-from fastface_trt.export.projection import FaceProjection
+from fastface_trt.export.projection import FaceIdProjection, FaceProjection
 
 State = dict[str, Tensor]
+_USE = (
+    "Use ip-adapter-faceid-plusv2_sdxl.bin, ip-adapter-faceid_sdxl.bin or a file of the same "
+    "layout."
+)
 _LORA_TARGETS = {"to_q": "to_q", "to_k": "to_k", "to_v": "to_v", "to_out": "to_out.0"}
 
 
 @dataclass(frozen=True)
 class AdapterWeights:
-    """The two parts of an adapter file."""
+    """The two parts of an adapter file, and which adapter they make."""
 
+    kind: AdapterKind
     image_proj: State
     ip_adapter: State
 
@@ -56,7 +62,10 @@ def read_tensors(path: Path) -> State:
 
 
 def read_adapter(path: Path) -> AdapterWeights:
-    """Read an adapter file; raise `WeightsError` when it is not a FaceID-Plus-v2 adapter."""
+    """Read an adapter file and tell its kind by its keys.
+
+    Raises `WeightsError` for a file of no kind that `AdapterKind` names.
+    """
     tensors = read_tensors(path)
     parts: dict[str, State] = {"image_proj": {}, "ip_adapter": {}}
     for key, tensor in tensors.items():
@@ -66,20 +75,27 @@ def read_adapter(path: Path) -> AdapterWeights:
     if not parts["image_proj"] or not parts["ip_adapter"]:
         raise WeightsError(
             f"{path.name} is not an IP-Adapter file: it lacks image_proj or ip_adapter.",
-            "Use ip-adapter-faceid-plusv2_sdxl.bin or a file of the same layout.",
+            _USE,
         )
-    if "perceiver_resampler.proj_in.weight" not in parts["image_proj"]:
-        raise WeightsError(
-            f"{path.name} is an adapter of another kind than FaceID-Plus-v2.",
-            "Use ip-adapter-faceid-plusv2_sdxl.bin or a file of the same layout.",
-        )
-    return AdapterWeights(**parts)
+    return AdapterWeights(_kind(path.name, parts["image_proj"]), **parts)
 
 
-def load_projection(adapter: AdapterWeights) -> FaceProjection:
+def _kind(name: str, image_proj: State) -> AdapterKind:
+    if "perceiver_resampler.proj_in.weight" in image_proj:
+        return "faceid-plus-v2"
+    # Other IP-Adapters have a `proj` too; FaceID's normalises its tokens outside of it.
+    if image_proj.keys() >= {"proj.0.weight", "proj.2.weight", "norm.weight"}:
+        return "faceid"
+    raise WeightsError(f"{name} is neither a FaceID-Plus-v2 nor a FaceID adapter.", _USE)
+
+
+def load_projection(adapter: AdapterWeights) -> FaceProjection | FaceIdProjection:
     """The face projection of an adapter, in float32."""
+    state = {key: tensor.float() for key, tensor in adapter.image_proj.items()}
     try:
-        return FaceProjection.from_state_dict({k: v.float() for k, v in adapter.image_proj.items()})
+        if adapter.kind == "faceid":
+            return FaceIdProjection.from_state_dict(state)
+        return FaceProjection.from_state_dict(state)
     except (KeyError, RuntimeError, IndexError) as error:
         raise WeightsError(
             f"The adapter's image_proj part is incomplete: {str(error).splitlines()[0]}.",

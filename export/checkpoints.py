@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from fastface_trt.engines.manifest import AdapterKind
 from fastface_trt.errors import UnknownName
 from fastface_trt.mini import folders
 
@@ -37,6 +38,14 @@ FACEID_PLUS_V2 = HubItem(
     "ip-adapter-faceid-plusv2_sdxl.bin",
     FACEID_LICENCE,
 )
+FACEID = HubItem(
+    "h94/IP-Adapter-FaceID",
+    "d638c8c2e4dafedfb9dc6f6b502b9ab71b22406f",
+    "ip-adapter-faceid_sdxl.bin",
+    FACEID_LICENCE,
+)
+ADAPTERS: Mapping[AdapterKind, HubItem] = {"faceid-plus-v2": FACEID_PLUS_V2, "faceid": FACEID}
+"""The published adapters for SDXL, by the name that `--adapter` takes."""
 CLIP_VIT_H = HubItem(
     "h94/IP-Adapter",
     "018e402774aeeddd60609b4ecdb7e298259dc729",
@@ -54,7 +63,8 @@ class Checkpoint:
     """One distilled (or base) SDXL checkpoint with the schedule that it was made for.
 
     `unet` and `lora` may hold `{steps}` in their path: Hyper and Lightning ship one file per number
-    of steps. `size` is the side of the square picture in pixels.
+    of steps. `size` is the side of the square picture in pixels. `image_encoder` is what a
+    FaceID-Plus-v2 adapter looks with.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""One export from start to finish: seven modules, tokenizers, the face model and the manifest.
+"""One export from start to finish: its modules, tokenizers, the face model and the manifest.
 
 Modules are made one after the other and dropped, so the peak is the largest module (the UNet) and
 not the sum. The folder appears under its name only when everything in it is complete.
@@ -17,7 +17,7 @@ from typing import Any
 from fastface_trt.engines.engine import Engine, Progress
 from fastface_trt.engines.files import describe_file, finished_folder
 from fastface_trt.engines.manifest import EXPORT_MANIFEST, ExportManifest, FileEntry, ModuleSpec
-from fastface_trt.export import guidance_step, modules
+from fastface_trt.export import face_modules, guidance_step, modules
 from fastface_trt.export.model import Model
 from fastface_trt.export.modules import ModuleExport
 from fastface_trt.export.onnx_writer import write_module
@@ -113,10 +113,11 @@ class _Makers:
         self._options = options
         self._weights = weights
         self._calibrate = calibrate
+        self._clip_positions: int | str = "positions"
         self.facts: dict[str, Any] = {}
 
     def in_order(self) -> dict[str, Callable[[], ModuleExport]]:
-        return {
+        makers: dict[str, Callable[[], ModuleExport]] = {
             "text_encoder": lambda: self._text_encoder("text_encoder"),
             "text_encoder_2": lambda: self._text_encoder("text_encoder_2"),
             "image_encoder": self._image_encoder,
@@ -124,6 +125,9 @@ class _Makers:
             "vae_decoder": self._vae_decoder,
             "unet": self._unet,
         }
+        if self._weights.adapter_kind == "faceid":
+            del makers["image_encoder"]
+        return makers
 
     def _text_encoder(self, name: str) -> ModuleExport:
         return modules.text_encoder_export(name, self._weights.text_encoder(name))
@@ -136,14 +140,14 @@ class _Makers:
             "image_mean": mean,
             "image_std": std,
         }
-        export = modules.image_encoder_export(encoder)
+        export = face_modules.image_encoder_export(encoder)
         self._clip_positions = export.shapes["clip_embeds"][1]
         return export
 
     def _face_projection(self) -> ModuleExport:
         projection = self._weights.projection()
         self.facts["image_token_count"] = projection.tokens
-        return modules.face_projection_export(projection, self._clip_positions)
+        return face_modules.face_projection_export(projection, self._clip_positions)
 
     def _vae_decoder(self) -> ModuleExport:
         vae = self._weights.vae()
@@ -203,6 +207,7 @@ def _manifest(
     return ExportManifest(
         checkpoint=checkpoint.name,
         adapter=weights.adapter_name,
+        adapter_kind=weights.adapter_kind,
         precision=options.precision,
         weight_storage=options.stored,
         modules=specs,

@@ -11,7 +11,8 @@ from typing import Protocol
 
 import torch
 
-from fastface_trt.engines.manifest import LoraFused, Source
+from fastface_trt.engines.manifest import AdapterKind, LoraFused, Source
+from fastface_trt.errors import InvalidRequest
 from fastface_trt.export import full_size
 from fastface_trt.export.adapter import attach_adapter, load_projection, read_adapter
 from fastface_trt.export.checkpoints import TINY_VAE, HubItem
@@ -45,6 +46,7 @@ class Weights(Protocol):
     """Models by name, each loaded anew when it is asked for."""
 
     adapter_name: str
+    adapter_kind: AdapterKind
     face_model: str
     force_zeros_for_empty_prompt: bool
     sources: list[Source]
@@ -55,7 +57,7 @@ class Weights(Protocol):
         ...
 
     def image_encoder(self) -> Model:
-        """The CLIP vision model of the adapter."""
+        """The vision model of the adapter, where it has one."""
         ...
 
     def image_normalisation(self) -> Normalisation:
@@ -90,14 +92,26 @@ class CheckpointWeights:
         )
         adapter = locate(options.adapter or checkpoint.adapter, "adapter")
         self._adapter = read_adapter(adapter.path)
-        self._image_encoder = locate(
-            options.image_encoder or checkpoint.image_encoder, "image_encoder"
-        )
         self.adapter_name = adapter.path.name
+        self.adapter_kind = self._adapter.kind
         self.face_model = checkpoint.face_model
         self.force_zeros_for_empty_prompt = self._source.force_zeros_for_empty_prompt()
-        self.sources = [self._source.located.source, adapter.source, self._image_encoder.source]
+        self.sources = [self._source.located.source, adapter.source]
+        encoder = self._encoder_item()
+        if encoder is not None:
+            self._image_encoder = locate(encoder, "image_encoder")
+            self.sources.append(self._image_encoder.source)
         self.loras: list[LoraFused] = []
+
+    def _encoder_item(self) -> HubItem | None:
+        if self.adapter_kind != "faceid":
+            return self._options.image_encoder or self._options.checkpoint.image_encoder
+        if self._options.image_encoder is None:
+            return None
+        raise InvalidRequest(
+            f"{self.adapter_name} is a FaceID adapter, which looks at no picture.",
+            "Leave out --image-encoder, or take a FaceID-Plus-v2 adapter.",
+        )
 
     def text_encoder(self, name: str) -> Model:
         """See `Weights`."""
@@ -172,6 +186,7 @@ class RandomWeights:
     def __init__(self, options: ExportOptions) -> None:
         self._dtype = options.dtype
         self.adapter_name = "random"
+        self.adapter_kind: AdapterKind = "faceid-plus-v2"
         # Random weights need faces too, and must not need a download.
         self.face_model = str(FACE_MODEL)
         self.force_zeros_for_empty_prompt = True

@@ -104,7 +104,7 @@ class Conditioner:
         )
 
     def image_tokens(self, face: Face | None, channel_order: ChannelOrder = "bgr") -> Tensor:
-        """Image tokens [T, C] of a face, or of no face (zero embedding, all-zero CLIP input)."""
+        """Image tokens [T, C] of a face, or of no face: zero embedding, all-zero CLIP input."""
         key = (
             None
             if face is None
@@ -113,14 +113,33 @@ class Conditioner:
         known = self._tokens.get(key)
         if known is not None:
             return known
-        manifest = self._modules.manifest
-        size = manifest.image_encoder_size
+        projection = self._modules["face_projection"]
         if face is None:
-            width = self._modules["face_projection"].spec.inputs[0].shape[1]
-            embedding = np.zeros(int(width), dtype=np.float32)
-            pixels = np.zeros((3, size, size), dtype=np.float32)
+            embedding = np.zeros(int(projection.spec.inputs[0].shape[1]), dtype=np.float32)
         else:
             embedding = face.embedding
+        features = self._picture_features(face, channel_order)
+        projected = projection(face_embeds=embedding[None], **features)[IMAGE_TOKENS]
+        tokens = self._modules.device.copy(projected[0])
+        self._modules.device.synchronize()  # from here on other threads read them
+        self._tokens.put(key, tokens)
+        return tokens
+
+    def _picture_features(
+        self, face: Face | None, channel_order: ChannelOrder
+    ) -> Mapping[str, Tensor]:
+        """What the projection takes of the picture of a face: nothing without an image encoder."""
+        manifest = self._modules.manifest
+        if (
+            manifest.image_encoder_size is None
+            or manifest.image_mean is None
+            or manifest.image_std is None
+        ):
+            return {}
+        size = manifest.image_encoder_size
+        if face is None:
+            pixels = np.zeros((3, size, size), dtype=np.float32)
+        else:
             pixels = clip_pixels(
                 face.crop_bgr,
                 size=size,
@@ -128,14 +147,7 @@ class Conditioner:
                 std=manifest.image_std,
                 channel_order=channel_order,
             )
-        features = self._modules["image_encoder"](pixel_values=pixels[None])["clip_embeds"]
-        projected = self._modules["face_projection"](
-            face_embeds=embedding[None], clip_embeds=features
-        )[IMAGE_TOKENS]
-        tokens = self._modules.device.copy(projected[0])
-        self._modules.device.synchronize()  # from here on other threads read them
-        self._tokens.put(key, tokens)
-        return tokens
+        return self._modules["image_encoder"](pixel_values=pixels[None])
 
     def conditions(
         self, request: GenerationRequest, face_tokens: Tensor

@@ -75,6 +75,33 @@ def tiny_export(tiny_entry, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def export_with_shared_modules(tiny_export):
+    """`run_export` that takes the modules named from the tiny export, where they are the same."""
+    import shutil
+
+    from fastface_trt.export import exporter
+
+    folder, manifest = tiny_export
+
+    def run(options, out, shared=("text_encoder", "text_encoder_2", "vae_decoder", "unet")):
+        write = exporter._write
+
+        def write_or_copy(name, make, target, *rest):
+            if name not in shared:
+                return write(name, make, target, *rest)
+            if name == "vae_decoder":
+                make()  # what the manifest says of latents
+            shutil.copytree(folder / name, target / name)
+            return manifest.modules[name]
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(exporter, "_write", write_or_copy)
+            return exporter.run_export(options, out, lambda line: None)
+
+    return run
+
+
+@pytest.fixture(scope="session")
 def half_scale_export(tiny_entry, tiny_export, tmp_path_factory):
     """The tiny export with its LoRA at half scale: folder and manifest.
 
