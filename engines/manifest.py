@@ -31,6 +31,9 @@ AdapterKind = Literal["faceid-plus-v2", "faceid", "pulid"]
 """What an adapter takes of a face and how its attention adds to the text's: FaceID-Plus-v2 an
 embedding and a picture, FaceID the embedding alone, PuLID both, with id tokens of its own."""
 
+Orthogonal = Literal["off", "v1", "v2"]
+"""Which of PuLID's ways frees the id attention's result from what the text attention says."""
+
 DType = Literal["float32", "float16", "bfloat16", "int64", "int32"]
 Dimension = int | str
 """A fixed size, or the name of a dynamic one: batch, requests, branches, and height and width in
@@ -131,14 +134,19 @@ class Quantization(Strict):
 class ExportManifest(Strict):
     """Everything about an export that the runtime or a builder needs; see the module docstring.
 
-    image_*: side in pixels and normalisation of the image encoder's input, None where the adapter
-    has no image encoder and the export no such module.
+    orthogonal, zero_tokens: PuLID's trade between likeness and editing; the image tokens that are
+    counted include the zero ones. face_parser: the ONNX file that finds the background around a
+    face for PuLID. image_*: side in pixels and normalisation of the image encoder's input, None
+    where the adapter has no image encoder and the export no such module.
     """
 
     schema_version: Literal[1] = SCHEMA_VERSION
     checkpoint: str
     adapter: str
     adapter_kind: AdapterKind = "faceid-plus-v2"
+    orthogonal: Orthogonal = "off"
+    zero_tokens: int = 0
+    face_parser: RelativePath | None = None
     precision: Literal["fp32", "fp16", "bf16", "fp8", "int8"]
     weight_storage: Literal["fp32", "fp16", "bf16"]
     quantization: Quantization | None = None

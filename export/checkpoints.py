@@ -44,13 +44,35 @@ FACEID = HubItem(
     "ip-adapter-faceid_sdxl.bin",
     FACEID_LICENCE,
 )
-ADAPTERS: Mapping[AdapterKind, HubItem] = {"faceid-plus-v2": FACEID_PLUS_V2, "faceid": FACEID}
+PULID = HubItem(
+    "guozinan/PuLID",
+    "d58b3ba191be1280c37ace0656a2e65cd9b8c8d8",
+    "pulid_v1.1.safetensors",
+    "Apache-2.0, with face embeddings for non-commercial research (InsightFace antelopev2)",
+)
+ADAPTERS: Mapping[AdapterKind, HubItem] = {
+    "faceid-plus-v2": FACEID_PLUS_V2,
+    "faceid": FACEID,
+    "pulid": PULID,
+}
 """The published adapters for SDXL, by the name that `--adapter` takes."""
+FACE_MODELS: Mapping[AdapterKind, str] = {
+    "faceid-plus-v2": "buffalo_l",
+    "faceid": "buffalo_l",
+    "pulid": "antelopev2",
+}
+"""InsightFace's packs whose embeddings the adapters were trained with."""
 CLIP_VIT_H = HubItem(
     "h94/IP-Adapter",
     "018e402774aeeddd60609b4ecdb7e298259dc729",
     "models/image_encoder",
     "Apache-2.0",
+)
+EVA02_CLIP_L = HubItem(
+    "QuanSun/EVA-CLIP",
+    "690a5975ca06e9a43d16bae440dd08213bfff0c5",
+    "EVA02_CLIP_L_336_psz14_s6B.pt",
+    "MIT",
 )
 FP16_VAE = HubItem(
     "madebyollin/sdxl-vae-fp16-fix", "207b116dae70ace3637169f1ddd2434b91b3a8cd", licence="MIT"
@@ -79,8 +101,9 @@ class Checkpoint:
     adapter: HubItem = FACEID_PLUS_V2
     image_encoder: HubItem = CLIP_VIT_H
     fp16_vae: HubItem | None = FP16_VAE
-    face_model: str = "buffalo_l"
-    """Name of an InsightFace pack, or a folder that is copied into the export."""
+    face_model: str | None = None
+    """Name of an InsightFace pack, or a folder that is copied into the export; None is the pack
+    that the adapter was trained with."""
 
 
 _NOISE = {

@@ -39,7 +39,8 @@ class PerceiverAttention(nn.Module):
         return self.to_out(attended.transpose(1, 2).flatten(2))
 
 
-def _feed_forward(width: int, inner: int) -> nn.Sequential:
+def feed_forward(width: int, inner: int) -> nn.Sequential:
+    """The MLP of a resampler's layer, its norm first."""
     return nn.Sequential(
         nn.LayerNorm(width),
         nn.Linear(width, inner, bias=False),
@@ -59,7 +60,7 @@ class PerceiverResampler(nn.Module):
         self.proj_out = nn.Linear(width, output)
         self.norm_out = nn.LayerNorm(output)
         self.layers = nn.ModuleList(
-            nn.ModuleList((PerceiverAttention(width, inner), _feed_forward(width, hidden)))
+            nn.ModuleList((PerceiverAttention(width, inner), feed_forward(width, hidden)))
             for _ in range(depth)
         )
 

@@ -11,11 +11,12 @@ from typing import Protocol
 
 import torch
 
-from fastface_trt.engines.manifest import AdapterKind, LoraFused, Source
+from fastface_trt.engines.manifest import AdapterKind, LoraFused, Orthogonal, Source
 from fastface_trt.errors import InvalidRequest
 from fastface_trt.export import full_size
 from fastface_trt.export.adapter import attach_adapter, load_projection, read_adapter
-from fastface_trt.export.checkpoints import TINY_VAE, HubItem
+from fastface_trt.export.checkpoints import EVA02_CLIP_L, FACE_MODELS, TINY_VAE, HubItem
+from fastface_trt.export.eva_clip import load_eva_tower
 from fastface_trt.export.model import Model
 from fastface_trt.export.options import ExportOptions
 from fastface_trt.export.sources import (
@@ -47,6 +48,7 @@ class Weights(Protocol):
 
     adapter_name: str
     adapter_kind: AdapterKind
+    orthogonal: Orthogonal
     face_model: str
     force_zeros_for_empty_prompt: bool
     sources: list[Source]
@@ -94,7 +96,15 @@ class CheckpointWeights:
         self._adapter = read_adapter(adapter.path)
         self.adapter_name = adapter.path.name
         self.adapter_kind = self._adapter.kind
-        self.face_model = checkpoint.face_model
+        self.orthogonal: Orthogonal = "off"
+        if self.adapter_kind == "pulid":
+            self.orthogonal = options.orthogonal or "v2"
+        elif options.orthogonal is not None or options.zero_tokens is not None:
+            raise InvalidRequest(
+                f"{self.adapter_name} is no PuLID adapter.",
+                "Leave out --orthogonal and --zero-tokens, or take --adapter pulid.",
+            )
+        self.face_model = checkpoint.face_model or FACE_MODELS[self.adapter_kind]
         self.force_zeros_for_empty_prompt = self._source.force_zeros_for_empty_prompt()
         self.sources = [self._source.located.source, adapter.source]
         encoder = self._encoder_item()
@@ -104,7 +114,9 @@ class CheckpointWeights:
         self.loras: list[LoraFused] = []
 
     def _encoder_item(self) -> HubItem | None:
-        if self.adapter_kind != "faceid":
+        if self.adapter_kind == "pulid":
+            return self._options.image_encoder or EVA02_CLIP_L
+        if self.adapter_kind == "faceid-plus-v2":
             return self._options.image_encoder or self._options.checkpoint.image_encoder
         if self._options.image_encoder is None:
             return None
@@ -119,6 +131,8 @@ class CheckpointWeights:
 
     def image_encoder(self) -> Model:
         """See `Weights`."""
+        if self.adapter_kind == "pulid":
+            return load_eva_tower(self._image_encoder.path, self._options.dtype)
         return load_image_encoder(self._image_encoder.path, self._options.dtype)
 
     def image_normalisation(self) -> Normalisation:
@@ -130,7 +144,8 @@ class CheckpointWeights:
 
     def projection(self) -> Model:
         """See `Weights`."""
-        return load_projection(self._adapter).to(self._options.dtype)
+        projection = load_projection(self._adapter, self._options.zero_tokens)
+        return projection.to(self._options.dtype)
 
     def vae(self) -> Model:
         """See `Weights`; in float16 the checkpoint's fp16 VAE where it has one.
@@ -161,8 +176,10 @@ class CheckpointWeights:
             scale = checkpoint.lora_scale if scale is None else scale
             self.sources.append(fuse_distillation_lora(unet, self._for_steps(lora), scale))
             self.loras.append(LoraFused(role="distillation", scale=scale))
-        attach_adapter(unet, self._adapter, lora_scale=options.faceid_lora_scale)
-        self.loras.append(LoraFused(role="faceid", scale=options.faceid_lora_scale))
+        scale = options.faceid_lora_scale
+        attach_adapter(unet, self._adapter, lora_scale=scale, orthogonal=self.orthogonal)
+        if self._adapter.has_lora:
+            self.loras.append(LoraFused(role="faceid", scale=scale))
         return unet
 
     def _for_steps(self, item: HubItem) -> HubItem:
@@ -187,6 +204,7 @@ class RandomWeights:
         self._dtype = options.dtype
         self.adapter_name = "random"
         self.adapter_kind: AdapterKind = "faceid-plus-v2"
+        self.orthogonal: Orthogonal = "off"
         # Random weights need faces too, and must not need a download.
         self.face_model = str(FACE_MODEL)
         self.force_zeros_for_empty_prompt = True

@@ -307,11 +307,12 @@ class _UNetProvider:
         )
         recorded = recording.input(case, "iptokens")
         projected: Array | None = None
-        if embedding is not None and features is not None and no_features is not None:
-            projected = self._project(
-                np.concatenate((np.zeros_like(embedding), embedding)),
-                np.concatenate((no_features, features)),
-            )
+        if embedding is not None:
+            embeddings = np.concatenate((np.zeros_like(embedding), embedding))
+            if self._adapter.kind == "faceid":
+                projected = self._project(embeddings)
+            elif features is not None and no_features is not None:
+                projected = self._project(embeddings, np.concatenate((no_features, features)))
         if recorded is None:
             if projected is None:
                 raise WeightsError(
@@ -325,14 +326,14 @@ class _UNetProvider:
             self._progress(f"{case}: projection deviates from the recorded tokens by {off:.1e}")
         return tokens
 
-    def _project(self, embeddings: Array, features: Array) -> Array:
+    def _project(self, *inputs: Array) -> Array:
         import torch
 
         from fastface_trt.export.adapter import load_projection
 
         with torch.inference_mode():
             projection = load_projection(self._adapter)
-            tokens = projection(torch.from_numpy(embeddings), torch.from_numpy(features))
+            tokens = projection(*(torch.from_numpy(array) for array in inputs))
         return np.asarray(tokens.numpy(), dtype=np.float32)
 
     def close(self) -> None:

@@ -14,10 +14,12 @@ import numpy as np
 
 from fastface_trt.engines.contract import IMAGE_TOKENS
 from fastface_trt.engines.device import Tensor, dtype_name
+from fastface_trt.errors import InvalidRequest
 from fastface_trt.runtime.face import ChannelOrder, Face, clip_pixels
 from fastface_trt.runtime.guidance import FACE, TEXT, TEXT_AND_FACE, UNCONDITIONAL
 from fastface_trt.runtime.job import Condition
 from fastface_trt.runtime.modules import ModuleSet
+from fastface_trt.runtime.portrait import FaceParser, portrait_pixels
 from fastface_trt.runtime.request import GenerationRequest
 from fastface_trt.runtime.tokenizer import ClipTokenizer
 
@@ -58,6 +60,12 @@ class TextEmbedding:
     cut: str = ""
 
 
+def _identity(face: Face) -> tuple[Hashable, ...]:
+    """What tells one face from another, for every adapter."""
+    portrait = None if face.portrait_bgr is None else face.portrait_bgr.tobytes()
+    return face.embedding.tobytes(), face.embedding_norm, face.crop_bgr.tobytes(), portrait
+
+
 class Conditioner:
     """Encodes prompts and faces with an export's engines; what it returns stays on their device.
 
@@ -71,6 +79,8 @@ class Conditioner:
             ClipTokenizer.from_folder(modules.folder / name)
             for name in ("tokenizer", "tokenizer_2")
         ]
+        parser = modules.manifest.face_parser
+        self._parser = FaceParser(modules.folder / parser) if parser else None
         self._texts: _Recent[TextEmbedding] = _Recent(256)
         self._tokens: _Recent[Tensor] = _Recent(64)
 
@@ -104,50 +114,72 @@ class Conditioner:
         )
 
     def image_tokens(self, face: Face | None, channel_order: ChannelOrder = "bgr") -> Tensor:
-        """Image tokens [T, C] of a face, or of no face: zero embedding, all-zero CLIP input."""
-        key = (
-            None
-            if face is None
-            else (face.embedding.tobytes(), face.crop_bgr.tobytes(), channel_order)
-        )
+        """Image tokens [T, C] of a face, or of no face.
+
+        No face is a zero embedding and an all-zero picture, for PuLID all-zero features of it.
+        Raises `InvalidRequest` for a face that was analysed without what the adapter needs.
+        """
+        key = None if face is None else (*_identity(face), channel_order)
         known = self._tokens.get(key)
         if known is not None:
             return known
-        projection = self._modules["face_projection"]
-        if face is None:
-            embedding = np.zeros(int(projection.spec.inputs[0].shape[1]), dtype=np.float32)
-        else:
-            embedding = face.embedding
-        features = self._picture_features(face, channel_order)
-        projected = projection(face_embeds=embedding[None], **features)[IMAGE_TOKENS]
+        inputs = self._no_face() if face is None else self._of_face(face, channel_order)
+        projected = self._modules["face_projection"](**inputs)[IMAGE_TOKENS]
         tokens = self._modules.device.copy(projected[0])
         self._modules.device.synchronize()  # from here on other threads read them
         self._tokens.put(key, tokens)
         return tokens
 
-    def _picture_features(
-        self, face: Face | None, channel_order: ChannelOrder
-    ) -> Mapping[str, Tensor]:
-        """What the projection takes of the picture of a face: nothing without an image encoder."""
+    def _no_face(self) -> Mapping[str, Tensor]:
+        """Inputs of the projection in the branches that know no face."""
         manifest = self._modules.manifest
-        if (
-            manifest.image_encoder_size is None
-            or manifest.image_mean is None
-            or manifest.image_std is None
-        ):
-            return {}
-        size = manifest.image_encoder_size
-        if face is None:
-            pixels = np.zeros((3, size, size), dtype=np.float32)
-        else:
+        zeros = {
+            tensor.name: np.zeros(
+                [size if isinstance(size, int) else 1 for size in tensor.shape], dtype=np.float32
+            )
+            for tensor in self._modules["face_projection"].spec.inputs
+        }
+        if manifest.adapter_kind != "faceid-plus-v2":
+            return zeros
+        assert manifest.image_encoder_size is not None
+        side = manifest.image_encoder_size
+        pixels = np.zeros((1, 3, side, side), dtype=np.float32)
+        return zeros | self._modules["image_encoder"](pixel_values=pixels)
+
+    def _of_face(self, face: Face, channel_order: ChannelOrder) -> Mapping[str, Tensor]:
+        """Inputs of the projection for a face."""
+        manifest = self._modules.manifest
+        if manifest.adapter_kind == "faceid":
+            return {"face_embeds": face.embedding[None]}
+        assert manifest.image_encoder_size is not None
+        assert manifest.image_mean is not None
+        assert manifest.image_std is not None
+        if manifest.adapter_kind == "faceid-plus-v2":
+            embedding = face.embedding
             pixels = clip_pixels(
                 face.crop_bgr,
-                size=size,
+                size=manifest.image_encoder_size,
                 mean=manifest.image_mean,
                 std=manifest.image_std,
                 channel_order=channel_order,
             )
-        return self._modules["image_encoder"](pixel_values=pixels[None])
+        else:
+            if face.portrait_bgr is None:
+                raise InvalidRequest(
+                    "This face was analysed for another adapter: it has no portrait for PuLID.",
+                    "Pass the picture, or analyse it with the FastFace object that uses it.",
+                )
+            embedding = face.embedding * np.float32(face.embedding_norm)
+            portrait = face.portrait_bgr
+            pixels = portrait_pixels(
+                portrait,
+                size=manifest.image_encoder_size,
+                mean=manifest.image_mean,
+                std=manifest.image_std,
+                background=None if self._parser is None else self._parser.background(portrait),
+            )
+        features = self._modules["image_encoder"](pixel_values=pixels[None])
+        return {"face_embeds": embedding[None], **features}
 
     def conditions(
         self, request: GenerationRequest, face_tokens: Tensor

@@ -76,21 +76,22 @@ def tiny_export(tiny_entry, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def export_with_shared_modules(tiny_export):
-    """`run_export` that takes the modules named from the tiny export, where they are the same."""
+    """`run_export` that copies the modules named from `source`, where they are the same there."""
     import shutil
 
     from fastface_trt.export import exporter
 
-    folder, manifest = tiny_export
+    names = ("text_encoder", "text_encoder_2", "vae_decoder", "unet")
 
-    def run(options, out, shared=("text_encoder", "text_encoder_2", "vae_decoder", "unet")):
+    def run(options, out, shared=names, source=tiny_export):
         write = exporter._write
+        folder, manifest = source
 
         def write_or_copy(name, make, target, *rest):
             if name not in shared:
                 return write(name, make, target, *rest)
-            if name == "vae_decoder":
-                make()  # what the manifest says of latents
+            if name != "unet":
+                make()  # what the manifest says comes from making a module
             shutil.copytree(folder / name, target / name)
             return manifest.modules[name]
 

@@ -29,7 +29,7 @@ from fastface_trt.errors import InvalidRequest, LicenceNotAcknowledged, MissingD
 @click.option("--base", help="Other base weights: diffusers folder, single file, or hub id[@rev].")
 @click.option(
     "--adapter",
-    help="faceid-plus-v2, faceid, a file of either kind (.bin or .safetensors), or hub id/path.",
+    help="faceid-plus-v2, faceid, pulid, a file of one (.bin or .safetensors), or hub id/path.",
 )
 @click.option("--image-encoder", help="Vision model of the adapter: folder or hub id.")
 @click.option("--vae", help="Another VAE: folder or hub id.")
@@ -41,6 +41,17 @@ from fastface_trt.errors import InvalidRequest, LicenceNotAcknowledged, MissingD
     type=float,
     help="Scale of the adapter's LoRA; it is fused, so another value is another export.",
 )
+@click.option(
+    "--orthogonal",
+    type=click.Choice(["off", "v1", "v2"]),
+    help="How PuLID frees its attention from what the text says [v2].",
+)
+@click.option(
+    "--zero-tokens",
+    type=int,
+    help="Zero tokens of PuLID: more are easier to edit and less alike [20; 8 for version 1].",
+)
+@click.option("--face-parser", type=FILE, help="ONNX face parser (BiSeNet, 19 classes) for PuLID.")
 @click.option("--distillation-lora", help="Another distillation LoRA: file or hub id/path.")
 @click.option("--distillation-lora-scale", type=float, help="Scale of the distillation LoRA.")
 @click.option(
