@@ -7,7 +7,7 @@ import torch
 
 from fastface_trt.engines.manifest import Orthogonal
 from fastface_trt.errors import InvalidRequest
-from fastface_trt.export.checkpoints import Checkpoint, HubItem
+from fastface_trt.export.checkpoints import ADAPTERS, Checkpoint, HubItem
 from fastface_trt.export.precision import (
     QUANTIZED_FORMATS,
     Precision,
@@ -77,10 +77,12 @@ class ExportOptions:
                 f"A {self.precision} export needs something to calibrate on.",
                 "Give `calibration`, or use fastface-trt export, which runs prompts and faces.",
             )
-        given = (self.base, self.adapter, self.vae, self.image_encoder, self.distillation_lora)
+        adapter = None if self.adapter in ADAPTERS.values() else self.adapter
+        given = (self.base, adapter, self.vae, self.image_encoder, self.distillation_lora)
         if self.random_weights and any(given):
             raise InvalidRequest(
-                "--random-weights takes no weights.", "Leave out --base, --adapter and the like."
+                "--random-weights takes no weights.",
+                f"Leave out --base and the like; --adapter takes {', '.join(ADAPTERS)}.",
             )
         if self.random_weights and self.checkpoint.name == "mini":
             raise InvalidRequest(

@@ -15,7 +15,13 @@ from fastface_trt.engines.manifest import AdapterKind, LoraFused, Orthogonal, So
 from fastface_trt.errors import InvalidRequest
 from fastface_trt.export import full_size
 from fastface_trt.export.adapter import attach_adapter, load_projection, read_adapter
-from fastface_trt.export.checkpoints import EVA02_CLIP_L, FACE_MODELS, TINY_VAE, HubItem
+from fastface_trt.export.checkpoints import (
+    ADAPTERS,
+    EVA02_CLIP_L,
+    FACE_MODELS,
+    TINY_VAE,
+    HubItem,
+)
 from fastface_trt.export.eva_clip import load_eva_tower
 from fastface_trt.export.model import Model
 from fastface_trt.export.options import ExportOptions
@@ -96,14 +102,7 @@ class CheckpointWeights:
         self._adapter = read_adapter(adapter.path)
         self.adapter_name = adapter.path.name
         self.adapter_kind = self._adapter.kind
-        self.orthogonal: Orthogonal = "off"
-        if self.adapter_kind == "pulid":
-            self.orthogonal = options.orthogonal or "v2"
-        elif options.orthogonal is not None or options.zero_tokens is not None:
-            raise InvalidRequest(
-                f"{self.adapter_name} is no PuLID adapter.",
-                "Leave out --orthogonal and --zero-tokens, or take --adapter pulid.",
-            )
+        self.orthogonal = _orthogonal(options, self.adapter_kind)
         self.face_model = checkpoint.face_model or FACE_MODELS[self.adapter_kind]
         self.force_zeros_for_empty_prompt = self._source.force_zeros_for_empty_prompt()
         self.sources = [self._source.located.source, adapter.source]
@@ -197,14 +196,28 @@ class CheckpointWeights:
                 (folder / file).write_bytes(source.read_bytes())
 
 
+def _orthogonal(options: ExportOptions, kind: AdapterKind) -> Orthogonal:
+    """PuLID's way, and none for the other adapters; PuLID's options are refused for those."""
+    if kind == "pulid":
+        return options.orthogonal or "v2"
+    if options.orthogonal is not None or options.zero_tokens is not None:
+        raise InvalidRequest(
+            f"An adapter of kind {kind} has no orthogonal attention and no zero tokens.",
+            "Leave out --orthogonal and --zero-tokens, or take --adapter pulid.",
+        )
+    return "off"
+
+
 class RandomWeights:
     """Full-size SDXL with random weights; faces are found with the mini model's networks."""
 
     def __init__(self, options: ExportOptions) -> None:
         self._dtype = options.dtype
+        self._zero_tokens = options.zero_tokens
         self.adapter_name = "random"
-        self.adapter_kind: AdapterKind = "faceid-plus-v2"
-        self.orthogonal: Orthogonal = "off"
+        named = (kind for kind, item in ADAPTERS.items() if item == options.adapter)
+        self.adapter_kind: AdapterKind = next(named, "faceid-plus-v2")
+        self.orthogonal = _orthogonal(options, self.adapter_kind)
         # Random weights need faces too, and must not need a download.
         self.face_model = str(FACE_MODEL)
         self.force_zeros_for_empty_prompt = True
@@ -217,6 +230,8 @@ class RandomWeights:
 
     def image_encoder(self) -> Model:
         """See `Weights`."""
+        if self.adapter_kind == "pulid":
+            return full_size.random_eva_tower(self._dtype)
         return full_size.random_image_encoder(self._dtype)
 
     def image_normalisation(self) -> Normalisation:
@@ -225,7 +240,7 @@ class RandomWeights:
 
     def projection(self) -> Model:
         """See `Weights`."""
-        return full_size.random_projection(self._dtype)
+        return full_size.random_projection(self._dtype, self.adapter_kind, self._zero_tokens)
 
     def vae(self) -> Model:
         """See `Weights`."""
@@ -233,7 +248,7 @@ class RandomWeights:
 
     def unet(self) -> Model:
         """See `Weights`."""
-        return full_size.random_unet(self._dtype)
+        return full_size.random_unet(self._dtype, self.orthogonal)
 
     def copy_tokenizer(self, name: str, folder: Path) -> None:
         """See `Weights`."""

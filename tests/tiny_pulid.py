@@ -91,7 +91,7 @@ def eva_tensors(depth: int = DEPTH, seed: int = 2) -> dict[str, torch.Tensor]:
     }
 
 
-def write_tiny_pulid(root: Path) -> Path:
+def write_tiny_pulid(root: Path, depth: int = DEPTH) -> Path:
     """Write `pulid.safetensors`, `pulid_v1.bin` and `eva.pt` below `root`."""
     save_file(pulid_tensors(tiny_id_former()), root / "pulid.safetensors")
     nested: dict[str, dict[str, torch.Tensor]] = {}
@@ -99,5 +99,5 @@ def write_tiny_pulid(root: Path) -> Path:
         part, _, rest = key.partition(".")
         nested.setdefault(part, {})[rest] = tensor
     torch.save(nested, root / "pulid_v1.bin")
-    torch.save(eva_tensors(), root / "eva.pt")
+    torch.save(eva_tensors(depth), root / "eva.pt")
     return root

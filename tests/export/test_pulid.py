@@ -194,3 +194,41 @@ def test_other_towers_are_explained(tmp_path, what):
     torch.save(tensors, tmp_path / "eva.pt")
     with pytest.raises(WeightsError, match=r"eva\.pt"):
         load_eva_tower(tmp_path / "eva.pt", torch.float32)
+
+
+def test_full_size_random_models_have_the_published_sizes():
+    """The published files' sizes in bytes, and timm's number for the tower."""
+    from accelerate import init_empty_weights
+    from diffusers import UNet2DConditionModel
+
+    from fastface_trt.export.attention import attach_processors
+    from fastface_trt.export.eva_clip import EvaVisionTower
+    from fastface_trt.export.full_size import UNET_CONFIG
+    from fastface_trt.export.projection import FaceIdProjection
+    from fastface_trt.export.pulid import IDFormer
+
+    with init_empty_weights(include_buffers=False):
+        unet = UNet2DConditionModel(**UNET_CONFIG)
+        attach_processors(unet, "v2")
+        encoder, tower, faceid = IDFormer(zero_tokens=20), EvaVisionTower(), FaceIdProjection()
+    attention = sum(
+        parameter.numel()
+        for processor in unet.attn_processors.values()
+        for parameter in getattr(processor, "parameters", list)()
+    )
+    rank = 128
+    lora = sum(
+        rank * sum(attention.get_submodule(target).weight.shape)
+        for attention in (
+            unet.get_submodule(name.removesuffix(".processor")) for name in unet.attn_processors
+        )
+        for target in ("to_q", "to_k", "to_v", "to_out.0")
+    )
+    stored = attention + lora + sum(p.numel() for p in faceid.parameters())
+    # ip-adapter-faceid_sdxl.bin has 1071149741 bytes: fp16 weights, and names for each.
+    assert 0 < 1_071_149_741 - 2 * stored < 1_000_000
+    stored = attention + sum(p.numel() for p in encoder.parameters())
+    # pulid_v1.1.safetensors has 984405232 bytes: fp16 weights and a header.
+    assert 0 < 984_405_232 - 2 * stored < 200_000
+    assert encoder.tokens == 52
+    assert round(sum(p.numel() for p in tower.parameters()) / 1e6, 1) == 304.4

@@ -28,7 +28,10 @@ TOKENS = QUERIES + ZERO_TOKENS
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    return write_tiny_pulid(tmp_path_factory.mktemp("pulid"))
+    """A shallow tower whose levels are its first five: a deep one takes long to trace."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fastface_trt.export.eva_clip.LEVELS", (1, 2, 3, 4, 5))
+        yield write_tiny_pulid(tmp_path_factory.mktemp("pulid"), depth=6)
 
 
 def pulid_options(entry, files, **options):
@@ -170,7 +173,7 @@ def test_a_face_parser_travels_with_the_export(
 
 def test_options_of_pulid_need_pulid(tiny_entry, files, tmp_path):
     for options in ({"zero_tokens": 3}, {"orthogonal": "v1"}):
-        with pytest.raises(InvalidRequest, match="no PuLID adapter"):
+        with pytest.raises(InvalidRequest, match="zero tokens"):
             run_export(ExportOptions(tiny_entry, **options), tmp_path / "out", quiet)
     with pytest.raises(InvalidRequest, match="parses no faces"):
         run_export(ExportOptions(tiny_entry, face_parser=files / "eva.pt"), tmp_path / "out", quiet)
