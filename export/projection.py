@@ -94,6 +94,7 @@ class FaceIdProjection(nn.Module):
         super().__init__()
         self.tokens = tokens
         self.width = width
+        self._embedding = embedding
         self.proj = nn.Sequential(
             nn.Linear(embedding, mlp_hidden), nn.GELU(), nn.Linear(mlp_hidden, width * tokens)
         )
@@ -101,7 +102,7 @@ class FaceIdProjection(nn.Module):
 
     def input_shapes(self, positions: Dimension) -> dict[str, tuple[Dimension, ...]]:
         """Shapes of the inputs by name, without rows."""
-        return {"face_embeds": (self.proj[0].in_features,)}
+        return {"face_embeds": (self._embedding,)}
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Tensor]) -> "FaceIdProjection":
@@ -134,6 +135,7 @@ class FaceProjection(nn.Module):
         super().__init__()
         self.tokens = tokens
         self.width = width
+        self._embedding = embedding
         self.shortcut_scale = shortcut_scale
         self.proj = nn.Sequential(
             nn.Linear(embedding, mlp_hidden), nn.GELU(), nn.Linear(mlp_hidden, width * tokens)
@@ -145,7 +147,7 @@ class FaceProjection(nn.Module):
         """Shapes of the inputs by name, without rows, for so many CLIP positions."""
         features = self.perceiver_resampler.proj_in.in_features
         return {
-            "face_embeds": (self.proj[0].in_features,),
+            "face_embeds": (self._embedding,),
             "clip_embeds": (positions, features),
         }
 

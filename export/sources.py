@@ -6,7 +6,7 @@ tokens) apply.
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,10 +103,8 @@ def parse_item(text: str, licence: str = "unknown") -> HubItem:
 
 def parse_adapter(text: str) -> HubItem:
     """The name of a published adapter (`checkpoints.ADAPTERS`), or what `parse_item` reads."""
-    named: Mapping[str, HubItem] = ADAPTERS
-    if text in named and not Path(text).exists():
-        return named[text]
-    return parse_item(text)
+    named = next((item for name, item in ADAPTERS.items() if name == text), None)
+    return parse_item(text) if named is None or Path(text).exists() else named
 
 
 class CheckpointSource:
