@@ -250,6 +250,11 @@ class _UNetProvider:
                 "Lay it out as unet/config.json, unet/*.safetensors and one .safetensors or .bin.",
             )
         self._adapter = adapter.read_adapter(files[0])
+        if self._adapter.kind == "pulid":
+            raise WeightsError(
+                f"{files[0].name} is a PuLID file; recordings are of IP-Adapters.",
+                "Replay it with the FaceID adapter that it was recorded with.",
+            )
         self._adapter_file = files[0]
         self._engines: list[Engine] = []
         self._by_scale: dict[float, tuple[Engine, Guidance]] = {}

@@ -3,7 +3,8 @@
 The face is aligned to five points of a 512-pixel portrait, as face restoration does (FFHQ's pose),
 turned grey so that light and colour say nothing, and everything that is not the face (background,
 hair, hat, ears, neck, clothes) is made white by a face parser. The parser is an ONNX file of one's
-own (BiSeNet's 19 classes on CelebAMask-HQ); without one the surroundings stay, in grey.
+own (BiSeNet's 19 classes on CelebAMask-HQ); without one the surroundings stay, in grey. PuLID finds
+the five points with a detector of its own (RetinaFace), here they are those of the face model.
 """
 
 from collections.abc import Sequence
