@@ -27,6 +27,13 @@ MODULE_NAMES = (
     "vae_decoder",
 )
 
+AdapterKind = Literal["faceid-plus-v2", "faceid", "pulid"]
+"""What an adapter takes of a face and how its attention adds to the text's: FaceID-Plus-v2 an
+embedding and a picture, FaceID the embedding alone, PuLID both, with id tokens of its own."""
+
+Orthogonal = Literal["off", "v1", "v2"]
+"""Which of PuLID's ways frees the id attention's result from what the text attention says."""
+
 DType = Literal["float32", "float16", "bfloat16", "int64", "int32"]
 Dimension = int | str
 """A fixed size, or the name of a dynamic one: batch, requests, branches, and height and width in
@@ -125,11 +132,21 @@ class Quantization(Strict):
 
 
 class ExportManifest(Strict):
-    """Everything about an export that the runtime or a builder needs; see the module docstring."""
+    """Everything about an export that the runtime or a builder needs; see the module docstring.
+
+    orthogonal, zero_tokens: PuLID's trade between likeness and editing; the image tokens that are
+    counted include the zero ones. face_parser: the ONNX file that finds the background around a
+    face for PuLID. image_*: side in pixels and normalisation of the image encoder's input, None
+    where the adapter has no image encoder and the export no such module.
+    """
 
     schema_version: Literal[1] = SCHEMA_VERSION
     checkpoint: str
     adapter: str
+    adapter_kind: AdapterKind = "faceid-plus-v2"
+    orthogonal: Orthogonal = "off"
+    zero_tokens: int = 0
+    face_parser: RelativePath | None = None
     precision: Literal["fp32", "fp16", "bf16", "fp8", "int8"]
     weight_storage: Literal["fp32", "fp16", "bf16"]
     quantization: Quantization | None = None
@@ -146,9 +163,9 @@ class ExportManifest(Strict):
     vae_scale_factor: int
     latent_channels: int
     image_token_count: int
-    image_encoder_size: int
-    image_mean: tuple[float, float, float]
-    image_std: tuple[float, float, float]
+    image_encoder_size: int | None = None
+    image_mean: tuple[float, float, float] | None = None
+    image_std: tuple[float, float, float] | None = None
     force_zeros_for_empty_prompt: bool = True
     face_model: str
     random_weights: bool = False

@@ -17,7 +17,9 @@ from fastface_trt.engines.contract import (
     MANIPULATION_COLUMNS,
     PARTS,
 )
+from fastface_trt.engines.manifest import Orthogonal
 from fastface_trt.export.model import Model
+from fastface_trt.export.orthogonal import orthogonalize
 
 Row = dict[str, Tensor]
 
@@ -141,11 +143,14 @@ class DecoupledAttentionProcessor(nn.Module):
     """Text attention plus λ · f(A) V' over the image tokens (Eq. 1 and 6) of one block.
 
     `part` is the part of the UNet that the block lies in, which selects the column of the two
-    parameter inputs.
+    parameter inputs. `orthogonal` is PuLID's, see `fastface_trt.export.orthogonal`.
     """
 
-    def __init__(self, part: str, channels: int, text_width: int) -> None:
+    def __init__(
+        self, part: str, channels: int, text_width: int, orthogonal: Orthogonal = "off"
+    ) -> None:
         super().__init__()
+        self.orthogonal = orthogonal
         self.part = PARTS.index(part)
         self.to_k_ip = nn.Linear(text_width, channels, bias=False)
         self.to_v_ip = nn.Linear(text_width, channels, bias=False)
@@ -185,10 +190,11 @@ class DecoupledAttentionProcessor(nn.Module):
             )
         else:
             image = decoupled_attention(*inputs)
+        image = orthogonalize(image, text, q_BHND, inputs[1], self.orthogonal)
         return attn.to_out[0]((text + image).transpose(1, 2).flatten(2))
 
 
-def attach_processors(unet: Model) -> None:
+def attach_processors(unet: Model, orthogonal: Orthogonal = "off") -> None:
     """Give every attention of a diffusers UNet the processors of this file.
 
     Cross-attentions (`attn2`) become decoupled ones with fresh `to_k_ip` and `to_v_ip`; the order
@@ -202,7 +208,7 @@ def attach_processors(unet: Model) -> None:
         attention = unet.get_submodule(name.removesuffix(".processor"))
         part = name.split("_", 1)[0].split(".", 1)[0]
         processor = DecoupledAttentionProcessor(
-            part, attention.to_q.out_features, unet.config.cross_attention_dim
+            part, attention.to_q.out_features, unet.config.cross_attention_dim, orthogonal
         )
         processors[name] = processor.to(attention.to_q.weight.device, attention.to_q.weight.dtype)
     unet.set_attn_processor(processors)

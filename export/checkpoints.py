@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from fastface_trt.engines.manifest import AdapterKind
 from fastface_trt.errors import UnknownName
 from fastface_trt.mini import folders
 
@@ -37,11 +38,41 @@ FACEID_PLUS_V2 = HubItem(
     "ip-adapter-faceid-plusv2_sdxl.bin",
     FACEID_LICENCE,
 )
+FACEID = HubItem(
+    "h94/IP-Adapter-FaceID",
+    "d638c8c2e4dafedfb9dc6f6b502b9ab71b22406f",
+    "ip-adapter-faceid_sdxl.bin",
+    FACEID_LICENCE,
+)
+PULID = HubItem(
+    "guozinan/PuLID",
+    "d58b3ba191be1280c37ace0656a2e65cd9b8c8d8",
+    "pulid_v1.1.safetensors",
+    "Apache-2.0, with face embeddings for non-commercial research (InsightFace antelopev2)",
+)
+ADAPTERS: Mapping[AdapterKind, HubItem] = {
+    "faceid-plus-v2": FACEID_PLUS_V2,
+    "faceid": FACEID,
+    "pulid": PULID,
+}
+"""The published adapters for SDXL, by the name that `--adapter` takes."""
+FACE_MODELS: Mapping[AdapterKind, str] = {
+    "faceid-plus-v2": "buffalo_l",
+    "faceid": "buffalo_l",
+    "pulid": "antelopev2",
+}
+"""InsightFace's packs whose embeddings the adapters were trained with."""
 CLIP_VIT_H = HubItem(
     "h94/IP-Adapter",
     "018e402774aeeddd60609b4ecdb7e298259dc729",
     "models/image_encoder",
     "Apache-2.0",
+)
+EVA02_CLIP_L = HubItem(
+    "QuanSun/EVA-CLIP",
+    "690a5975ca06e9a43d16bae440dd08213bfff0c5",
+    "EVA02_CLIP_L_336_psz14_s6B.pt",
+    "MIT",
 )
 FP16_VAE = HubItem(
     "madebyollin/sdxl-vae-fp16-fix", "207b116dae70ace3637169f1ddd2434b91b3a8cd", licence="MIT"
@@ -54,7 +85,8 @@ class Checkpoint:
     """One distilled (or base) SDXL checkpoint with the schedule that it was made for.
 
     `unet` and `lora` may hold `{steps}` in their path: Hyper and Lightning ship one file per number
-    of steps. `size` is the side of the square picture in pixels.
+    of steps. `size` is the side of the square picture in pixels. `image_encoder` is what a
+    FaceID-Plus-v2 adapter looks with.
     """
 
     name: str
@@ -69,8 +101,9 @@ class Checkpoint:
     adapter: HubItem = FACEID_PLUS_V2
     image_encoder: HubItem = CLIP_VIT_H
     fp16_vae: HubItem | None = FP16_VAE
-    face_model: str = "buffalo_l"
-    """Name of an InsightFace pack, or a folder that is copied into the export."""
+    face_model: str | None = None
+    """Name of an InsightFace pack, or a folder that is copied into the export; None is the pack
+    that the adapter was trained with."""
 
 
 _NOISE = {

@@ -1,4 +1,4 @@
-"""One export from start to finish: seven modules, tokenizers, the face model and the manifest.
+"""One export from start to finish: its modules, tokenizers, the face model and the manifest.
 
 Modules are made one after the other and dropped, so the peak is the largest module (the UNet) and
 not the sum. The folder appears under its name only when everything in it is complete.
@@ -16,11 +16,18 @@ from typing import Any
 
 from fastface_trt.engines.engine import Engine, Progress
 from fastface_trt.engines.files import describe_file, finished_folder
-from fastface_trt.engines.manifest import EXPORT_MANIFEST, ExportManifest, FileEntry, ModuleSpec
-from fastface_trt.export import guidance_step, modules
+from fastface_trt.engines.manifest import (
+    EXPORT_MANIFEST,
+    AdapterKind,
+    ExportManifest,
+    FileEntry,
+    ModuleSpec,
+)
+from fastface_trt.errors import InvalidRequest, WeightsError
+from fastface_trt.export import face_modules, guidance_step, modules
 from fastface_trt.export.model import Model
 from fastface_trt.export.modules import ModuleExport
-from fastface_trt.export.onnx_writer import write_module
+from fastface_trt.export.onnx_writer import MODEL_FILE, write_module
 from fastface_trt.export.options import ExportOptions
 from fastface_trt.export.probe import write_probe
 from fastface_trt.export.quantization.ranges import modelopt_version
@@ -29,6 +36,7 @@ from fastface_trt.export.weights import CheckpointWeights, RandomWeights, Weight
 
 _PACKAGES = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "fastface-trt")
 _TOKENIZERS = ("tokenizer", "tokenizer_2")
+FACE_PARSER = "face_parser"
 
 
 def run_export(options: ExportOptions, out: Path, progress: Progress) -> ExportManifest:
@@ -44,16 +52,18 @@ def run_export(options: ExportOptions, out: Path, progress: Progress) -> ExportM
         for name in _TOKENIZERS:
             weights.copy_tokenizer(name, draft.path / name)
         face_model = _copy_face_model(weights.face_model, draft.path)
+        face_parser = _copy_face_parser(options, weights.adapter_kind, draft.path, progress)
         extra = [
             describe_file(draft.path, path)
-            for folder in (*_TOKENIZERS, "face")
+            for folder in (*_TOKENIZERS, "face", FACE_PARSER)
             for path in sorted((draft.path / folder).rglob("*"))
             if path.is_file()
         ]
         specs: dict[str, ModuleSpec] = {}
 
         def so_far() -> ExportManifest:
-            return _manifest(options, weights, makers.facts, specs, extra, face_model)
+            facts = makers.facts | {"face_model": face_model, "face_parser": face_parser}
+            return _manifest(options, weights, facts, specs, extra)
 
         def calibrate(unet: Engine) -> int:
             assert options.calibration is not None  # or the options would have been refused
@@ -113,10 +123,11 @@ class _Makers:
         self._options = options
         self._weights = weights
         self._calibrate = calibrate
+        self._clip_positions: int | str = "positions"
         self.facts: dict[str, Any] = {}
 
     def in_order(self) -> dict[str, Callable[[], ModuleExport]]:
-        return {
+        makers: dict[str, Callable[[], ModuleExport]] = {
             "text_encoder": lambda: self._text_encoder("text_encoder"),
             "text_encoder_2": lambda: self._text_encoder("text_encoder_2"),
             "image_encoder": self._image_encoder,
@@ -124,6 +135,9 @@ class _Makers:
             "vae_decoder": self._vae_decoder,
             "unet": self._unet,
         }
+        if self._weights.adapter_kind == "faceid":
+            del makers["image_encoder"]
+        return makers
 
     def _text_encoder(self, name: str) -> ModuleExport:
         return modules.text_encoder_export(name, self._weights.text_encoder(name))
@@ -136,14 +150,15 @@ class _Makers:
             "image_mean": mean,
             "image_std": std,
         }
-        export = modules.image_encoder_export(encoder)
-        self._clip_positions = export.shapes["clip_embeds"][1]
+        export = face_modules.image_encoder_export(encoder)
+        self._clip_positions = export.shapes[export.outputs[-1]][-2]
         return export
 
     def _face_projection(self) -> ModuleExport:
         projection = self._weights.projection()
         self.facts["image_token_count"] = projection.tokens
-        return modules.face_projection_export(projection, self._clip_positions)
+        self.facts["zero_tokens"] = getattr(projection, "zero_tokens", 0)
+        return face_modules.face_projection_export(projection, self._clip_positions)
 
     def _vae_decoder(self) -> ModuleExport:
         vae = self._weights.vae()
@@ -191,18 +206,42 @@ def _copy_face_model(model: str, draft: Path) -> str:
     return "face"
 
 
+def _copy_face_parser(
+    options: ExportOptions, kind: AdapterKind, draft: Path, progress: Progress
+) -> str | None:
+    """Copy PuLID's face parser into the export; say so where there is none."""
+    if options.face_parser is None:
+        if kind == "pulid":
+            progress(
+                "No face parser: the face encoder will see the background of faces, which PuLID "
+                "was trained without (--face-parser)"
+            )
+        return None
+    if kind != "pulid":
+        raise InvalidRequest(
+            f"An adapter of kind {kind} parses no faces.", "Leave out --face-parser."
+        )
+    if not options.face_parser.is_file():
+        raise WeightsError(f"There is no {options.face_parser} (face parser).", "Check the path.")
+    (draft / FACE_PARSER).mkdir()
+    copy = draft / FACE_PARSER / MODEL_FILE
+    shutil.copyfile(options.face_parser, copy)
+    return str(copy.relative_to(draft))
+
+
 def _manifest(
     options: ExportOptions,
     weights: Weights,
     facts: dict[str, Any],
     specs: dict[str, ModuleSpec],
     extra: list[FileEntry],
-    face_model: str,
 ) -> ExportManifest:
     checkpoint = options.checkpoint
     return ExportManifest(
         checkpoint=checkpoint.name,
         adapter=weights.adapter_name,
+        adapter_kind=weights.adapter_kind,
+        orthogonal=weights.orthogonal,
         precision=options.precision,
         weight_storage=options.stored,
         modules=specs,
@@ -216,7 +255,6 @@ def _manifest(
         width=options.width or checkpoint.size,
         fixed_size=options.fixed_size,
         force_zeros_for_empty_prompt=weights.force_zeros_for_empty_prompt,
-        face_model=face_model,
         random_weights=options.random_weights,
         tool_versions={name: version(name) for name in _PACKAGES},
         **facts,

@@ -1,6 +1,7 @@
 """Full-size SDXL with random weights: the published shapes without a download, for latency work.
 
-Shapes are those of SDXL base 1.0, its two text encoders, CLIP ViT-H/14 and FaceID-Plus-v2 for SDXL.
+Shapes are those of SDXL base 1.0, its two text encoders, and the published adapters for SDXL with
+their image encoders.
 Weights are normal with std 0.02 (so activations stay finite in fp16), norms are the identity.
 """
 
@@ -11,9 +12,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastface_trt.engines.manifest import AdapterKind, Orthogonal
 from fastface_trt.export.attention import attach_processors
+from fastface_trt.export.eva_clip import EvaVisionTower
 from fastface_trt.export.model import Model
-from fastface_trt.export.projection import FaceProjection
+from fastface_trt.export.projection import FaceIdProjection, FaceProjection
+from fastface_trt.export.pulid import IDFormer
 
 VOCABULARY = 49408
 START_TOKEN, END_TOKEN = "<|startoftext|>", "<|endoftext|>"
@@ -99,23 +103,30 @@ def randomize(module: nn.Module, dtype: torch.dtype, seed: int = 0) -> Model:
     return module.eval()
 
 
-def random_unet(dtype: torch.dtype) -> Model:
+def random_unet(dtype: torch.dtype, orthogonal: Orthogonal = "off") -> Model:
     """SDXL's UNet with decoupled attention attached, 2.57·10⁹ parameters and the adapter's."""
     from accelerate import init_empty_weights
     from diffusers import UNet2DConditionModel
 
     with init_empty_weights(include_buffers=False):
         unet = UNet2DConditionModel(**UNET_CONFIG)
-        attach_processors(unet)
+        attach_processors(unet, orthogonal)
     return randomize(unet, dtype)
 
 
-def random_projection(dtype: torch.dtype) -> Model:
-    """FaceID-Plus-v2's projection for SDXL."""
+def random_projection(
+    dtype: torch.dtype, kind: AdapterKind = "faceid-plus-v2", zero_tokens: int | None = None
+) -> Model:
+    """The projection of an adapter for SDXL, PuLID's of version 1.1."""
     from accelerate import init_empty_weights
 
+    zeros = IDFormer.default_zero_tokens if zero_tokens is None else zero_tokens
     with init_empty_weights(include_buffers=False):
-        projection = FaceProjection()
+        projection: nn.Module
+        if kind == "pulid":
+            projection = IDFormer(zero_tokens=zeros)
+        else:
+            projection = FaceIdProjection() if kind == "faceid" else FaceProjection()
     return randomize(projection, dtype)
 
 
@@ -140,6 +151,15 @@ def random_text_encoder(name: str, dtype: torch.dtype) -> Model:
         else:
             encoder = CLIPTextModelWithProjection(CLIPTextConfig(**TEXT_ENCODER_2_CONFIG))
     return randomize(encoder, dtype)
+
+
+def random_eva_tower(dtype: torch.dtype) -> Model:
+    """EVA02-CLIP-L/14's vision tower at 336 pixels."""
+    from accelerate import init_empty_weights
+
+    with init_empty_weights(include_buffers=False):
+        tower = EvaVisionTower()
+    return randomize(tower, dtype).to(dtype)
 
 
 def random_image_encoder(dtype: torch.dtype) -> Model:

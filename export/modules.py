@@ -1,7 +1,8 @@
 """The modules of an export that hold weights, with their example inputs and dynamic sizes.
 
-Shape legend: B rows, R requests, T image tokens, C text width, P pooled width, S CLIP positions,
-K CLIP width, E face-embedding size, h × w latent size.
+Those that look at a face are in `fastface_trt.export.face_modules`.
+
+Shape legend: B rows, R requests, T image tokens, C text width, P pooled width, h × w latent size.
 
 Types at the boundaries are those of `fastface_trt.export.precision`, whatever a module computes in.
 """
@@ -55,34 +56,6 @@ class TextEncoderModule(nn.Module):
         dtype = boundary_dtype(self.encoder.dtype)
         hidden = output.hidden_states[-2].to(dtype)
         return (hidden, output.text_embeds.to(dtype)) if self.pooled else hidden
-
-
-class ImageEncoderModule(nn.Module):
-    """pixel_values [B,3,S,S], CLIP-normalised, to the penultimate hidden states [B,S,K]."""
-
-    def __init__(self, encoder: Model) -> None:
-        super().__init__()
-        self.encoder = encoder
-
-    def forward(self, pixel_values: Tensor) -> Tensor:
-        """Hidden states before the last layer, as FaceID-Plus-v2 was trained on."""
-        dtype = self.encoder.dtype
-        output = self.encoder(pixel_values.to(dtype), output_hidden_states=True)
-        return output.hidden_states[-2].to(boundary_dtype(dtype))
-
-
-class FaceProjectionModule(nn.Module):
-    """face_embeds [B,E] and clip_embeds [B,S,K] to image tokens [B,T,C]."""
-
-    def __init__(self, projection: Model) -> None:
-        super().__init__()
-        self.projection = projection
-
-    def forward(self, face_embeds: Tensor, clip_embeds: Tensor) -> Tensor:
-        """The adapter's tokens; see `fastface_trt.export.projection`."""
-        dtype = self.projection.norm.weight.dtype
-        tokens = self.projection(face_embeds.to(dtype), clip_embeds.to(dtype))
-        return tokens.to(boundary_dtype(dtype))
 
 
 class _CastOutput(nn.Module):
@@ -176,49 +149,6 @@ def text_encoder_export(name: str, encoder: Model) -> ModuleExport:
         {"input_ids": ids},
         ("hidden_states", "text_embeds") if pooled else ("hidden_states",),
         shapes,
-    )
-
-
-def image_encoder_export(encoder: Model) -> ModuleExport:
-    """The CLIP image encoder whose penultimate hidden states feed the projection."""
-    config = encoder.config
-    positions = (config.image_size // config.patch_size) ** 2 + 1
-    example = torch.zeros(EXAMPLE_REQUESTS, 3, config.image_size, config.image_size)
-    return ModuleExport(
-        "image_encoder",
-        ImageEncoderModule(encoder),
-        {"pixel_values": example.to(boundary_dtype(encoder.dtype))},
-        ("clip_embeds",),
-        {
-            "pixel_values": ("batch", 3, config.image_size, config.image_size),
-            "clip_embeds": ("batch", positions, config.hidden_size),
-        },
-    )
-
-
-def face_projection_export(projection: Model, positions: int | str) -> ModuleExport:
-    """The adapter's projection; `positions` is the image encoder's sequence length S."""
-    dtype = boundary_dtype(projection.norm.weight.dtype)
-    embedding = projection.proj[0].in_features
-    features = projection.perceiver_resampler.proj_in.in_features
-    example_positions = positions if isinstance(positions, int) else 17
-    return ModuleExport(
-        "face_projection",
-        FaceProjectionModule(projection),
-        {
-            "face_embeds": torch.zeros(EXAMPLE_REQUESTS, embedding, dtype=dtype),
-            "clip_embeds": torch.zeros(EXAMPLE_REQUESTS, example_positions, features, dtype=dtype),
-        },
-        (contract.IMAGE_TOKENS,),
-        {
-            "face_embeds": ("batch", embedding),
-            "clip_embeds": ("batch", positions, features),
-            contract.IMAGE_TOKENS: (
-                "batch",
-                projection.tokens,
-                projection.norm.normalized_shape[0],
-            ),
-        },
     )
 
 

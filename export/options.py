@@ -1,11 +1,13 @@
 """What to export: the choices of one export, checked before anything is loaded."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
+from fastface_trt.engines.manifest import Orthogonal
 from fastface_trt.errors import InvalidRequest
-from fastface_trt.export.checkpoints import Checkpoint, HubItem
+from fastface_trt.export.checkpoints import ADAPTERS, Checkpoint, HubItem
 from fastface_trt.export.precision import (
     QUANTIZED_FORMATS,
     Precision,
@@ -25,8 +27,10 @@ class ExportOptions:
     type that the files hold (`fp16` halves an fp32 export's files, engines still compute in fp32).
     height, width: pixels, the
     example's size, or the only one with `fixed_size`. faceid_lora_scale: scale of the adapter's
-    LoRA, fused. random_weights: full-size SDXL without downloads. calibration: what the UNet of
-    an fp8 or int8 export is run on. Raises `InvalidRequest`.
+    LoRA, fused. zero_tokens, orthogonal, face_parser: of a PuLID adapter, see
+    `fastface_trt.export.pulid`, `fastface_trt.export.orthogonal` and
+    `fastface_trt.runtime.portrait`. random_weights: full-size SDXL without downloads.
+    calibration: what the UNet of an fp8 or int8 export is run on. Raises `InvalidRequest`.
     """
 
     checkpoint: Checkpoint
@@ -41,6 +45,9 @@ class ExportOptions:
     image_encoder: HubItem | None = None
     vae: HubItem | None = None
     tiny_vae: bool = False
+    face_parser: Path | None = None
+    zero_tokens: int | None = None
+    orthogonal: Orthogonal | None = None
     faceid_lora_scale: float = 1.0
     distillation_lora: HubItem | None = None
     distillation_lora_scale: float | None = None
@@ -61,15 +68,21 @@ class ExportOptions:
                 f"A {self.precision} export cannot store its weights as {self.weight_storage}.",
                 "Leave out --weight-storage, or add --precision fp32 --weight-storage fp16.",
             )
+        if self.zero_tokens is not None and self.zero_tokens < 0:
+            raise InvalidRequest(
+                f"{self.zero_tokens} zero tokens are asked for.", "Give 0 or more, PuLID uses 20."
+            )
         if self.quantized and self.calibration is None:
             raise InvalidRequest(
                 f"A {self.precision} export needs something to calibrate on.",
                 "Give `calibration`, or use fastface-trt export, which runs prompts and faces.",
             )
-        given = (self.base, self.adapter, self.vae, self.image_encoder, self.distillation_lora)
+        adapter = None if self.adapter in ADAPTERS.values() else self.adapter
+        given = (self.base, adapter, self.vae, self.image_encoder, self.distillation_lora)
         if self.random_weights and any(given):
             raise InvalidRequest(
-                "--random-weights takes no weights.", "Leave out --base, --adapter and the like."
+                "--random-weights takes no weights.",
+                f"Leave out --base and the like; --adapter takes {', '.join(ADAPTERS)}.",
             )
         if self.random_weights and self.checkpoint.name == "mini":
             raise InvalidRequest(

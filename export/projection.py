@@ -1,4 +1,4 @@
-"""The face projection of IP-Adapter FaceID-Plus-v2: embeddings in, image tokens out.
+"""The face projections of IP-Adapter FaceID and FaceID-Plus-v2: embeddings in, image tokens out.
 
 Parameter names are those of the published adapter files, so a file's `image_proj` part loads as it
 is. Shape legend: B rows, E face-embedding size (512), S CLIP positions, K CLIP width, T tokens,
@@ -10,6 +10,8 @@ from typing import cast
 import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
+
+from fastface_trt.engines.manifest import Dimension
 
 HEAD_SIZE = 64
 
@@ -37,7 +39,8 @@ class PerceiverAttention(nn.Module):
         return self.to_out(attended.transpose(1, 2).flatten(2))
 
 
-def _feed_forward(width: int, inner: int) -> nn.Sequential:
+def feed_forward(width: int, inner: int) -> nn.Sequential:
+    """The MLP of a resampler's layer, its norm first."""
     return nn.Sequential(
         nn.LayerNorm(width),
         nn.Linear(width, inner, bias=False),
@@ -57,7 +60,7 @@ class PerceiverResampler(nn.Module):
         self.proj_out = nn.Linear(width, output)
         self.norm_out = nn.LayerNorm(output)
         self.layers = nn.ModuleList(
-            nn.ModuleList((PerceiverAttention(width, inner), _feed_forward(width, hidden)))
+            nn.ModuleList((PerceiverAttention(width, inner), feed_forward(width, hidden)))
             for _ in range(depth)
         )
 
@@ -69,6 +72,48 @@ class PerceiverResampler(nn.Module):
             tokens_BTC = attention(features, tokens_BTC) + tokens_BTC
             tokens_BTC = feed_forward(tokens_BTC) + tokens_BTC
         return self.norm_out(self.proj_out(tokens_BTC))
+
+
+def _mlp_sizes(state: dict[str, Tensor]) -> dict[str, int]:
+    """Sizes of the MLP that both adapters begin with."""
+    width = state["norm.weight"].shape[0]
+    return {
+        "tokens": state["proj.2.weight"].shape[0] // width,
+        "embedding": state["proj.0.weight"].shape[1],
+        "mlp_hidden": state["proj.0.weight"].shape[0],
+        "width": width,
+    }
+
+
+class FaceIdProjection(nn.Module):
+    """FaceID: tokens = norm(MLP(embedding)), which are all that the UNet learns of a face."""
+
+    def __init__(
+        self, *, tokens: int = 4, embedding: int = 512, mlp_hidden: int = 1024, width: int = 2048
+    ) -> None:
+        super().__init__()
+        self.tokens = tokens
+        self.width = width
+        self._embedding = embedding
+        self.proj = nn.Sequential(
+            nn.Linear(embedding, mlp_hidden), nn.GELU(), nn.Linear(mlp_hidden, width * tokens)
+        )
+        self.norm = nn.LayerNorm(width)
+
+    def input_shapes(self, positions: Dimension) -> dict[str, tuple[Dimension, ...]]:
+        """Shapes of the inputs by name, without rows."""
+        return {"face_embeds": (self._embedding,)}
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Tensor]) -> "FaceIdProjection":
+        """Build and load from a file's `image_proj` part; sizes are read off its tensors."""
+        module = cls(**_mlp_sizes(state))
+        module.load_state_dict(state)
+        return module
+
+    def forward(self, face_embeds: Tensor) -> Tensor:
+        """Image tokens [B,T,C] from face embeddings [B,E]."""
+        return self.norm(self.proj(face_embeds).unflatten(-1, (self.tokens, -1)))
 
 
 class FaceProjection(nn.Module):
@@ -89,6 +134,8 @@ class FaceProjection(nn.Module):
     ) -> None:
         super().__init__()
         self.tokens = tokens
+        self.width = width
+        self._embedding = embedding
         self.shortcut_scale = shortcut_scale
         self.proj = nn.Sequential(
             nn.Linear(embedding, mlp_hidden), nn.GELU(), nn.Linear(mlp_hidden, width * tokens)
@@ -96,18 +143,22 @@ class FaceProjection(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.perceiver_resampler = PerceiverResampler(width, inner, hidden, depth, features, width)
 
+    def input_shapes(self, positions: Dimension) -> dict[str, tuple[Dimension, ...]]:
+        """Shapes of the inputs by name, without rows, for so many CLIP positions."""
+        features = self.perceiver_resampler.proj_in.in_features
+        return {
+            "face_embeds": (self._embedding,),
+            "clip_embeds": (positions, features),
+        }
+
     @classmethod
     def from_state_dict(cls, state: dict[str, Tensor]) -> "FaceProjection":
         """Build and load from a file's `image_proj` part; sizes are read off its tensors."""
         resampler = "perceiver_resampler."
-        width = state["norm.weight"].shape[0]
         depth = len({k.split(".")[2] for k in state if k.startswith(resampler + "layers.")})
         module = cls(
-            tokens=state["proj.2.weight"].shape[0] // width,
-            embedding=state["proj.0.weight"].shape[1],
-            mlp_hidden=state["proj.0.weight"].shape[0],
+            **_mlp_sizes(state),
             features=state[resampler + "proj_in.weight"].shape[1],
-            width=width,
             inner=state[resampler + "layers.0.0.to_q.weight"].shape[0],
             hidden=state[resampler + "layers.0.1.1.weight"].shape[0],
             depth=depth,

@@ -17,7 +17,7 @@ import torch
 from fastface_trt.engines.files import sha256_file
 from fastface_trt.engines.manifest import Source
 from fastface_trt.errors import FastFaceError, WeightsError
-from fastface_trt.export.checkpoints import HubItem
+from fastface_trt.export.checkpoints import ADAPTERS, HubItem
 from fastface_trt.export.model import Model
 
 _CONFIG_PATTERNS = ["*.json", "*.txt", "tokenizer/*", "tokenizer_2/*"]
@@ -99,6 +99,12 @@ def parse_item(text: str, licence: str = "unknown") -> HubItem:
     name, _, revision = text.partition("@")
     owner, repository, path = name.split("/", 2)
     return HubItem(f"{owner}/{repository}", revision or None, path, licence)
+
+
+def parse_adapter(text: str) -> HubItem:
+    """The name of a published adapter (`checkpoints.ADAPTERS`), or what `parse_item` reads."""
+    named = next((item for name, item in ADAPTERS.items() if name == text), None)
+    return parse_item(text) if named is None or Path(text).exists() else named
 
 
 class CheckpointSource:

@@ -11,10 +11,18 @@ from typing import Protocol
 
 import torch
 
-from fastface_trt.engines.manifest import LoraFused, Source
+from fastface_trt.engines.manifest import AdapterKind, LoraFused, Orthogonal, Source
+from fastface_trt.errors import InvalidRequest
 from fastface_trt.export import full_size
 from fastface_trt.export.adapter import attach_adapter, load_projection, read_adapter
-from fastface_trt.export.checkpoints import TINY_VAE, HubItem
+from fastface_trt.export.checkpoints import (
+    ADAPTERS,
+    EVA02_CLIP_L,
+    FACE_MODELS,
+    TINY_VAE,
+    HubItem,
+)
+from fastface_trt.export.eva_clip import load_eva_tower
 from fastface_trt.export.model import Model
 from fastface_trt.export.options import ExportOptions
 from fastface_trt.export.sources import (
@@ -45,6 +53,8 @@ class Weights(Protocol):
     """Models by name, each loaded anew when it is asked for."""
 
     adapter_name: str
+    adapter_kind: AdapterKind
+    orthogonal: Orthogonal
     face_model: str
     force_zeros_for_empty_prompt: bool
     sources: list[Source]
@@ -55,7 +65,7 @@ class Weights(Protocol):
         ...
 
     def image_encoder(self) -> Model:
-        """The CLIP vision model of the adapter."""
+        """The vision model of the adapter, where it has one."""
         ...
 
     def image_normalisation(self) -> Normalisation:
@@ -90,14 +100,29 @@ class CheckpointWeights:
         )
         adapter = locate(options.adapter or checkpoint.adapter, "adapter")
         self._adapter = read_adapter(adapter.path)
-        self._image_encoder = locate(
-            options.image_encoder or checkpoint.image_encoder, "image_encoder"
-        )
         self.adapter_name = adapter.path.name
-        self.face_model = checkpoint.face_model
+        self.adapter_kind = self._adapter.kind
+        self.orthogonal = _orthogonal(options, self.adapter_kind)
+        self.face_model = checkpoint.face_model or FACE_MODELS[self.adapter_kind]
         self.force_zeros_for_empty_prompt = self._source.force_zeros_for_empty_prompt()
-        self.sources = [self._source.located.source, adapter.source, self._image_encoder.source]
+        self.sources = [self._source.located.source, adapter.source]
+        encoder = self._encoder_item()
+        if encoder is not None:
+            self._image_encoder = locate(encoder, "image_encoder")
+            self.sources.append(self._image_encoder.source)
         self.loras: list[LoraFused] = []
+
+    def _encoder_item(self) -> HubItem | None:
+        if self.adapter_kind == "pulid":
+            return self._options.image_encoder or EVA02_CLIP_L
+        if self.adapter_kind == "faceid-plus-v2":
+            return self._options.image_encoder or self._options.checkpoint.image_encoder
+        if self._options.image_encoder is None:
+            return None
+        raise InvalidRequest(
+            f"{self.adapter_name} is a FaceID adapter, which looks at no picture.",
+            "Leave out --image-encoder, or take a FaceID-Plus-v2 adapter.",
+        )
 
     def text_encoder(self, name: str) -> Model:
         """See `Weights`."""
@@ -105,6 +130,8 @@ class CheckpointWeights:
 
     def image_encoder(self) -> Model:
         """See `Weights`."""
+        if self.adapter_kind == "pulid":
+            return load_eva_tower(self._image_encoder.path, self._options.dtype)
         return load_image_encoder(self._image_encoder.path, self._options.dtype)
 
     def image_normalisation(self) -> Normalisation:
@@ -116,7 +143,8 @@ class CheckpointWeights:
 
     def projection(self) -> Model:
         """See `Weights`."""
-        return load_projection(self._adapter).to(self._options.dtype)
+        projection = load_projection(self._adapter, self._options.zero_tokens)
+        return projection.to(self._options.dtype)
 
     def vae(self) -> Model:
         """See `Weights`; in float16 the checkpoint's fp16 VAE where it has one.
@@ -147,8 +175,10 @@ class CheckpointWeights:
             scale = checkpoint.lora_scale if scale is None else scale
             self.sources.append(fuse_distillation_lora(unet, self._for_steps(lora), scale))
             self.loras.append(LoraFused(role="distillation", scale=scale))
-        attach_adapter(unet, self._adapter, lora_scale=options.faceid_lora_scale)
-        self.loras.append(LoraFused(role="faceid", scale=options.faceid_lora_scale))
+        scale = options.faceid_lora_scale
+        attach_adapter(unet, self._adapter, lora_scale=scale, orthogonal=self.orthogonal)
+        if self._adapter.has_lora:
+            self.loras.append(LoraFused(role="faceid", scale=scale))
         return unet
 
     def _for_steps(self, item: HubItem) -> HubItem:
@@ -166,12 +196,28 @@ class CheckpointWeights:
                 (folder / file).write_bytes(source.read_bytes())
 
 
+def _orthogonal(options: ExportOptions, kind: AdapterKind) -> Orthogonal:
+    """PuLID's way, and none for the other adapters; PuLID's options are refused for those."""
+    if kind == "pulid":
+        return options.orthogonal or "v2"
+    if options.orthogonal is not None or options.zero_tokens is not None:
+        raise InvalidRequest(
+            f"An adapter of kind {kind} has no orthogonal attention and no zero tokens.",
+            "Leave out --orthogonal and --zero-tokens, or take --adapter pulid.",
+        )
+    return "off"
+
+
 class RandomWeights:
     """Full-size SDXL with random weights; faces are found with the mini model's networks."""
 
     def __init__(self, options: ExportOptions) -> None:
         self._dtype = options.dtype
+        self._zero_tokens = options.zero_tokens
         self.adapter_name = "random"
+        named = (kind for kind, item in ADAPTERS.items() if item == options.adapter)
+        self.adapter_kind: AdapterKind = next(named, "faceid-plus-v2")
+        self.orthogonal = _orthogonal(options, self.adapter_kind)
         # Random weights need faces too, and must not need a download.
         self.face_model = str(FACE_MODEL)
         self.force_zeros_for_empty_prompt = True
@@ -184,6 +230,8 @@ class RandomWeights:
 
     def image_encoder(self) -> Model:
         """See `Weights`."""
+        if self.adapter_kind == "pulid":
+            return full_size.random_eva_tower(self._dtype)
         return full_size.random_image_encoder(self._dtype)
 
     def image_normalisation(self) -> Normalisation:
@@ -192,7 +240,7 @@ class RandomWeights:
 
     def projection(self) -> Model:
         """See `Weights`."""
-        return full_size.random_projection(self._dtype)
+        return full_size.random_projection(self._dtype, self.adapter_kind, self._zero_tokens)
 
     def vae(self) -> Model:
         """See `Weights`."""
@@ -200,7 +248,7 @@ class RandomWeights:
 
     def unet(self) -> Model:
         """See `Weights`."""
-        return full_size.random_unet(self._dtype)
+        return full_size.random_unet(self._dtype, self.orthogonal)
 
     def copy_tokenizer(self, name: str, folder: Path) -> None:
         """See `Weights`."""

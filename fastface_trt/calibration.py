@@ -123,7 +123,7 @@ class PipelineCalibration:
                     width=manifest.width,
                     seed=_FIRST_SEED + index,
                     **preset_fields(PRESETS[index % len(PRESETS)], manifest.steps),
-                )
+                ).for_adapter(manifest.adapter_kind)
                 conditions = conditioner.conditions(request, tokens[index % len(tokens)])
                 factor = manifest.vae_scale_factor
                 job = Job.prepare(
@@ -140,6 +140,7 @@ class PipelineCalibration:
         analyzer = FaceAnalyzer(
             local if local.is_dir() else manifest.face_model,
             licence_acknowledged=self._licence_acknowledged,
+            portraits=manifest.adapter_kind == "pulid",
         )
         faces = []
         for path in self._faces[: self._pictures]:

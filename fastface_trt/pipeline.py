@@ -96,7 +96,9 @@ class FastFace(Closing):
         name = modules.manifest.face_model
         local = modules.folder / name
         faces = FaceAnalyzer(
-            local if local.is_dir() else name, licence_acknowledged=licence_acknowledged
+            local if local.is_dir() else name,
+            licence_acknowledged=licence_acknowledged,
+            portraits=modules.manifest.adapter_kind == "pulid",
         )
         return cls(modules, faces)
 
@@ -216,6 +218,7 @@ class FastFace(Closing):
         every request and may return False to cancel (`Cancelled`). `timeline` is told the stages
         of this call: see `runtime.timeline`.
         """
+        requests = [request.for_adapter(self.manifest.adapter_kind) for request in requests]
         seconds: dict[str, float] = {}
         with self._timed(seconds, "total"):
             for request in requests:
@@ -242,7 +245,7 @@ class FastFace(Closing):
                 images = [self._decode(one, timeline) for one in latents]
         return GenerationResult(
             images,
-            list(requests),
+            requests,
             [self._parameters(request) for request in requests],
             seconds,
             sum(report.rows),
@@ -320,6 +323,11 @@ class FastFace(Closing):
 
     def _warnings(self, requests: Sequence[GenerationRequest]) -> list[str]:
         warnings = []
+        if self.manifest.adapter_kind == "pulid" and self.manifest.face_parser is None:
+            warnings.append(
+                "This export has no face parser, so the adapter sees what is around the face; "
+                "export with --face-parser for PuLID's own preprocessing."
+            )
         for text in dict.fromkeys(t for r in requests for t in (r.prompt, r.negative_prompt)):
             cut = self._conditioner.text(text).cut if text else ""
             if cut:

@@ -250,6 +250,11 @@ class _UNetProvider:
                 "Lay it out as unet/config.json, unet/*.safetensors and one .safetensors or .bin.",
             )
         self._adapter = adapter.read_adapter(files[0])
+        if self._adapter.kind == "pulid":
+            raise WeightsError(
+                f"{files[0].name} is a PuLID file; recordings are of IP-Adapters.",
+                "Replay it with the FaceID adapter that it was recorded with.",
+            )
         self._adapter_file = files[0]
         self._engines: list[Engine] = []
         self._by_scale: dict[float, tuple[Engine, Guidance]] = {}
@@ -307,11 +312,12 @@ class _UNetProvider:
         )
         recorded = recording.input(case, "iptokens")
         projected: Array | None = None
-        if embedding is not None and features is not None and no_features is not None:
-            projected = self._project(
-                np.concatenate((np.zeros_like(embedding), embedding)),
-                np.concatenate((no_features, features)),
-            )
+        if embedding is not None:
+            embeddings = np.concatenate((np.zeros_like(embedding), embedding))
+            if self._adapter.kind == "faceid":
+                projected = self._project(embeddings)
+            elif features is not None and no_features is not None:
+                projected = self._project(embeddings, np.concatenate((no_features, features)))
         if recorded is None:
             if projected is None:
                 raise WeightsError(
@@ -325,14 +331,14 @@ class _UNetProvider:
             self._progress(f"{case}: projection deviates from the recorded tokens by {off:.1e}")
         return tokens
 
-    def _project(self, embeddings: Array, features: Array) -> Array:
+    def _project(self, *inputs: Array) -> Array:
         import torch
 
         from fastface_trt.export.adapter import load_projection
 
         with torch.inference_mode():
             projection = load_projection(self._adapter)
-            tokens = projection(torch.from_numpy(embeddings), torch.from_numpy(features))
+            tokens = projection(*(torch.from_numpy(array) for array in inputs))
         return np.asarray(tokens.numpy(), dtype=np.float32)
 
     def close(self) -> None:

@@ -11,13 +11,16 @@ from threading import Lock
 from typing import Generic, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fastface_trt.engines.contract import IMAGE_TOKENS
 from fastface_trt.engines.device import Tensor, dtype_name
+from fastface_trt.errors import InvalidRequest
 from fastface_trt.runtime.face import ChannelOrder, Face, clip_pixels
 from fastface_trt.runtime.guidance import FACE, TEXT, TEXT_AND_FACE, UNCONDITIONAL
 from fastface_trt.runtime.job import Condition
 from fastface_trt.runtime.modules import ModuleSet
+from fastface_trt.runtime.portrait import FaceParser, portrait_pixels
 from fastface_trt.runtime.request import GenerationRequest
 from fastface_trt.runtime.timeline import NO_TIMELINE, Timeline
 from fastface_trt.runtime.tokenizer import ClipTokenizer
@@ -59,6 +62,12 @@ class TextEmbedding:
     cut: str = ""
 
 
+def _identity(face: Face) -> tuple[Hashable, ...]:
+    """What tells one face from another, for every adapter."""
+    portrait = None if face.portrait_bgr is None else face.portrait_bgr.tobytes()
+    return face.embedding.tobytes(), face.embedding_norm, face.crop_bgr.tobytes(), portrait
+
+
 class Conditioner:
     """Encodes prompts and faces with an export's engines; what it returns stays on their device.
 
@@ -72,6 +81,8 @@ class Conditioner:
             ClipTokenizer.from_folder(modules.folder / name)
             for name in ("tokenizer", "tokenizer_2")
         ]
+        parser = modules.manifest.face_parser
+        self._parser = FaceParser(modules.folder / parser) if parser else None
         self._texts: _Recent[TextEmbedding] = _Recent(256)
         self._tokens: _Recent[Tensor] = _Recent(64)
 
@@ -97,13 +108,17 @@ class Conditioner:
         self._texts.put(prompt, encoded)
         return encoded
 
-    def negative_text(self, prompt: str, timeline: Timeline = NO_TIMELINE) -> TextEmbedding:
-        """The text of branches u and i: zeros for no prompt where the checkpoint was made so."""
-        embedding = self.text(prompt, timeline)
+    def negative_text(
+        self, prompt: str, positive: TextEmbedding, timeline: Timeline = NO_TIMELINE
+    ) -> TextEmbedding:
+        """The text of branches u and i: zeros for no prompt where the checkpoint was made so.
+
+        The zeros have the shapes of `positive`, the request's prompt, so that nothing is encoded.
+        """
         if prompt.strip() or not self._modules.manifest.force_zeros_for_empty_prompt:
-            return embedding
+            return self.text(prompt, timeline)
         zeros = self._modules.device.zeros
-        text, pooled = embedding.text, embedding.pooled
+        text, pooled = positive.text, positive.pooled
         return TextEmbedding(
             zeros(text.shape, dtype_name(text)), zeros(pooled.shape, dtype_name(pooled))
         )
@@ -114,39 +129,84 @@ class Conditioner:
         channel_order: ChannelOrder = "bgr",
         timeline: Timeline = NO_TIMELINE,
     ) -> Tensor:
-        """Image tokens [T, C] of a face, or of no face (zero embedding, all-zero CLIP input)."""
-        key = (
-            None
-            if face is None
-            else (face.embedding.tobytes(), face.crop_bgr.tobytes(), channel_order)
-        )
+        """Image tokens [T, C] of a face, or of no face.
+
+        No face is a zero embedding and an all-zero picture, for PuLID all-zero features of it.
+        Raises `InvalidRequest` for a face that was analysed without what the adapter needs.
+        """
+        key = None if face is None else (*_identity(face), channel_order)
         known = self._tokens.get(key)
         if known is not None:
             return known
-        manifest, device = self._modules.manifest, self._modules.device
-        encoder, projection = (self._modules[name] for name in ("image_encoder", "face_projection"))
-        size = manifest.image_encoder_size
-        if face is None:
-            width = projection.spec.inputs[0].shape[1]
-            embedding = np.zeros(int(width), dtype=np.float32)
-            pixels = np.zeros((3, size, size), dtype=np.float32)
-        else:
-            embedding = face.embedding
-            pixels = clip_pixels(
-                face.crop_bgr,
-                size=size,
-                mean=manifest.image_mean,
-                std=manifest.image_std,
-                channel_order=channel_order,
-            )
-        with timeline.span("image_encoder", device):
-            features = encoder(pixel_values=pixels[None])["clip_embeds"]
+        device, projection = self._modules.device, self._modules["face_projection"]
+        inputs = (
+            self._no_face(timeline)
+            if face is None
+            else self._of_face(face, channel_order, timeline)
+        )
         with timeline.span("face_projection", device):
-            projected = projection(face_embeds=embedding[None], clip_embeds=features)
+            projected = projection(**inputs)
             tokens = device.copy(projected[IMAGE_TOKENS][0])
         device.synchronize()  # from here on other threads read them
         self._tokens.put(key, tokens)
         return tokens
+
+    def _no_face(self, timeline: Timeline) -> Mapping[str, Tensor]:
+        """Inputs of the projection in the branches that know no face."""
+        manifest = self._modules.manifest
+        zeros = {
+            tensor.name: np.zeros(
+                [size if isinstance(size, int) else 1 for size in tensor.shape], dtype=np.float32
+            )
+            for tensor in self._modules["face_projection"].spec.inputs
+        }
+        if manifest.adapter_kind != "faceid-plus-v2":
+            return zeros
+        assert manifest.image_encoder_size is not None
+        side = manifest.image_encoder_size
+        pixels = np.zeros((1, 3, side, side), dtype=np.float32)
+        return zeros | self._encode(pixels, timeline)
+
+    def _of_face(
+        self, face: Face, channel_order: ChannelOrder, timeline: Timeline
+    ) -> Mapping[str, Tensor]:
+        """Inputs of the projection for a face."""
+        manifest = self._modules.manifest
+        if manifest.adapter_kind == "faceid":
+            return {"face_embeds": face.embedding[None]}
+        assert manifest.image_encoder_size is not None
+        assert manifest.image_mean is not None
+        assert manifest.image_std is not None
+        if manifest.adapter_kind == "faceid-plus-v2":
+            embedding = face.embedding
+            pixels = clip_pixels(
+                face.crop_bgr,
+                size=manifest.image_encoder_size,
+                mean=manifest.image_mean,
+                std=manifest.image_std,
+                channel_order=channel_order,
+            )
+        else:
+            if face.portrait_bgr is None:
+                raise InvalidRequest(
+                    "This face was analysed for another adapter: it has no portrait for PuLID.",
+                    "Pass the picture, or analyse it with the FastFace object that uses it.",
+                )
+            embedding = face.embedding * np.float32(face.embedding_norm)
+            portrait = face.portrait_bgr
+            pixels = portrait_pixels(
+                portrait,
+                size=manifest.image_encoder_size,
+                mean=manifest.image_mean,
+                std=manifest.image_std,
+                background=None if self._parser is None else self._parser.background(portrait),
+            )
+        return {"face_embeds": embedding[None], **self._encode(pixels[None], timeline)}
+
+    def _encode(self, pixels: NDArray[np.float32], timeline: Timeline) -> Mapping[str, Tensor]:
+        encoder = self._modules["image_encoder"]
+        with timeline.span("image_encoder", self._modules.device):
+            return encoder(pixel_values=pixels)
 
     def conditions(
         self,
@@ -156,7 +216,7 @@ class Conditioner:
     ) -> Mapping[str, Condition]:
         """Text and image tokens of the four branches u, t, i and ti of a request."""
         text = self.text(request.prompt, timeline)
-        nothing = self.negative_text(request.negative_prompt, timeline)
+        nothing = self.negative_text(request.negative_prompt, text, timeline)
         no_face = self.image_tokens(None, timeline=timeline)
         return {
             UNCONDITIONAL: Condition(nothing.text, nothing.pooled, no_face),

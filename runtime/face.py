@@ -1,4 +1,4 @@
-"""Find a face, align it, embed it: what FaceID-Plus-v2 wants to know about a person.
+"""Find a face, align it, embed it: what an adapter wants to know about a person.
 
 All of it is InsightFace's own code; this module chooses the face, the detector's input size, and
 says in one sentence what went wrong.
@@ -29,6 +29,7 @@ from fastface_trt.errors import (
     UnknownName,
     WeightsError,
 )
+from fastface_trt.runtime.portrait import align_portrait
 from fastface_trt.runtime.timeline import NO_TIMELINE, Timeline
 
 DETECTOR_SIZES = (640, 576, 512, 448, 384, 320)
@@ -48,6 +49,8 @@ class Face:
 
     embedding: NDArray[np.float32]
     """[512], of length 1: InsightFace's `normed_embedding`."""
+    embedding_norm: float
+    """Length that the recogniser gave the embedding; PuLID takes it unnormalised."""
     crop_bgr: NDArray[np.uint8]
     """[224, 224, 3] in BGR order, aligned by InsightFace's `norm_crop`."""
     box: tuple[float, float, float, float]
@@ -60,6 +63,8 @@ class Face:
     """How many faces the picture has."""
     detector_size: int
     """The detector's input size in pixels at which the faces were found."""
+    portrait_bgr: NDArray[np.uint8] | None = None
+    """[512, 512, 3] in BGR order, see `portrait`; None where the analyser makes none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,8 +85,11 @@ class FaceAnalyzer:
         *,
         providers: Sequence[str] = ("CPUExecutionProvider",),
         licence_acknowledged: bool = False,
+        portraits: bool = False,
     ) -> None:
         """`model` is a folder with a detector and a recogniser (ONNX), or a pack's name.
+
+        With `portraits` faces get the portrait that PuLID looks at.
 
         A pack is downloaded by InsightFace at first use. Raises `WeightsError` when the folder does
         not exist, `UnknownName` for an unknown pack, `LicenceNotAcknowledged` for a pack without
@@ -106,6 +114,7 @@ class FaceAnalyzer:
         else:
             self._model = model
         self._providers = tuple(providers)
+        self._portraits = portraits
         self._analysis: Any = None
         self._lock = threading.Lock()
 
@@ -221,12 +230,14 @@ class FaceAnalyzer:
         left, top, right, bottom = (float(v) for v in box[:4])
         return Face(
             embedding=embedding,
+            embedding_norm=float(face.embedding_norm),
             crop_bgr=crop,
             box=(left, top, right, bottom),
             score=float(box[4]),
             index=index,
             count=len(found.boxes),
             detector_size=found.detector_size,
+            portrait_bgr=align_portrait(bgr, points) if self._portraits else None,
         )
 
     def _loaded(self) -> Any:

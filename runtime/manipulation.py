@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastface_trt.engines.contract import KINDS, MANIPULATION_COLUMNS, PARTS
+from fastface_trt.engines.manifest import AdapterKind
 from fastface_trt.errors import InvalidRequest, UnknownName
 
 PerStep = float | Sequence[float]
@@ -25,7 +26,9 @@ class PartManipulation:
 
     kind: `off`, `scale_power` (AM1) or `softmask` (AM2). scale: s > 0. power: p ≥ 0 (scale_power).
     quantile: level in [0, 1], sharpness: d, adain_weight: w in [0, 1] with 1 = no AdaIN,
-    invert_first_token: appendix E (softmask). upper_bound: f(A) is clamped to it.
+    invert_first_token: appendix E (softmask), for a trait of FaceID-Plus-v2's first token; None
+    leaves it to the adapter (`for_adapter`) and means that one until then. upper_bound: f(A) is
+    clamped to it.
     """
 
     kind: str = "off"
@@ -34,7 +37,7 @@ class PartManipulation:
     quantile: PerStep = 0.65
     sharpness: PerStep = 5.0
     adain_weight: PerStep = 1.0
-    invert_first_token: bool = True
+    invert_first_token: bool | None = None
     upper_bound: float = 10.0
 
     def __post_init__(self) -> None:
@@ -69,6 +72,8 @@ class PartManipulation:
             value = getattr(self, column)
             if column == "kind":
                 value = KINDS.index(value)
+            elif value is None:
+                value = True
             elif isinstance(value, Sequence):
                 if len(value) != steps:
                     raise InvalidRequest(
@@ -95,6 +100,17 @@ class AttentionManipulation:
     def rows(self, step: int, steps: int) -> NDArray[np.float32]:
         """Parameters of one step, float32 [parts, columns] as the UNet module takes them."""
         return np.array([getattr(self, p).row(step, steps) for p in PARTS], dtype=np.float32)
+
+    def for_adapter(self, kind: AdapterKind) -> "AttentionManipulation":
+        """This manipulation with what was left to the adapter settled for one of that kind."""
+        return AttentionManipulation(
+            **{
+                part: replace(values, invert_first_token=kind == "faceid-plus-v2")
+                if values.invert_first_token is None
+                else values
+                for part, values in ((part, getattr(self, part)) for part in PARTS)
+            }
+        )
 
     @property
     def uses_softmask(self) -> bool:

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastface_trt.engines.contract import PARTS
+from fastface_trt.engines.manifest import AdapterKind
 from fastface_trt.errors import InvalidRequest, UnknownName
 from fastface_trt.runtime.guidance import (
     BRANCH_PLANS,
@@ -133,6 +134,10 @@ class GenerationRequest:
     def with_preset(self, name: str, **overrides: Any) -> "GenerationRequest":
         """This request with the fields of a preset, then `overrides`."""
         return replace(self, **{**preset_fields(name, self.steps), **overrides})
+
+    def for_adapter(self, kind: AdapterKind) -> "GenerationRequest":
+        """This request with what it leaves to the adapter settled for one of that kind."""
+        return replace(self, manipulation=self.manipulation.for_adapter(kind))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values, for metadata; schedules are written out per step."""

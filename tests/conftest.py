@@ -75,6 +75,34 @@ def tiny_export(tiny_entry, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def export_with_shared_modules(tiny_export):
+    """`run_export` that copies the modules named from `source`, where they are the same there."""
+    import shutil
+
+    from fastface_trt.export import exporter
+
+    names = ("text_encoder", "text_encoder_2", "vae_decoder", "unet")
+
+    def run(options, out, shared=names, source=tiny_export):
+        write = exporter._write
+        folder, manifest = source
+
+        def write_or_copy(name, make, target, *rest):
+            if name not in shared:
+                return write(name, make, target, *rest)
+            if name != "unet":
+                make()  # what the manifest says comes from making a module
+            shutil.copytree(folder / name, target / name)
+            return manifest.modules[name]
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(exporter, "_write", write_or_copy)
+            return exporter.run_export(options, out, lambda line: None)
+
+    return run
+
+
+@pytest.fixture(scope="session")
 def half_scale_export(tiny_entry, tiny_export, tmp_path_factory):
     """The tiny export with its LoRA at half scale: folder and manifest.
 

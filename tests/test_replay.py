@@ -128,3 +128,43 @@ def test_missing_pieces_are_named(tmp_path):
     bad = edited(tmp_path, lambda case: case["guidance"].update(alpha=[1.0]))
     with pytest.raises(InvalidRequest, match="1 values for 4 steps"):
         run(tmp_path, backend="torch", cases=bad)
+
+
+def test_faceid_projects_the_embedding_alone(tmp_path):
+    """The golden's adapter without its resampler is a FaceID adapter."""
+    import torch
+
+    from fastface_trt.export.adapter import load_projection, read_adapter
+
+    model, tensors = tmp_path / "model", tmp_path / "t.safetensors"
+    shutil.copytree(PIPELINE / "model", model)
+    (file,) = model.glob("*.safetensors")
+    save_file({k: v for k, v in load_file(file).items() if "perceiver" not in k}, file)
+    adapter = read_adapter(file)
+    assert adapter.kind == "faceid"
+    recorded = load_file(PIPELINE / "tensors.safetensors")
+    embedding = torch.from_numpy(recorded["input.id_embeds"])
+    with torch.no_grad():
+        tokens = load_projection(adapter)(torch.cat((torch.zeros_like(embedding), embedding)))
+    gone = ("input.iptokens", "input.clip_embeds", "input.negative_clip_embeds")
+    recorded = {name: array for name, array in recorded.items() if name not in gone}
+    results = []
+    for given in ({}, {"input.iptokens": tokens.numpy()}):
+        save_file(recorded | given, tensors)
+        results.append(
+            run(tmp_path, backend="torch", model=model, tensors=tensors, names=["hyper_plain"])
+        )
+    assert results[0]
+    for name, expected in results[1].items():
+        np.testing.assert_array_equal(results[0][name], expected)
+
+
+def test_pulid_files_are_refused(tmp_path):
+    from safetensors.torch import save_file as save_torch
+    from tiny_pulid import pulid_tensors, tiny_id_former
+
+    model = tmp_path / "model"
+    shutil.copytree(PIPELINE / "model" / "unet", model / "unet")
+    save_torch(pulid_tensors(tiny_id_former()), model / "pulid.safetensors")
+    with pytest.raises(WeightsError, match="PuLID"):
+        run(tmp_path, model=model, backend="torch")

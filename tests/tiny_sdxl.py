@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 
 from fastface_trt.export import full_size
 from fastface_trt.export.attention import attach_processors
-from fastface_trt.export.projection import FaceProjection
+from fastface_trt.export.projection import FaceIdProjection, FaceProjection
 
 TEXT_WIDTHS = (16, 24)
 POOLED = 24
@@ -51,15 +51,26 @@ def tiny_projection(seed: int = 0) -> FaceProjection:
     )
 
 
-def adapter_tensors(unet: torch.nn.Module, seed: int = 1) -> dict[str, torch.Tensor]:
-    """A FaceID-Plus-v2 adapter for `unet` in the published key layout, LoRA included."""
+def tiny_faceid_projection(seed: int = 0) -> FaceIdProjection:
+    torch.manual_seed(seed)
+    return FaceIdProjection(width=sum(TEXT_WIDTHS))
+
+
+def adapter_tensors(
+    unet: torch.nn.Module, seed: int = 1, projection: torch.nn.Module | None = None
+) -> dict[str, torch.Tensor]:
+    """A FaceID-Plus-v2 adapter for `unet` in the published key layout, LoRA included.
+
+    With a `projection` of its own it is an adapter of that projection's kind.
+    """
     attach_processors(unet)
     generator = torch.Generator().manual_seed(seed)
 
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator) * 0.1
 
-    tensors = {f"image_proj.{k}": v.clone() for k, v in tiny_projection(seed).state_dict().items()}
+    projection = projection or tiny_projection(seed)
+    tensors = {f"image_proj.{k}": v.clone() for k, v in projection.state_dict().items()}
     for index, name in enumerate(unet.attn_processors):
         attention = unet.get_submodule(name.removesuffix(".processor"))
         for source, target in (

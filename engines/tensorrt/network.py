@@ -8,7 +8,7 @@ from fastface_trt.engines.hardware import cuda_hardware
 from fastface_trt.engines.manifest import ModuleSpec
 from fastface_trt.engines.onnx_file import OnnxFile
 from fastface_trt.engines.tensorrt.flavour import Flavour
-from fastface_trt.engines.tensorrt.plugin import register_plugins
+from fastface_trt.engines.tensorrt.plugin import register_plugins, require_kernel_tokens
 from fastface_trt.engines.tensorrt.plugin_function import with_plugins
 from fastface_trt.engines.topology import is_weight
 from fastface_trt.engines.weight_map import EngineWeight
@@ -65,12 +65,14 @@ def parse(
     Weights are handed over by address, so the file's mapping is the only copy, and the address says
     which initialiser a weight of the network is; `onnx` must stay open until the engine is built.
     `attention_plugin` puts the CUDA kernels where decoupled attention's subroutine was.
-    Raises `BuildFailed` with the node and the PyTorch module that the parser refused.
+    Raises `BuildFailed` with the node and the PyTorch module that the parser refused, or when the
+    kernels do not fit the module's image tokens.
     """
     creation = binding.NetworkDefinitionCreationFlag
     flags = 1 << int(creation.STRONGLY_TYPED)
     model = bytes(onnx.model)
     if attention_plugin:
+        require_kernel_tokens(module)
         register_plugins(flavour, f"sm_{cuda_hardware()['compute_capability'].replace('.', '')}")
         flags |= 1 << int(creation.PREFER_AOT_PYTHON_PLUGINS)
         model = with_plugins(onnx.model)

@@ -23,7 +23,7 @@ from functools import cache
 from importlib import import_module
 from typing import Any, Final
 
-from fastface_trt.engines.contract import FUNCTION_DOMAIN, FUNCTION_NAME
+from fastface_trt.engines.contract import FUNCTION_DOMAIN, FUNCTION_NAME, IMAGE_TOKENS
 from fastface_trt.engines.kernels.compile import (
     OUTPUT_KERNEL,
     STATISTICS_KERNEL,
@@ -36,8 +36,9 @@ from fastface_trt.engines.kernels.decoupled_attention import (
     STATISTICS_THREADS,
     TOKENS,
 )
+from fastface_trt.engines.manifest import ModuleSpec
 from fastface_trt.engines.tensorrt.flavour import Flavour
-from fastface_trt.errors import BackendUnavailable, InvalidRequest
+from fastface_trt.errors import BackendUnavailable, BuildFailed, InvalidRequest
 
 STATISTICS_PLUGIN: Final = f"{FUNCTION_NAME}Statistics"
 """(q, k, manipulation) → maps [B,H,N,T] and statistics [B,H,3,T], both float32."""
@@ -47,6 +48,17 @@ OUTPUT_PLUGIN: Final = f"{FUNCTION_NAME}Output"
 
 Ptx = Callable[[int, str], str]
 """From head size and dtype to the kernels' PTX."""
+
+
+def require_kernel_tokens(module: ModuleSpec) -> None:
+    """Raise `BuildFailed` unless the module's image tokens are as many as the kernels are for."""
+    for tensor in module.inputs:
+        if tensor.name == IMAGE_TOKENS and tensor.shape[1] != TOKENS:
+            raise BuildFailed(
+                f"The attention kernel is for {TOKENS} image tokens, {module.name} takes "
+                f"{tensor.shape[1]}.",
+                "Build without the attention kernel: TensorRT compiles the subroutine itself.",
+            )
 
 
 def register_plugins(flavour: Flavour, architecture: str) -> None:

@@ -27,8 +27,11 @@ from fastface_trt.errors import InvalidRequest, LicenceNotAcknowledged, MissingD
 )
 @click.option("--steps", type=int, help="Steps that the checkpoint is exported for.")
 @click.option("--base", help="Other base weights: diffusers folder, single file, or hub id[@rev].")
-@click.option("--adapter", help="FaceID-Plus-v2 file (.bin or .safetensors), or hub id/path.")
-@click.option("--image-encoder", help="CLIP vision model: folder or hub id.")
+@click.option(
+    "--adapter",
+    help="faceid-plus-v2, faceid, pulid, a file of one (.bin or .safetensors), or hub id/path.",
+)
+@click.option("--image-encoder", help="Vision model of the adapter: folder or hub id.")
 @click.option("--vae", help="Another VAE: folder or hub id.")
 @click.option("--tiny-vae", is_flag=True, help="Use TAESDXL.")
 @click.option(
@@ -38,6 +41,17 @@ from fastface_trt.errors import InvalidRequest, LicenceNotAcknowledged, MissingD
     type=float,
     help="Scale of the adapter's LoRA; it is fused, so another value is another export.",
 )
+@click.option(
+    "--orthogonal",
+    type=click.Choice(["off", "v1", "v2"]),
+    help="How PuLID frees its attention from what the text says [v2].",
+)
+@click.option(
+    "--zero-tokens",
+    type=int,
+    help="Zero tokens of PuLID: more are easier to edit and less alike [20; 8 for version 1].",
+)
+@click.option("--face-parser", type=FILE, help="ONNX face parser (BiSeNet, 19 classes) for PuLID.")
 @click.option("--distillation-lora", help="Another distillation LoRA: file or hub id/path.")
 @click.option("--distillation-lora-scale", type=float, help="Scale of the distillation LoRA.")
 @click.option(
@@ -89,20 +103,20 @@ def export(
     calibration_size: int,
     **options: Any,
 ) -> None:
-    """Write an SDXL checkpoint with FaceID-Plus-v2 as ONNX modules to folder OUT.
+    """Write an SDXL checkpoint with a face adapter as ONNX modules to folder OUT.
 
     OUT defaults to exports/CHECKPOINT-PRECISION. Downloads go through the hub client, so HF_HOME,
     HF_HUB_OFFLINE and tokens apply. The FaceID adapter is for non-commercial research: say
     --accept-licence once you have read its terms.
     """
     try:
-        from fastface_trt.export.checkpoints import find_checkpoint
+        from fastface_trt.export.checkpoints import ADAPTERS, find_checkpoint
         from fastface_trt.export.exporter import peak_gb, run_export
         from fastface_trt.export.options import ExportOptions
         from fastface_trt.export.precision import QUANTIZED_FORMATS
         from fastface_trt.export.quantization.calibration import RandomCalibration
         from fastface_trt.export.quiet import quiet_libraries
-        from fastface_trt.export.sources import parse_item
+        from fastface_trt.export.sources import parse_adapter, parse_item
     except ImportError as error:
         raise MissingDependency(
             f"Exporting needs {error.name}.", "Install it with: pip install 'fastface-trt[export]'."
@@ -112,13 +126,16 @@ def export(
     if fp16:
         options["precision"] = "fp16"
     for name in ("base", "adapter", "image_encoder", "vae", "distillation_lora"):
-        options[name] = parse_item(options[name]) if options[name] else None
+        parse = parse_adapter if name == "adapter" else parse_item
+        options[name] = parse(options[name]) if options[name] else None
     options["faceid_lora_scale"] = options.pop("lora_scale")
-    restricted = "non-commercial" in entry.adapter.licence + entry.base.licence
+    # A file of one's own says no licence: it is asked for as the published one is.
+    adapter = next((a for a in ADAPTERS.values() if a == options["adapter"]), entry.adapter)
+    restricted = "non-commercial" in adapter.licence + entry.base.licence
     if restricted and not options["random_weights"] and not accept_licence:
         raise LicenceNotAcknowledged(
             f"Checkpoint {checkpoint} uses weights for non-commercial research "
-            f"({entry.adapter.location}: {entry.adapter.licence}; "
+            f"({adapter.location}: {adapter.licence}; "
             f"{entry.base.location}: {entry.base.licence}).",
             "Read their licences, then add --accept-licence.",
         )

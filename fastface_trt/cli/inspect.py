@@ -62,11 +62,17 @@ def inspect(what: str, verify: bool, as_json: bool) -> None:
 def _show_export(out: Console, export: ExportManifest) -> None:
     random = ", random weights" if export.random_weights else ""
     out.print(
-        f"Export of {export.checkpoint} with {export.adapter}{random}: {export.precision} "
+        f"Export of {export.checkpoint} with {export.adapter} ({export.adapter_kind}, "
+        f"{export.image_token_count} tokens){random}: {export.precision} "
         f"(weights stored as {export.weight_storage}), {export.width}x{export.height}"
         f"{' only' if export.fixed_size else ''}, {export.steps} steps of "
         f"{export.scheduler['class']}, face model {export.face_model}"
     )
+    if export.adapter_kind == "pulid":
+        parser = "with a face parser" if export.face_parser else "without a face parser"
+        out.print(
+            f"PuLID: orthogonal {export.orthogonal}, {export.zero_tokens} zero tokens, {parser}"
+        )
     for lora in export.loras:
         out.print(f"LoRA fused: {lora.role} at {lora.scale}")
     if export.quantization is not None:

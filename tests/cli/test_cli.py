@@ -180,7 +180,9 @@ def test_build_then_inspect(tiny_export, tmp_path):
     engines = result.stdout.split()
     assert len(engines) == 7
     assert run("cache", "verify", "--cache", tmp_path).output.count("ok") == 7
-    assert "unet" in run("inspect", folder, "--verify").output
+    shown = run("inspect", folder, "--verify").output
+    assert "unet" in shown
+    assert "faceid-plus-v2, 4 tokens" in " ".join(shown.split())
     assert "input_ids" in run("inspect", engines[0], "--verify").output
     assert json.loads(run("inspect", folder, "--json").stdout)["checkpoint"] == "tiny"
     assert json.loads(run("inspect", engines[0], "--json").stdout)["backend"] == "onnxruntime"
@@ -204,11 +206,20 @@ def test_export_asks_for_the_licence_first():
     assert "--accept-licence" in result.stderr
 
 
+def test_export_asks_for_the_named_adapters_licence():
+    result = run("export", "--checkpoint", "mini", "--adapter", "pulid")
+    assert result.exit_code == USER_ERROR
+    assert "guozinan/PuLID" in result.stderr
+    assert "--accept-licence" in result.stderr
+
+
 def test_export_mistakes(tmp_path):
     for arguments, says in (
         (("--checkpoint", "hiper"), "hyper"),
         (("--checkpoint", "hyper", "--random-weights", "--steps", 3), "3 steps"),
         (("--checkpoint", "hyper", "--random-weights", "--vae", "x/y"), "no weights"),
+        (("--checkpoint", "hyper", "--random-weights", "--adapter", "x/y"), "faceid-plus-v2"),
+        (("--checkpoint", "mini", "--zero-tokens", 4), "--adapter pulid"),
         (("--checkpoint", "mini", "--adapter", str(tmp_path / "a.bin")), "a.bin"),
         (("--checkpoint", "mini", "--calibration-faces", str(tmp_path)), "not calibrated"),
         (("--checkpoint", "hyper", "--precision", "fp8", "--accept-licence"), "photographs"),

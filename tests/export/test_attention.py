@@ -97,7 +97,7 @@ def test_quantile_of_crowded_maps_is_fine_enough(function, settings):
     assert relative(function(3 * q, k, v, [row(**settings)], [1.0]), expected) < 2e-6
 
 
-@pytest.mark.parametrize("tokens", [1, 2, 16])
+@pytest.mark.parametrize("tokens", [1, 2, 16, 52])
 @pytest.mark.parametrize("settings", SETTINGS[:4])
 def test_any_number_of_tokens(tokens, settings):
     q, k, v = tensors(tokens, tokens=tokens)

@@ -165,3 +165,12 @@ def test_parse_manipulation():
         parse_manipulation("scale=big", OFF)
     with pytest.raises(UnknownName, match="softmask"):
         parse_manipulation("kind=softmax", OFF)
+
+
+@pytest.mark.parametrize(("kind", "inverted"), [("faceid-plus-v2", 1), ("faceid", 0), ("pulid", 0)])
+def test_the_first_token_is_inverted_where_the_adapter_needs_it(kind, inverted):
+    settled = REQUEST.with_preset("am2").for_adapter(kind).manipulation
+    assert settled.down.invert_first_token == bool(inverted)
+    assert settled.rows(0, 4)[PARTS.index("up"), COLUMN["invert_first_token"]] == inverted
+    chosen = AttentionManipulation(down=PartManipulation("softmask", invert_first_token=True))
+    assert chosen.for_adapter(kind).down.invert_first_token is True

@@ -12,13 +12,26 @@ from fastface_trt.engines.tensorrt.plugin import (
     OUTPUT_PLUGIN,
     STATISTICS_PLUGIN,
     register_plugins,
+    require_kernel_tokens,
 )
-from fastface_trt.errors import BackendUnavailable, InvalidRequest
+from fastface_trt.errors import BackendUnavailable, BuildFailed, InvalidRequest
 
 # The sources have docstrings with stray backslashes.
 pytestmark = pytest.mark.filterwarnings("ignore:invalid escape sequence")
 
 SIZES = {"rows": 6, "heads": 10, "positions": 1025, "size": 64, "requests": 2}
+
+
+def test_other_numbers_of_image_tokens_are_refused():
+    from fastface_trt.engines.manifest import ModuleSpec, TensorSpec
+
+    def unet(tokens):
+        image = TensorSpec(name="image_tokens", dtype="float16", shape=("batch", tokens, 2048))
+        return ModuleSpec.model_construct(name="unet", inputs=(image,), outputs=(), files=())
+
+    require_kernel_tokens(unet(4))
+    with pytest.raises(BuildFailed, match="takes 52"):
+        require_kernel_tokens(unet(52))
 
 
 @pytest.fixture
