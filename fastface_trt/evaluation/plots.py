@@ -216,9 +216,7 @@ def differences(
     return figure
 
 
-def _panels(
-    count: int, width: float, height: float, theme: Theme
-) -> tuple[Figure, list[Axes]]:
+def _panels(count: int, width: float, height: float, theme: Theme) -> tuple[Figure, list[Axes]]:
     """A figure with `count` panels of `width` × `height` inches, `_COLUMNS` in a row."""
     columns = min(count, _COLUMNS)
     rows = ceil(count / columns)
@@ -238,9 +236,7 @@ def _shared_legend(figure: Figure, axes: Axes, theme: Theme) -> None:
     )
 
 
-def _name_rows(
-    axes: Axes, places: Any, settings: Sequence[SettingView], *, named: bool
-) -> None:
+def _name_rows(axes: Axes, places: Any, settings: Sequence[SettingView], *, named: bool) -> None:
     # A dollar would start mathematics.
     names = [setting.name.replace("$", r"\$") for setting in settings]
     axes.set_yticks(places, names if named else [""] * len(names))

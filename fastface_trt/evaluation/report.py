@@ -65,7 +65,7 @@ def render(run: RunView, figures: Sequence[Mapping[str, str]], sheets: Sequence[
             run=run,
             title=run.title,
             facts=_facts(run),
-            findings=findings(run),
+            findings=[sentence.partition(": ") for sentence in findings(run)],
             scores=_scores(run),
             differences=_differences(run),
             figures=figures,
@@ -184,9 +184,7 @@ def _scores(run: RunView) -> dict[str, Any]:
     heads: list[tuple[str, str]] = [("setting", "")]
     # An axis whose value names the setting would be the same column twice.
     names = [
-        name
-        for name in axes
-        if any(value_text(s.axes.get(name)) != s.name for s in run.settings)
+        name for name in axes if any(value_text(s.axes.get(name)) != s.name for s in run.settings)
     ]
     heads += [(axes[name].label, "") for name in names]
     heads.append(("n", "finished pairs"))
@@ -238,6 +236,7 @@ def _difference_row(
 
 
 def _cell(interval: Interval, *, sign: bool = False) -> tuple[str, Any]:
+    """Text (mean, then the interval in brackets) and the number to sort by."""
     if isnan(interval.mean):
         return "–", ""
     return interval.text(sign=sign), interval.mean

@@ -101,9 +101,7 @@ class RunView:
 
     def values(self, setting: str, judge: str) -> dict[int, float]:
         """A metric of one setting by pair, without the pictures that have none."""
-        found = {
-            pair: result.metrics.get(judge) for pair, result in self.results[setting].items()
-        }
+        found = {pair: result.metrics.get(judge) for pair, result in self.results[setting].items()}
         return {pair: float(value) for pair, value in found.items() if value is not None}
 
     def mean(self, setting: str, judge: str) -> Interval:

@@ -121,7 +121,12 @@ def write_run(
             for n, lb, u, h, w in judges
         ],
         "settings": [
-            {"name": name, "axes": axes, "request": {"steps": 4, **axes}, "line": axes.get("preset")}
+            {
+                "name": name,
+                "axes": axes,
+                "request": {"steps": 4, **axes},
+                "line": axes.get("preset"),
+            }
             for name, axes in zip(names, clean, strict=True)
         ],
         "pairs": pairs,

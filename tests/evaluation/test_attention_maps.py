@@ -30,7 +30,9 @@ def unet():
     from fastface_trt.export.options import ExportOptions
     from fastface_trt.export.weights import CheckpointWeights
 
-    return UNetModule(CheckpointWeights(ExportOptions(find_checkpoint("mini"))).unet().half().double())
+    return UNetModule(
+        CheckpointWeights(ExportOptions(find_checkpoint("mini"))).unet().half().double()
+    )
 
 
 def collected(monkeypatch, **fields):
