@@ -39,7 +39,11 @@ _PLAIN = (
     "plan",
     "negative_prompt",
 )
-SOURCE_FIELDS = (
+SOURCE_FIELDS = ("export", "lora_scale", "scheduler")
+"""Fields that choose the engines and their schedule, not the request: an export's folder, the scale
+of its adapter's LoRA, and the checkpoint of the registry whose sampler and steps are used."""
+
+FIELDS = (
     *_PLAIN,
     *_MANIPULATION,
     *(f"{part}.{name}" for part in PARTS for name in _MANIPULATION),
