@@ -9,6 +9,7 @@ from fastface_trt.cli.build import build
 from fastface_trt.cli.cache import cache
 from fastface_trt.cli.demo import demo
 from fastface_trt.cli.doctor import doctor
+from fastface_trt.cli.evaluate import evaluate
 from fastface_trt.cli.export import export
 from fastface_trt.cli.generate import generate
 from fastface_trt.cli.inspect import inspect
@@ -56,6 +57,7 @@ for command in (
     inspect,
     doctor,
     replay,
+    evaluate,
 ):
     cli.add_command(command)
 
