@@ -17,6 +17,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from fastface_trt.cli.attention import attention
 from fastface_trt.cli.common import FOLDER, backend_options, console, licence_option, timed_lines
 from fastface_trt.errors import InvalidRequest
 from fastface_trt.evaluation.data import Dataset, load_dataset
@@ -171,6 +172,9 @@ def list_experiments() -> None:
         click.echo(
             f"{name:18} {len(found.expanded()):3} settings, {found.pairs:4} pairs: {found.title}"
         )
+
+
+evaluate.add_command(attention)
 
 
 def _report(out: Path) -> Path:

@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
-from fastface_trt.evaluation.run_view import RunView, SettingView
+if TYPE_CHECKING:
+    from fastface_trt.evaluation.run_view import RunView, SettingView
 
-LABELS: Final[Mapping[str, str]] = {
-    "ip_adapter_scale": "λ (ip_adapter_scale)",
-    "alpha": "α (weight of the face)",
-    "beta": "β (weight of the prompt)",
-    "alpha_between": "α (but first and last step)",
-    "beta_between": "β (but first and last step)",
-    "rescale": "φ (rescale)",
-    "scale": "s (scale)",
-    "power": "p (power)",
-    "sharpness": "d (sharpness)",
-    "adain_weight": "w (adain_weight)",
-    "quantile": "quantile level",
-    "lora_scale": "LoRA scale",
-    "scale_later": "s (scale, from the second step)",
-    "sharpness_later": "d (sharpness, from the second step)",
-    "steps": "UNet steps",
+_NAMES: Final[Mapping[str, tuple[str, str]]] = {
+    "ip_adapter_scale": ("λ", "λ (ip_adapter_scale)"),
+    "alpha": ("α", "α (weight of the face)"),
+    "beta": ("β", "β (weight of the prompt)"),
+    "alpha_between": ("α", "α (but first and last step)"),
+    "beta_between": ("β", "β (but first and last step)"),
+    "rescale": ("φ", "φ (rescale)"),
+    "scale": ("s", "s (scale)"),
+    "scale_later": ("s", "s (scale, from the second step)"),
+    "power": ("p", "p (power)"),
+    "sharpness": ("d", "d (sharpness)"),
+    "sharpness_later": ("d", "d (sharpness, from the second step)"),
+    "adain_weight": ("w", "w (adain_weight)"),
+    "quantile": ("quantile", "quantile level"),
+    "lora_scale": ("LoRA", "LoRA scale"),
+    "steps": ("steps", "UNet steps"),
+    "dcg_variant": ("DCG", "DCG variant"),
 }
+_NOMINAL: Final = ("dcg_variant", "seed")
+"""Numbers that only name things: no curve goes through them."""
+
 LAMBDA: Final = "ip_adapter_scale"
 ALPHA: Final = ("alpha", "alpha_between")
 BETA: Final = ("beta", "beta_between")
@@ -45,36 +50,44 @@ class Axis:
     @property
     def label(self) -> str:
         """What to write at an axis."""
-        return LABELS.get(self.name.rsplit(".", 1)[-1], self.name.replace("_", " "))
+        part, _, field = self.name.rpartition(".")
+        label = _NAMES.get(field, ("", self.name.replace("_", " ")))[1]
+        return f"{label}, {part}" if part else label
 
     @property
     def per_step(self) -> bool:
         """Whether values say at which step something applies."""
-        words = self.name.lower().replace(".", "_").split("_")
         lists = [v for v in self.values if isinstance(v, list | tuple)]
-        return "step" in words or "at" in words or (self.scalars is None and len(lists) > 1)
+        return self.name in ("step", "at_step") or (self.scalars is None and len(lists) > 1)
 
     def scalar(self, value: Any) -> float:
         """The number of a value; only where `scalars` is not None."""
         assert self.scalars is not None
         return self.scalars[value_text(value)]
 
+    def short(self, value: Any) -> str:
+        """A value without the axis's name; a list by its one number where that says it all."""
+        return value_text(value if self.scalars is None else self.scalar(value))
+
+    def text(self, value: Any) -> str:
+        """A value for people with the symbol of its axis, `λ 0.5`; words go without."""
+        if isinstance(value, str) and value not in ("on", "off"):
+            return value
+        part, _, field = self.name.rpartition(".")
+        symbol = _NAMES.get(field, (self.name.replace("_", " "), ""))[0]
+        return f"{symbol} {part} {self.short(value)}" if part else f"{symbol} {self.short(value)}"
+
 
 @dataclass(frozen=True)
 class Group:
     """Settings that differ in one axis (or two) and agree in every other."""
 
-    others: Mapping[str, Any]
+    label: str
     settings: tuple[SettingView, ...]
-
-    @property
-    def label(self) -> str:
-        """The values that the settings share, `all` where nothing else varies."""
-        return ", ".join(value_text(v, k) for k, v in self.others.items()) or "all"
 
 
 def value_text(value: Any, name: str = "") -> str:
-    """A value of an axis for people; numbers and flags carry the axis's name where given."""
+    """A value of an axis for people; all but words carry the axis's name where given."""
     if value is None:
         text = "off"
     elif isinstance(value, bool):
@@ -90,11 +103,11 @@ def value_text(value: Any, name: str = "") -> str:
     return f"{name} {text}" if name and not isinstance(value, str) else text
 
 
-def find_axes(run: RunView) -> dict[str, Axis]:
-    """The axes with at least two values, by name, in the order of the settings."""
+def find_axes(settings: Iterable[Mapping[str, Any]]) -> dict[str, Axis]:
+    """The axes of settings, given by what each varies, that have at least two values."""
     values: dict[str, dict[str, Any]] = {}
-    for setting in run.settings:
-        for name, value in setting.axes.items():
+    for setting in settings:
+        for name, value in setting.items():
             values.setdefault(name, {})[value_text(value)] = value
     return {
         name: _axis(name, tuple(found.values())) for name, found in values.items() if len(found) > 1
@@ -103,15 +116,17 @@ def find_axes(run: RunView) -> dict[str, Axis]:
 
 def group_along(run: RunView, names: Sequence[str]) -> list[Group]:
     """Settings that have all axes `names` and finished pictures, grouped by their other axes."""
-    varying = find_axes(run)
-    groups: dict[str, tuple[dict[str, Any], list[SettingView]]] = {}
-    for setting in run.settings:
-        if not all(name in setting.axes for name in names) or not run.results[setting.name]:
+    groups: dict[str, list[SettingView]] = {}
+    for setting in run.done:
+        if not all(name in setting.axes for name in names):
             continue
-        others = {k: v for k, v in setting.axes.items() if k in varying and k not in names}
-        key = repr(sorted((k, value_text(v)) for k, v in others.items()))
-        groups.setdefault(key, (others, []))[1].append(setting)
-    return [Group(others, tuple(settings)) for others, settings in groups.values()]
+        others = [
+            run.axes[axis].text(value)
+            for axis, value in setting.axes.items()
+            if axis in run.axes and axis not in names
+        ]
+        groups.setdefault(", ".join(others) or "all", []).append(setting)
+    return [Group(label, tuple(settings)) for label, settings in groups.items()]
 
 
 def distinct(group: Group, axis: Axis) -> int:
@@ -123,7 +138,7 @@ def _axis(name: str, values: tuple[Any, ...]) -> Axis:
     scalars: dict[str, float] = {}
     for value in values:
         number = _number(value)
-        if number is None:
+        if number is None or name in _NOMINAL:
             return Axis(name, values, None)
         scalars[value_text(value)] = number
     if len(set(scalars.values())) < len(scalars):

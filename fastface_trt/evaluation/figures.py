@@ -6,7 +6,7 @@ curve shows gets bars, and every run with a baseline gets paired differences.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -18,10 +18,10 @@ from fastface_trt.evaluation.axes import (
     Axis,
     Group,
     distinct,
-    find_axes,
     group_along,
 )
-from fastface_trt.evaluation.run_view import Judge, RunView
+from fastface_trt.evaluation.judges import Column
+from fastface_trt.evaluation.run_view import RunView, SettingView
 from fastface_trt.evaluation.style import Theme
 
 if TYPE_CHECKING:
@@ -50,23 +50,20 @@ class RunFigure:
 
 def choose_figures(run: RunView) -> list[RunFigure]:
     """The figures that this run's axes, judges and finished pictures allow, possibly none."""
-    judges = [judge for judge in run.judges if run.has(judge.name)]
-    if not judges:
-        return []
-    axes = find_axes(run)
-    grids = _grids(run, axes, judges)
+    axes = run.axes
+    grids = _grids(run)
     fronts, lines = _fronts(run, axes), []
     taken = {*ALPHA, *BETA} if grids else set()
     for axis in axes.values():
         if axis.name not in taken:
-            lines += _curves(run, axis, judges)
+            lines += _curves(run, axis)
     shown = frozenset().union(*(figure.settings for figure in [*grids, *fronts, *lines]))
-    return [*_differences(run, judges), *fronts, *grids, *lines, *_bars(run, judges, shown)]
+    return [*_differences(run), *fronts, *grids, *lines, *_bars(run, shown)]
 
 
 def alpha_beta_group(run: RunView) -> tuple[Group, Axis, Axis] | None:
     """The largest group of settings over numeric α and β, with both axes; None without one."""
-    axes = find_axes(run)
+    axes = run.axes
     alpha = next((axes[name] for name in ALPHA if name in axes), None)
     beta = next((axes[name] for name in BETA if name in axes), None)
     if alpha is None or beta is None or alpha.scalars is None or beta.scalars is None:
@@ -81,9 +78,10 @@ def alpha_beta_group(run: RunView) -> tuple[Group, Axis, Axis] | None:
     return max(groups, key=lambda group: len(group.settings)), alpha, beta
 
 
-def _grids(run: RunView, axes: dict[str, Axis], judges: Sequence[Judge]) -> list[RunFigure]:
+def _grids(run: RunView) -> list[RunFigure]:
     found = alpha_beta_group(run)
-    if found is None:
+    judges = run.varying(found[0].settings) if found else ()
+    if found is None or not judges:
         return []
     group, alpha, beta = found
     return [
@@ -91,22 +89,23 @@ def _grids(run: RunView, axes: dict[str, Axis], judges: Sequence[Judge]) -> list
             "grid-alpha-beta",
             "Scores over α and β",
             "Each cell is the mean of one setting; brighter is better in every panel. Every panel "
-            "has a colour range of its own, so look at the numbers before believing the colours.",
+            "has a colour range of its own, so look at the numbers before believing the colours."
+            + _left_out(run, judges),
             _names([group]),
             lambda theme: plots.heat_maps(run, group, alpha, beta, judges, theme),
         )
     ]
 
 
-def _fronts(run: RunView, axes: dict[str, Axis]) -> list[RunFigure]:
+def _fronts(run: RunView, axes: Mapping[str, Axis]) -> list[RunFigure]:
     axis, identity = axes.get(LAMBDA), run.judge("id")
-    if axis is None or axis.scalars is None or identity is None or not run.has("id"):
+    if axis is None or axis.scalars is None or identity is None:
         return []
     groups = _long_groups(run, axis)
     figures = []
     for name in ("clip", "ae", "ir"):
         other = run.judge(name)
-        if other is None or not groups or not run.has(name):
+        if other is None or not groups:
             continue
         figures.append(
             RunFigure(
@@ -122,68 +121,83 @@ def _fronts(run: RunView, axes: dict[str, Axis]) -> list[RunFigure]:
 
 
 def _bind_front(
-    run: RunView, axis: Axis, groups: list[Group], x: Judge, y: Judge
+    run: RunView, axis: Axis, groups: list[Group], x: Column, y: Column
 ) -> Callable[[Theme], Figure]:
     return lambda theme: plots.pareto_front(run, axis, groups, x, y, theme)
 
 
-def _curves(run: RunView, axis: Axis, judges: Sequence[Judge]) -> list[RunFigure]:
+def _curves(run: RunView, axis: Axis) -> list[RunFigure]:
     groups = _long_groups(run, axis) if axis.scalars is not None else []
-    if not groups:
+    settings = [setting for group in groups for setting in group.settings]
+    judges = run.varying(settings)
+    if not judges:
         return []
     return [
         RunFigure(
             f"curve-{axis.name}",
             f"Sensitivity to {axis.label}",
             "A flat line says that the value hardly matters; ↑ and ↓ say which way is better. "
-            f"Bands are intervals. {_INTERVALS}",
+            f"Bands are 95 % bootstrap intervals over pairs.{_left_out(run, judges)}",
             _names(groups),
             lambda theme: plots.curves(run, axis, groups, judges, theme),
         )
     ]
 
 
-def _bars(run: RunView, judges: Sequence[Judge], shown: frozenset[str]) -> list[RunFigure]:
-    done = [setting for setting in run.settings if run.results[setting.name]]
-    rest = [setting for setting in done if setting.name not in shown]
-    if not rest:
-        return []
-    if shown and run.baseline is not None and run.baseline not in rest:
-        rest.insert(0, run.baseline)
-    figures = []
-    for part, start in enumerate(range(0, len(rest), MAX_BARS)):
-        some = rest[start : start + MAX_BARS]
-        figures.append(
-            RunFigure(
-                f"bars-{part + 1}" if len(rest) > MAX_BARS else "bars",
-                "Scores by setting",
-                "Overlapping intervals do not say that settings are equal: the differences pair "
-                f"by pair are sharper. {_INTERVALS}",
-                frozenset(setting.name for setting in some),
-                lambda theme, some=some: plots.bars(run, some, judges, theme),
-            )
-        )
-    return figures
-
-
-def _differences(run: RunView, judges: Sequence[Judge]) -> list[RunFigure]:
-    baseline = run.baseline
-    others = [s for s in run.settings if run.results[s.name] and s is not baseline]
-    if baseline is None or not others:
+def _bars(run: RunView, shown: frozenset[str]) -> list[RunFigure]:
+    rest = [setting for setting in run.done if setting.name not in shown]
+    if shown:
+        # Those that others are compared with do not make a figure by themselves.
+        others = [setting for setting in rest if setting not in run.baselines]
+        rest = [*run.baselines, *others] if others else []
+    judges = run.varying(rest)
+    if not judges:
         return []
     return [
         RunFigure(
-            f"differences-{part + 1}" if len(others) > MAX_BARS else "differences",
-            f"Difference to {baseline.name}",
+            key,
+            "Scores by setting",
+            "Overlapping intervals do not say that settings are equal: the differences pair "
+            f"by pair are sharper. {_INTERVALS}{_left_out(run, judges)}",
+            frozenset(setting.name for setting in some),
+            lambda theme, some=some: plots.bars(run, some, judges, theme),
+        )
+        for key, some in _parts("bars", rest)
+    ]
+
+
+def _differences(run: RunView) -> list[RunFigure]:
+    compared, baselines = run.compared, run.baselines
+    judges = run.varying([*compared, *baselines])
+    if not compared or not judges:
+        return []
+    to = baselines[0].label if len(baselines) == 1 else "the baseline"
+    return [
+        RunFigure(
+            key,
+            f"Difference to {to}",
             "Every setting saw the same faces, prompts and noise, so each dot is a mean of "
             "differences pair by pair. An interval that crosses 0 says that this run cannot tell "
-            f"the two apart. {_INTERVALS}",
-            frozenset(setting.name for setting in (*some, baseline)),
-            lambda theme, some=some: plots.differences(run, some, baseline, judges, theme),
+            f"the two apart. {_INTERVALS}{_left_out(run, judges)}",
+            frozenset(setting.name for setting in some),
+            lambda theme, some=some: plots.differences(run, some, judges, theme),
         )
-        for part, start in enumerate(range(0, len(others), MAX_BARS))
-        for some in [others[start : start + MAX_BARS]]
+        for key, some in _parts("differences", compared)
     ]
+
+
+def _parts(
+    key: str, settings: Sequence[SettingView]
+) -> Iterator[tuple[str, Sequence[SettingView]]]:
+    """Settings in figures of at most `MAX_BARS`, each with its key."""
+    several = len(settings) > MAX_BARS
+    for number, start in enumerate(range(0, len(settings), MAX_BARS), 1):
+        yield f"{key}-{number}" if several else key, settings[start : start + MAX_BARS]
+
+
+def _left_out(run: RunView, judges: Sequence[Column]) -> str:
+    names = [judge.label for judge in run.judges if judge not in judges]
+    return f" Left out, because every picture has the same: {', '.join(names)}." if names else ""
 
 
 def _long_groups(run: RunView, axis: Axis) -> list[Group]:

@@ -6,8 +6,13 @@ A difference is called one only where its paired 95 % interval excludes 0.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fastface_trt.evaluation.intervals import Interval
-from fastface_trt.evaluation.run_view import Judge, PictureView, RunView, SettingView
+from fastface_trt.evaluation.judges import Column
+from fastface_trt.evaluation.results import PictureResult
+from fastface_trt.evaluation.run_view import RunView, SettingView, interval_text, verdict
+from fastface_trt.evaluation.statistics import Interval
+
+FEW = 30
+"""Pairs below which percentile bootstrap intervals deserve a warning."""
 
 EXAMPLES = 4
 """Best and worst pictures to show."""
@@ -18,32 +23,35 @@ class Extremes:
     """The pictures of one setting that the identity judge likes best and least."""
 
     setting: SettingView
-    best: tuple[PictureView, ...]
-    worst: tuple[PictureView, ...]
+    best: tuple[PictureResult, ...]
+    worst: tuple[PictureResult, ...]
 
 
 def findings(run: RunView) -> list[str]:
-    """Headline sentences: completeness first, then one per judge, then the cost."""
-    done = [setting for setting in run.settings if run.results[setting.name]]
-    if not done:
+    """Headline sentences: completeness first, then per judge and baseline, then the cost."""
+    if not run.done:
         return ["No picture is finished yet, so nothing can be said."]
-    sentences = _completeness(run, done)
+    sentences = _completeness(run)
     judges = [judge for judge in run.judges if run.has(judge.name)]
     for judge in run.judges:
         if judge not in judges:
             sentences.append(f"{judge.label}: no finished picture has a value.")
-    baseline = run.baseline
-    others = [setting for setting in done if setting is not baseline]
-    if baseline is None or not others:
+    if not run.compared:
+        first = run.done[0]
         sentences += [
-            f"{judge.label}: {run.mean(done[0].name, judge.name).text()} in {done[0].name}."
+            f"{judge.label}: {interval_text(run.mean(first, judge.name))} in “{first.label}”."
             for judge in judges
         ]
-        return [*sentences, "Only one setting has pictures, so nothing is compared."]
-    sentences += [_compared(run, judge, baseline, others) for judge in judges]
-    sentences.append(_chance(len(judges) * len(others)))
-    cost = _cost(run, done)
-    return [*sentences, cost] if cost else sentences
+        return [*sentences, "No two settings with pictures are to be compared."]
+    sentences += _merged([_compared(run, judge) for judge in judges])
+    sentences.append(_chance(len(judges) * len(run.compared)))
+    fewest = min(len(run.results[setting.name]) for setting in run.compared)
+    if fewest < FEW:
+        sentences.append(
+            f"With as few as {fewest} pairs, bootstrap intervals come out too narrow, so take "
+            "these differences as hints."
+        )
+    return [*sentences, _cost(run)]
 
 
 def extremes(run: RunView) -> list[Extremes]:
@@ -51,19 +59,17 @@ def extremes(run: RunView) -> list[Extremes]:
 
     Only pairs whose picture was kept and shows a face count.
     """
-    scored = [s for s in run.settings if run.values(s.name, "id")]
+    scored = [setting for setting in run.done if run.mean(setting, "id").n]
     if not scored:
         return []
-    top = max(scored, key=lambda setting: run.mean(setting.name, "id").mean)
-    chosen = [top] if run.baseline in (None, top) else [run.baseline, top]
+    top = max(scored, key=lambda setting: run.mean(setting, "id").mean)
+    baseline = run.baseline_of(top)
     found = []
-    for setting in chosen:
-        if setting is None:
-            continue
+    for setting in [top] if baseline is None else [baseline, top]:
         kept = [
             result
             for result in run.results[setting.name].values()
-            if result.picture is not None and result.metrics.get("id") is not None
+            if run.picture(result) is not None and result.metrics.get("id") is not None
         ]
         kept.sort(key=lambda result: -float(result.metrics["id"] or 0))
         if len(kept) > 1:
@@ -72,52 +78,60 @@ def extremes(run: RunView) -> list[Extremes]:
     return found
 
 
-def _completeness(run: RunView, done: Sequence[SettingView]) -> list[str]:
-    missing = [s.name for s in run.settings if s not in done]
-    partial = [s for s in done if len(run.results[s.name]) < run.pairs]
+def _completeness(run: RunView) -> list[str]:
+    pairs = run.record.pairs
+    missing = [setting.label for setting in run.settings if setting not in run.done]
+    partial = [(s.label, len(run.results[s.name])) for s in run.done]
+    counts = [f"{label} {count}" for label, count in partial if count < pairs]
     sentences = []
     if missing:
         sentences.append(
             f"Not finished: {len(missing)} of {len(run.settings)} settings have no picture yet "
             f"({_listed(missing)})."
         )
-    if partial:
-        counts = [f"{s.name} {len(run.results[s.name])}" for s in partial]
-        sentences.append(f"Not finished: of {run.pairs} pairs, {_listed(counts)} are done.")
-    faces = [s for s in done if run.values(s.name, "id")]
-    if run.judge("id") is not None and not faces:
+    if counts:
+        sentences.append(f"Not finished: of {pairs} pairs, {_listed(counts)} are done.")
+    if any(judge.name == "id" for judge in run.judges) and not run.has("id"):
         sentences.append("No face was found in any picture, so identity cannot be judged.")
     return sentences
 
 
-def _compared(
-    run: RunView, judge: Judge, baseline: SettingView, others: Sequence[SettingView]
-) -> str:
-    base = run.mean(baseline.name, judge.name)
-    differences = [(s, run.difference(s.name, baseline.name, judge.name)) for s in others]
-    known = [(setting, one) for setting, one in differences if one.n]
-    start = f"{judge.label}: {baseline.name} has {base.text()}"
+def _merged(found: Sequence[tuple[str, str]]) -> list[str]:
+    """Sentences from (judge, statement), judges with the same statement in one."""
+    judges: dict[str, list[str]] = {}
+    for judge, statement in found:
+        judges.setdefault(statement, []).append(judge)
+    return [f"{' · '.join(names)}: {statement}." for statement, names in judges.items()]
+
+
+def _compared(run: RunView, judge: Column) -> tuple[str, str]:
+    """The judge's label, and what its paired differences to the baselines say."""
+    known = [(s, one) for s in run.compared if (one := run.difference(s, judge.name)).n]
+    baselines = run.baselines
+    parts, to = [], "their baselines"
+    if len(baselines) == 1:
+        to = f"“{baselines[0].label}”"
+        parts = [f"{to} has {interval_text(run.mean(baselines[0], judge.name))}"]
     if not known:
-        return f"{start}; no other setting shares a judged pair with it."
-    sign = 1 if judge.higher_is_better else -1
-    better = [(s, one) for s, one in known if one.excludes_zero and sign * one.mean > 0]
-    worse = [(s, one) for s, one in known if one.excludes_zero and sign * one.mean < 0]
-    if not better and not worse:
-        few = "the other setting" if len(known) == 1 else f"none of {len(known)} other settings"
-        verb = "cannot" if len(known) == 1 else "can"
-        return f"{start}; {few} {verb} be told apart from it."
-    parts = [start]
-    for kind, extreme, found in (("better", 1, better), ("worse", -1, worse)):
+        return judge.label, "; ".join([*parts, "no other setting shares a judged pair with it"])
+    clear = [(s, one, verdict(one, judge)) for s, one in known]
+    for kind, sign in (("better", 1), ("worse", -1)):
+        found = [(s, one) for s, one, which in clear if which == sign]
         if found:
-            most = max(found, key=lambda item: extreme * sign * item[1].mean)
-            count = f"{len(found)} of {len(known)} settings are {kind}, most of all "
-            start = count if len(found) > 1 else f"{kind} is only "
-            parts.append(f"{start}{most[0].name}: {_difference(most[1])}")
-    return "; ".join(parts) + "."
+            setting, one = max(found, key=lambda item: abs(item[1].mean))
+            count = f"{len(found)} of {len(known)} settings are {kind} than {to}, most of all "
+            lead = count if len(found) > 1 else f"{kind} is only "
+            if len(known) == 1:
+                lead = f"{kind} is "
+            parts.append(f"{lead}“{setting.label}”: {_difference(one)}")
+    if not any(which for *_, which in clear):
+        none = f"none of {len(known)} settings" if len(known) > 1 else f"“{known[0][0].label}”"
+        parts.append(f"{none} {'can' if len(known) > 1 else 'cannot'} be told apart from {to}")
+    return judge.label, "; ".join(parts)
 
 
 def _difference(one: Interval) -> str:
-    return f"{one.text(sign=True)}, n = {one.n} pairs"
+    return f"{interval_text(one, sign=True)}, n = {one.n} pairs"
 
 
 def _chance(comparisons: int) -> str:
@@ -129,14 +143,15 @@ def _chance(comparisons: int) -> str:
     )
 
 
-def _cost(run: RunView, done: Sequence[SettingView]) -> str:
+def _cost(run: RunView) -> str:
     cost = {
-        setting.name: Interval.of([r.unet_samples for r in run.results[setting.name].values()]).mean
-        for setting in done
+        setting.label: sum(r.unet_samples for r in found) / len(found)
+        for setting in run.done
+        for found in [run.results[setting.name].values()]
     }
     low, high = min(cost.values()), max(cost.values())
     if low == high:
-        return f"Every setting takes {low:g} UNet samples a picture."
+        return f"Cost: every setting takes {low:g} UNet samples a picture."
     cheap = [name for name, value in cost.items() if value == low]
     dear = [name for name, value in cost.items() if value == high]
     return (

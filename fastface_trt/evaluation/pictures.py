@@ -32,6 +32,14 @@ def picture_uri(path: Path, side: int) -> str | None:
     return data_uri(buffer.getvalue(), "image/webp")
 
 
+def plot_uri(png: bytes) -> str:
+    """A plot as a data URI: lossless WebP takes a third of a PNG's bytes."""
+    buffer = BytesIO()
+    with Image.open(BytesIO(png)) as picture:
+        picture.convert("RGB").save(buffer, "webp", lossless=True, quality=50, method=2)
+    return data_uri(buffer.getvalue(), "image/webp")
+
+
 def data_uri(data: bytes, media_type: str) -> str:
     """Bytes as a data URI."""
     return f"data:{media_type};base64,{b64encode(data).decode('ascii')}"

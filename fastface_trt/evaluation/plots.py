@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastface_trt.evaluation.axes import Axis, Group, value_text
-from fastface_trt.evaluation.intervals import Interval
-from fastface_trt.evaluation.run_view import Judge, RunView, SettingView
+from fastface_trt.evaluation.judges import Column
+from fastface_trt.evaluation.run_view import RunView, SettingView, axis_label, verdict
+from fastface_trt.evaluation.statistics import Interval
 from fastface_trt.evaluation.style import (
     MARKERS,
     Theme,
@@ -31,9 +32,12 @@ if TYPE_CHECKING:
 _COLUMNS = 3
 """Panels beside each other."""
 
+MAX_TICKS = 8
+"""Values of an axis that each get a tick."""
+
 
 def heat_maps(
-    run: RunView, group: Group, rows: Axis, columns: Axis, judges: Sequence[Judge], theme: Theme
+    run: RunView, group: Group, rows: Axis, columns: Axis, judges: Sequence[Column], theme: Theme
 ) -> Figure:
     """Mean scores over two axes, one panel per judge, the number in each cell."""
     height, width = len(rows.values), len(columns.values)
@@ -42,7 +46,7 @@ def heat_maps(
         grid = np.full((height, width), np.nan)
         for setting in group.settings:
             row = _index(rows, setting)
-            grid[row, _index(columns, setting)] = run.mean(setting.name, judge.name).mean
+            grid[row, _index(columns, setting)] = run.mean(setting, judge.name).mean
         sequence = theme.sequence if judge.higher_is_better else f"{theme.sequence}_r"
         image = axes.imshow(grid, cmap=sequence, aspect="auto", origin="lower")
         for (row, column), value in np.ndenumerate(grid):
@@ -57,61 +61,68 @@ def heat_maps(
                 fontsize=7.5,
                 color="#111111" if light else "#f5f5f5" if not isnan(value) else theme.ink,
             )
-        axes.set_xticks(range(width), [value_text(columns.scalar(v)) for v in columns.values])
-        axes.set_yticks(range(height), [value_text(rows.scalar(v)) for v in rows.values])
+        axes.set_xticks(range(width), [columns.short(v) for v in columns.values])
+        axes.set_yticks(range(height), [rows.short(v) for v in rows.values])
         axes.set_xlabel(columns.label)
         axes.set_ylabel(rows.label)
-        axes.set_title(judge.axis_label)
+        axes.set_title(axis_label(judge))
         dress(axes, theme, grid=False)
         colour_bar(figure, image, axes, judge.unit or judge.label, theme)
-    names = [setting.name for setting in group.settings]
-    title(figure, f"{rows.label} × {columns.label}, {group.label}: {_n(run, names)}", theme)
+    others = "" if group.label == "all" else f", {group.label}"
+    n = _n(run, group.settings)
+    title(figure, f"{rows.label} × {columns.label}{others}, {n}", theme)
     return figure
 
 
 def pareto_front(
-    run: RunView, axis: Axis, groups: Sequence[Group], x: Judge, y: Judge, theme: Theme
+    run: RunView, axis: Axis, groups: Sequence[Group], x: Column, y: Column, theme: Theme
 ) -> Figure:
     """Two scores against each other along `axis`, one line per group, points labelled by value."""
-    figure, (axes,) = _panels(1, 7.0, 4.8, theme)
+    figure, (axes,) = _panels(1, 9.0, 5.2, theme)
     for index, group in enumerate(groups):
         settings = _ordered(group, axis)
-        points = [(run.mean(s.name, x.name), run.mean(s.name, y.name)) for s in settings]
+        points = [(run.mean(s, x.name), run.mean(s, y.name)) for s in settings]
         colour = theme.colour(index)
+        means = [point.mean for point, _ in points], [point.mean for _, point in points]
+        # Faint, or the intervals of many points would bury the lines.
         axes.errorbar(
-            [point.mean for point, _ in points],
-            [point.mean for _, point in points],
+            *means,
             xerr=_errors([point for point, _ in points]),
             yerr=_errors([point for _, point in points]),
+            fmt="none",
+            ecolor=colour,
+            elinewidth=0.8,
+            alpha=0.4,
+        )
+        axes.plot(
+            *means,
             color=colour,
             marker=MARKERS[index % len(MARKERS)],
             markersize=5,
             linewidth=1.4,
-            elinewidth=0.7,
-            capsize=2,
             label=group.label,
         )
         for setting, (across, up) in zip(settings, points, strict=True):
             if not (isnan(across.mean) or isnan(up.mean)):
                 axes.annotate(
-                    value_text(axis.scalar(setting.axes[axis.name])),
+                    axis.short(setting.axes[axis.name]),
                     (across.mean, up.mean),
                     xytext=(5, 4),
                     textcoords="offset points",
                     fontsize=7.5,
                     color=colour,
                 )
-    axes.set_xlabel(x.axis_label)
-    axes.set_ylabel(y.axis_label)
+    axes.set_xlabel(axis_label(x))
+    axes.set_ylabel(axis_label(y))
     dress(axes, theme)
     dress_legend(axes.legend(title=f"points: {axis.label}"), theme)
-    names = [setting.name for group in groups for setting in group.settings]
-    title(figure, f"{y.label} against {x.label} over {axis.label}, {_n(run, names)}", theme)
+    settings = [setting for group in groups for setting in group.settings]
+    title(figure, f"{y.label} against {x.label} over {axis.label}, {_n(run, settings)}", theme)
     return figure
 
 
 def curves(
-    run: RunView, axis: Axis, groups: Sequence[Group], judges: Sequence[Judge], theme: Theme
+    run: RunView, axis: Axis, groups: Sequence[Group], judges: Sequence[Column], theme: Theme
 ) -> Figure:
     """Every score along a numeric axis, one panel per judge, one line per group."""
     figure, panels = _panels(len(judges), 4.2, 2.9, theme)
@@ -119,7 +130,7 @@ def curves(
         for index, group in enumerate(groups):
             settings = _ordered(group, axis)
             places = [axis.scalar(setting.axes[axis.name]) for setting in settings]
-            means = [run.mean(setting.name, judge.name) for setting in settings]
+            means = [run.mean(setting, judge.name) for setting in settings]
             colour = theme.colour(index)
             axes.plot(
                 places,
@@ -138,23 +149,30 @@ def curves(
                 alpha=0.18,
                 linewidth=0,
             )
+        for baseline in _outside_baselines(run, groups):
+            level = run.mean(baseline, judge.name).mean
+            axes.axhline(
+                level, color=theme.ink, linewidth=0.9, linestyle="--", label=baseline.label
+            )
+        if len(axis.values) <= MAX_TICKS:
+            axes.set_xticks([axis.scalar(value) for value in axis.values])
         axes.set_xlabel(axis.label)
-        axes.set_ylabel(judge.axis_label)
+        axes.set_ylabel(axis_label(judge))
         dress(axes, theme)
     _shared_legend(figure, panels[0], theme)
-    names = [setting.name for group in groups for setting in group.settings]
-    title(figure, f"Sensitivity to {axis.label}, {_n(run, names)}", theme)
+    settings = [setting for group in groups for setting in group.settings]
+    title(figure, f"Sensitivity to {axis.label}, {_n(run, settings)}", theme)
     return figure
 
 
 def bars(
-    run: RunView, settings: Sequence[SettingView], judges: Sequence[Judge], theme: Theme
+    run: RunView, settings: Sequence[SettingView], judges: Sequence[Column], theme: Theme
 ) -> Figure:
     """Every score of every setting as a bar from 0 with its interval, one panel per judge."""
     figure, panels = _panels(len(judges), 4.4, 0.9 + 0.3 * len(settings), theme)
     places = np.arange(len(settings))[::-1]
     for index, (judge, axes) in enumerate(zip(judges, panels, strict=True)):
-        means = [run.mean(setting.name, judge.name) for setting in settings]
+        means = [run.mean(setting, judge.name) for setting in settings]
         axes.barh(
             places,
             [one.mean for one in means],
@@ -166,34 +184,33 @@ def bars(
             error_kw={"elinewidth": 1, "capsize": 2, "ecolor": theme.ink, "label": "95 % interval"},
         )
         _name_rows(axes, places, settings, named=index % _COLUMNS == 0)
-        axes.set_xlabel(judge.axis_label)
+        axes.set_xlabel(axis_label(judge))
         axes.set_title(judge.label)
         dress(axes, theme)
         axes.grid(False, axis="y")
     _shared_legend(figure, panels[0], theme)
-    title(figure, f"Scores by setting, {_n(run, [s.name for s in settings])}", theme)
+    title(figure, f"Scores by setting, {_n(run, settings)}", theme)
     return figure
 
 
 def differences(
     run: RunView,
     settings: Sequence[SettingView],
-    baseline: SettingView,
-    judges: Sequence[Judge],
+    judges: Sequence[Column],
     theme: Theme,
 ) -> Figure:
-    """Paired differences to a baseline with intervals; what is clear of 0 is coloured."""
+    """Paired differences to each setting's baseline with intervals; colour says clear of 0."""
     figure, panels = _panels(len(judges), 4.4, 0.9 + 0.3 * len(settings), theme)
     places = np.arange(len(settings))[::-1]
     for index, (judge, axes) in enumerate(zip(judges, panels, strict=True)):
-        found = [run.difference(s.name, baseline.name, judge.name) for s in settings]
-        better = [_verdict(one, judge) for one in found]
-        for verdict, name, colour in (
+        found = [run.difference(setting, judge.name) for setting in settings]
+        verdicts = [verdict(one, judge) for one in found]
+        for kind, name, colour in (
             (1, "better", theme.colour(2)),
             (-1, "worse", theme.colour(1)),
             (0, "cannot be told apart", theme.colour(6)),
         ):
-            chosen = [i for i, one in enumerate(better) if one == verdict]
+            chosen = [i for i, one in enumerate(verdicts) if one == kind]
             axes.errorbar(
                 [found[i].mean for i in chosen],
                 places[chosen],
@@ -208,12 +225,19 @@ def differences(
         axes.axvline(0, color=theme.ink, linewidth=0.8)
         _name_rows(axes, places, settings, named=index % _COLUMNS == 0)
         axes.set_xlabel(f"difference [{judge.unit}]" if judge.unit else "difference")
-        axes.set_title(judge.axis_label)
+        axes.set_title(axis_label(judge))
         dress(axes, theme)
     _shared_legend(figure, panels[0], theme)
-    names = [s.name for s in settings]
-    title(figure, f"Difference to {baseline.name}, pair by pair, {_n(run, names)}", theme)
+    title(figure, f"Difference to the baseline, pair by pair, {_n(run, settings)}", theme)
     return figure
+
+
+def _outside_baselines(run: RunView, groups: Sequence[Group]) -> list[SettingView]:
+    """The one baseline of these settings where it is not among them, for a level line."""
+    settings = [setting for group in groups for setting in group.settings]
+    found = {one.name: one for s in settings if (one := run.baseline_of(s)) is not None}
+    outside = [one for one in found.values() if one not in settings]
+    return outside if len(found) == 1 else []
 
 
 def _panels(count: int, width: float, height: float, theme: Theme) -> tuple[Figure, list[Axes]]:
@@ -238,7 +262,7 @@ def _shared_legend(figure: Figure, axes: Axes, theme: Theme) -> None:
 
 def _name_rows(axes: Axes, places: Any, settings: Sequence[SettingView], *, named: bool) -> None:
     # A dollar would start mathematics.
-    names = [setting.name.replace("$", r"\$") for setting in settings]
+    names = [setting.label.replace("$", r"\$") for setting in settings]
     axes.set_yticks(places, names if named else [""] * len(names))
     axes.set_ylim(-0.6, len(settings) - 0.4)
     if named:
@@ -260,20 +284,12 @@ def _errors(intervals: Sequence[Interval]) -> Any:
     return np.nan_to_num(ends).clip(min=0)
 
 
-def _verdict(difference: Interval, judge: Judge) -> int:
-    if not difference.excludes_zero:
-        return 0
-    return 1 if (difference.mean > 0) == judge.higher_is_better else -1
-
-
 def _brightness(image: Any, value: float) -> float:
     red, green, blue, _ = image.cmap(image.norm(value))
     return float(0.299 * red + 0.587 * green + 0.114 * blue)
 
 
-def _n(run: RunView, names: Sequence[str]) -> str:
-    counts = sorted(len(run.results[name]) for name in dict.fromkeys(names))
-    if not counts:
-        return "n = 0"
+def _n(run: RunView, settings: Sequence[SettingView]) -> str:
+    counts = sorted(len(run.results[setting.name]) for setting in settings)
     span = f"{counts[0]}" if counts[0] == counts[-1] else f"{counts[0]} to {counts[-1]}"
     return f"n = {span} pairs per setting"

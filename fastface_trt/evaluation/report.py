@@ -7,20 +7,28 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
-from math import isnan
+from math import isnan, nan
 from pathlib import Path
 from shlex import quote
 from typing import Any, Final
 
 from fastface_trt.engines.files import storage_errors, write_text_durably
 from fastface_trt.errors import MissingDependency
-from fastface_trt.evaluation.axes import find_axes, value_text
-from fastface_trt.evaluation.figures import RunFigure, choose_figures
+from fastface_trt.evaluation.axes import value_text
+from fastface_trt.evaluation.figures import choose_figures
 from fastface_trt.evaluation.findings import Extremes, extremes, findings
-from fastface_trt.evaluation.intervals import Interval
-from fastface_trt.evaluation.pictures import data_uri, picture_uri, side_for
-from fastface_trt.evaluation.run_view import PictureView, RunView, SettingView, read_view
-from fastface_trt.evaluation.sheets import Sheet, choose_sheets, draw_sheet, shown
+from fastface_trt.evaluation.judges import Column
+from fastface_trt.evaluation.pictures import picture_uri, plot_uri, side_for
+from fastface_trt.evaluation.run_view import (
+    RunView,
+    SettingView,
+    axis_label,
+    interval_text,
+    read_view,
+    verdict,
+)
+from fastface_trt.evaluation.sheets import Cell, Sheet, choose_sheets, draw_sheet, picture_cell
+from fastface_trt.evaluation.statistics import Interval
 from fastface_trt.evaluation.style import DARK, LIGHT, encode
 
 REPORT: Final = "report.html"
@@ -41,8 +49,16 @@ def write_report(out: Path) -> Path:
     files_to_write: dict[str, bytes] = {}
     shown_figures = []
     for figure in figures:
-        files_to_write[f"{figure.key}.png"] = encode(figure.draw(LIGHT))
-        shown_figures.append(_figure(figure))
+        light = encode(figure.draw(LIGHT))
+        files_to_write[f"{figure.key}.png"] = light
+        shown_figures.append(
+            {
+                "heading": figure.heading,
+                "caption": figure.caption,
+                "light": plot_uri(light),
+                "dark": plot_uri(encode(figure.draw(DARK))),
+            }
+        )
     page = render(run, shown_figures, sheets)
     with storage_errors(out):
         (out / PLOTS).mkdir(exist_ok=True)
@@ -63,7 +79,7 @@ def render(run: RunView, figures: Sequence[Mapping[str, str]], sheets: Sequence[
     return str(
         _template().render(
             run=run,
-            title=run.title,
+            title=run.record.title,
             facts=_facts(run),
             findings=[sentence.partition(": ") for sentence in findings(run)],
             scores=_scores(run),
@@ -72,6 +88,7 @@ def render(run: RunView, figures: Sequence[Mapping[str, str]], sheets: Sequence[
             sheets=[embed.sheet(sheet) for sheet in sheets],
             extremes=[embed.extremes(one) for one in examples],
             command=_command(run),
+            judge_label=axis_label,
         )
     )
 
@@ -93,10 +110,7 @@ class _Embedder:
                 {
                     "label": row.label,
                     "face": self._face(row.face),
-                    "cells": [
-                        self._picture(cell.result, cell.text, column)
-                        for cell, column in zip(row.cells, sheet.columns, strict=True)
-                    ],
+                    "cells": [self._picture(cell) for cell in row.cells],
                 }
                 for row in sheet.rows
             ],
@@ -104,12 +118,12 @@ class _Embedder:
 
     def extremes(self, one: Extremes) -> dict[str, Any]:
         return {
-            "setting": one.setting.name,
+            "setting": one.setting.label,
             "groups": [
                 {
                     "name": name,
                     "items": [
-                        self._picture(result, shown(result).text, one.setting.name)
+                        self._picture(picture_cell(self._run, result, one.setting.label))
                         | {"face": self._face(self._run.face(result.person))}
                         for result in results
                     ],
@@ -118,15 +132,9 @@ class _Embedder:
             ],
         }
 
-    def _picture(self, result: PictureView | None, text: str, setting: str) -> dict[str, Any]:
-        if result is None or result.picture is None:
-            return {"uri": None, "text": text, "alt": "", "note": ""}
-        return {
-            "uri": picture_uri(result.picture, self._side),
-            "text": text,
-            "alt": f"{result.person}, “{result.prompt}”, {setting}",
-            "note": f"pair {result.pair}, seed {result.seed}",
-        }
+    def _picture(self, cell: Cell) -> dict[str, Any]:
+        uri = None if cell.path is None else picture_uri(cell.path, self._side)
+        return {"uri": uri, "text": cell.text, "alt": cell.alt, "note": cell.note}
 
     def _face(self, path: Path | None) -> str | None:
         if path is None:
@@ -136,41 +144,29 @@ class _Embedder:
         return self._faces[path]
 
 
-def _figure(figure: RunFigure) -> dict[str, str]:
-    return {
-        "key": figure.key,
-        "heading": figure.heading,
-        "caption": figure.caption,
-        "light": data_uri(encode(figure.draw(LIGHT), "webp"), "image/webp"),
-        "dark": data_uri(encode(figure.draw(DARK), "webp"), "image/webp"),
-    }
-
-
 def _facts(run: RunView) -> list[tuple[str, str]]:
     """What was run, as names and values."""
-    about = run.about
+    record = run.record
     finished = sum(map(len, run.results.values()))
     facts = [
-        ("Experiment", about.get("experiment")),
-        ("Export", about.get("export")),
-        ("Checkpoint", about.get("checkpoint")),
-        ("Backend", about.get("backend")),
-        ("Date", about.get("date")),
-        ("Settings", len(run.settings)),
-        ("Pairs per setting", run.pairs),
-        ("Pictures", f"{finished} of {run.pairs * len(run.settings)} finished"),
-        ("Seed", about.get("seed")),
-        ("Baseline", run.baseline.name if run.baseline else None),
-        ("Data", about.get("data")),
-        ("Machine", _listed(about.get("machine"))),
-        ("Versions", _listed(about.get("versions"))),
+        ("Experiment", record.experiment),
+        ("Export", record.export),
+        ("Checkpoint", record.checkpoint),
+        ("Backend", record.backend),
+        ("Data", record.data),
+        ("Date", record.date),
+        ("Settings", str(len(run.settings))),
+        ("Pairs per setting", str(record.pairs)),
+        ("Pictures", f"{finished} of {record.pairs * len(run.settings)} finished"),
+        ("Seed", str(record.seed)),
+        ("Baselines", ", ".join(setting.label for setting in run.baselines)),
+        ("Machine", _listed(record.machine)),
+        ("Versions", _listed(record.versions)),
     ]
-    return [(name, str(value)) for name, value in facts if value not in (None, "")]
+    return [(name, value) for name, value in facts if value]
 
 
-def _listed(values: Any) -> str:
-    if not isinstance(values, Mapping):
-        return str(values or "")
+def _listed(values: Mapping[str, Any]) -> str:
     return ", ".join(
         f"{str(key).replace('_', ' ')} {value_text(value)}"
         for key, value in values.items()
@@ -180,79 +176,73 @@ def _listed(values: Any) -> str:
 
 def _scores(run: RunView) -> dict[str, Any]:
     """The table of means: heads with a note each, and rows of (text, number to sort by)."""
-    axes = find_axes(run)
-    heads: list[tuple[str, str]] = [("setting", "")]
-    # An axis whose value names the setting would be the same column twice.
-    names = [
-        name for name in axes if any(value_text(s.axes.get(name)) != s.name for s in run.settings)
-    ]
-    heads += [(axes[name].label, "") for name in names]
-    heads.append(("n", "finished pairs"))
-    heads += [(judge.axis_label, judge.what) for judge in run.judges]
+    heads = [("setting", ""), ("n", "finished pairs")]
+    heads += [(axis_label(judge), judge.what) for judge in run.judges]
     heads += [("UNet samples", "per picture"), ("seconds", "per picture, in its batch")]
     rows = []
     for setting in run.settings:
         results = run.results[setting.name].values()
-        row: list[tuple[str, Any]] = [(setting.name, setting.name)]
-        for name in names:
-            value = setting.axes.get(name)
-            numbers = axes[name].scalars
-            known = name in setting.axes
-            text = value_text(value) if known else "–"
-            row.append((text, axes[name].scalar(value) if known and numbers else text))
-        row.append((str(len(results)), len(results)))
-        row += [_cell(run.mean(setting.name, judge.name)) for judge in run.judges]
+        row: list[tuple[str, Any]] = [_name_cell(run, setting), (str(len(results)), len(results))]
+        row += [_cell(run.mean(setting, judge.name)) for judge in run.judges]
         for values in ([r.unet_samples for r in results], [r.seconds for r in results]):
-            mean = Interval.of(values).mean
+            mean = sum(values) / len(values) if values else nan
             row.append(("–", "") if isnan(mean) else (f"{mean:.3g}", mean))
-        rows.append({"baseline": setting is run.baseline, "cells": row})
+        rows.append({"baseline": setting in run.baselines, "name": setting.name, "cells": row})
     return {"heads": heads, "rows": rows}
 
 
 def _differences(run: RunView) -> dict[str, Any] | None:
-    """The table of paired differences to the baseline, None without anything to compare."""
-    baseline = run.baseline
-    others = [s for s in run.settings if run.results[s.name] and s is not baseline]
-    if baseline is None or not others:
+    """The table of paired differences to the baselines, None without anything to compare."""
+    if not run.compared:
         return None
     judges = [judge for judge in run.judges if run.has(judge.name)]
-    rows = [_difference_row(run, setting, baseline, judges) for setting in others]
-    heads = [("setting", "")] + [(judge.axis_label, judge.what) for judge in judges]
-    return {"heads": heads, "rows": rows, "baseline": baseline.name}
+    several = len(run.baselines) > 1
+    heads = [("setting", "")] + [(axis_label(judge), judge.what) for judge in judges]
+    if several:
+        heads.insert(1, ("baseline", "what it is compared with"))
+    rows = [_difference_row(run, setting, judges, several) for setting in run.compared]
+    title = "their baselines" if several else run.baselines[0].label
+    return {"heads": heads, "rows": rows, "baseline": title}
 
 
 def _difference_row(
-    run: RunView, setting: SettingView, baseline: SettingView, judges: Sequence[Any]
+    run: RunView, setting: SettingView, judges: Sequence[Column], several: bool
 ) -> list[tuple[str, Any, str]]:
-    row: list[tuple[str, Any, str]] = [(setting.name, setting.name, "")]
+    row = [(*_name_cell(run, setting), "")]
+    baseline = run.baseline_of(setting)
+    if several and baseline is not None:
+        row.append((*_name_cell(run, baseline), ""))
     for judge in judges:
-        one = run.difference(setting.name, baseline.name, judge.name)
-        verdict = ""
-        if one.excludes_zero:
-            verdict = "better" if (one.mean > 0) == judge.higher_is_better else "worse"
+        one = run.difference(setting, judge.name)
         text, key = _cell(one, sign=True)
-        row.append((text, key, verdict))
+        row.append((text, key, {1: "better", -1: "worse", 0: ""}[verdict(one, judge)]))
     return row
+
+
+def _name_cell(run: RunView, setting: SettingView) -> tuple[str, Any]:
+    """A setting's label, sorted by its place in the run."""
+    return setting.label, f"{run.settings.index(setting):06d}"
 
 
 def _cell(interval: Interval, *, sign: bool = False) -> tuple[str, Any]:
     """Text (mean, then the interval in brackets) and the number to sort by."""
     if isnan(interval.mean):
         return "–", ""
-    return interval.text(sign=sign), interval.mean
+    return interval_text(interval, sign=sign), interval.mean
 
 
 def _command(run: RunView) -> str:
-    about = run.about
-    words = ["fastface-trt", "evaluate", str(about.get("experiment", ""))]
-    for option, key in (
-        ("--export", "export"),
-        ("--backend", "backend"),
-        ("--pairs", "pairs"),
-        ("--seed", "seed"),
+    record = run.record
+    words = ["fastface-trt", "evaluate", record.experiment]
+    for option, value in (
+        ("--export", record.export),
+        ("--backend", record.backend),
+        ("--data", record.data),
+        ("--pairs", record.pairs),
+        ("--batch", record.batch),
+        ("--keep", record.keep),
     ):
-        if about.get(key) is not None:
-            words += [option, str(about[key])]
+        words += [option, str(value)]
     return " ".join(quote(word) for word in [*words, "--out", run.folder.name, "--report"])
 
 

@@ -1,64 +1,31 @@
-"""A run of `evaluate` read back: what was asked, and what is finished so far.
+"""A run of `evaluate` to be looked at: settings with labels, and metrics by setting and pair.
 
-The folder may still be growing, or its run may have been killed: a cut last line is left out, and
-a picture that was made twice counts once.
+The run may still be growing, or may have been killed: whatever is finished counts.
 """
 
-import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
+from math import isnan, nan
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from fastface_trt.errors import InvalidRequest
-from fastface_trt.evaluation.intervals import Interval, paired_difference
-
-SETTINGS_FILE, RESULTS_FILE = "run.json", "results.jsonl"
-SCHEMA_VERSION = 1
-_MEND = "Give the folder that `fastface-trt evaluate` wrote."
-
-
-@dataclass(frozen=True, slots=True)
-class Judge:
-    """A metric of a run: its name in the results, and how to speak of it."""
-
-    name: str
-    label: str
-    unit: str
-    higher_is_better: bool
-    what: str
-
-    @property
-    def axis_label(self) -> str:
-        """Label with unit and direction, for an axis."""
-        arrow = "↑" if self.higher_is_better else "↓"
-        return f"{self.label} [{self.unit}] {arrow}" if self.unit else f"{self.label} {arrow}"
+from fastface_trt.evaluation.axes import Axis, find_axes, value_text
+from fastface_trt.evaluation.judges import Column
+from fastface_trt.evaluation.results import PictureResult, RunRecord, read_results, read_run
+from fastface_trt.evaluation.statistics import Interval, paired_difference
 
 
 @dataclass(frozen=True, slots=True)
 class SettingView:
-    """One setting: its name, the values of what varies, and the fields of its request."""
+    """One setting: its name, a label for people, the values of what varies, its baseline's name."""
 
     name: str
+    label: str
     axes: Mapping[str, Any]
-    request: Mapping[str, Any]
-    line: str
-
-
-@dataclass(frozen=True, slots=True)
-class PictureView:
-    """One finished picture; `picture` is its file below the run's folder, None when not kept."""
-
-    setting: str
-    pair: int
-    person: str
-    prompt: str
-    seed: int
-    metrics: Mapping[str, float | None]
-    unet_samples: int
-    seconds: float
-    picture: Path | None
+    line: str | None
+    baseline: str | None
 
 
 @dataclass(frozen=True)
@@ -66,153 +33,174 @@ class RunView:
     """Settings, judges and finished pictures of a run, by setting and pair."""
 
     folder: Path
-    about: Mapping[str, Any]
-    judges: tuple[Judge, ...]
+    record: RunRecord
+    axes: Mapping[str, Axis]
     settings: tuple[SettingView, ...]
-    results: Mapping[str, Mapping[int, PictureView]]
+    results: Mapping[str, Mapping[int, PictureResult]]
+    _known: dict[tuple[str, ...], Interval] = field(default_factory=dict, repr=False)
 
     @property
-    def title(self) -> str:
-        """What the run is called."""
-        return str(self.about.get("title") or self.about.get("experiment") or "Evaluation")
-
-    @property
-    def pairs(self) -> int:
-        """How many pairs each setting is meant to have."""
-        return int(self.about.get("pairs") or max(map(len, self.results.values()), default=0))
+    def judges(self) -> tuple[Column, ...]:
+        """What the judges measured."""
+        return self.record.judges
 
     @cached_property
-    def baseline(self) -> SettingView | None:
-        """The setting that others are compared with, None in a run without pictures.
+    def done(self) -> tuple[SettingView, ...]:
+        """The settings that have a finished picture."""
+        return tuple(setting for setting in self.settings if self.results[setting.name])
 
-        The one that the run names, else the one called plain or baseline, else the preset plain at
-        λ = 0.8, else at any λ, else the first.
-        """
-        done = [setting for setting in self.settings if self.results[setting.name]]
-        given = [s for s in done if s.name == self.about.get("baseline")]
-        named = given + [s for s in done if s.name.lower() in ("plain", "baseline")]
-        plain = [s for s in done if s.axes.get("preset") == "plain"]
-        usual = [s for s in plain if s.axes.get("ip_adapter_scale", 0.8) == 0.8]
-        return next(iter(named + usual + plain + done), None)
+    @cached_property
+    def by_name(self) -> Mapping[str, SettingView]:
+        """The settings by name."""
+        return {setting.name: setting for setting in self.settings}
 
-    def judge(self, name: str) -> Judge | None:
-        """The judge of that name, None where the run has none."""
-        return next((judge for judge in self.judges if judge.name == name), None)
+    def baseline_of(self, setting: SettingView) -> SettingView | None:
+        """What a setting is compared with; None for a baseline, or when that has no picture yet."""
+        baseline = self.by_name.get(setting.baseline or "")
+        return None if baseline in (None, setting) or baseline not in self.done else baseline
 
-    def values(self, setting: str, judge: str) -> dict[int, float]:
-        """A metric of one setting by pair, without the pictures that have none."""
-        found = {pair: result.metrics.get(judge) for pair, result in self.results[setting].items()}
-        return {pair: float(value) for pair, value in found.items() if value is not None}
+    @property
+    def compared(self) -> tuple[SettingView, ...]:
+        """The settings with finished pictures whose baseline has some, too."""
+        return tuple(setting for setting in self.done if self.baseline_of(setting) is not None)
 
-    def mean(self, setting: str, judge: str) -> Interval:
-        """Mean of a metric over the pairs that have it."""
-        return Interval.of(list(self.values(setting, judge).values()))
+    @property
+    def baselines(self) -> tuple[SettingView, ...]:
+        """The settings that others are compared with."""
+        found = {one.name: one for s in self.compared if (one := self.baseline_of(s)) is not None}
+        return tuple(found.values())
 
-    def difference(self, setting: str, baseline: str, judge: str) -> Interval:
-        """Mean paired difference of a metric to a baseline."""
-        return paired_difference(self.values(setting, judge), self.values(baseline, judge))
+    def judge(self, name: str) -> Column | None:
+        """The judge of that name, None where the run has none or it has judged nothing yet."""
+        found = next((judge for judge in self.judges if judge.name == name), None)
+        return found if found is not None and self.has(name) else None
 
     def has(self, judge: str) -> bool:
         """Whether any picture has a value of that judge."""
-        return any(self.values(setting.name, judge) for setting in self.settings)
+        return any(self.mean(setting, judge).n for setting in self.done)
+
+    def varying(self, settings: Sequence[SettingView]) -> tuple[Column, ...]:
+        """The judges that tell any two pictures of these settings apart."""
+        found = []
+        for judge in self.judges:
+            values = {v for s in settings for v in self.values(s, judge.name).values()}
+            if len(values - {None}) > 1:
+                found.append(judge)
+        return tuple(found)
+
+    def values(self, setting: SettingView, judge: str) -> dict[int, float | None]:
+        """A metric of one setting by pair; None for a picture that has none."""
+        return {p: result.metrics.get(judge) for p, result in self.results[setting.name].items()}
+
+    def mean(self, setting: SettingView, judge: str) -> Interval:
+        """Mean over the pairs that have the metric; NaN without any, no ends for a single one."""
+        key = (setting.name, judge)
+        if key not in self._known:
+            values = [v for v in self.values(setting, judge).values() if v is not None]
+            self._known[key] = _cautious(Interval.of(values) if values else None)
+        return self._known[key]
+
+    def difference(self, setting: SettingView, judge: str) -> Interval:
+        """Mean paired difference of a metric to the setting's baseline; NaN without one."""
+        key = (setting.name, judge, "difference")
+        if key not in self._known:
+            baseline = self.baseline_of(setting)
+            ours = self.values(setting, judge)
+            found = baseline and paired_difference(ours, self.values(baseline, judge))
+            self._known[key] = _cautious(found or None)
+        return self._known[key]
 
     def face(self, person: str) -> Path | None:
         """The source picture of a person, None where it is not in the folder."""
-        path = _inside(self.folder, f"faces/{person}.png")
-        return path if path is not None and path.is_file() else None
+        return _inside(self.folder, f"faces/{person}.png")
+
+    def picture(self, result: PictureResult | None) -> Path | None:
+        """The file of a kept picture, None where it was not kept or is gone."""
+        if result is None or result.picture is None:
+            return None
+        return _inside(self.folder, result.picture)
 
 
 def read_view(folder: Path) -> RunView:
-    """Read a run's folder; raise `InvalidRequest` for one that is none, or of another version."""
-    about = _read_about(folder / SETTINGS_FILE)
-    try:
-        judges = tuple(
-            Judge(
-                name=str(one["name"]),
-                label=str(one.get("label") or one["name"]),
-                unit=str(one.get("unit") or ""),
-                higher_is_better=bool(one.get("higher_is_better", True)),
-                what=str(one.get("what") or ""),
-            )
-            for one in about.get("judges", ())
+    """Read a run's folder; raise `InvalidRequest` for one that is none, or is damaged."""
+    record = read_run(folder)
+    axes = find_axes([setting.axes for setting in record.settings])
+    labels = [setting_label(setting.name, setting.axes, axes) for setting in record.settings]
+    settings = tuple(
+        SettingView(
+            one.name,
+            label if labels.count(label) == 1 else one.name,
+            one.axes,
+            one.line,
+            one.baseline,
         )
-        settings = tuple(
-            SettingView(
-                name=str(one["name"]),
-                axes=dict(one.get("axes") or {}),
-                request=dict(one.get("request") or {}),
-                line=str(one.get("line") or ""),
-            )
-            for one in about.get("settings", ())
-        )
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise InvalidRequest(
-            f"{folder / SETTINGS_FILE} does not describe a run: {error}.", _MEND
-        ) from None
-    results: dict[str, dict[int, PictureView]] = {setting.name: {} for setting in settings}
-    for result in _read_results(folder):
-        if result.setting in results:
-            results[result.setting][result.pair] = result
-    ordered = {name: dict(sorted(found.items())) for name, found in results.items()}
-    return RunView(folder, about, judges, settings, ordered)
+        for one, label in zip(record.settings, labels, strict=True)
+    )
+    found: dict[str, dict[int, PictureResult]] = {one.name: {} for one in settings}
+    for result in read_results(folder, torn=True):
+        found.setdefault(result.setting, {})[result.pair] = result
+    ordered = {name: dict(sorted(results.items())) for name, results in found.items()}
+    return RunView(folder, record, axes, settings, ordered)
 
 
-def _read_about(path: Path) -> dict[str, Any]:
-    try:
-        about = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InvalidRequest(f"{path} cannot be read: {error.strerror}.", _MEND) from None
-    except ValueError as error:
-        raise InvalidRequest(f"{path} is not JSON: {error}.", _MEND) from None
-    version = about.get("schema_version") if isinstance(about, dict) else None
-    if version != SCHEMA_VERSION:
-        raise InvalidRequest(
-            f"{path} has schema version {version}, this program reads {SCHEMA_VERSION}.",
-            "Run the evaluation again with this version.",
-        )
-    return dict(about)
-
-
-def _read_results(folder: Path) -> list[PictureView]:
-    path = folder / RESULTS_FILE
-    if not path.is_file():
-        return []
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    found = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            found.append(_result(folder, json.loads(line)))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            if number == len(lines):
-                continue  # a run that was killed while it wrote
-            raise InvalidRequest(
-                f"Line {number} of {path} is no result: {error!r}.",
-                "Remove that line; `fastface-trt evaluate` makes its picture again.",
-            ) from None
-    return found
-
-
-def _result(folder: Path, one: Mapping[str, Any]) -> PictureView:
-    picture = one.get("picture")
-    path = _inside(folder, picture) if picture else None
-    return PictureView(
-        setting=str(one["setting"]),
-        pair=int(one["pair"]),
-        person=str(one.get("person", "")),
-        prompt=str(one.get("prompt", "")),
-        seed=int(one.get("seed", 0)),
-        metrics=dict(one["metrics"]),
-        unet_samples=int(one.get("unet_samples", 0)),
-        seconds=float(one.get("seconds", 0)),
-        picture=path if path is not None and path.is_file() else None,
+def setting_label(name: str, values: Mapping[str, Any], axes: Mapping[str, Axis]) -> str:
+    """`am1, λ 0.5` for a name made of axes, `am1_ip_adapter_scale=0.5`; other names as they are."""
+    if "=" not in name or not values:
+        return name
+    return ", ".join(
+        axes[axis].text(value) if axis in axes else value_text(value, axis)
+        for axis, value in values.items()
     )
 
 
+def interval_text(interval: Interval, *, sign: bool = False) -> str:
+    """`mean (low to high)`, or how little is known; `sign` puts + before what is positive.
+
+    Three digits, or as many more, up to six, as show that an interval excludes 0.
+    """
+    if isnan(interval.mean):
+        return "no value"
+    style = "+" if sign else "-"
+    if isnan(interval.low):
+        return _without_signed_zero(f"{interval.mean:{style}.3f} (n = 1)")
+    nearest = min(abs(interval.low), abs(interval.high))
+    digits = 3
+    while sign and interval.excludes_zero and digits < 6 and nearest < 0.5 * 10**-digits:
+        digits += 1
+    return _without_signed_zero(interval.text(digits=digits, sign=style))
+
+
+def axis_label(judge: Column) -> str:
+    """Label, unit and direction of a judge, for an axis or a heading."""
+    unit = f" [{judge.unit}]" if judge.unit else ""
+    return f"{judge.label}{unit} {'↑' if judge.higher_is_better else '↓'}"
+
+
+def verdict(difference: Interval, judge: Column) -> int:
+    """1 for better than the baseline, −1 for worse, 0 where the interval holds 0 or is unknown."""
+    if not difference.excludes_zero:
+        return 0
+    return 1 if (difference.mean > 0) == judge.higher_is_better else -1
+
+
+def _without_signed_zero(text: str) -> str:
+    return re.sub(r"[-+](0\.0+)(?!\d)", r"\1", text)
+
+
+def _cautious(interval: Interval | None) -> Interval:
+    """Ends only where there are several values: one says nothing about its spread."""
+    if interval is None:
+        return Interval(nan, nan, nan, 0)
+    return interval if interval.n > 1 else Interval(interval.mean, nan, nan, 1)
+
+
 def _inside(folder: Path, name: str) -> Path | None:
-    """`folder`/`name`, None for a name that leads out of the folder."""
+    """`folder`/`name` if it is a file there, None for a name that leads out of the folder."""
     relative = PurePosixPath(name)
     if relative.is_absolute() or ".." in relative.parts:
         return None
-    return folder / relative
+    path = folder / relative
+    return path if path.is_file() else None
+
+
+__all__ = ["RunView", "SettingView", "axis_label", "interval_text", "read_view", "verdict"]

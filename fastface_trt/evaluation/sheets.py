@@ -1,4 +1,4 @@
-"""Pictures of a run in rows and columns: contact sheets, the α × β grid, strips of per-step effects.
+"""Pictures of a run in rows and columns: contact sheets, α × β grids, strips of per-step effects.
 
 A sheet is data; the report shows it as a table of pictures, `draw_sheet` as one PNG.
 """
@@ -12,9 +12,10 @@ from typing import Final
 
 from PIL import Image, ImageDraw, ImageFont
 
-from fastface_trt.evaluation.axes import Axis, Group, find_axes, group_along, value_text
+from fastface_trt.evaluation.axes import Axis, Group, group_along, value_text
 from fastface_trt.evaluation.figures import alpha_beta_group
-from fastface_trt.evaluation.run_view import PictureView, RunView, SettingView
+from fastface_trt.evaluation.results import PictureResult
+from fastface_trt.evaluation.run_view import RunView, SettingView
 from fastface_trt.grid import contact_sheet
 
 PEOPLE_IN_SHEET: Final = 6
@@ -24,10 +25,12 @@ STRIPS: Final = 3
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One picture with a line under it; `result` is None where there is no picture."""
+    """One picture with a line under it; `path` is None where there is no picture."""
 
-    result: PictureView | None
-    text: str = ""
+    path: Path | None = None
+    text: str = "no picture"
+    alt: str = ""
+    note: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +56,7 @@ class Sheet:
     @property
     def pictures(self) -> int:
         """How many pictures it shows."""
-        return sum(cell.result is not None for row in self.rows for cell in row.cells)
+        return sum(cell.path is not None for row in self.rows for cell in row.cells)
 
 
 def choose_sheets(run: RunView) -> list[Sheet]:
@@ -64,7 +67,7 @@ def choose_sheets(run: RunView) -> list[Sheet]:
     found = alpha_beta_group(run)
     if found is not None:
         sheets += _grid(run, *found)
-    for axis in find_axes(run).values():
+    for axis in run.axes.values():
         if axis.per_step:
             sheets += _strips(run, axis)
     return sheets + _contact_sheets(run)
@@ -81,19 +84,22 @@ def draw_sheet(sheet: Sheet, side: int = 160) -> Image.Image:
     )
 
 
-def shown(result: PictureView | None) -> Cell:
-    """A cell with the picture's own scores under it."""
-    if result is None or result.picture is None:
-        return Cell(None, "no picture")
-    identity = result.metrics.get("id")
+def picture_cell(run: RunView, result: PictureResult | None, setting: str) -> Cell:
+    """A cell with the picture's own scores under it; `setting` is how to call its setting."""
+    path = run.picture(result)
+    if result is None or path is None:
+        return Cell()
+    identity, clip = result.metrics.get("id"), result.metrics.get("clip")
     if identity is None:
-        return Cell(result, "no face found" if result.metrics.get("ffc") else "")
-    clip = result.metrics.get("clip")
-    return Cell(result, f"ID {identity:.2f}" + ("" if clip is None else f" · clip {clip:.2f}"))
+        text = "no face found" if result.metrics.get("ffc") else ""
+    else:
+        text = f"ID {identity:.2f}" + ("" if clip is None else f" · clip {clip:.2f}")
+    alt = f"{result.person}, “{result.prompt}”, {setting}"
+    return Cell(path, text, alt, f"pair {result.pair}, seed {result.seed}")
 
 
 def _contact_sheets(run: RunView) -> list[Sheet]:
-    done = [setting for setting in run.settings if run.results[setting.name]]
+    done = run.done
     pairs = _pairs_with_pictures(run, done)[:PEOPLE_IN_SHEET]
     parts = [done[i : i + COLUMNS_IN_SHEET] for i in range(0, len(done), COLUMNS_IN_SHEET)]
     return [
@@ -103,7 +109,7 @@ def _contact_sheets(run: RunView) -> list[Sheet]:
             "Each row is one face and prompt with one noise, each column one setting. The rows "
             "are the first persons of the run, not chosen by their scores.",
             "face and prompt",
-            tuple(setting.name for setting in part),
+            tuple(setting.label for setting in part),
             tuple(_row(run, pair, part) for pair in pairs),
         )
         for number, part in enumerate(parts)
@@ -122,7 +128,8 @@ def _grid(run: RunView, group: Group, alpha: Axis, beta: Axis) -> list[Sheet]:
         cells = []
         for b in beta.values:
             setting = by_value.get((value_text(a), value_text(b)))
-            cells.append(shown(run.results[setting.name].get(pairs[0]) if setting else None))
+            found = run.results[setting.name].get(pairs[0]) if setting else None
+            cells.append(picture_cell(run, found, setting.label if setting else ""))
         rows.append(Row(f"α = {alpha.scalar(a):g}", None, tuple(cells)))
     example = _example(run, pairs[0])
     return [
@@ -148,15 +155,21 @@ def _strips(run: RunView, axis: Axis) -> list[Sheet]:
         settings = sorted(
             group.settings, key=lambda setting: order.index(value_text(setting.axes[axis.name]))
         )
+        labels = [axis.text(setting.axes[axis.name]) for setting in settings]
+        # What they are compared with stands in front, unless it is one of them.
+        baseline = run.baseline_of(settings[-1])
+        if baseline is not None and baseline not in settings:
+            settings.insert(0, baseline)
+            labels.insert(0, baseline.label)
         sheets.append(
             Sheet(
                 f"strip-{axis.name}-{number + 1}",
                 f"Effect step by step: {axis.label}"
-                + (f" ({group.label})" if group.others else ""),
+                + ("" if group.label == "all" else f" ({group.label})"),
                 "Each row is one face, prompt and noise; the columns differ only in the step at "
                 "which the setting acts. Early steps shape the layout, late ones the details.",
                 "face and prompt",
-                tuple(f"{axis.label}: {value_text(s.axes[axis.name])}" for s in settings),
+                tuple(labels),
                 tuple(_row(run, pair, settings) for pair in pairs),
             )
         )
@@ -165,11 +178,14 @@ def _strips(run: RunView, axis: Axis) -> list[Sheet]:
 
 def _row(run: RunView, pair: int, settings: Sequence[SettingView]) -> Row:
     example = _example(run, pair)
-    cells = tuple(shown(run.results[setting.name].get(pair)) for setting in settings)
+    cells = tuple(
+        picture_cell(run, run.results[setting.name].get(pair), setting.label)
+        for setting in settings
+    )
     return Row(f"{example.person}: {example.prompt}", run.face(example.person), cells)
 
 
-def _example(run: RunView, pair: int) -> PictureView:
+def _example(run: RunView, pair: int) -> PictureResult:
     return next(found[pair] for found in run.results.values() if pair in found)
 
 
@@ -178,7 +194,7 @@ def _pairs_with_pictures(run: RunView, settings: Sequence[SettingView]) -> list[
     counts: dict[int, int] = {}
     for setting in settings:
         for pair, result in run.results[setting.name].items():
-            if result.picture is not None:
+            if run.picture(result) is not None:
                 counts[pair] = counts.get(pair, 0) + 1
     seen: dict[str, int] = {}
     turn = {}
@@ -190,10 +206,10 @@ def _pairs_with_pictures(run: RunView, settings: Sequence[SettingView]) -> list[
 
 
 def _opened(cell: Cell, side: int) -> Image.Image:
-    if cell.result is None or cell.result.picture is None:
+    if cell.path is None:
         return _text_picture("no picture", side, "#e6e6e6")
     try:
-        with Image.open(cell.result.picture) as picture:
+        with Image.open(cell.path) as picture:
             return _square(picture.convert("RGB"))
     except OSError:
         return _text_picture("unreadable", side, "#e6e6e6")

@@ -105,14 +105,8 @@ def colour_bar(figure: Figure, image: Any, axes: Any, label: str, theme: Theme) 
     bar.outline.set_edgecolor(theme.faint)  # type: ignore[operator]
 
 
-def encode(figure: Figure, kind: str = "png") -> bytes:
-    """The figure as PNG, or as lossless WebP, which takes half of its bytes in a page."""
+def encode(figure: Figure) -> bytes:
+    """The figure as PNG."""
     buffer = BytesIO()
-    if kind == "png":
-        figure.savefig(buffer, format="png", dpi=DPI, facecolor=figure.get_facecolor())
-    else:
-        keep = {"lossless": True, "quality": 80, "method": 4}
-        figure.savefig(
-            buffer, format="webp", dpi=DPI, facecolor=figure.get_facecolor(), pil_kwargs=keep
-        )
+    figure.savefig(buffer, format="png", dpi=DPI, facecolor=figure.get_facecolor())
     return buffer.getvalue()

@@ -4,13 +4,14 @@ Scores are a pair's own difficulty, plus the effect of the setting's axes, plus 
 drawn portraits, tinted a little by setting so that none equals another.
 """
 
-import json
 from functools import lru_cache
 from itertools import product
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from fastface_trt.evaluation.results import PictureResult, RunRecord
 
 PEOPLE = ("ada", "bruno", "chika", "dev", "elsa", "farid")
 PLACES = ("in a forest", "on a beach", "in a city", "in the mountains")
@@ -43,7 +44,7 @@ def ablation_settings(names=("plain", "am1", "am2", "am1+dcg")):
 
 
 def setting_name(axes):
-    return ",".join(f"{key}={value}" for key, value in axes.items()).replace(" ", "")
+    return "_".join(f"{key}={value}" for key, value in axes.items()).replace(" ", "")
 
 
 def effect(axes):
@@ -57,6 +58,12 @@ def effect(axes):
         - 0.02 * (beta - 1)
         + 0.04 * (axes.get("power", 1.3) - 1.3)
     )
+
+
+def baseline_name(names, settings, axes):
+    """The setting with the same axes but preset plain, else the first."""
+    wanted = axes | {"preset": "plain"}
+    return next((n for n, one in zip(names, settings, strict=True) if one == wanted), names[0])
 
 
 @lru_cache(maxsize=64)
@@ -126,13 +133,23 @@ def write_run(
                 "axes": axes,
                 "request": {"steps": 4, **axes},
                 "line": axes.get("preset"),
+                "baseline": baseline_name(names, clean, axes),
+                "export": "mini",
+                "checkpoint": "mini",
+                "scheduler": "mini",
             }
             for name, axes in zip(names, clean, strict=True)
         ],
         "pairs": pairs,
         "seed": 7,
+        "data": "mini",
+        "data_sha256": "0" * 64,
+        "engines_sha256": "0" * 64,
+        "batch": 4,
+        "keep": kept,
     }
-    (folder / "run.json").write_text(json.dumps(run, indent=1))
+    text = RunRecord.model_validate(run).model_dump_json(indent=1)
+    (folder / "run.json").write_text(text)
     known = {judge[0] for judge in judges}
     lines = []
     for number, (name, axes) in enumerate(zip(names, clean, strict=True)):
@@ -161,6 +178,6 @@ def write_run(
                     "picture": picture,
                 }
             )
-    text = "".join(json.dumps(line) + "\n" for line in lines)
+    text = "".join(PictureResult(**line).model_dump_json() + "\n" for line in lines)
     (folder / "results.jsonl").write_text(text)
     return folder
