@@ -5,10 +5,11 @@ import json
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from PIL import Image
 
 from fastface_trt.engines.contract import KINDS, MANIPULATION_COLUMNS
 from fastface_trt.errors import EngineFailed, InvalidRequest, UnknownName
-from fastface_trt.evaluation import attention_maps
+from fastface_trt.evaluation import attention_maps, watched_unet
 from fastface_trt.evaluation.attention_figures import attention_numbers, write_attention
 from fastface_trt.evaluation.attention_maps import (
     block_grid,
@@ -17,6 +18,7 @@ from fastface_trt.evaluation.attention_maps import (
     decoupled_blocks,
 )
 from fastface_trt.mini.folders import SAMPLE_FACES
+from fastface_trt.runtime.request import GenerationRequest
 
 BLOCKS = ("down_blocks.2.attentions.0.0", "up_blocks.1.attentions.1.0")
 PROMPT = "photo; person on a beach, smiling"
@@ -38,13 +40,13 @@ def unet():
 def collected(monkeypatch, **fields):
     """A run, and the inputs of every UNet call in it."""
     calls = []
-    call = attention_maps._WatchedUnet.__call__
+    call = watched_unet.WatchedUnet.__call__
 
     def remember(self, **inputs):
         calls.append({name: np.array(value) for name, value in inputs.items()})
         return call(self, **inputs)
 
-    monkeypatch.setattr(attention_maps._WatchedUnet, "__call__", remember)
+    monkeypatch.setattr(watched_unet.WatchedUnet, "__call__", remember)
     run = collect_attention(SAMPLE_FACES / "ada.png", PROMPT, seed=3, threads=1, **fields)
     return run, calls
 
@@ -85,7 +87,7 @@ def manipulated(a_BHNT, rows_RP):
     return _softmask(torch.from_numpy(a_BHNT[None]), columns)[0].numpy()
 
 
-@pytest.mark.parametrize("preset", ["plain", "am1+dcg", "am2+dcg"])
+@pytest.mark.parametrize("preset", ["am1+dcg", "am2+dcg"])
 def test_maps_are_those_of_eager_attention(monkeypatch, unet, preset):
     run, calls = collected(monkeypatch, preset=preset, blocks=BLOCKS, steps=(1, 3))
     assert (run.blocks, run.steps, len(calls)) == (BLOCKS, (1, 3), 4)
@@ -103,15 +105,17 @@ def test_maps_are_those_of_eager_attention(monkeypatch, unet, preset):
             np.testing.assert_allclose(maps.after, manipulated(a_BHNT, rows), atol=2e-4)
 
 
-def test_the_picture_is_the_one_without_the_copy(monkeypatch):
+def test_a_plain_run_changes_neither_maps_nor_picture(monkeypatch):
     from fastface_trt import FastFace
 
-    run, _ = collected(monkeypatch, preset="am1", blocks=BLOCKS, steps=())
+    run, _ = collected(monkeypatch, preset="plain", blocks=BLOCKS, steps=(2,))
     with FastFace.load("mini", threads=1) as fastface:
-        plain = fastface(PROMPT, SAMPLE_FACES / "ada.png", preset="am1", seed=3)
+        plain = fastface(PROMPT, SAMPLE_FACES / "ada.png", preset="plain", seed=3)
     difference = np.abs(np.int16(run.picture) - np.int16(plain.images[0]))
     assert difference.max() <= 1  # outputs change what is fused, so a rounding may flip
-    assert run.maps == ()
+    assert len(run.maps) == 2
+    for maps in run.maps:
+        np.testing.assert_array_equal(maps.before, maps.after)
 
 
 def test_grids_have_the_layout_of_the_picture():
@@ -148,17 +152,19 @@ def test_a_step_beyond_the_last_is_refused():
 
 
 def test_files_of_the_command(tmp_path):
-    from fastface_trt.cli.attention import attention
+    from fastface_trt.cli.main import cli
 
     out = tmp_path / "attention"
     arguments = [
+        "evaluate",
+        "attention",
         "--face",
         str(SAMPLE_FACES / "ada.png"),
         "--prompt",
         "photo; person on a $beach$, smiling",
     ]
     arguments += ["--blocks", BLOCKS[0], "--steps", "0,2", "--out", str(out)]
-    result = CliRunner().invoke(attention, arguments)
+    result = CliRunner().invoke(cli, arguments)
     assert result.exit_code == 0, result.output
     written = {path.name for path in out.iterdir()}
     assert written == {
@@ -178,19 +184,27 @@ def test_files_of_the_command(tmp_path):
     assert [entry["step"] for entry in numbers["maps"]] == [0, 2]
 
 
-def test_numbers_of_a_run_are_of_the_branch_with_face_and_prompt(monkeypatch):
-    run, _ = collected(monkeypatch, preset="am1+dcg", blocks=BLOCKS[:1], steps=(1,))
+def test_numbers_are_of_the_branch_with_face_and_prompt():
+    rng = np.random.default_rng(0)
+    before, after = rng.random((2, 3, 2, 6, 4), dtype=np.float32)
+    maps = attention_maps.BlockMaps("b", 1, ("u", "i", "ti"), (2, 3), before, after)
+    request = GenerationRequest("photo; person", steps=4)
+    run = attention_maps.AttentionRun(request, {"seed": 0}, Image.new("RGB", (8, 8)), (maps,))
     (entry,) = attention_numbers(run)["maps"]
     assert entry["branch"] == "ti"
-    maps = run.maps[0]
-    row = maps.branches.index("ti")
-    assert entry["before"][1]["mean"] == pytest.approx(float(maps.before[row, ..., 1].mean()))
+    assert entry["before"][1]["mean"] == pytest.approx(float(before[2, ..., 1].mean()))
+    assert entry["after"][3]["median"] == pytest.approx(float(np.median(after[2, ..., 3])))
+    no_text = attention_maps.BlockMaps("b", 1, ("u", "t", "i"), (2, 3), before, after)
+    assert no_text.face_branch == "i"
 
 
-def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path, monkeypatch):
+def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path):
     from fastface_trt.errors import StorageError
 
-    run, _ = collected(monkeypatch, preset="am1", blocks=BLOCKS[:1], steps=(0,))
+    maps = np.full((1, 1, 6, 4), 0.25, np.float32)
+    block = attention_maps.BlockMaps("b", 0, ("ti",), (2, 3), maps, maps)
+    request = GenerationRequest("photo; person", steps=4)
+    run = attention_maps.AttentionRun(request, {}, Image.new("RGB", (8, 8)), (block,))
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError):
         write_attention(run, tmp_path / "file")
