@@ -41,9 +41,9 @@ def maps_figure(run: AttentionRun, block: str, theme: Theme = LIGHT) -> Figure:
     rows = [run.at(block, step) for step in run.steps]
     tokens, heads = rows[0].before.shape[3], rows[0].before.shape[1]
     figure = new_figure(2.8 + _CELL * 2 * tokens + 1.6, 1.0 + _CELL * len(rows), theme)
-    left, middle, right = figure.subfigures(
-        1, 3, width_ratios=[2.8, _CELL * tokens + 0.8, _CELL * tokens + 0.8]
-    )
+    ratios = [2.8, _CELL * tokens + 0.8, _CELL * tokens + 0.8]
+    parts: Any = figure.subfigures(1, 3, width_ratios=ratios)
+    left, middle, right = parts
     for part in (left, middle, right):
         part.set_facecolor(theme.paper)
     _picture(left, run, theme)

@@ -57,7 +57,8 @@ class BlockMaps:
         """One map per token, averaged over heads, float32 [T,y,x]; default: `face_branch`."""
         maps_BHNT = self.after if after else self.before
         row = self.branches.index(branch or self.face_branch)
-        return maps_BHNT[row].mean(0).T.reshape(-1, *self.shape)
+        grids: Maps = maps_BHNT[row].mean(0).T.reshape(-1, *self.shape)
+        return grids
 
 
 @dataclass(frozen=True)

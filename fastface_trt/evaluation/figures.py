@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from fastface_trt.evaluation import plots
@@ -92,7 +93,7 @@ def _grids(run: RunView) -> list[RunFigure]:
             "has a colour range of its own, so look at the numbers before believing the colours."
             + _left_out(run, judges),
             _names([group]),
-            lambda theme: plots.heat_maps(run, group, alpha, beta, judges, theme),
+            partial(plots.heat_maps, run, group, alpha, beta, judges),
         )
     ]
 
@@ -114,16 +115,10 @@ def _fronts(run: RunView, axes: Mapping[str, Axis]) -> list[RunFigure]:
                 "Each line is one configuration, its points the values of λ written beside them. "
                 f"Up and to the right is better in both. {_INTERVALS}",
                 _names(groups),
-                _bind_front(run, axis, groups, other, identity),
+                partial(plots.pareto_front, run, axis, groups, other, identity),
             )
         )
     return figures
-
-
-def _bind_front(
-    run: RunView, axis: Axis, groups: list[Group], x: Column, y: Column
-) -> Callable[[Theme], Figure]:
-    return lambda theme: plots.pareto_front(run, axis, groups, x, y, theme)
 
 
 def _curves(run: RunView, axis: Axis) -> list[RunFigure]:
@@ -139,7 +134,7 @@ def _curves(run: RunView, axis: Axis) -> list[RunFigure]:
             "A flat line says that the value hardly matters; ↑ and ↓ say which way is better. "
             f"Bands are 95 % bootstrap intervals over pairs.{_left_out(run, judges)}",
             _names(groups),
-            lambda theme: plots.curves(run, axis, groups, judges, theme),
+            partial(plots.curves, run, axis, groups, judges),
         )
     ]
 
@@ -160,7 +155,7 @@ def _bars(run: RunView, shown: frozenset[str]) -> list[RunFigure]:
             "Overlapping intervals do not say that settings are equal: the differences pair "
             f"by pair are sharper. {_INTERVALS}{_left_out(run, judges)}",
             frozenset(setting.name for setting in some),
-            lambda theme, some=some: plots.bars(run, some, judges, theme),
+            partial(plots.bars, run, some, judges),
         )
         for key, some in _parts("bars", rest)
     ]
@@ -180,7 +175,7 @@ def _differences(run: RunView) -> list[RunFigure]:
             "differences pair by pair. An interval that crosses 0 says that this run cannot tell "
             f"the two apart. {_INTERVALS}{_left_out(run, judges)}",
             frozenset(setting.name for setting in some),
-            lambda theme, some=some: plots.differences(run, some, judges, theme),
+            partial(plots.differences, run, some, judges),
         )
         for key, some in _parts("differences", compared)
     ]

@@ -161,6 +161,6 @@ def _cost(run: RunView) -> str:
 
 
 def _listed(names: Sequence[str], most: int = 4) -> str:
-    if len(names) <= most:
-        return ", ".join(names)
-    return f"{', '.join(names[:most])} and {len(names) - most} more"
+    """Names that hold commas themselves, so semicolons part them."""
+    listed = "; ".join(names[:most])
+    return listed if len(names) <= most else f"{listed}; and {len(names) - most} more"

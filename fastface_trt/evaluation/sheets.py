@@ -99,20 +99,26 @@ def picture_cell(run: RunView, result: PictureResult | None, setting: str) -> Ce
 
 
 def _contact_sheets(run: RunView) -> list[Sheet]:
-    done = run.done
-    pairs = _pairs_with_pictures(run, done)[:PEOPLE_IN_SHEET]
-    parts = [done[i : i + COLUMNS_IN_SHEET] for i in range(0, len(done), COLUMNS_IN_SHEET)]
+    pairs = _pairs_with_pictures(run, run.done)[:PEOPLE_IN_SHEET]
+    lines: dict[str | None, list[SettingView]] = {}
+    for setting in run.done:
+        lines.setdefault(setting.line, []).append(setting)
+    if max(map(len, lines.values())) <= COLUMNS_IN_SHEET and len(lines) * 2 <= len(run.done):
+        parts = list(lines.values())  # one curve of the figures per sheet
+    else:
+        starts = range(0, len(run.done), COLUMNS_IN_SHEET)
+        parts = [list(run.done[start : start + COLUMNS_IN_SHEET]) for start in starts]
     return [
         Sheet(
-            f"contact-sheet-{number + 1}" if len(parts) > 1 else "contact-sheet",
-            f"Contact sheet {number + 1} of {len(parts)}" if len(parts) > 1 else "Contact sheet",
+            f"contact-sheet-{number}" if len(parts) > 1 else "contact-sheet",
+            f"Contact sheet {number} of {len(parts)}" if len(parts) > 1 else "Contact sheet",
             "Each row is one face and prompt with one noise, each column one setting. The rows "
             "are the first persons of the run, not chosen by their scores.",
             "face and prompt",
             tuple(setting.label for setting in part),
             tuple(_row(run, pair, part) for pair in pairs),
         )
-        for number, part in enumerate(parts)
+        for number, part in enumerate(parts, 1)
     ]
 
 

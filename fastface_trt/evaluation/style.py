@@ -102,7 +102,7 @@ def colour_bar(figure: Figure, image: Any, axes: Any, label: str, theme: Theme) 
     bar = figure.colorbar(image, ax=axes, shrink=0.9, pad=0.01)
     bar.set_label(label, color=theme.ink, fontsize=8)
     bar.ax.tick_params(colors=theme.ink, labelsize=7)
-    bar.outline.set_edgecolor(theme.faint)  # type: ignore[operator]
+    bar.outline.set_edgecolor(theme.faint)
 
 
 def encode(figure: Figure) -> bytes:

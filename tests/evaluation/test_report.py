@@ -90,7 +90,8 @@ def test_the_page_holds_everything_and_asks_for_nothing(tmp_path):
         "differences.png",
         "pareto-id-clip.png",
         "curve-ip_adapter_scale.png",
-        "contact-sheet.png",
+        "contact-sheet-1.png",  # one per preset
+        "contact-sheet-2.png",
     }
     # Six settings × four kept pairs, and what is best and worst.
     assert page.tags.count("button") == 24 + 2 * (2 + 2)
