@@ -115,7 +115,7 @@ def sample_listed(people: Sequence[str], count: int | None) -> list[int]:
         )
     order = np.random.default_rng(SEED).permutation(len(people))
     seen: dict[str, int] = {}
-    turns = []
+    turns: list[tuple[int, int, int]] = []
     for index in order:
         turn = seen[people[index]] = seen.get(people[index], -1) + 1
         turns.append((turn, len(turns), int(index)))

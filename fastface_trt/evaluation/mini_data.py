@@ -47,7 +47,8 @@ def make_pairs(count: int) -> list[Pair]:
     order = np.concatenate([rng.permutation(len(scenes)) for _ in range(count // len(scenes) + 1)])
     pairs = []
     for index in range(count):
-        scene = Scene(*scenes[order[index]], ACTION_NAMES[rng.integers(len(ACTION_NAMES))])
+        style, place = scenes[order[index]]
+        scene = Scene(style, place, ACTION_NAMES[rng.integers(len(ACTION_NAMES))])
         pair = Pair(index, person_name(index % PEOPLE), canonical_prompt(scene), SEED + index)
         pairs.append(replace(pair, scene=scene))
     return pairs
