@@ -125,6 +125,7 @@ def attention_numbers(run: AttentionRun) -> dict[str, Any]:
     """Parameters and, per block, step and token, mean, minimum, quartiles and maximum of both."""
     return {
         "schema_version": 1,
+        "preset": run.preset,
         "parameters": dict(run.parameters),
         "maps": [
             {
@@ -164,6 +165,29 @@ def write_attention(run: AttentionRun, out: Path) -> list[Path]:
         np.savez_compressed(out / "maps.npz", **arrays)  # type: ignore[arg-type]
         write_text_durably(out / NUMBERS, json.dumps(attention_numbers(run), indent=1) + "\n")
     return [out / name for name in ("picture.png", *figures, "maps.npz", NUMBERS)]
+
+
+def read_attention(folder: Path) -> list[tuple[str, str, Path]]:
+    """Heading, caption and file of every figure that `write_attention` left in `folder`.
+
+    Empty where nothing was written there, or where it cannot be read.
+    """
+    try:
+        numbers = json.loads((folder / NUMBERS).read_text(encoding="utf-8"))
+        request = numbers["parameters"]
+        told = f"{request['prompt']}, seed {request['seed']}, {numbers['preset']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+    figures = []
+    for kind, heading, reading in (
+        ("maps", "Attention maps", "Brighter positions listen more to that token of the face."),
+        ("histogram", "Histograms", "How often each weight occurs before and after f."),
+    ):
+        for path in sorted(folder.glob(f"{kind}-*.png")):
+            block = path.stem.removeprefix(f"{kind}-")
+            caption = f"{reading} One picture, so an example and no statistics: {told}."
+            figures.append((f"{heading} of {block}", caption, path))
+    return figures
 
 
 def _picture(part: Any, run: AttentionRun, theme: Theme) -> None:

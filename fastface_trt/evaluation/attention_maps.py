@@ -66,6 +66,7 @@ class AttentionRun:
     """One generated picture with the maps of the chosen blocks and steps, step by step."""
 
     request: GenerationRequest
+    preset: str
     parameters: Mapping[str, Any]  # what a picture file of it carries
     picture: Image.Image
     maps: tuple[BlockMaps, ...]
@@ -169,7 +170,7 @@ def collect_attention(
         for step, calls in enumerate(watched.calls)
         for block, (before, after) in calls.items()
     )
-    return AttentionRun(request, result.parameters[0], result.images[0], maps)
+    return AttentionRun(request, preset, result.parameters[0], result.images[0], maps)
 
 
 def _steps(request: GenerationRequest, steps: Sequence[int] | None) -> frozenset[int]:

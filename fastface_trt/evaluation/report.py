@@ -14,6 +14,7 @@ from typing import Any, Final
 
 from fastface_trt.engines.files import storage_errors, write_text_durably
 from fastface_trt.errors import MissingDependency
+from fastface_trt.evaluation.attention_figures import read_attention
 from fastface_trt.evaluation.axes import value_text
 from fastface_trt.evaluation.figures import choose_figures
 from fastface_trt.evaluation.findings import Extremes, extremes, findings
@@ -33,14 +34,19 @@ from fastface_trt.evaluation.style import DARK, LIGHT, encode
 
 REPORT: Final = "report.html"
 PLOTS: Final = "plots"
+ATTENTION: Final = "attention"
+"""Folder of a run into which `evaluate attention --out` may write, for the report to show."""
+
 _TEMPLATE: Final = "report.html"
 _FACE_SIDE: Final = 128
+_ATTENTION_WIDTH: Final = 1600
 
 
 def write_report(out: Path) -> Path:
     """Write `report.html` and `plots/*.png` of the run in folder `out`; return the page's path.
 
-    A run that is not finished gives a report of what there is, which says so. Raises
+    Figures that `evaluate attention --out RUN/attention` wrote are shown, too. A run that is not
+    finished gives a report of what there is, which says so. Raises
     `InvalidRequest` when `out` holds no run, `MissingDependency` without jinja2 or matplotlib,
     `StorageError`.
     """
@@ -59,6 +65,12 @@ def write_report(out: Path) -> Path:
                 "dark": plot_uri(encode(figure.draw(DARK))),
             }
         )
+    for heading, caption, path in read_attention(out / ATTENTION):
+        uri = picture_uri(path, _ATTENTION_WIDTH)
+        if uri is not None:
+            shown_figures.append(
+                {"heading": heading, "caption": caption, "light": uri, "dark": uri}
+            )
     page = render(run, shown_figures, sheets)
     with storage_errors(out):
         (out / PLOTS).mkdir(exist_ok=True)

@@ -10,7 +10,11 @@ from PIL import Image
 from fastface_trt.engines.contract import KINDS, MANIPULATION_COLUMNS
 from fastface_trt.errors import EngineFailed, InvalidRequest, UnknownName
 from fastface_trt.evaluation import attention_maps, watched_unet
-from fastface_trt.evaluation.attention_figures import attention_numbers, write_attention
+from fastface_trt.evaluation.attention_figures import (
+    attention_numbers,
+    read_attention,
+    write_attention,
+)
 from fastface_trt.evaluation.attention_maps import (
     block_grid,
     choose_blocks,
@@ -182,6 +186,13 @@ def test_files_of_the_command(tmp_path):
                 assert summary["mean"] == pytest.approx(float(after[..., token].mean()), rel=1e-5)
                 assert summary["max"] == pytest.approx(float(after[..., token].max()), rel=1e-6)
     assert [entry["step"] for entry in numbers["maps"]] == [0, 2]
+    figures = read_attention(out)
+    assert [path.name for *_, path in figures] == [
+        f"maps-{BLOCKS[0]}.png",
+        f"histogram-{BLOCKS[0]}.png",
+    ]
+    assert all("person on a $beach$, smiling, seed 0, am1" in caption for _, caption, _ in figures)
+    assert read_attention(tmp_path) == []
 
 
 def test_numbers_are_of_the_branch_with_face_and_prompt():
@@ -189,7 +200,9 @@ def test_numbers_are_of_the_branch_with_face_and_prompt():
     before, after = rng.random((2, 3, 2, 6, 4), dtype=np.float32)
     maps = attention_maps.BlockMaps("b", 1, ("u", "i", "ti"), (2, 3), before, after)
     request = GenerationRequest("photo; person", steps=4)
-    run = attention_maps.AttentionRun(request, {"seed": 0}, Image.new("RGB", (8, 8)), (maps,))
+    run = attention_maps.AttentionRun(
+        request, "am1", {"seed": 0}, Image.new("RGB", (8, 8)), (maps,)
+    )
     (entry,) = attention_numbers(run)["maps"]
     assert entry["branch"] == "ti"
     assert entry["before"][1]["mean"] == pytest.approx(float(before[2, ..., 1].mean()))
@@ -204,7 +217,7 @@ def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path):
     maps = np.full((1, 1, 6, 4), 0.25, np.float32)
     block = attention_maps.BlockMaps("b", 0, ("ti",), (2, 3), maps, maps)
     request = GenerationRequest("photo; person", steps=4)
-    run = attention_maps.AttentionRun(request, {}, Image.new("RGB", (8, 8)), (block,))
+    run = attention_maps.AttentionRun(request, "am1", {}, Image.new("RGB", (8, 8)), (block,))
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError):
         write_attention(run, tmp_path / "file")

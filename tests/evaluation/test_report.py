@@ -184,6 +184,20 @@ def test_a_page_of_thirty_settings_stays_small(tmp_path):
 
 
 @pytest.mark.usefixtures("no_figures")
+def test_attention_maps_beside_the_run_are_shown(tmp_path):
+    folder = write_run(tmp_path / "run", ablation_settings(("plain",)), pairs=1, kept=0)
+    (folder / "attention").mkdir()
+    Image.new("RGB", (64, 32)).save(folder / "attention" / "maps-up_blocks.1.png")
+    _, page = report(folder)
+    assert "Attention maps" not in page.text  # nothing says what they are of
+    told = {"preset": "am1", "parameters": {"prompt": "photo; person", "seed": 5}}
+    (folder / "attention" / "attention.json").write_text(json.dumps(told))
+    _, page = report(folder)
+    assert "Attention maps of up_blocks.1" in page.text
+    assert "photo; person, seed 5, am1" in page.text
+
+
+@pytest.mark.usefixtures("no_figures")
 def test_paths_out_of_the_folder_are_not_read(tmp_path):
     folder = write_run(tmp_path / "run", ablation_settings(("plain",)), pairs=1, kept=1)
     secret = tmp_path / "secret.png"
