@@ -103,7 +103,7 @@ def _contact_sheets(run: RunView) -> list[Sheet]:
     lines: dict[str | None, list[SettingView]] = {}
     for setting in run.done:
         lines.setdefault(setting.line, []).append(setting)
-    if max(map(len, lines.values())) <= COLUMNS_IN_SHEET and len(lines) * 2 <= len(run.done):
+    if all(3 <= len(line) <= COLUMNS_IN_SHEET for line in lines.values()):
         parts = list(lines.values())  # one curve of the figures per sheet
     else:
         starts = range(0, len(run.done), COLUMNS_IN_SHEET)
@@ -173,7 +173,7 @@ def _strips(run: RunView, axis: Axis) -> list[Sheet]:
                 f"Effect step by step: {axis.label}"
                 + ("" if group.label == "all" else f" ({group.label})"),
                 "Each row is one face, prompt and noise; the columns differ only in the step at "
-                "which the setting acts. Early steps shape the layout, late ones the details.",
+                "which the setting acts.",
                 "face and prompt",
                 tuple(labels),
                 tuple(_row(run, pair, settings) for pair in pairs),
