@@ -48,9 +48,16 @@ test-engines: setup
 bench: setup
 	$(BIN)/fastface-trt bench --preset plain --preset am1+dcg --trace --out out/bench
 
-# Quality of the mini model by independent judges; writes benchmarks/results/mini-quality.json.
+# Quality of the mini model by independent judges, all experiments of the package: runs lie in
+# out/evaluation, their summaries in benchmarks/results/evaluation. Stopped, it goes on where it was.
+EXPERIMENTS ?= presets guidance_ablation scope plan pareto alpha_beta per_step sensitivity_am1 \
+	sensitivity_am2 schedulers lora_scale
 evaluate: setup
-	$(BIN)/python -m benchmarks.mini_quality
+	mkdir -p benchmarks/results/evaluation
+	set -e; for name in $(EXPERIMENTS); do \
+		$(BIN)/fastface-trt evaluate $$name --out out/evaluation/$$name; \
+		cp out/evaluation/$$name/summary.json benchmarks/results/evaluation/$$name.json; \
+	done
 
 # The mini model in fp16, fp8 and int8 before the same judges; writes quantized-quality.json.
 evaluate-quantized: setup

@@ -17,28 +17,35 @@ import click
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.judges import MiniJudges, Verdict
-from benchmarks.mini_quality import (
-    BATCH,
-    PEOPLE,
-    Interval,
-    Pair,
-    Setting,
-    draw_people,
-    make_pairs,
-    summarise,
-)
 from fastface_trt import FastFace
 from fastface_trt.cli.main import cli
-from fastface_trt.mini.prompts import canonical_prompt
+from fastface_trt.evaluation.data import Dataset, Pair
+from fastface_trt.evaluation.judges import Judge, Sample
+from fastface_trt.evaluation.mini_data import mini_dataset
+from fastface_trt.evaluation.mini_judges import mini_judges
+from fastface_trt.evaluation.statistics import Interval
 from fastface_trt.runtime.trace import StepTrace
 
 REFERENCE = "fp16"
 PRECISIONS = (REFERENCE, "fp8", "int8")
 PRESET = "am1+dcg"
+BATCH = 24
 RESULTS = Path(__file__).parent / "results" / "quantized-quality.json"
 
 Latents = list[NDArray[np.float32]]
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Means of the judges over all pictures; those without a face are left out of the first two."""
+
+    preset: str
+    identity: Interval
+    other_people: Interval
+    style: Interval
+    place: Interval
+    no_face: Interval
+    unet_samples_per_picture: float
 
 
 @dataclass(frozen=True)
@@ -46,7 +53,7 @@ class Judged:
     """One precision: judged means, and the relative L2 distance of its latents from fp16's."""
 
     precision: str
-    quality: Setting
+    quality: Quality
     latents_distance: Interval
     unet_megabytes: float
     quantized_layers: int
@@ -62,35 +69,45 @@ def ensure_export(folder: Path, precision: str) -> Path:
     return target
 
 
-def generate(
-    export: Path, photos: Sequence[NDArray[np.uint8]], pairs: Sequence[Pair], judges: MiniJudges
-) -> tuple[list[Verdict], Latents, float]:
-    """Verdicts and final latents of all pairs in order, and the UNet samples per picture."""
-    verdicts: list[Verdict] = []
+def generate(export: Path, data: Dataset, judges: Sequence[Judge]) -> tuple[Quality, Latents]:
+    """Judged quality and final latents of all pairs in order."""
+    values: dict[str, list[float]] = {judge.column.name: [] for judge in judges}
     latents: Latents = []
     samples = 0
     with FastFace.load(export) as fastface:
-        faces = [fastface.analyze(photo) for photo in photos]
-        for at in range(0, len(pairs), BATCH):
-            part = pairs[at : at + BATCH]
+        faces = {name: fastface.analyze(photo) for name, photo in data.people.items()}
+        for at in range(0, len(data.pairs), BATCH):
+            part: Sequence[Pair] = data.pairs[at : at + BATCH]
             final: dict[int, NDArray[np.float32]] = {}
 
             def keep(trace: StepTrace, final: dict[int, NDArray[np.float32]] = final) -> None:
                 final[trace.job] = np.asarray(trace.latents)
 
             result = fastface.generate(
-                [
-                    fastface.request(canonical_prompt(p.scene), preset=PRESET, seed=p.seed)
-                    for p in part
-                ],
+                [fastface.request(p.prompt, preset=PRESET, seed=p.seed) for p in part],
                 [faces[p.person] for p in part],
                 max_rows=36,
                 on_step=keep,
             )
             samples += result.unet_samples
-            verdicts += [judges.judge(np.asarray(image)) for image in result.images]
+            seen = [
+                Sample(np.asarray(image), pair)
+                for image, pair in zip(result.images, part, strict=True)
+            ]
+            for judge in judges:
+                found = judge.judge(seen)
+                values[judge.column.name] += [value for value in found if value is not None]
             latents += [final[job] for job in range(len(part))]
-    return verdicts, latents, samples / len(pairs)
+    means = {name: Interval.of(of_pictures) for name, of_pictures in values.items()}
+    return Quality(
+        PRESET,
+        means["id"],
+        means["id_other"],
+        means["style"],
+        means["place"],
+        means["ffc"],
+        samples / len(data.pairs),
+    ), latents
 
 
 def distance(latents: Latents, reference: Latents) -> list[float]:
@@ -130,17 +147,16 @@ def table(judged: Sequence[Judged]) -> str:
 @click.option("--out", type=click.Path(path_type=Path), default=RESULTS, show_default=True)
 def main(count: int, exports: Path, out: Path) -> None:
     """Judge the mini model in every precision; writes JSON and prints a Markdown table."""
-    judges = MiniJudges()
-    photos = draw_people(PEOPLE)
-    people = np.stack([e for e in map(judges.embedding, photos) if e is not None])
-    assert len(people) == PEOPLE, "the detector misses a drawn photo"
-    pairs = make_pairs(count)
+    judges = list(mini_judges().values())
+    data = mini_dataset(count)
+    for judge in judges:
+        judge.load(data)
     started = perf_counter()
     judged: list[Judged] = []
     reference: Latents = []
     for precision in PRECISIONS:
         folder = ensure_export(exports, precision)
-        verdicts, latents, samples = generate(folder, photos, pairs, judges)
+        quality, latents = generate(folder, data, judges)
         reference = reference or latents
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         record = manifest.get("quantization") or {}
@@ -148,7 +164,7 @@ def main(count: int, exports: Path, out: Path) -> None:
         judged.append(
             Judged(
                 precision,
-                summarise(PRESET, pairs, verdicts, people, samples),
+                quality,
                 Interval.of(distance(latents, reference)),
                 size / 2**20,
                 len(record.get("layers", ())),
@@ -159,7 +175,7 @@ def main(count: int, exports: Path, out: Path) -> None:
     report = {
         "what": "mini model in 8 bits, independent judges, ONNX Runtime on the CPU",
         "pairs": count,
-        "people": PEOPLE,
+        "people": len(data.people),
         "preset": PRESET,
         "seconds": round(perf_counter() - started, 1),
         "machine": f"{platform.processor() or platform.machine()}, {platform.platform()}",

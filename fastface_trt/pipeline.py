@@ -23,6 +23,7 @@ from fastface_trt.engines.manifest import (
     read_manifest,
 )
 from fastface_trt.errors import InvalidRequest
+from fastface_trt.export.checkpoints import find_checkpoint
 from fastface_trt.mini import folders
 from fastface_trt.runtime.advance import EngineGuidance, Guidance, HostGuidance
 from fastface_trt.runtime.conditioning import Conditioner
@@ -49,6 +50,21 @@ def find_export(export: str | os.PathLike[str]) -> Path:
     return Path(export)
 
 
+def with_schedule_of(manifest: ExportManifest, checkpoint: str) -> ExportManifest:
+    """`manifest` with the sampler and the steps of another checkpoint of the registry.
+
+    Nothing of this is in an engine, so none is built. Raises `UnknownName`.
+    """
+    entry = find_checkpoint(checkpoint)
+    return manifest.model_copy(
+        update={
+            "scheduler": dict(entry.scheduler),
+            "steps": entry.steps,
+            "allowed_steps": entry.allowed_steps,
+        }
+    )
+
+
 class FastFace(Closing):
     """Identity-preserving generation with decoupled guidance and attention manipulation.
 
@@ -73,6 +89,7 @@ class FastFace(Closing):
         build: bool = True,
         licence_acknowledged: bool = False,
         progress: Progress | None = None,
+        schedule_of: str | None = None,
     ) -> "FastFace":
         """Open an export (a folder, or `mini`) on a backend, building the engines it lacks.
 
@@ -80,19 +97,30 @@ class FastFace(Closing):
         cores). `engine_options` are the backend's own (see `builders.make_builder`); without any an
         engine that was built with others serves too. With `build=False` a missing engine is an
         `EngineMismatch` instead of minutes of building. `licence_acknowledged` confirms the licence
-        of downloaded face models. Raises `ExportIncomplete`, `ManifestError`,
-        `BackendUnavailable`, `BuildFailed`.
+        of downloaded face models. `schedule_of` names a checkpoint of the registry whose sampler
+        and steps are used instead of the export's own. Raises `ExportIncomplete`, `ManifestError`,
+        `BackendUnavailable`, `BuildFailed`, `UnknownName`.
         """
         folder = find_export(export)
         store = EngineCache(None if cache is None else Path(cache))
+        manifest = read_manifest(folder / EXPORT_MANIFEST, ExportManifest)
+        if schedule_of is not None:
+            manifest = with_schedule_of(manifest, schedule_of)
         builder = make_builder(
-            read_manifest(folder / EXPORT_MANIFEST, ExportManifest),
+            manifest,
             backend,
             threads=threads,
             options=engine_options,
             cache=store,
         )
-        modules = ModuleSet(folder, builder, store, progress or (lambda line: None), build=build)
+        modules = ModuleSet(
+            folder,
+            builder,
+            store,
+            progress or (lambda line: None),
+            build=build,
+            manifest=manifest,
+        )
         name = modules.manifest.face_model
         local = modules.folder / name
         faces = FaceAnalyzer(
@@ -191,7 +219,7 @@ class FastFace(Closing):
         steps = manifest.steps if steps is None else steps
         if steps not in manifest.allowed_steps:
             raise InvalidRequest(
-                f"Checkpoint {manifest.checkpoint} does not do {steps} steps.",
+                f"The schedule of this {manifest.checkpoint} export does not do {steps} steps.",
                 f"Choose one of {', '.join(map(str, manifest.allowed_steps))}.",
             )
         values: dict[str, Any] = {"height": manifest.height, "width": manifest.width}
@@ -360,4 +388,4 @@ class FastFace(Closing):
         self._modules.close()
 
 
-__all__ = ["FaceInput", "FastFace", "find_export"]
+__all__ = ["FaceInput", "FastFace", "find_export", "with_schedule_of"]

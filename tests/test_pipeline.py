@@ -5,6 +5,7 @@ from dataclasses import replace
 import face_models
 import numpy as np
 import pytest
+import torch
 
 from fastface_trt import FastFace
 from fastface_trt.errors import (
@@ -17,6 +18,7 @@ from fastface_trt.errors import (
     UnknownName,
 )
 from fastface_trt.runtime.manipulation import AttentionManipulation, PartManipulation
+from fastface_trt.runtime.noise import standard_noise
 from fastface_trt.runtime.timeline import Recorder
 
 
@@ -213,3 +215,31 @@ def test_a_swapped_onnx_file_is_refused(tiny_export, tmp_path):
         pytest.raises(ExportIncomplete, match="unet"),
     ):
         broken.warm_up()
+
+
+def test_another_checkpoints_schedule_on_an_export():
+    from diffusers import EulerDiscreteScheduler
+
+    from fastface_trt.export.checkpoints import find_checkpoint
+    from fastface_trt.mini.folders import SAMPLE_FACES
+
+    face, prompt = SAMPLE_FACES / "ada.png", "photo; person in space, smiling"
+    traces = []
+    with FastFace.load("mini", schedule_of="lightning") as fastface:
+        assert fastface.manifest.checkpoint == "mini"
+        made = fastface(prompt, face, seed=3, num_inference_steps=2, on_step=traces.append)
+        with pytest.raises(InvalidRequest, match="does not do 3 steps"):
+            fastface.request("x", steps=3)
+    assert made.parameters[0]["scheduler"] == "EulerDiscreteScheduler"
+    config = {k: v for k, v in find_checkpoint("lightning").scheduler.items() if k != "class"}
+    euler = EulerDiscreteScheduler.from_config(config)
+    euler.set_timesteps(2)
+    noise = standard_noise(3, 0, 0, (4, 24, 24))
+    latents = torch.from_numpy(noise) * euler.init_noise_sigma
+    for t, trace in zip(euler.timesteps, traces, strict=True):
+        scaled = euler.scale_model_input(latents, t)
+        np.testing.assert_allclose(trace.model_input, scaled, atol=1e-5)
+        latents = euler.step(torch.from_numpy(np.array(trace.guided)), t, latents).prev_sample
+        np.testing.assert_allclose(trace.latents, latents, atol=1e-4)
+    with pytest.raises(UnknownName, match="checkpoint 'lightening'"):
+        FastFace.load("mini", schedule_of="lightening")

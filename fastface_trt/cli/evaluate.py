@@ -1,0 +1,238 @@
+"""`evaluate`: the paper's protocol, from people and prompts to tables."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from fastface_trt.cli.attention import attention
+from fastface_trt.cli.common import FOLDER, backend_options, console, licence_option, timed_lines
+from fastface_trt.errors import InvalidRequest
+from fastface_trt.evaluation.data import Dataset, load_dataset
+from fastface_trt.evaluation.experiment import built_in, load_experiment
+from fastface_trt.evaluation.judges import Judge, choose_judges
+from fastface_trt.evaluation.mini_data import mini_dataset
+from fastface_trt.evaluation.mini_judges import mini_judges
+from fastface_trt.evaluation.real_judges import JudgeWeights, real_judges
+from fastface_trt.evaluation.runner import OnBatch, RunOptions, run_experiment
+from fastface_trt.evaluation.tables import write_tables
+from fastface_trt.export.checkpoints import HubItem
+
+MINI = "mini"
+_ETA_SECONDS = 300.0
+"""The estimate looks back so far: settings differ in speed, and a run takes hours."""
+
+
+class _RunByDefault(click.Group):
+    """`evaluate EXPERIMENT …` is `evaluate run EXPERIMENT …`."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        known = {*self.commands, *ctx.help_option_names}
+        if args and args[0] not in known:
+            args = ["run", *args]
+        return super().parse_args(ctx, args)
+
+
+@click.group(cls=_RunByDefault)
+def evaluate() -> None:
+    """Measure quality: `evaluate EXPERIMENT` runs one, by name or TOML file (see `run`).
+
+    The same people, prompts and noise for every setting; a run that was stopped goes on where it
+    was when the command is given again.
+    """
+
+
+@evaluate.command()
+@click.argument("experiment")
+@backend_options
+@click.option(
+    "--data",
+    "source",
+    default=MINI,
+    show_default=True,
+    metavar="FOLDER",
+    help="Folder with id_photos/, prompts_nostyle.txt and prompts_style.txt; an OmniContext-like "
+    "JSON file; or mini: drawn people and the mini model's judges.",
+)
+@click.option(
+    "--prompts",
+    type=click.Choice(["all", "nostyle", "style"]),
+    default="all",
+    show_default=True,
+    help="Which of a folder's prompts.",
+)
+@click.option("--pairs", type=click.IntRange(min=1), help="Pairs per setting [the experiment's].")
+@click.option("--all-pairs", is_flag=True, help="Every person with every prompt.")
+@click.option("--out", type=FOLDER, help="Folder of the run [out/evaluation/EXPERIMENT].")
+@click.option("--judges", help="Only these, e.g. id,ffc [all].")
+@click.option(
+    "--keep",
+    default=24,
+    show_default=True,
+    type=click.IntRange(min=0),
+    help="Pictures kept of each setting.",
+)
+@click.option(
+    "--batch",
+    default=24,
+    show_default=True,
+    type=click.IntRange(min=1),
+    help="Pictures made at once; what a kill loses.",
+)
+@click.option(
+    "--max-rows",
+    type=click.IntRange(min=1),
+    default=12,
+    show_default=True,
+    help="Rows per UNet call; bounds memory.",
+)
+@click.option("--report", "with_report", is_flag=True, help="Also write report.html at the end.")
+@click.option("--clip", help="CLIP L/14: folder or hub id[@revision].")
+@click.option("--aesthetic-head", help="LAION's aesthetic head: file.")
+@click.option("--image-reward", help="ImageReward's checkpoint: name or file.")
+@click.option("--judge-face-model", help="InsightFace pack or folder of the judges [buffalo_l].")
+@licence_option
+def run(
+    experiment: str,
+    export_folder: str,
+    backend: str,
+    cache: Path | None,
+    threads: int | None,
+    source: str,
+    prompts: Any,
+    pairs: int | None,
+    all_pairs: bool,
+    out: Path | None,
+    judges: str | None,
+    keep: int,
+    batch: int,
+    max_rows: int,
+    with_report: bool,
+    accept_licence: bool,
+    **weights: str | None,
+) -> None:
+    """Run EXPERIMENT, a TOML file or one of the package's, and write its tables."""
+    chosen = load_experiment(experiment)
+    target = out or Path("out") / "evaluation" / chosen.name
+    if all_pairs and pairs is not None:
+        raise InvalidRequest("--pairs and --all-pairs exclude each other.", "Give one of them.")
+    count = None if all_pairs else pairs or chosen.pairs
+    data = mini_dataset(count) if source == MINI else load_dataset(Path(source), count, prompts)
+    options = RunOptions(
+        export_folder, backend, cache, threads, accept_licence, batch, max_rows, keep
+    )
+    screen = console()
+    line = timed_lines(screen)
+    jury = _judges(data, judges, weights, accept_licence)
+    try:
+        with _progress(screen) as on_batch:
+            run_experiment(chosen, data, jury, target, options, line, on_batch)
+    except KeyboardInterrupt:
+        line(f"{target} holds what is finished; the same command goes on from there.")
+        raise
+    tables_file = write_tables(target)
+    click.echo(tables_file.read_text(encoding="utf-8"))
+    click.echo(str(tables_file))
+    if with_report:
+        click.echo(str(_report(target)))
+
+
+@evaluate.command()
+@click.argument("out", type=FOLDER)
+def tables(out: Path) -> None:
+    """Write the tables of a run's folder OUT again, also while it is unfinished."""
+    file = write_tables(out)
+    click.echo(file.read_text(encoding="utf-8"))
+
+
+@evaluate.command()
+@click.argument("out", type=FOLDER)
+def report(out: Path) -> None:
+    """Write report.html of a run's folder OUT: plots, contact sheets and tables in one file."""
+    click.echo(str(_report(out)))
+
+
+@evaluate.command(name="list")
+def list_experiments() -> None:
+    """Show the experiments of the package."""
+    for name in built_in():
+        found = load_experiment(name)
+        click.echo(
+            f"{name:18} {len(found.expanded()):3} settings, {found.pairs:4} pairs: {found.title}"
+        )
+
+
+evaluate.add_command(attention)
+
+
+def _report(out: Path) -> Path:
+    from fastface_trt.evaluation.report import write_report
+
+    return write_report(out)
+
+
+def _judges(
+    data: Dataset, names: str | None, weights: dict[str, str | None], licence: bool
+) -> list[Judge]:
+    wanted = None if names is None else [name.strip() for name in names.split(",") if name.strip()]
+    if data.name == MINI:
+        if any(weights.values()):
+            raise InvalidRequest(
+                "The mini model's data has judges of its own.",
+                "Leave out the judges' weights, or give --data FOLDER.",
+            )
+        return choose_judges(mini_judges(), wanted)
+    given = JudgeWeights()
+    chosen = JudgeWeights(
+        weights["judge_face_model"] or given.face_model,
+        HubItem(weights["clip"]) if weights["clip"] else given.clip,
+        HubItem(weights["aesthetic_head"]) if weights["aesthetic_head"] else given.aesthetic_head,
+        weights["image_reward"] or given.image_reward,
+    )
+    return real_judges(chosen, wanted, licence_acknowledged=licence)
+
+
+@contextmanager
+def _progress(screen: Console) -> Iterator[OnBatch]:
+    """A bar over all pictures with the time that is left; elsewhere a line per setting."""
+    line = timed_lines(screen)
+    if not screen.is_terminal:
+        began: dict[str, float] = {}
+
+        def say(setting: str, done: int, total: int) -> None:
+            if setting not in began:
+                began.setdefault("", perf_counter())
+                began[setting] = perf_counter()
+                line(f"{setting or 'start'}: {done} of {total} pictures are finished")
+
+        yield say
+        return
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=screen,
+        speed_estimate_period=_ETA_SECONDS,
+    )
+    with bar:
+        task = bar.add_task("pictures", total=None)
+
+        def show(setting: str, done: int, total: int) -> None:
+            bar.update(task, total=total, completed=done, description=setting or "pictures")
+
+        yield show

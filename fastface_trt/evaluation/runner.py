@@ -1,0 +1,298 @@
+"""One experiment from start to finish: every setting on the same pairs with the same noise."""
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastface_trt.engines.engine import Progress
+from fastface_trt.errors import InvalidRequest, NoFaceFound
+from fastface_trt.evaluation.data import SEED, Dataset, Pair
+from fastface_trt.evaluation.experiment import Experiment
+from fastface_trt.evaluation.exports import export_with_lora_scale
+from fastface_trt.evaluation.face_judges import faceless
+from fastface_trt.evaluation.judges import Column, Judge, Sample
+from fastface_trt.evaluation.machine import describe_machine
+from fastface_trt.evaluation.results import (
+    PictureResult,
+    RunFolder,
+    RunRecord,
+    SettingRecord,
+    held_folder,
+)
+from fastface_trt.evaluation.settings import Setting, Source
+from fastface_trt.pipeline import FastFace, find_export
+from fastface_trt.runtime.face import Face
+
+PIXELS = Column(
+    name="pixels",
+    label="Pixels from the baseline",
+    unit="8-bit steps",
+    higher_is_better=False,
+    what="Mean absolute difference of the pixels to the baseline's picture of the same pair",
+)
+OnBatch = Callable[[str, int, int], None]
+"""Called after every batch with the setting, and the pictures that are finished and all."""
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How a run is executed. batch: pictures generated at once; it decides which pictures share
+    UNet calls. max_rows bounds the rows of such a call. keep: pictures kept of every setting."""
+
+    export: str = "mini"
+    backend: str = "onnxruntime"
+    cache: Path | None = None
+    threads: int | None = None
+    licence_acknowledged: bool = False
+    batch: int = 24
+    max_rows: int = 12
+    keep: int = 24
+
+
+def run_experiment(
+    experiment: Experiment,
+    data: Dataset,
+    judges: Sequence[Judge],
+    out: Path,
+    options: RunOptions,
+    progress: Progress = lambda line: None,
+    on_batch: OnBatch = lambda setting, done, total: None,
+) -> RunRecord:
+    """Run what is not finished in folder `out` yet; afterwards all of it is.
+
+    Everything that can be wrong with settings, judges and source pictures is found before the first
+    picture. Raises `InvalidRequest`, `NoFaceFound` and what judges and exports raise.
+    """
+    settings = experiment.expanded()
+    with held_folder(out), ExitStack() as stack:
+        opened = {
+            source: stack.enter_context(_open(source, options, progress))
+            for source in dict.fromkeys(setting.source for setting in settings)
+        }
+        record = _record(experiment, settings, opened, data, judges, options)
+        folder = RunFolder(out, record)
+        folder.start()
+        progress("opening the judges")
+        for judge in judges:
+            judge.load(data)
+        folder.write_faces(data.people)
+        run = _Run(experiment, settings, data, judges, folder, options)
+        total = len(settings) * len(data.pairs)
+        on_batch("", len(folder.finished), total)
+        # Sources in the order of their first setting: those of baselines come first.
+        for source, fastface in opened.items():
+            members = [setting for setting in settings if setting.source == source]
+            for name in run.setting_batches(fastface, members, progress):
+                on_batch(name, len(folder.finished), total)
+            fastface.close()
+    return record
+
+
+def _open(source: Source, options: RunOptions, progress: Progress) -> FastFace:
+    """An export on the backend; its engines are opened when they are first used."""
+    export = find_export(source.export or options.export)
+    if source.lora_scale is not None:
+        export = export_with_lora_scale(export, source.lora_scale, options.cache, progress)
+    return FastFace.load(
+        export,
+        backend=options.backend,
+        cache=options.cache,
+        threads=options.threads,
+        licence_acknowledged=options.licence_acknowledged,
+        progress=progress,
+        schedule_of=source.scheduler,
+    )
+
+
+class _Run:
+    """What all settings of a run share."""
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        settings: Sequence[Setting],
+        data: Dataset,
+        judges: Sequence[Judge],
+        folder: RunFolder,
+        options: RunOptions,
+    ) -> None:
+        self._experiment = experiment
+        self._data = data
+        self._judges = judges
+        self._folder = folder
+        self._options = options
+        self._faces: dict[str, dict[str, Face]] = {}
+        self._references = (
+            {setting.baseline for setting in settings} if experiment.pixels else set()
+        )
+
+    def setting_batches(
+        self, fastface: FastFace, settings: Sequence[Setting], progress: Progress
+    ) -> Iterator[str]:
+        """Run the settings of one export; yields the setting's name after every batch."""
+        pairs, size = self._data.pairs, self._options.batch
+        batches = [pairs[at : at + size] for at in range(0, len(pairs), size)]
+        missing = [
+            (setting, batch)
+            for setting in settings
+            for batch in batches
+            if not self._folder.has(setting.name, [pair.index for pair in batch])
+        ]
+        if not missing:
+            return
+        progress("finding faces")
+        faces = self._analysed(fastface)
+        for setting, batch in missing:
+            self._folder.append(self._batch(fastface, setting, batch, faces))
+            yield setting.name
+
+    def _analysed(self, fastface: FastFace) -> Mapping[str, Face]:
+        """Faces of all people, by the export's own face model; raises `NoFaceFound` for all."""
+        manifest = fastface.manifest
+        files = [f.sha256 for f in manifest.extra_files if f.path.startswith(manifest.face_model)]
+        key = f"{manifest.face_model}:{files}"
+        if key not in self._faces:
+            found: dict[str, Face] = {}
+            for name, picture in self._data.people.items():
+                try:
+                    found[name] = fastface.analyze(picture)
+                except NoFaceFound:
+                    continue
+            missing = [self._data.files[name] for name in self._data.people if name not in found]
+            if missing:
+                raise faceless(missing)
+            self._faces[key] = found
+        return self._faces[key]
+
+    def _batch(
+        self,
+        fastface: FastFace,
+        setting: Setting,
+        batch: Sequence[Pair],
+        faces: Mapping[str, Face],
+    ) -> list[PictureResult]:
+        fields = setting.request_fields(fastface.manifest.steps)
+        made = fastface.generate(
+            [fastface.request(pair.prompt, seed=pair.seed, **fields) for pair in batch],
+            [faces[pair.person] for pair in batch],
+            max_rows=self._options.max_rows,
+        )
+        samples = [
+            Sample(np.asarray(image), pair) for image, pair in zip(made.images, batch, strict=True)
+        ]
+        judged = {judge.column.name: judge.judge(samples) for judge in self._judges}
+        results = []
+        for at, (sample, pair) in enumerate(zip(samples, batch, strict=True)):
+            metrics = {name: values[at] for name, values in judged.items()}
+            if self._experiment.pixels:
+                metrics[PIXELS.name] = self._pixels(setting, sample)
+            kept = None
+            if pair.index < self._options.keep or setting.name in self._references:
+                kept = self._folder.write_picture(
+                    setting.name, pair.index, sample.picture, made.parameters[at]
+                )
+            results.append(
+                PictureResult(
+                    setting=setting.name,
+                    pair=pair.index,
+                    person=pair.person,
+                    prompt=pair.prompt,
+                    seed=pair.seed,
+                    metrics=metrics,
+                    unet_samples=sum(map(len, made.branches[at])),
+                    seconds=made.seconds["total"] / len(batch),
+                    picture=kept,
+                )
+            )
+        return results
+
+    def _pixels(self, setting: Setting, sample: Sample) -> float | None:
+        if setting.baseline is None or setting.baseline == setting.name:
+            return 0.0
+        return pixel_distance(
+            sample.picture, self._folder.read_picture(setting.baseline, sample.pair.index)
+        )
+
+
+def pixel_distance(picture: NDArray[np.uint8], reference: NDArray[np.uint8]) -> float | None:
+    """Mean absolute difference in 8-bit steps; None where the sizes differ."""
+    if picture.shape != reference.shape:
+        return None
+    return float(np.abs(picture.astype(np.int16) - reference).mean())
+
+
+def _record(
+    experiment: Experiment,
+    settings: Sequence[Setting],
+    opened: Mapping[Source, FastFace],
+    data: Dataset,
+    judges: Sequence[Judge],
+    options: RunOptions,
+) -> RunRecord:
+    """What is about to run; resolves every setting's request, so that mistakes show now."""
+    first = data.pairs[0]
+    records = []
+    for setting in settings:
+        fastface = opened[setting.source]
+        manifest = fastface.manifest
+        fields = setting.request_fields(manifest.steps)
+        try:
+            request = fastface.request(first.prompt, seed=first.seed, **fields)
+        except InvalidRequest as error:
+            raise InvalidRequest(f"Setting {setting.name}: {error.message}", error.mend) from None
+        records.append(
+            SettingRecord(
+                name=setting.name,
+                axes=dict(setting.axes),
+                request=request.to_dict(),
+                line=setting.line,
+                baseline=setting.baseline,
+                export=str(setting.source.export or options.export),
+                checkpoint=manifest.checkpoint,
+                scheduler=str(manifest.scheduler["class"]),
+            )
+        )
+    digest = hashlib.sha256()
+    for fastface in opened.values():
+        digest.update(fastface.manifest.model_dump_json().encode())
+    columns = [judge.column for judge in judges]
+    return RunRecord(
+        experiment=experiment.name,
+        title=experiment.title,
+        export=options.export,
+        backend=options.backend,
+        checkpoint=opened[settings[0].source].manifest.checkpoint,
+        date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        machine=dict(describe_machine()),
+        versions=_versions(),
+        judges=(*columns, PIXELS) if experiment.pixels else tuple(columns),
+        settings=tuple(records),
+        pairs=len(data.pairs),
+        seed=SEED,
+        data=data.name,
+        data_sha256=data.fingerprint(),
+        engines_sha256=digest.hexdigest(),
+        batch=options.batch,
+        keep=options.keep,
+    )
+
+
+def _versions() -> dict[str, str]:
+    found: dict[str, Any] = {}
+    for name in ("fastface-trt", "onnxruntime", "numpy", "insightface", "torch", "transformers"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+__all__ = ["PIXELS", "OnBatch", "RunOptions", "pixel_distance", "run_experiment"]
