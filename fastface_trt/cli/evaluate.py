@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 import click
@@ -19,8 +18,9 @@ from rich.progress import (
 
 from fastface_trt.cli.attention import attention
 from fastface_trt.cli.common import FOLDER, backend_options, console, licence_option, timed_lines
+from fastface_trt.engines.engine import Progress as Phase
 from fastface_trt.errors import InvalidRequest
-from fastface_trt.evaluation.data import Dataset, load_dataset
+from fastface_trt.evaluation.data import load_dataset
 from fastface_trt.evaluation.experiment import built_in, load_experiment
 from fastface_trt.evaluation.judges import Judge, choose_judges
 from fastface_trt.evaluation.mini_data import mini_dataset
@@ -31,6 +31,7 @@ from fastface_trt.evaluation.tables import write_tables
 from fastface_trt.export.checkpoints import HubItem
 
 MINI = "mini"
+_PHASE_LENGTH = 40
 _ETA_SECONDS = 300.0
 """The estimate looks back so far: settings differ in speed, and a run takes hours."""
 
@@ -133,14 +134,14 @@ def run(
     options = RunOptions(
         export_folder, backend, cache, threads, accept_licence, batch, max_rows, keep
     )
+    names = None if judges is None else [name.strip() for name in judges.split(",")]
+    jury = _mini_jury(names, weights) if source == MINI else _jury(names, weights, accept_licence)
     screen = console()
-    line = timed_lines(screen)
-    jury = _judges(data, judges, weights, accept_licence)
     try:
-        with _progress(screen) as on_batch:
-            run_experiment(chosen, data, jury, target, options, line, on_batch)
+        with _progress(screen) as (phase, on_batch):
+            run_experiment(chosen, data, jury, target, options, phase, on_batch)
     except KeyboardInterrupt:
-        line(f"{target} holds what is finished; the same command goes on from there.")
+        screen.print(f"{target} holds what is finished; the same command goes on from there.")
         raise
     tables_file = write_tables(target)
     click.echo(tables_file.read_text(encoding="utf-8"))
@@ -183,17 +184,16 @@ def _report(out: Path) -> Path:
     return write_report(out)
 
 
-def _judges(
-    data: Dataset, names: str | None, weights: dict[str, str | None], licence: bool
-) -> list[Judge]:
-    wanted = None if names is None else [name.strip() for name in names.split(",") if name.strip()]
-    if data.name == MINI:
-        if any(weights.values()):
-            raise InvalidRequest(
-                "The mini model's data has judges of its own.",
-                "Leave out the judges' weights, or give --data FOLDER.",
-            )
-        return choose_judges(mini_judges(), wanted)
+def _mini_jury(names: list[str] | None, weights: dict[str, str | None]) -> list[Judge]:
+    if any(weights.values()):
+        raise InvalidRequest(
+            "The mini model's data has judges of its own.",
+            "Leave out the judges' weights, or give --data FOLDER.",
+        )
+    return choose_judges(mini_judges(), names)
+
+
+def _jury(names: list[str] | None, weights: dict[str, str | None], licence: bool) -> list[Judge]:
     given = JudgeWeights()
     chosen = JudgeWeights(
         weights["judge_face_model"] or given.face_model,
@@ -201,23 +201,22 @@ def _judges(
         HubItem(weights["aesthetic_head"]) if weights["aesthetic_head"] else given.aesthetic_head,
         weights["image_reward"] or given.image_reward,
     )
-    return real_judges(chosen, wanted, licence_acknowledged=licence)
+    return real_judges(chosen, names, licence_acknowledged=licence)
 
 
 @contextmanager
-def _progress(screen: Console) -> Iterator[OnBatch]:
-    """A bar over all pictures with the time that is left; elsewhere a line per setting."""
-    line = timed_lines(screen)
+def _progress(screen: Console) -> Iterator[tuple[Phase, OnBatch]]:
+    """A bar over all pictures with the time that is left; elsewhere lines, one per setting."""
     if not screen.is_terminal:
-        began: dict[str, float] = {}
+        line = timed_lines(screen)
+        said: set[str] = set()
 
         def say(setting: str, done: int, total: int) -> None:
-            if setting not in began:
-                began.setdefault("", perf_counter())
-                began[setting] = perf_counter()
+            if setting not in said:
+                said.add(setting)
                 line(f"{setting or 'start'}: {done} of {total} pictures are finished")
 
-        yield say
+        yield line, say
         return
     bar = Progress(
         TextColumn("{task.description}"),
@@ -230,9 +229,9 @@ def _progress(screen: Console) -> Iterator[OnBatch]:
         speed_estimate_period=_ETA_SECONDS,
     )
     with bar:
-        task = bar.add_task("pictures", total=None)
+        task = bar.add_task("", total=None)
 
         def show(setting: str, done: int, total: int) -> None:
-            bar.update(task, total=total, completed=done, description=setting or "pictures")
+            bar.update(task, total=total, completed=done, description=setting)
 
-        yield show
+        yield lambda text: bar.update(task, description=text[:_PHASE_LENGTH]), show

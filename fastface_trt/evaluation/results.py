@@ -27,6 +27,7 @@ from fastface_trt.runtime.png import write_png
 
 RUN, RESULTS, FACES, PICTURES = "run.json", "results.jsonl", "faces", "pictures"
 _FACE_SIDE = 512
+_LOCK = ".lock"
 
 
 class SettingRecord(Strict):
@@ -63,6 +64,7 @@ class RunRecord(Strict):
     engines_sha256: str
     """Over the manifests of all exports that the settings run on."""
     batch: int
+    max_rows: int
     keep: int
 
 
@@ -81,6 +83,7 @@ class PictureResult(Strict):
 
 
 _MAY_DIFFER = {"date", "machine", "versions"}
+_FINGERPRINTS = {"data_sha256": "set of people or prompts", "engines_sha256": "export"}
 
 
 class RunFolder:
@@ -160,10 +163,11 @@ class RunFolder:
         now, then = self.record.model_dump(mode="json"), before.model_dump(mode="json")
         for field in now:
             if field not in _MAY_DIFFER and now[field] != then[field]:
-                shown = f" ({then[field]!r}, now {now[field]!r})" if _is_short(now[field]) else ""
+                plain = _is_short(now[field]) and field not in _FINGERPRINTS
+                shown = f" ({then[field]!r}, now {now[field]!r})" if plain else ""
+                what = _FINGERPRINTS.get(field, field.replace("_", " "))
                 raise InvalidRequest(
-                    f"{self.path} holds a run of {before.experiment} with another "
-                    f"{field.replace('_', ' ')}{shown}.",
+                    f"{self.path} holds a run of {before.experiment} with another {what}{shown}.",
                     "Continue it with the same options, or choose another --out.",
                 )
 
@@ -179,9 +183,6 @@ class RunFolder:
             if counts[result.setting, result.pair // size]
             == min(size, self.record.pairs - result.pair // size * size)
         ]
-
-
-_LOCK = ".lock"
 
 
 @contextmanager

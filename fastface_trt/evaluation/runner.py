@@ -87,13 +87,23 @@ def run_experiment(
         run = _Run(experiment, settings, data, judges, folder, options)
         total = len(settings) * len(data.pairs)
         on_batch("", len(folder.finished), total)
-        # Sources in the order of their first setting: those of baselines come first.
-        for source, fastface in opened.items():
-            members = [setting for setting in settings if setting.source == source]
-            for name in run.setting_batches(fastface, members, progress):
+        rounds = _rounds(settings)
+        for at, (source, members) in enumerate(rounds):
+            for name in run.setting_batches(opened[source], members, progress):
                 on_batch(name, len(folder.finished), total)
-            fastface.close()
+            if all(later != source for later, _ in rounds[at + 1 :]):
+                opened[source].close()
     return record
+
+
+def _rounds(settings: Sequence[Setting]) -> list[tuple[Source, list[Setting]]]:
+    """Settings by the engines that they run on, all baselines before all others."""
+    baselines = {setting.baseline for setting in settings}
+    rounds: dict[tuple[bool, Source], list[Setting]] = {}
+    for setting in sorted(settings, key=lambda one: one.name not in baselines):
+        key = (setting.name in baselines, setting.source)
+        rounds.setdefault(key, []).append(setting)
+    return [(source, members) for (_, source), members in rounds.items()]
 
 
 def _open(source: Source, options: RunOptions, progress: Progress) -> FastFace:
@@ -281,6 +291,7 @@ def _record(
         data_sha256=data.fingerprint(),
         engines_sha256=digest.hexdigest(),
         batch=options.batch,
+        max_rows=options.max_rows,
         keep=options.keep,
     )
 

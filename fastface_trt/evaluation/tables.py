@@ -63,6 +63,7 @@ def summarise(record: RunRecord, results: Sequence[PictureResult]) -> dict[str, 
                 "pictures": len(own),
                 "no_face": sum(result.metrics.get(NO_FACE) == 1 for result in own),
                 "unet_samples": _mean([result.unet_samples for result in own]),
+                "seconds_per_picture": _mean([result.seconds for result in own]),
                 "metrics": metrics,
             }
         )

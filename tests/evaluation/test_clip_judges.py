@@ -146,7 +146,7 @@ def test_aesthetics_with_one_layer_and_with_five(clip_folder, samples, reference
     for head, file in ((one, "one.pth"), (five, "five.pth")):
         judge = AestheticJudge(ClipView(HubItem(str(clip_folder))), HubItem(str(tmp_path / file)))
         judge.load(DATA)
-        head = head.double().eval()
+        head = head.double().eval().requires_grad_(False)
         expected = [
             float(head(torch.from_numpy(reference(s.picture, s.pair.prompt)[1]))) for s in samples
         ]

@@ -224,3 +224,22 @@ def test_tables_and_summary_hold_means_of_the_lines(whole):
     assert lean["unet_samples"] == results[0].unet_samples == 2
     assert "| plan=lean | plan=exact |" in text
     assert f"{PAIRS} pairs per setting, the same" in text
+
+
+def test_baselines_run_before_what_is_compared_with_them():
+    from fastface_trt.evaluation.runner import _rounds
+    from fastface_trt.evaluation.settings import Setting
+
+    def setting(name, scheduler, baseline):
+        return Setting(name, {}, {"scheduler": scheduler}, None, baseline)
+
+    settings = [
+        setting("a", "lcm", "a"),
+        setting("b", "lcm", "c"),
+        setting("c", "hyper", "c"),
+        setting("d", "hyper", "a"),
+    ]
+    rounds = [
+        (source.scheduler, [s.name for s in members]) for source, members in _rounds(settings)
+    ]
+    assert rounds == [("lcm", ["a"]), ("hyper", ["c"]), ("lcm", ["b"]), ("hyper", ["d"])]
