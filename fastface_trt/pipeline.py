@@ -1,5 +1,6 @@
 """`FastFace`: an export opened on a backend, ready to turn faces and prompts into pictures."""
 
+import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,8 +24,7 @@ from fastface_trt.engines.manifest import (
     read_manifest,
 )
 from fastface_trt.errors import InvalidRequest
-from fastface_trt.export.checkpoints import find_checkpoint
-from fastface_trt.mini import folders
+from fastface_trt.export_folder import find_export, with_schedule_of
 from fastface_trt.runtime.advance import EngineGuidance, Guidance, HostGuidance
 from fastface_trt.runtime.conditioning import Conditioner
 from fastface_trt.runtime.denoise import DenoiseReport, denoise, require_finite
@@ -33,6 +33,7 @@ from fastface_trt.runtime.images import PictureSource, load_picture
 from fastface_trt.runtime.job import Job
 from fastface_trt.runtime.modules import ModuleSet
 from fastface_trt.runtime.presets import preset_fields
+from fastface_trt.runtime.recent import Recent
 from fastface_trt.runtime.request import GenerationRequest
 from fastface_trt.runtime.result import GenerationResult
 from fastface_trt.runtime.schedule import make_schedule
@@ -41,28 +42,6 @@ from fastface_trt.runtime.trace import OnStep
 
 FaceInput: TypeAlias = PictureSource | Face
 """A picture with a face (path, bytes, PIL, RGB array), or a face that was analysed before."""
-
-
-def find_export(export: str | os.PathLike[str]) -> Path:
-    """The folder of an export; the name `mini` means the one that ships with the package."""
-    if str(export) == "mini" and not Path("mini").is_dir():
-        return folders.EXPORT
-    return Path(export)
-
-
-def with_schedule_of(manifest: ExportManifest, checkpoint: str) -> ExportManifest:
-    """`manifest` with the sampler and the steps of another checkpoint of the registry.
-
-    Nothing of this is in an engine, so none is built. Raises `UnknownName`.
-    """
-    entry = find_checkpoint(checkpoint)
-    return manifest.model_copy(
-        update={
-            "scheduler": dict(entry.scheduler),
-            "steps": entry.steps,
-            "allowed_steps": entry.allowed_steps,
-        }
-    )
 
 
 class FastFace(Closing):
@@ -75,6 +54,7 @@ class FastFace(Closing):
     def __init__(self, modules: ModuleSet, faces: FaceAnalyzer) -> None:
         self._modules = modules
         self._faces = faces
+        self._analysed: Recent[Face] = Recent(64)
         self._conditioner = Conditioner(modules)
 
     @classmethod
@@ -150,13 +130,19 @@ class FastFace(Closing):
     ) -> Face:
         """Find the face of a picture: the largest, or the `index`-th by size.
 
+        The last 64 faces are kept in memory by the content of their pictures, until `forget`.
         Raises `BadPicture`, `NoFaceFound`, `FaceIndexOutOfRange`.
         """
         if isinstance(picture, Face):
             return picture
         with timeline.span("read_picture"):
             pixels = load_picture(picture)
-        return self._faces.analyze(pixels, index=index, timeline=timeline)
+            key = (hashlib.blake2b(pixels).digest(), pixels.shape, index)
+        face = self._analysed.get(key)
+        if face is None:
+            face = self._faces.analyze(pixels, index=index, timeline=timeline)
+            self._analysed.put(key, face)
+        return face
 
     def __call__(
         self,
@@ -379,12 +365,13 @@ class FastFace(Closing):
         return self._modules.engine_manifests()
 
     def forget(self) -> None:
-        """Drop every encoding of a prompt or a face that is kept for the next call."""
+        """Drop every face, and every encoding of a prompt or a face, kept for the next call."""
+        self._analysed.clear()
         self._conditioner.forget()
 
     def close(self) -> None:
         """Free the engines and what is kept on their device."""
-        self._conditioner.forget()
+        self.forget()
         self._modules.close()
 
 

@@ -4,11 +4,8 @@ Shape legend: L = 77 text positions, C text width of the UNet, P pooled width, T
 K CLIP width, S CLIP positions.
 """
 
-from collections import OrderedDict
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
-from threading import Lock
-from typing import Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,36 +18,10 @@ from fastface_trt.runtime.guidance import FACE, TEXT, TEXT_AND_FACE, UNCONDITION
 from fastface_trt.runtime.job import Condition
 from fastface_trt.runtime.modules import ModuleSet
 from fastface_trt.runtime.portrait import FaceParser, portrait_pixels
+from fastface_trt.runtime.recent import Recent
 from fastface_trt.runtime.request import GenerationRequest
 from fastface_trt.runtime.timeline import NO_TIMELINE, Timeline
 from fastface_trt.runtime.tokenizer import ClipTokenizer
-
-Value = TypeVar("Value")
-
-
-class _Recent(Generic[Value]):
-    """The most recently used values by key; prompts and faces repeat, encoders cost."""
-
-    def __init__(self, size: int) -> None:
-        self._size = size
-        self._values: OrderedDict[Hashable, Value] = OrderedDict()
-        self._lock = Lock()
-
-    def get(self, key: Hashable) -> Value | None:
-        with self._lock:
-            if key in self._values:
-                self._values.move_to_end(key)
-            return self._values.get(key)
-
-    def put(self, key: Hashable, value: Value) -> None:
-        with self._lock:
-            self._values[key] = value
-            while len(self._values) > self._size:
-                self._values.popitem(last=False)
-
-    def clear(self) -> None:
-        with self._lock:
-            self._values.clear()
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,8 +54,8 @@ class Conditioner:
         ]
         parser = modules.manifest.face_parser
         self._parser = FaceParser(modules.folder / parser) if parser else None
-        self._texts: _Recent[TextEmbedding] = _Recent(256)
-        self._tokens: _Recent[Tensor] = _Recent(64)
+        self._texts: Recent[TextEmbedding] = Recent(256)
+        self._tokens: Recent[Tensor] = Recent(64)
 
     def text(self, prompt: str, timeline: Timeline = NO_TIMELINE) -> TextEmbedding:
         """Both encoders' penultimate hidden states side by side, and the second's pooled output."""

@@ -17,11 +17,11 @@ from typing import Any
 import click
 from rich.console import Console
 
-from benchmarks.machine import describe_machine
 from benchmarks.peers.measure import PeerResult, compare_peers, load_average
 from benchmarks.peers.report import markdown, plot, rich_table
 from benchmarks.peers.work import Peer, Work, versions
 from fastface_trt import FastFace
+from fastface_trt.bench.environment import describe_machine
 from fastface_trt.errors import FastFaceError
 from fastface_trt.mini import folders
 

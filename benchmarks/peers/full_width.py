@@ -21,10 +21,10 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.machine import describe_machine
 from benchmarks.peers.measure import RESAMPLES, Ratio, load_average
 from benchmarks.peers.step_jobs import Job
 from benchmarks.peers.work import versions
+from fastface_trt.bench.environment import describe_machine
 from fastface_trt.errors import EngineFailed
 from fastface_trt.runtime.presets import preset_fields
 from fastface_trt.runtime.request import GenerationRequest

@@ -41,7 +41,7 @@ class FastFacePeer:
     def before(self) -> None:
         """See `Peer`."""
         if self._features == "fresh":
-            self._fastface._conditioner.forget()
+            self._fastface.forget()
 
     def picture(self, work: Work) -> Image.Image:
         """See `Peer`."""

@@ -1,7 +1,7 @@
 """A whole benchmark: load, measure, report, and the folder that it is written to."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -9,19 +9,28 @@ from typing import Any
 from fastface_trt.bench import gpu, plots, tables
 from fastface_trt.bench.cold_start import measure_cold_starts
 from fastface_trt.bench.environment import describe_environment, machine_state, peak_host_bytes
+from fastface_trt.bench.floors import stage_floors
 from fastface_trt.bench.measure import Measurement, paired_ratios
 from fastface_trt.bench.notes import notes
 from fastface_trt.bench.profilers import chrome_trace
-from fastface_trt.bench.report import BENCH_FILE, BenchReport, EngineFacts, Memory
+from fastface_trt.bench.report import (
+    BENCH_FILE,
+    BenchReport,
+    EngineFacts,
+    Memory,
+    make_roofline,
+)
+from fastface_trt.bench.roofline import measure_rates
 from fastface_trt.bench.workload import Workload
+from fastface_trt.builders import make_builder
+from fastface_trt.engines.device import HostDevice
 from fastface_trt.engines.engine import Progress
 from fastface_trt.engines.files import finished_folder, storage_errors, write_text_durably
+from fastface_trt.engines.manifest import EXPORT_MANIFEST, ExportManifest, read_manifest
 from fastface_trt.errors import MissingDependency
+from fastface_trt.export_folder import find_export
 from fastface_trt.pipeline import FastFace
 from fastface_trt.runtime.timeline import Ranges
-
-Finish = Callable[[BenchReport], BenchReport]
-"""Adds to a report what is computed from it, such as the roofline, before it is written."""
 
 
 def run_benchmark(
@@ -32,7 +41,6 @@ def run_benchmark(
     *,
     trace: bool = False,
     ranges: Ranges | None = None,
-    finish: Finish = lambda report: report,
 ) -> BenchReport:
     """Measure `workload` and write folder `out`, which appears complete or not at all.
 
@@ -43,7 +51,7 @@ def run_benchmark(
     """
     with finished_folder(out, BENCH_FILE) as draft:
         report, measurement = _measure(load, workload, progress, ranges)
-        report = finish(report)
+        report = _with_roofline(report, load, progress)
         pictures: list[str] = []
         try:
             drawn = plots.write_plots(report, draft.path / "plots")
@@ -114,6 +122,34 @@ def _measure(
         notes=tuple(notes(cases, environment, cold_start)),
     )
     return report, measurement
+
+
+def _with_roofline(report: BenchReport, load: Mapping[str, Any], progress: Progress) -> BenchReport:
+    """The report with the floors of one case's stages: one picture of the last preset, cached."""
+    case = [one for one in report.cases if one.requests == one.concurrency == 1][-1]
+    export = find_export(load["export"])
+    manifest = read_manifest(export / EXPORT_MANIFEST, ExportManifest)
+    builder = make_builder(manifest, load["backend"], threads=load.get("threads"))
+    on_host = isinstance(builder.device(), HostDevice)
+    progress("Measuring what the machine can do at best")
+    try:
+        rates = measure_rates(
+            builder, dtype="float32" if on_host or manifest.precision == "fp32" else "float16"
+        )
+        floors = stage_floors(
+            case.stages, manifest, export, rates, height=report.work.height, width=report.work.width
+        )
+    except MissingDependency as error:
+        said = (*report.notes, f"There is no roofline: {error.message} {error.mend}")
+        return report.model_copy(update={"notes": said})
+    counted = {label: (one.flops, one.bytes, one.seconds) for label, one in floors.items()}
+    roofline = make_roofline(
+        case,
+        counted,
+        matmul_flops_per_second=rates.flops_per_second,
+        copy_bytes_per_second=rates.bytes_per_second,
+    )
+    return report.model_copy(update={"roofline": roofline})
 
 
 def _first_call(load: Mapping[str, Any], workload: Workload) -> dict[str, Any]:

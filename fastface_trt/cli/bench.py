@@ -27,8 +27,8 @@ from fastface_trt.cli.common import (
 )
 from fastface_trt.engines.cache import EngineCache
 from fastface_trt.errors import BadPicture, InvalidRequest, UnknownName
+from fastface_trt.export_folder import find_export
 from fastface_trt.mini.folders import SAMPLE_FACES
-from fastface_trt.pipeline import find_export
 from fastface_trt.runtime.guidance import BRANCH_PLANS
 from fastface_trt.runtime.presets import PRESETS
 

@@ -21,7 +21,7 @@ from fastface_trt.engines.manifest import EXPORT_MANIFEST, ExportManifest, read_
 from fastface_trt.engines.relatives import expected_seconds
 from fastface_trt.engines.tensorrt.options import DynamicProfile
 from fastface_trt.errors import InvalidRequest, UnknownName
-from fastface_trt.pipeline import find_export
+from fastface_trt.export_folder import find_export
 
 
 @click.command()

@@ -10,7 +10,7 @@ from fastface_trt.engines.cache import EngineCache
 from fastface_trt.engines.manifest import EXPORT_MANIFEST, ExportManifest, read_manifest
 from fastface_trt.engines.refit import RefitReport, refit
 from fastface_trt.errors import UnknownName
-from fastface_trt.pipeline import find_export
+from fastface_trt.export_folder import find_export
 
 
 @click.command("refit")

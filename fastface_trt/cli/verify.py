@@ -13,7 +13,7 @@ from fastface_trt.engines.cache import EngineCache
 from fastface_trt.engines.engine import Progress
 from fastface_trt.engines.manifest import EXPORT_MANIFEST, ExportManifest, read_manifest
 from fastface_trt.errors import MissingDependency, UnknownName
-from fastface_trt.pipeline import find_export
+from fastface_trt.export_folder import find_export
 from fastface_trt.verify.inputs import module_inputs
 from fastface_trt.verify.layers import LayerReport, find_layer
 from fastface_trt.verify.modules import ModuleVerdict, verify_builder, verify_modules

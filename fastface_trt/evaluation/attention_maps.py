@@ -27,7 +27,8 @@ from fastface_trt.evaluation.watched_unet import (
     attention_tensors,
     open_unet,
 )
-from fastface_trt.pipeline import FaceInput, FastFace, find_export
+from fastface_trt.export_folder import find_export
+from fastface_trt.pipeline import FaceInput, FastFace
 from fastface_trt.runtime.face import FaceAnalyzer
 from fastface_trt.runtime.guidance import FACE, TEXT_AND_FACE
 from fastface_trt.runtime.request import GenerationRequest

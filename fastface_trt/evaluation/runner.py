@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fastface_trt.bench.environment import describe_machine
 from fastface_trt.engines.engine import Progress
 from fastface_trt.errors import InvalidRequest, NoFaceFound
 from fastface_trt.evaluation.data import SEED, Dataset, Pair
@@ -19,7 +20,6 @@ from fastface_trt.evaluation.experiment import Experiment
 from fastface_trt.evaluation.exports import export_with_lora_scale
 from fastface_trt.evaluation.face_judges import faceless
 from fastface_trt.evaluation.judges import Column, Judge, Sample
-from fastface_trt.evaluation.machine import describe_machine
 from fastface_trt.evaluation.results import (
     PictureResult,
     RunFolder,
@@ -28,7 +28,8 @@ from fastface_trt.evaluation.results import (
     held_folder,
 )
 from fastface_trt.evaluation.settings import Setting, Source
-from fastface_trt.pipeline import FastFace, find_export
+from fastface_trt.export_folder import find_export
+from fastface_trt.pipeline import FastFace
 from fastface_trt.runtime.face import Face
 
 PIXELS = Column(

@@ -40,8 +40,8 @@ class Interval:
 
     @property
     def excludes_zero(self) -> bool:
-        """Whether a difference is one: 0 lies outside the interval."""
-        return self.low > 0 or self.high < 0
+        """Whether a difference is one: 0 lies outside the interval, and it is of several pairs."""
+        return self.n > 1 and (self.low > 0 or self.high < 0)
 
     def text(self, scale: float = 1.0, digits: int = 3, sign: str = "-") -> str:
         """`mean (low to high)`; `sign` as in format specifications."""
