@@ -137,7 +137,7 @@ class FastFace(Closing):
             return picture
         with timeline.span("read_picture"):
             pixels = load_picture(picture)
-            key = (hashlib.blake2b(pixels).digest(), pixels.shape, index)
+            key = (hashlib.blake2b(pixels.data).digest(), pixels.shape, index)
         face = self._analysed.get(key)
         if face is None:
             face = self._faces.analyze(pixels, index=index, timeline=timeline)

@@ -136,7 +136,7 @@ class Conditioner:
         assert manifest.image_encoder_size is not None
         side = manifest.image_encoder_size
         pixels = np.zeros((1, 3, side, side), dtype=np.float32)
-        return zeros | self._encode(pixels, timeline)
+        return {**zeros, **self._encode(pixels, timeline)}
 
     def _of_face(
         self, face: Face, channel_order: ChannelOrder, timeline: Timeline
