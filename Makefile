@@ -50,8 +50,8 @@ bench: setup
 
 # Quality of the mini model by independent judges, all experiments of the package: runs lie in
 # out/evaluation, their summaries in benchmarks/results/evaluation. Stopped, it goes on where it was.
-EXPERIMENTS ?= presets guidance_ablation scope plan pareto alpha_beta per_step sensitivity_am1 \
-	sensitivity_am2 schedulers lora_scale
+EXPERIMENTS ?= presets guidance_ablation scope first_token plan pareto per_step schedulers lora_scale \
+	alpha_beta sensitivity_am1 sensitivity_am2
 evaluate: setup
 	mkdir -p benchmarks/results/evaluation
 	set -e; for name in $(EXPERIMENTS); do \
