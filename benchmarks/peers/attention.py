@@ -143,7 +143,8 @@ def attach(unet: Any) -> None:
 
 
 def configure(unet: Any, manipulation: AttentionManipulation, ip_scales: Any) -> None:
-    """Set kind and λ of every block by its part of the UNet."""
+    """Set kind and λ of every block by its part of the UNet, for FaceID-Plus-v2."""
+    manipulation = manipulation.for_adapter("faceid-plus-v2")
     for processor in unet.attn_processors.values():
         if isinstance(processor, ImageAttention):
             part = getattr(manipulation, PARTS[processor.part])

@@ -21,10 +21,9 @@ from benchmarks.peers.loop import Conditions, denoise
 from benchmarks.peers.models import TorchModels, branches
 from benchmarks.peers.work import Made, Unready, Work, one_line
 from fastface_trt.engines.contract import MANIPULATION_COLUMNS, PARTS
+from fastface_trt.export.face_modules import FaceProjectionModule, ImageEncoderModule
 from fastface_trt.export.modules import (
     TEXT_POSITIONS,
-    FaceProjectionModule,
-    ImageEncoderModule,
     TextEncoderModule,
     VaeDecoderModule,
 )
