@@ -64,8 +64,8 @@ class Conditioner:
             return known
         with timeline.span("tokenise"):
             first, second = (tokenizer.encode([prompt]) for tokenizer in self._tokenizers)
-        device = self._modules.device
         encoder, encoder_2 = (self._modules[name] for name in ("text_encoder", "text_encoder_2"))
+        device = self._modules.device
         with timeline.span("text_encoder", device):
             hidden = encoder(input_ids=first.input_ids)["hidden_states"]
         with timeline.span("text_encoder_2", device):
@@ -109,7 +109,7 @@ class Conditioner:
         known = self._tokens.get(key)
         if known is not None:
             return known
-        device, projection = self._modules.device, self._modules["face_projection"]
+        projection, device = self._modules["face_projection"], self._modules.device
         inputs = (
             self._no_face(timeline)
             if face is None

@@ -146,6 +146,7 @@ def write_run(
         "data_sha256": "0" * 64,
         "engines_sha256": "0" * 64,
         "batch": 4,
+        "max_rows": 12,
         "keep": kept,
     }
     text = RunRecord.model_validate(run).model_dump_json(indent=1)

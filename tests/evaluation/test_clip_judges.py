@@ -114,7 +114,7 @@ class OneFace:
         if sample.pair.index:
             return None
         crop = np.zeros((224, 224, 3), np.uint8)
-        return Face(np.zeros(512, np.float32), crop, self.box, 0.9, 0, 1, 640)
+        return Face(np.zeros(512, np.float32), 1.0, crop, self.box, 0.9, 0, 1, 640)
 
 
 def test_face_clip_score_sees_the_face_area_alone(clip_folder, samples, reference):
