@@ -1,5 +1,6 @@
 """Fixtures that several folders share; what is slow to make is made once per run."""
 
+import gc
 import json
 import sys
 from pathlib import Path
@@ -17,6 +18,15 @@ def _own_cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FASTFACE_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(scope="module")
+def quick_collections():
+    """The garbage collector passes over what other tests hold: millions of PyTorch's objects."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")

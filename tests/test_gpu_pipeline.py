@@ -21,6 +21,8 @@ from fastface_trt.errors import Cancelled, EngineFailed, ExportIncomplete, Inval
 from fastface_trt.mini import folders
 from fastface_trt.runtime.timeline import Recorder
 
+pytestmark = pytest.mark.usefixtures("quick_collections")
+
 PROMPT = "photo; person in a garden"
 FACE = folders.SAMPLE_FACES / "ada.png"
 OPTIONS = {"requests": (1, 2), "branches": (1, 2, 3)}

@@ -2,6 +2,7 @@
 
 import gc
 
+import pytest
 from gpu_double import simulated_gpu
 
 from fastface_trt import FastFace
@@ -9,6 +10,8 @@ from fastface_trt.bench.measure import Measurement
 from fastface_trt.bench.profilers import chrome_trace
 from fastface_trt.bench.workload import Workload
 from fastface_trt.mini.folders import SAMPLE_FACES
+
+pytestmark = pytest.mark.usefixtures("quick_collections")
 
 ON_GPU = {"image_encoder", "text_encoder", "text_encoder_2", "unet", "guidance", "vae_decoder"}
 

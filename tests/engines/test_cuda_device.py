@@ -13,6 +13,8 @@ from fastface_trt.engines.cuda.graphs import GraphKey
 from fastface_trt.engines.device import DeviceTensor, HostDevice
 from fastface_trt.errors import BackendUnavailable, EngineFailed, EngineMismatch, OutOfMemory
 
+pytestmark = pytest.mark.usefixtures("quick_collections")
+
 
 @pytest.fixture
 def cuda():

@@ -10,6 +10,8 @@ from fastface_trt.engines.cuda.device import CudaDevice
 from fastface_trt.engines.device import HostDevice
 from fastface_trt.errors import EngineFailed
 
+pytestmark = pytest.mark.usefixtures("quick_collections")
+
 
 @pytest.fixture
 def cuda():

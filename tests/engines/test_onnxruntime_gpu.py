@@ -22,6 +22,8 @@ from fastface_trt.engines.onnxruntime_gpu import output_shapes
 from fastface_trt.engines.onnxruntime_session import PROVIDERS
 from fastface_trt.errors import BackendUnavailable, EngineFailed, EngineMismatch
 
+pytestmark = pytest.mark.usefixtures("quick_collections")
+
 GPU_PROVIDERS = [provider for provider in PROVIDERS if provider != "cpu"]
 REAL_SESSION = onnxruntime.InferenceSession
 

@@ -1,8 +1,12 @@
 """An export with another LoRA scale: what a whole export would be, made once, by content."""
 
+import pytest
+
 from fastface_trt.engines.files import verify_files
 from fastface_trt.engines.manifest import EXPORT_MANIFEST, ExportManifest, read_manifest
 from fastface_trt.evaluation.exports import export_with_lora_scale
+
+pytestmark = pytest.mark.engines
 
 
 def quietly(line):

@@ -23,6 +23,8 @@ from fastface_trt.export.oracle import TorchUNet
 from fastface_trt.runtime.denoise import denoise
 from fastface_trt.runtime.timeline import NO_TIMELINE
 
+pytestmark = pytest.mark.engines
+
 ZERO_TOKENS = 3
 TOKENS = QUERIES + ZERO_TOKENS
 
@@ -116,7 +118,7 @@ def test_requests_equal_the_oracle(fastface, oracle, preset):
     """Empty negative prompts are zeros here, so the branches without text are among them."""
     request = fastface.request("photo; person", preset=preset, seed=1).for_adapter("pulid")
     tokens = fastface._face_tokens([face()], None, "bgr", NO_TIMELINE)
-    job = fastface._job(request, tokens[0])
+    job = fastface._job(request, tokens[0], NO_TIMELINE)
     guidance = fastface._guidance()
     (ours,) = denoise(fastface._modules["unet"], [job], guidance=guidance)
     (expected,) = denoise(oracle, [job], guidance=guidance)

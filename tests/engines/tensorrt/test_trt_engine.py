@@ -23,6 +23,8 @@ from fastface_trt.errors import (
     OutOfMemory,
 )
 
+pytestmark = pytest.mark.usefixtures("quick_collections")
+
 FLAVOURS = ["tensorrt", "tensorrt-rtx"]
 
 
