@@ -6,7 +6,7 @@ INSTALLED := build/installed
 # A CPU build of torch is enough for export and tests; the range for users is in pyproject.toml.
 TORCH ?= torch==2.13.0
 
-.PHONY: setup demo test test-long test-engines bench evaluate evaluate-quantized mini-export \
+.PHONY: setup demo test test-long test-engines bench bench-full-width evaluate evaluate-quantized mini-export \
 	full-size full-size-engines clean
 
 # The light runtime: no torch, no diffusers.
@@ -44,9 +44,16 @@ test-long: setup
 test-engines: setup
 	$(BIN)/pytest -m engines
 
-# Latency of the mini model, stage by stage: JSON, CSV, Markdown and plots in out/bench.
+# Latency of the mini model: stage by stage in out/bench, and beside PyTorch, diffusers and plain ONNX
+# Runtime in benchmarks/results/peers-mini.json. About six minutes on a quiet machine.
 bench: setup
 	$(BIN)/fastface-trt bench --preset plain --preset am1+dcg --trace --out out/bench
+	$(BIN)/python -m benchmarks.peers
+
+# One UNet step of full-size SDXL with random weights at 512², PyTorch beside ONNX Runtime: 24 GB of
+# memory and half an hour; writes benchmarks/results/peers-full-width.json.
+bench-full-width: setup
+	$(BIN)/python -m benchmarks.peers --full-width
 
 # Quality of the mini model by independent judges, all experiments of the package: runs lie in
 # out/evaluation, their summaries in benchmarks/results/evaluation. Stopped, it goes on where it was.

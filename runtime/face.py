@@ -259,6 +259,10 @@ def _open_models(model: str, providers: Sequence[str]) -> Any:
             "Install insightface; OpenCV may also need the system libraries libgl1 and libglib2.0.",
         ) from error
     _check_providers(providers, onnxruntime.get_available_providers(), "This machine")
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    # Their idle threads would spin on the cores that the UNet runs on next: half its speed, seen.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     try:
         # InsightFace prints while it downloads; stdout belongs to the caller. One dynamic session
         # serves all detector sizes: with static ones, every size would load the model again.
@@ -268,6 +272,7 @@ def _open_models(model: str, providers: Sequence[str]) -> Any:
                 allowed_modules=["detection", "recognition"],
                 providers=list(providers),
                 static_shape_sessions=False,
+                sess_options=options,
             )
             analysis.prepare(ctx_id=0, det_size=(DETECTOR_SIZES[0], DETECTOR_SIZES[0]))
         if "recognition" not in analysis.models:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
+from textwrap import wrap
 from typing import Any
 
 from rich.table import Table
@@ -36,8 +37,9 @@ def rich_table(preset: str, results: Sequence[PeerResult]) -> Table:
     rounds = max(len(result.seconds) for result in results)
     table = Table(title=f"{preset}, medians of {rounds} rounds", title_justify="left")
     for column in COLUMNS:
-        is_name = column == "peer"
-        table.add_column(column, justify="left" if is_name else "right", no_wrap=not is_name)
+        # Headings may take several lines, so that names do not have to; a ratio may not.
+        width = 20 if column.startswith("times") else None
+        table.add_column(column, justify="left" if column == "peer" else "right", min_width=width)
     for row in rows(results):
         table.add_row(*row)
     return table
@@ -88,7 +90,8 @@ def plot(tables: Mapping[str, Sequence[PeerResult]], path: Path, subtitle: str) 
         fontsize=8,
     )
     figure.suptitle(
-        f"One picture end to end, same weights, noise and face\n{subtitle}", fontsize=10
+        "One picture end to end, same weights, noise and face\n" + "\n".join(wrap(subtitle, 95)),
+        fontsize=10,
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)

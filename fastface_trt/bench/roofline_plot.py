@@ -29,7 +29,8 @@ def roofline_plot(roofline: RooflineReport) -> "Figure":
     bars.set_yticks(places, [stage.stage for stage in stages])
     bars.set_ylim(len(stages) - 0.4, -0.6)
     name_axes(bars, f"{roofline.case} (n = {roofline.n})", "ms per call", "stage")
-    add_legend(bars)
+    bars.set_xlim(right=1.2 * max(achieved.max(), floor.max()))
+    add_legend(bars, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2)
 
     peak, bandwidth = roofline.matmul_flops_per_second, roofline.copy_bytes_per_second
     intensity = np.array([stage.flops / stage.bytes for stage in stages if stage.bytes])
