@@ -5,6 +5,8 @@ from click.testing import CliRunner
 
 from fastface_trt.cli.main import USER_ERROR, cli
 
+pytestmark = pytest.mark.engines
+
 
 def run(*arguments):
     return CliRunner().invoke(cli, [str(argument) for argument in arguments])

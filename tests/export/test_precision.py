@@ -60,7 +60,11 @@ def half_modules(tiny, dtype):
     yield vae_decoder_export(vae, latent_size=(8, 8), scale_factor=2, fixed_size=False)
 
 
-@pytest.fixture(scope="module", params=FEATURES, ids=str)
+@pytest.fixture(
+    scope="module",
+    params=[torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.engines)],
+    ids=str,
+)
 def half_unet(request, tiny, tmp_path_factory):
     """A tiny UNet exported in half precision: torch type, folder, specification."""
     folder = tmp_path_factory.mktemp("half")

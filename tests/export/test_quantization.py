@@ -129,7 +129,9 @@ class Quantized:
         return found, made, {i.name: i for i in self.model.graph.initializer}
 
 
-@pytest.fixture(scope="module", params=FORMS)
+@pytest.fixture(
+    scope="module", params=["fp8", pytest.param("int8", marks=pytest.mark.engines)], ids=str
+)
 def quantized(request, tiny, tmp_path_factory):
     return Quantized(tiny, request.param, tmp_path_factory.mktemp("quantized"))
 
