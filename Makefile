@@ -47,8 +47,8 @@ test-engines: setup
 # Latency of the mini model: stage by stage in out/bench, and beside PyTorch, diffusers and plain ONNX
 # Runtime in benchmarks/results/peers-mini.json. About six minutes on a quiet machine.
 bench: setup
-	$(BIN)/fastface-trt bench --preset plain --preset am1+dcg --trace --out out/bench
 	$(BIN)/python -m benchmarks.peers
+	$(BIN)/fastface-trt bench --preset plain --preset am1+dcg --trace --out out/bench
 
 # One UNet step of full-size SDXL with random weights at 512², PyTorch beside ONNX Runtime: 24 GB of
 # memory and half an hour; writes benchmarks/results/peers-full-width.json.
