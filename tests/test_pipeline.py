@@ -6,6 +6,7 @@ import face_models
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from fastface_trt import FastFace
 from fastface_trt.errors import (
@@ -17,6 +18,7 @@ from fastface_trt.errors import (
     NoFaceFound,
     UnknownName,
 )
+from fastface_trt.mini.folders import SAMPLE_FACES
 from fastface_trt.runtime.manipulation import AttentionManipulation, PartManipulation
 from fastface_trt.runtime.noise import standard_noise
 from fastface_trt.runtime.timeline import Recorder
@@ -65,6 +67,22 @@ def test_what_is_forgotten_is_encoded_again(fastface):
     fastface.forget()
     # The face and no face, and the prompt: for an empty one this model was made to see zeros.
     assert sorted(encoded(Recorder())) == ["image_encoder"] * 2 + ["text_encoder", "text_encoder_2"]
+
+
+def test_a_face_is_found_once_per_content_of_its_picture():
+    pixels_of = np.asarray(Image.open(sorted(SAMPLE_FACES.glob("*.png"))[0]).convert("RGB"))
+    with FastFace.load("mini") as mini:
+
+        def detections(picture):
+            timeline = Recorder()
+            mini.analyze(picture, timeline=timeline)
+            return sum(span.name == "face_detection" for span in timeline.spans())
+
+        assert detections(pixels_of) == 1
+        assert detections(pixels_of.copy()) == 0
+        assert detections(pixels_of[:, ::-1]) == 1
+        mini.forget()
+        assert detections(pixels_of) == 1
 
 
 def test_same_seed_same_picture_other_seed_other_picture(fastface):

@@ -120,7 +120,7 @@ def test_a_tensor_that_is_an_output_keeps_its_attention(tmp_path):
 
 
 @pytest.mark.parametrize("optimization", ["all", "extended", "basic"])
-def test_the_optimised_graph_can_be_read_again(rewritten, tmp_path, optimization):
+def test_the_optimised_graph_can_be_read_again(sessions, rewritten, tmp_path, optimization):
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     level = f"ORT_ENABLE_{optimization.upper()}"
@@ -129,7 +129,11 @@ def test_the_optimised_graph_can_be_read_again(rewritten, tmp_path, optimization
     onnxruntime.InferenceSession(rewritten, options, providers=["CPUExecutionProvider"])
     plain = onnxruntime.SessionOptions()
     plain.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    onnxruntime.InferenceSession(tmp_path / "engine.onnx", plain)
+    again = onnxruntime.InferenceSession(tmp_path / "engine.onnx", plain)
+    feed = inputs_for(again, ("softmask",), 3)
+    expected = sessions[0].run(None, feed)[0]
+    tolerance = 1e-5 * np.abs(expected).max()
+    np.testing.assert_allclose(again.run(None, feed)[0], expected, atol=tolerance)
 
 
 def test_a_model_without_attention_is_left_alone():
