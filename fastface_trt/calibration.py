@@ -21,13 +21,14 @@ from fastface_trt.mini.prompts import (
     canonical_prompt,
 )
 from fastface_trt.runtime.conditioning import Conditioner
-from fastface_trt.runtime.denoise import DenoiseReport, denoise
+from fastface_trt.runtime.denoise import denoise
 from fastface_trt.runtime.face import Face, FaceAnalyzer
 from fastface_trt.runtime.images import load_picture
 from fastface_trt.runtime.job import Job
 from fastface_trt.runtime.modules import ModuleSet
 from fastface_trt.runtime.presets import preset_fields
 from fastface_trt.runtime.request import GenerationRequest
+from fastface_trt.runtime.run import DenoiseReport
 from fastface_trt.runtime.schedule import make_schedule
 
 PRESETS = ("plain", "am1+dcg", "am2+dcg")

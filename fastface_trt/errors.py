@@ -21,6 +21,19 @@ class FastFaceError(Exception):
         self.message = message
         self.mend = mend
 
+    def __reduce__(self) -> tuple[object, ...]:
+        # Exceptions are pickled by their one `args`, which is not what these are made of.
+        return _unpickled, (type(self), self.message, self.mend, self.__dict__)
+
+
+def _unpickled(
+    kind: type[FastFaceError], message: str, mend: str, state: dict[str, object]
+) -> FastFaceError:
+    error = kind.__new__(kind)
+    FastFaceError.__init__(error, message, mend)
+    error.__dict__.update(state)
+    return error
+
 
 class InvalidRequest(FastFaceError):
     """A parameter of a request is out of its range, or two of them do not fit together."""
@@ -128,3 +141,25 @@ class Cancelled(FastFaceError):
     """The per-step callback asked the run to stop."""
 
     code = "cancelled"
+
+
+class DeadlinePassed(FastFaceError):
+    """A task was not done by its deadline."""
+
+    code = "deadline_passed"
+
+
+class Busy(FastFaceError):
+    """A worker has as much waiting as it may have; `retry_after` is in seconds."""
+
+    code = "busy"
+
+    def __init__(self, message: str, mend: str = "", *, retry_after: float = 1.0) -> None:
+        super().__init__(message, mend)
+        self.retry_after = retry_after
+
+
+class Unavailable(FastFaceError):
+    """A worker that is starting, draining or dead."""
+
+    code = "unavailable"

@@ -8,14 +8,13 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any, TypeAlias
 
-import numpy as np
 from PIL import Image
 
 from fastface_trt import __version__
 from fastface_trt.builders import make_builder
 from fastface_trt.engines.cache import EngineCache
 from fastface_trt.engines.closing import Closing
-from fastface_trt.engines.device import Device, HostDevice, Tensor
+from fastface_trt.engines.device import Device, Tensor
 from fastface_trt.engines.engine import Progress
 from fastface_trt.engines.manifest import (
     EXPORT_MANIFEST,
@@ -25,20 +24,18 @@ from fastface_trt.engines.manifest import (
 )
 from fastface_trt.errors import InvalidRequest
 from fastface_trt.export_folder import find_export, with_schedule_of
-from fastface_trt.runtime.advance import EngineGuidance, Guidance, HostGuidance
-from fastface_trt.runtime.conditioning import Conditioner
-from fastface_trt.runtime.denoise import DenoiseReport, denoise, require_finite
+from fastface_trt.runtime.denoise import denoise
 from fastface_trt.runtime.face import ChannelOrder, Face, FaceAnalyzer
 from fastface_trt.runtime.images import PictureSource, load_picture
-from fastface_trt.runtime.job import Job
 from fastface_trt.runtime.modules import ModuleSet
 from fastface_trt.runtime.presets import preset_fields
 from fastface_trt.runtime.recent import Recent
 from fastface_trt.runtime.request import GenerationRequest
 from fastface_trt.runtime.result import GenerationResult
-from fastface_trt.runtime.schedule import make_schedule
+from fastface_trt.runtime.run import DenoiseReport
 from fastface_trt.runtime.timeline import NO_TIMELINE, Timeline
 from fastface_trt.runtime.trace import OnStep
+from fastface_trt.stages import Stages
 
 FaceInput: TypeAlias = PictureSource | Face
 """A picture with a face (path, bytes, PIL, RGB array), or a face that was analysed before."""
@@ -55,7 +52,7 @@ class FastFace(Closing):
         self._modules = modules
         self._faces = faces
         self._analysed: Recent[Face] = Recent(64)
-        self._conditioner = Conditioner(modules)
+        self.stages = Stages(modules)
 
     @classmethod
     def load(
@@ -236,12 +233,12 @@ class FastFace(Closing):
         seconds: dict[str, float] = {}
         with self._timed(seconds, "total"):
             for request in requests:
-                self.check_size(request)
+                self.stages.check_size(request)
             with self._timed(seconds, "face"):
                 tokens = self._face_tokens(faces, face_index, channel_order, timeline)
             with self._timed(seconds, "text"):
                 jobs = [
-                    self._job(request, one, timeline)
+                    self.stages.job(request, one, timeline)
                     for request, one in zip(requests, tokens, strict=True)
                 ]
             report = DenoiseReport()
@@ -249,22 +246,22 @@ class FastFace(Closing):
                 latents = denoise(
                     self._modules["unet"],
                     jobs,
-                    guidance=self._guidance(),
+                    guidance=self.stages.guidance,
                     on_step=on_step,
                     max_rows=max_rows,
                     report=report,
                     timeline=timeline,
                 )
             with self._timed(seconds, "vae"):
-                images = [self._decode(one, timeline) for one in latents]
+                images = [Image.fromarray(self.stages.decode(one, timeline)) for one in latents]
         return GenerationResult(
             images,
             requests,
-            [self._parameters(request) for request in requests],
+            [self.parameters(request) for request in requests],
             seconds,
             sum(report.rows),
             [[step.branches for step in job.guidance] for job in jobs],
-            self._warnings(requests),
+            self.warnings(requests),
         )
 
     def _face_tokens(
@@ -278,53 +275,11 @@ class FastFace(Closing):
         for face in faces:  # the same object many times is one face
             if id(face) not in analysed:
                 found = self.analyze(face, index=index, timeline=timeline)
-                analysed[id(face)] = self._conditioner.image_tokens(found, order, timeline)
+                analysed[id(face)] = self.stages.image_tokens(found, order, timeline)
         return [analysed[id(face)] for face in faces]
 
-    def _job(self, request: GenerationRequest, face_tokens: Tensor, timeline: Timeline) -> Job:
-        manifest = self.manifest
-        factor = manifest.vae_scale_factor
-        return Job.prepare(
-            request,
-            make_schedule(manifest.scheduler, request.steps),
-            self._conditioner.conditions(request, face_tokens, timeline),
-            (manifest.latent_channels, request.height // factor, request.width // factor),
-        )
-
-    def _guidance(self) -> Guidance:
-        """Numpy where the UNet's output is at hand anyway, elsewhere the module made for it."""
-        if isinstance(self._modules.device, HostDevice):
-            return HostGuidance()
-        return EngineGuidance(self._modules["guidance_step"])
-
-    def check_size(self, request: GenerationRequest) -> None:
-        """Raise `InvalidRequest` unless this export makes pictures of the request's size."""
-        manifest = self.manifest
-        size = (request.height, request.width)
-        if manifest.fixed_size and size != (manifest.height, manifest.width):
-            raise InvalidRequest(
-                f"This export makes only {manifest.width}x{manifest.height} pictures.",
-                "Export without --fixed-size for others.",
-            )
-        unit = manifest.vae_scale_factor * 4  # the UNet halves the latents twice
-        if any(side % unit for side in size):
-            raise InvalidRequest(
-                f"{request.width}x{request.height} does not fit the model.",
-                f"Width and height must be multiples of {unit} pixels.",
-            )
-
-    def _decode(self, latents: Tensor, timeline: Timeline) -> Image.Image:
-        device, decoder = self._modules.device, self._modules["vae_decoder"]
-        with timeline.span("vae_decoder", device):
-            picture = decoder(latents=device.stack([latents]))["picture"]
-        with timeline.span("picture", device):
-            picture_3HW = device.download(picture[0])
-            # The picture cannot tell: its clamp to [0, 1] may swallow what is not a number.
-            require_finite(device, latents)
-            pixels = np.rint(picture_3HW.astype(np.float32) * 255).clip(0, 255).astype(np.uint8)
-            return Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
-
-    def _parameters(self, request: GenerationRequest) -> Mapping[str, Any]:
+    def parameters(self, request: GenerationRequest) -> Mapping[str, Any]:
+        """What `write_png` stores in a picture of this request, as JSON values."""
         manifest = self.manifest
         return request.to_dict() | {
             "checkpoint": manifest.checkpoint,
@@ -335,7 +290,8 @@ class FastFace(Closing):
             "software": f"FastFace-TRT {__version__}",
         }
 
-    def _warnings(self, requests: Sequence[GenerationRequest]) -> list[str]:
+    def warnings(self, requests: Sequence[GenerationRequest]) -> list[str]:
+        """What was changed or cut in pictures of these requests, in sentences."""
         warnings = []
         if self.manifest.adapter_kind == "pulid" and self.manifest.face_parser is None:
             warnings.append(
@@ -343,7 +299,7 @@ class FastFace(Closing):
                 "export with --face-parser for PuLID's own preprocessing."
             )
         for text in dict.fromkeys(t for r in requests for t in (r.prompt, r.negative_prompt)):
-            cut = self._conditioner.text(text).cut if text else ""
+            cut = self.stages.cut_from(text)
             if cut:
                 warnings.append(f"The prompt is longer than 77 tokens; this was cut: {cut!r}.")
         return warnings
@@ -367,7 +323,7 @@ class FastFace(Closing):
     def forget(self) -> None:
         """Drop every face, and every encoding of a prompt or a face, kept for the next call."""
         self._analysed.clear()
-        self._conditioner.forget()
+        self.stages.forget()
 
     def close(self) -> None:
         """Free the engines and what is kept on their device."""

@@ -38,13 +38,14 @@ class Advanced:
 class Guidance(Protocol):
     """Guidance (Eq. 3 to 5) and the scheduler's step x' = a x + b ε + c z, then the scaling by k.
 
-    `noise` holds z for each job, None where its scheduler adds none at this step.
+    `steps` and `noise` hold for each job the step that it is at, counted from 0, and z, None where
+    its scheduler adds none at this step.
     """
 
     def __call__(
         self,
         jobs: Sequence[Job],
-        step: int,
+        steps: Sequence[int],
         prediction_BChw: Tensor,
         latents: Sequence[Tensor],
         noise: Sequence[Tensor | None],
@@ -59,7 +60,7 @@ class HostGuidance:
     def __call__(
         self,
         jobs: Sequence[Job],
-        step: int,
+        steps: Sequence[int],
         prediction_BChw: Tensor,
         latents: Sequence[Tensor],
         noise: Sequence[Tensor | None],
@@ -69,12 +70,12 @@ class HostGuidance:
         prediction_BChw = host.download(prediction_BChw).astype(np.float32, copy=False)
         if not np.isfinite(prediction_BChw).all():
             raise EngineFailed(
-                f"The UNet returned values that are not finite at step {step + 1}.",
+                f"The UNet returned values that are not finite at step {min(steps) + 1}.",
                 NOT_FINITE_MEND,
             )
         advanced, all_guided, samples = [], [], []
         rows = iter(prediction_BChw)
-        for job, x, z in zip(jobs, latents, noise, strict=True):
+        for job, step, x, z in zip(jobs, steps, latents, noise, strict=True):
             plan, row = job.guidance[step], job.schedule.steps[step]
             guided = combine({branch: next(rows) for branch in plan.branches}, plan)
             following = np.float32(row.latents) * host.download(x)
@@ -99,15 +100,16 @@ class EngineGuidance:
     def __call__(
         self,
         jobs: Sequence[Job],
-        step: int,
+        steps: Sequence[int],
         prediction_BChw: Tensor,
         latents: Sequence[Tensor],
         noise: Sequence[Tensor | None],
     ) -> Advanced:
         """Advance jobs with equally many branches by one step."""
         device = self._engine.device
-        plans = [job.guidance[step] for job in jobs]
-        rows = [job.schedule.steps[step] for job in jobs]
+        at = list(zip(jobs, steps, strict=True))
+        plans = [job.guidance[step] for job, step in at]
+        rows = [job.schedule.steps[step] for job, step in at]
         fresh = [
             device.zeros(job.latent_shape, "float32") if z is None else z
             for job, z in zip(jobs, noise, strict=True)
@@ -131,7 +133,7 @@ class EngineGuidance:
                 ),
                 contract.RESCALE: _scalars([plan.rescale or 0.0 for plan in plans]),
                 contract.STEP: _scalars([[r.latents, r.prediction, r.noise] for r in rows]),
-                contract.INPUT_SCALE: _scalars([_next_input_scale(job, step) for job in jobs]),
+                contract.INPUT_SCALE: _scalars([_next_input_scale(job, step) for job, step in at]),
             }
         )
         # Copies, because the engine's next call overwrites what it returned.

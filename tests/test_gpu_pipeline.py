@@ -244,9 +244,9 @@ def test_an_encoding_is_finished_before_another_thread_gets_it(simulated, cpu, w
         return conditioner.text(PROMPT).text if what == "text" else conditioner.image_tokens(None)
 
     with ThreadPoolExecutor(1) as other:  # a thread that waits for nothing afterwards
-        shared = other.submit(encode, gpu._conditioner).result()
+        shared = other.submit(encode, gpu.stages._conditioner).result()
         ours = gpu._modules.device.download(shared)
-        np.testing.assert_allclose(ours, encode(cpu._conditioner), rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(ours, encode(cpu.stages._conditioner), rtol=1e-4, atol=1e-4)
         del shared
 
 

@@ -150,13 +150,13 @@ def test_channel_order_changes_the_tokens(fastface):
     colourful = FACE.copy()
     colourful[..., 0] = np.maximum(colourful[..., 0], 200)
     face = fastface.analyze(colourful)
-    conditioner = fastface._conditioner
+    conditioner = fastface.stages._conditioner
     bgr, rgb = (conditioner.image_tokens(face, order) for order in ("bgr", "rgb"))
     assert np.abs(bgr - rgb).max() > 0
 
 
 def test_branches_are_told_what_the_method_says(fastface):
-    conditioner = fastface._conditioner
+    conditioner = fastface.stages._conditioner
     tokens = conditioner.image_tokens(fastface.analyze(FACE))
     no_face, text = conditioner.image_tokens(None), conditioner.text(PROMPT)
     fog = conditioner.text("fog")

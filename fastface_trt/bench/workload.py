@@ -69,7 +69,7 @@ class Workload:
         """What is done, without how often; raises `InvalidRequest` for what cannot be done."""
         manifest = fastface.manifest
         request = self.request(fastface, self.presets[0])
-        fastface.check_size(request)
+        fastface.stages.check_size(request)
         return Work(
             checkpoint=manifest.checkpoint,
             adapter=manifest.adapter,

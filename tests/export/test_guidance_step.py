@@ -118,8 +118,8 @@ def test_engine_and_host_agree_on_every_branch_count(engine):
         assert len(batch[0].guidance[0].branches) == plan
         prediction, latents, noise = tensors(batch, seed=plan)
         prediction = prediction[: plan * len(batch)]
-        host = HostGuidance()(batch, 0, prediction, latents, noise)
-        ours = EngineGuidance(engine)(batch, 0, prediction, latents, noise)
+        host = HostGuidance()(batch, [0] * len(batch), prediction, latents, noise)
+        ours = EngineGuidance(engine)(batch, [0] * len(batch), prediction, latents, noise)
         np.testing.assert_allclose(ours.latents, host.latents, rtol=2e-6, atol=2e-6)
         np.testing.assert_allclose(ours.samples, host.samples, rtol=2e-6, atol=2e-6)
 
@@ -129,7 +129,7 @@ def test_a_flat_prediction_is_left_alone(engine):
     _, latents, noise = tensors(batch)
     prediction = np.full((3, *SHAPE), 0.25, np.float32)
     for guidance in (HostGuidance(), EngineGuidance(engine)):
-        (guided,) = guidance(batch, 0, prediction, latents, noise).guided
+        (guided,) = guidance(batch, [0] * len(batch), prediction, latents, noise).guided
         np.testing.assert_allclose(guided, 0.25)
 
 
@@ -137,7 +137,7 @@ def test_what_is_not_finite_reaches_the_last_latents(engine):
     batch = jobs()[:2]
     prediction, latents, noise = tensors(batch)
     prediction[4, 1, 2, 3] = np.nan
-    ours = EngineGuidance(engine)(batch, 0, prediction, latents, noise)
+    ours = EngineGuidance(engine)(batch, [0] * len(batch), prediction, latents, noise)
     require_finite(HostDevice(), ours.latents[0])
     with pytest.raises(EngineFailed, match="not finite"):
         require_finite(HostDevice(), ours.latents[1])

@@ -118,8 +118,8 @@ def test_requests_equal_the_oracle(fastface, oracle, preset):
     """Empty negative prompts are zeros here, so the branches without text are among them."""
     request = fastface.request("photo; person", preset=preset, seed=1).for_adapter("pulid")
     tokens = fastface._face_tokens([face()], None, "bgr", NO_TIMELINE)
-    job = fastface._job(request, tokens[0], NO_TIMELINE)
-    guidance = fastface._guidance()
+    job = fastface.stages.job(request, tokens[0])
+    guidance = fastface.stages.guidance
     (ours,) = denoise(fastface._modules["unet"], [job], guidance=guidance)
     (expected,) = denoise(oracle, [job], guidance=guidance)
     assert relative(np.asarray(ours), np.asarray(expected)) < 2e-3
@@ -131,7 +131,7 @@ def test_tokens_are_of_the_portrait_and_the_long_embedding(fastface, files):
     longer = replace(analysed, embedding_norm=3 * analysed.embedding_norm)
     darker = replace(analysed, portrait_bgr=analysed.portrait_bgr // 2)
     other_crop = replace(analysed, crop_bgr=255 - analysed.crop_bgr)
-    tokens = fastface._conditioner.image_tokens
+    tokens = fastface.stages.image_tokens
     plain = tokens(analysed)
     assert relative(tokens(longer), plain) > 1e-3
     assert relative(tokens(darker), plain) > 1e-3
@@ -169,8 +169,8 @@ def test_a_face_parser_travels_with_the_export(
     with FastFace.load(out) as parsing:
         result = parsing("photo; person", face(), seed=3)
         assert result.warnings == []
-        tokens = parsing._conditioner.image_tokens(parsing.analyze(face()))
-    plain = fastface._conditioner.image_tokens(fastface.analyze(face()))
+        tokens = parsing.stages.image_tokens(parsing.analyze(face()))
+    plain = fastface.stages.image_tokens(fastface.analyze(face()))
     assert relative(tokens, plain) > 1e-3
 
 

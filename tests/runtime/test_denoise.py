@@ -9,9 +9,11 @@ from fastface_trt.engines import contract
 from fastface_trt.engines.device import HostDevice
 from fastface_trt.errors import Cancelled, EngineFailed
 from fastface_trt.export.checkpoints import CHECKPOINTS
-from fastface_trt.runtime.denoise import DenoiseReport, denoise
+from fastface_trt.runtime.advance import HostGuidance
+from fastface_trt.runtime.denoise import denoise
 from fastface_trt.runtime.job import Condition, Job
 from fastface_trt.runtime.request import GenerationRequest
+from fastface_trt.runtime.run import DenoiseReport, Run, take_step
 from fastface_trt.runtime.schedule import make_schedule
 
 SHAPE = (4, 8, 8)
@@ -134,3 +136,21 @@ def test_output_that_is_not_finite_is_an_error():
 
     with pytest.raises(EngineFailed, match="not finite at step 1"):
         denoise(Broken(), [job(requests()[0])])
+
+
+def test_runs_at_different_steps_share_a_call():
+    jobs = [job(request, seed) for seed, request in enumerate(requests())]
+    expected = [denoise(ArithmeticUNet(), [one])[0] for one in jobs]
+    unet = ArithmeticUNet()
+    waiting = [Run(one, HostDevice()) for one in jobs]
+    running, mixed = [], 0
+    while waiting or any(not run.finished for run in running):
+        running += waiting[:1]  # one comes in before every call
+        del waiting[:1]
+        active = [run for run in running if not run.finished]
+        group = [run for run in active if run.sharing == active[-1].sharing]
+        mixed += len({run.step for run in group}) > 1
+        take_step(unet, HostGuidance(), group)
+    assert mixed > 0
+    for run, alone in zip(running, expected, strict=True):
+        np.testing.assert_allclose(run.latents, alone, atol=1e-6)

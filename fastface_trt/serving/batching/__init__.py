@@ -1,0 +1,1 @@
+"""A worker inside this process: continuous batching over UNet steps."""

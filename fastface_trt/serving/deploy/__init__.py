@@ -1,0 +1,1 @@
+"""Containers, Kubernetes and sizing."""

@@ -1,0 +1,1 @@
+"""Ray Serve: replicas on many machines, engines from shared storage."""

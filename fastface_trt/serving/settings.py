@@ -1,0 +1,76 @@
+"""Every limit of the server in one place, with the reason for each."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Settings(BaseModel):
+    """Base of the settings: frozen, and an unknown name is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class WorkerSettings(Settings):
+    """What a worker opens, and how much it takes on. See `FastFace.load` for the first five."""
+
+    export: str = "mini"
+    backend: str = "onnxruntime"
+    cache: Path | None = None
+    threads: int | None = None
+    engine_options: dict[str, Any] | None = None
+    licence_acknowledged: bool = False
+    schedule_of: str | None = None
+    max_waiting: Count = 64
+    """Tasks that wait for their first step; the next is refused, since its client would wait long
+    and a queue without end only hides that the machine is too small."""
+    max_running: Count = 8
+    """Tasks between their first step and their end; each holds latents and conditions in memory."""
+    max_rows: int | None = None
+    """Rows of one UNet call at most; None is what the engines take."""
+    latency_budget: Seconds | None = None
+    """A task that would not be done within this time, as far as the measured rates tell, is refused
+    at the door: better there than late. None refuses only by `max_waiting`."""
+    max_passed_over: Annotated[int, Field(ge=0)] = 4
+    """How many UNet calls in a row may pass over a task that is ready for one, for the sake of a
+    fuller call."""
+
+
+class ServerSettings(Settings):
+    """The HTTP surface and what it lets in."""
+
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65535)] = 8000
+    api_keys: tuple[str, ...] = ()
+    """Keys of clients; none lets everybody in, which is refused on an address that is not local."""
+    requests_per_minute: Count | None = None
+    """Per key, or per address where there are no keys."""
+    max_body_bytes: Count = 20_000_000
+    max_picture_pixels: Count = 40_000_000
+    max_pictures: Count = 4
+    """`n` of one request at most."""
+    max_requests: Count = 512
+    """Requests in work at once, whatever they ask for; beyond it new ones get 503."""
+    body_timeout: Seconds = 20
+    """A client that needs longer to send its headers and body is cut off (slow loris)."""
+    default_deadline: Seconds = 120
+    max_deadline: Seconds = 600
+    fetch_urls: bool = False
+    """Whether pictures may be given by address; see `serving.fetch` for what is checked then."""
+    faces_ttl: Seconds = 3600
+    """Registered faces are forgotten after this time, and when the server stops."""
+    max_faces: Count = 1000
+    drain_seconds: Seconds = 30
+    """After SIGTERM, how long tasks may go on before they are ended."""
+    log_prompts: bool = False
+    ui: bool = False
+    ai_mark: bool = True
+    """The machine-readable AI mark in every picture."""
+    c2pa_certificate: Path | None = None
+    c2pa_key: Path | None = None
+    checks: tuple[str, ...] = ()
+    """`package.module:name` of prompt and picture checks; see `serving.checks`."""

@@ -1,0 +1,1 @@
+"""A web page over the HTTP surface, offline and without a build step."""

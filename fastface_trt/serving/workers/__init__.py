@@ -1,0 +1,1 @@
+"""Workers in child processes, one per device, behind one queue."""

@@ -1,0 +1,124 @@
+"""The stages of a picture over one export's engines, each by itself.
+
+`FastFace.generate` runs them for one batch from start to end. A server's batcher calls them one by
+one: it prepares a job when the client comes, and takes its run a step further with whoever else is
+there.
+
+Shape legend: C latent channels, h × w latent size, T image tokens.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastface_trt.engines.device import Device, HostDevice, Tensor
+from fastface_trt.errors import InvalidRequest
+from fastface_trt.runtime.advance import EngineGuidance, Guidance, HostGuidance
+from fastface_trt.runtime.conditioning import Conditioner
+from fastface_trt.runtime.denoise import require_finite
+from fastface_trt.runtime.face import ChannelOrder, Face
+from fastface_trt.runtime.job import Job
+from fastface_trt.runtime.modules import ModuleSet
+from fastface_trt.runtime.request import GenerationRequest
+from fastface_trt.runtime.run import Run, take_step
+from fastface_trt.runtime.schedule import make_schedule
+from fastface_trt.runtime.timeline import NO_TIMELINE, Timeline
+from fastface_trt.runtime.trace import OnStep
+
+
+class Stages:
+    """Face tokens, job, UNet steps and decoding with the engines of a `ModuleSet`.
+
+    Threads may share it; a run belongs to one thread at a time.
+    """
+
+    def __init__(self, modules: ModuleSet) -> None:
+        self._modules = modules
+        self._conditioner = Conditioner(modules)
+
+    @property
+    def device(self) -> Device:
+        """Where the tensors of the engines live."""
+        return self._modules.device
+
+    @property
+    def request_counts(self) -> tuple[int, ...] | None:
+        """How many requests a UNet call may hold, in rising order; None for any number."""
+        return self._modules["unet"].request_counts
+
+    def image_tokens(
+        self, face: Face, channel_order: ChannelOrder = "bgr", timeline: Timeline = NO_TIMELINE
+    ) -> Tensor:
+        """Image tokens [T, C] of a face; kept for the next call with the same face."""
+        return self._conditioner.image_tokens(face, channel_order, timeline)
+
+    def job(
+        self, request: GenerationRequest, face_tokens: Tensor, timeline: Timeline = NO_TIMELINE
+    ) -> Job:
+        """The request with its prompt encoded and its schedule resolved; see `check_size`."""
+        manifest = self._modules.manifest
+        factor = manifest.vae_scale_factor
+        return Job.prepare(
+            request,
+            make_schedule(manifest.scheduler, request.steps),
+            self._conditioner.conditions(request, face_tokens, timeline),
+            (manifest.latent_channels, request.height // factor, request.width // factor),
+        )
+
+    @property
+    def guidance(self) -> Guidance:
+        """Numpy where the UNet's output is at hand anyway, elsewhere the module made for it."""
+        if isinstance(self._modules.device, HostDevice):
+            return HostGuidance()
+        return EngineGuidance(self._modules["guidance_step"])
+
+    def start(self, job: Job, index: int = 0) -> Run:
+        """A run of the job, before its first step."""
+        return Run(job, self.device, index)
+
+    def step(self, runs: Sequence[Run], on_step: OnStep | None = None) -> None:
+        """One UNet call for runs that agree in `Run.sharing`; see `take_step` for what it raises.
+
+        At most as many runs as the largest of `request_counts`.
+        """
+        take_step(self._modules["unet"], self.guidance, runs, on_step=on_step)
+
+    def decode(self, latents: Tensor, timeline: Timeline = NO_TIMELINE) -> NDArray[np.uint8]:
+        """The picture of final latents [C,h,w]: RGB, uint8 [H,W,3].
+
+        Raises `EngineFailed` where the latents are not finite.
+        """
+        device, decoder = self.device, self._modules["vae_decoder"]
+        with timeline.span("vae_decoder", device):
+            picture = decoder(latents=device.stack([latents]))["picture"]
+        with timeline.span("picture", device):
+            picture_3HW = device.download(picture[0])
+            # The picture cannot tell: its clamp to [0, 1] may swallow what is not a number.
+            require_finite(device, latents)
+            pixels = np.rint(picture_3HW.astype(np.float32) * 255).clip(0, 255).astype(np.uint8)
+            return np.ascontiguousarray(pixels.transpose(1, 2, 0))
+
+    def check_size(self, request: GenerationRequest) -> None:
+        """Raise `InvalidRequest` unless this export makes pictures of the request's size."""
+        manifest = self._modules.manifest
+        size = (request.height, request.width)
+        if manifest.fixed_size and size != (manifest.height, manifest.width):
+            raise InvalidRequest(
+                f"This export makes only {manifest.width}x{manifest.height} pictures.",
+                "Export without --fixed-size for others.",
+            )
+        unit = manifest.vae_scale_factor * 4  # the UNet halves the latents twice
+        if any(side % unit for side in size):
+            raise InvalidRequest(
+                f"{request.width}x{request.height} does not fit the model.",
+                f"Width and height must be multiples of {unit} pixels.",
+            )
+
+    def cut_from(self, prompt: str) -> str:
+        """What of a prompt did not fit the text encoders; empty where all of it did."""
+        return self._conditioner.text(prompt).cut if prompt else ""
+
+    def forget(self) -> None:
+        """Drop every encoding of a prompt or a face kept for the next call."""
+        self._conditioner.forget()
