@@ -6,7 +6,7 @@ INSTALLED := build/installed
 # A CPU build of torch is enough for export and tests; the range for users is in pyproject.toml.
 TORCH ?= torch==2.13.0
 
-.PHONY: setup demo test test-long test-engines bench bench-full-width evaluate evaluate-quantized mini-export \
+.PHONY: setup demo test test-long test-engines test-serving bench bench-full-width evaluate evaluate-quantized mini-export \
 	full-size full-size-engines clean
 
 # The light runtime: no torch, no diffusers.
@@ -33,7 +33,7 @@ test: setup
 	rm -rf $(INSTALLED) build/lib
 	$(BIN)/pip install --quiet --no-deps --target $(INSTALLED) .
 	MYPYPATH=$(INSTALLED) $(BIN)/mypy
-	$(BIN)/pytest -m "not long and not engines"
+	$(BIN)/pytest -m "not long and not engines and not serving"
 
 # Tests that take minutes: kills at random moments, more shapes, more seeds.
 test-long: setup
@@ -43,6 +43,10 @@ test-long: setup
 # them (fp16, fp8, int8); no GPU needed.
 test-engines: setup
 	$(BIN)/pytest -m engines
+
+# Load, faults and fuzz against whole servers; the page in a headless Chromium, where there is one.
+test-serving: setup
+	$(BIN)/pytest -m serving
 
 # Latency of the mini model: stage by stage in out/bench, and beside PyTorch, diffusers and plain ONNX
 # Runtime in benchmarks/results/peers-mini.json. About six minutes on a quiet machine.
