@@ -12,6 +12,7 @@ from fastface_trt.cli.demo import demo
 from fastface_trt.cli.doctor import doctor
 from fastface_trt.cli.evaluate import evaluate
 from fastface_trt.cli.export import export
+from fastface_trt.cli.export_triton import export_triton
 from fastface_trt.cli.generate import generate
 from fastface_trt.cli.inspect import inspect
 from fastface_trt.cli.refit import refit_command
@@ -58,6 +59,7 @@ for command in (
     inspect,
     doctor,
     replay,
+    export_triton,
     bench,
     evaluate,
 ):
