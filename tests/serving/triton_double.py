@@ -41,7 +41,7 @@ NAMES = {
 }
 
 
-class TritonModelException(Exception):  # noqa: N818, Triton's own name
+class TritonModelException(Exception):
     pass
 
 
@@ -52,7 +52,7 @@ def _typed(value, kind, what):
 
 
 class TritonError:
-    def __init__(self, message, code=CODES.index("INTERNAL")):
+    def __init__(self, message, code=1):
         self._message = _typed(message, str, "message")
         self._code = _typed(code, int, "code")
 

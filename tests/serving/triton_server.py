@@ -69,7 +69,7 @@ class Sent:
         return arrays
 
 
-class Refused(Exception):  # noqa: N818
+class Refused(Exception):
     def __init__(self, error):
         super().__init__(error.message())
         self.code = triton_double.CODES[error.code()]

@@ -120,7 +120,11 @@ def _message(message: Any, indent: str) -> Iterator[str]:
                 yield from _nested(one.name, value, indent)
             else:
                 yield f"{indent}{one.name}: {_scalar(value)}"
-        elif one.name in ("backend", "timeout_action", "count"):  # these defaults are ours, or worth seeing
+        elif one.name in (
+            "backend",
+            "timeout_action",
+            "count",
+        ):  # these defaults are ours, or worth seeing
             yield f"{indent}{one.name}: {_scalar(value)}"
 
 

@@ -2,20 +2,17 @@
 
 import json
 import os
-import time
 from collections.abc import Callable, Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
 
 from fastface_trt.engines.cuda.driver import Driver
-from fastface_trt.errors import BackendUnavailable, EngineFailed, Unavailable
+from fastface_trt.errors import BackendUnavailable, EngineFailed
 from fastface_trt.pipeline import FastFace
 from fastface_trt.serving.batching import Batcher
-from fastface_trt.serving.settings import WorkerSettings
 from fastface_trt.serving.triton.parameters import TritonSettings
 from fastface_trt.serving.triton.served import ServedModel
 from fastface_trt.serving.triton.tensors import INPUTS, OUTPUTS, STEP_OUTPUTS
-from fastface_trt.serving.work import State, Worker
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 
@@ -23,7 +20,6 @@ VISIBLE = "CUDA_VISIBLE_DEVICES"
 def open_model(
     args: Mapping[str, str],
     pb_utils: Any,
-    make_worker: Callable[[FastFace, WorkerSettings], Worker] = Batcher,
 ) -> ServedModel:
     """The model that Triton's `args` describe, ready for requests.
 
@@ -45,15 +41,8 @@ def open_model(
         licence_acknowledged=settings.licence_acknowledged,
         schedule_of=settings.schedule_of,
     )
-    worker = make_worker(fastface, settings)
-    try:
-        while worker.state is State.STARTING:
-            time.sleep(0.02)
-        if worker.state is not State.READY:
-            raise Unavailable("The engines did not start.", "The log above says why.")
-    except BaseException:
-        worker.close()
-        raise
+    worker = Batcher(fastface, settings, owns_fastface=True)
+    worker.start()
     return ServedModel(
         worker,
         fastface.manifest,
