@@ -45,7 +45,7 @@ class Model:
             read_manifest(EXPORT / EXPORT_MANIFEST, ExportManifest),
             pb_utils,
             capacity=self.capacity,
-            decoupled=config["model_transaction_policy"]["decoupled"],
+            decoupled=pb_utils.using_decoupled_model_transaction_policy(config),
             drain_seconds=5,
         )
         self.execute, self.finalize = self.served.execute, self.served.close
@@ -107,7 +107,8 @@ def test_a_wrong_request_leaves_the_others_of_its_batch_alone(tmp_path):
         assert refused.value.code == "INVALID_ARG"
         for task in worker.submitted(2):
             worker.finish(task.id)
-        assert good.wait() and other.wait()
+        assert good.wait()
+        assert other.wait()
 
 
 @pytest.mark.parametrize(
