@@ -6,7 +6,7 @@ INSTALLED := build/installed
 # A CPU build of torch is enough for export and tests; the range for users is in pyproject.toml.
 TORCH ?= torch==2.13.0
 
-.PHONY: setup demo test test-long test-engines test-serving bench bench-full-width evaluate evaluate-quantized mini-export \
+.PHONY: setup demo test test-long test-engines test-serving bench bench-full-width sizing evaluate evaluate-quantized mini-export \
 	full-size full-size-engines clean
 
 # The light runtime: no torch, no diffusers.
@@ -53,6 +53,14 @@ test-serving: setup
 bench: setup
 	$(BIN)/python -m benchmarks.peers
 	$(BIN)/fastface-trt bench --preset plain --preset am1+dcg --trace --out out/bench
+
+# Pictures per hour by branch plan, from the mini model's rates; a minute on a quiet machine. Writes
+# benchmarks/results/bench-mini.json and sizing-mini.md.
+sizing: setup
+	$(BIN)/fastface-trt bench --preset plain --preset am1+dcg --preset am2+dcg --requests 1,4 \
+		--concurrency 1 --runs 15 --cold-starts 0 --out out/sizing
+	cp out/sizing/bench.json benchmarks/results/bench-mini.json
+	$(BIN)/fastface-trt bench sizing benchmarks/results/bench-mini.json > benchmarks/results/sizing-mini.md
 
 # One UNet step of full-size SDXL with random weights at 512², PyTorch beside ONNX Runtime: 24 GB of
 # memory and half an hour; writes benchmarks/results/peers-full-width.json.

@@ -25,6 +25,7 @@ from fastface_trt.cli.common import (
     parse_size,
     timed_lines,
 )
+from fastface_trt.cli.sizing import sizing
 from fastface_trt.engines.cache import EngineCache
 from fastface_trt.errors import BadPicture, InvalidRequest, UnknownName
 from fastface_trt.export_folder import find_export
@@ -221,3 +222,6 @@ def schema_command(out: Path) -> None:
     """Write the JSON schema of bench.json."""
     write_schema(out, schema_text())
     click.echo(str(out))
+
+
+bench.add_command(sizing)
