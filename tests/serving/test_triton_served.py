@@ -260,7 +260,7 @@ def test_what_exceeds_the_capacity_waits_in_triton(tmp_path):
             returned.set()
 
         later, returned = [], threading.Event()
-        thread = threading.Thread(target=third)
+        thread = threading.Thread(target=third, daemon=True)
         thread.start()
         assert entered.wait(60)
         one, two = worker.submitted(2)
