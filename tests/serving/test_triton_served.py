@@ -7,8 +7,8 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import triton_double
-from scripted_worker import ScriptedWorker
 from triton_server import Instance, Refused, text
+from triton_worker import ScriptedWorker
 
 from fastface_trt.engines.manifest import EXPORT_MANIFEST, ExportManifest, read_manifest
 from fastface_trt.errors import Busy, DeadlinePassed, EngineFailed, NoFaceFound, Unavailable
