@@ -38,9 +38,9 @@ def load_picture(
     `source` is a path, the bytes of a file, an open binary file, a PIL image, or RGB pixels (uint8
     [H, W, 3]). Files may be of `formats` (PIL's names); readers of others never see them. The EXIF
     orientation is applied, transparency is laid on white, 16 bits are scaled to 8, and of an
-    animation the first frame is taken. Raises `BadPicture`, naming the file, for anything that gives no such picture, that has
-    more than `max_pixels` pixels, or fewer than `MIN_SIDE` on a side. PIL's own bomb limit, about
-    179 million pixels, holds whatever `max_pixels` says.
+    animation the first frame is taken. Raises `BadPicture`, naming the file, for anything that
+    gives no such picture, that has more than `max_pixels` pixels, or fewer than `MIN_SIDE` on a
+    side. PIL's own bomb limit, about 179 million pixels, holds whatever `max_pixels` says.
     """
     name = _name_of(source)
     if isinstance(source, np.ndarray):
