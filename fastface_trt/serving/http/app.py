@@ -16,9 +16,11 @@ from starlette.responses import Response
 from fastface_trt import __version__
 from fastface_trt.engines.manifest import ExportManifest
 from fastface_trt.errors import FastFaceError
+from fastface_trt.serving.checks import Checks
 from fastface_trt.serving.http.about import about_router
 from fastface_trt.serving.http.access import ApiKeys, RateLimit
 from fastface_trt.serving.http.admission import Admission
+from fastface_trt.serving.http.body_limit import BodyLimit
 from fastface_trt.serving.http.context import PICTURE_THREADS, Context
 from fastface_trt.serving.http.faces import FaceRegistry
 from fastface_trt.serving.http.front import Front, Gate, record_of
@@ -83,9 +85,8 @@ def create_app(
     _handle_errors(app)
     _describe(app, secured=bool(settings.api_keys))
     # The last added is the first that a request passes.
-    app.add_middleware(
-        Gate, keys=context.keys, limit=context.limit, admission=context.admission
-    )
+    app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes, seconds=settings.body_timeout)
+    app.add_middleware(Gate, keys=context.keys, limit=context.limit, admission=context.admission)
     app.add_middleware(Front, metrics=context.metrics, tracing=context.tracing)
     return app
 
@@ -111,6 +112,7 @@ def _context(
         keys=ApiKeys(settings.api_keys),
         limit=RateLimit(settings.requests_per_minute),
         faces=faces,
+        checks=Checks.load(settings.checks),
         metrics=Metrics(worker, lambda: admission.state, lambda: len(faces)),
         tracing=tracing,
         threads=ThreadPoolExecutor(PICTURE_THREADS, thread_name_prefix="fastface-pictures"),
