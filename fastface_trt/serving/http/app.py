@@ -30,7 +30,7 @@ from fastface_trt.serving.http.openai_errors import (
     error_answer,
     http_error_answer,
     invalid_field,
-    status_of,
+    is_internal,
 )
 from fastface_trt.serving.http.openapi import document
 from fastface_trt.serving.http.registration import faces_router
@@ -130,7 +130,7 @@ def _handle_errors(app: FastAPI) -> None:
     async def known(request: Request, error: FastFaceError) -> Response:
         record = record_of(request.scope)
         record.outcome = "disconnected" if isinstance(error, ClientGone) else error.code
-        if status_of(error) == 500:
+        if is_internal(error):
             record.failure = error
         return error_answer(error, record.id)
 
