@@ -10,6 +10,7 @@ from fastface_trt.runtime.face import Face
 from fastface_trt.serving.http.context import Context
 from fastface_trt.serving.http.errors import InvalidField
 from fastface_trt.serving.http.schemas import GenerationBody
+from fastface_trt.serving.http.tasks import end_of
 from fastface_trt.serving.intake import decode_base64, decode_picture
 
 Value = TypeVar("Value")
@@ -63,7 +64,11 @@ async def _fetched(context: Context, url: str) -> bytes:
 
 async def within(deadline: float, work: Coroutine[Any, Any, Value]) -> Value:
     """The result of `work`. Raises `DeadlinePassed` at `deadline` of `time.monotonic`."""
+    working = asyncio.ensure_future(work)
     try:
-        return await asyncio.wait_for(work, max(deadline - time.monotonic(), 0))
-    except asyncio.TimeoutError:
-        raise DeadlinePassed("The face was not ready by the request's deadline.") from None
+        await asyncio.wait({working}, timeout=max(deadline - time.monotonic(), 0))
+        if not working.done():
+            raise DeadlinePassed("The face was not ready by the request's deadline.")
+        return working.result()
+    finally:
+        await end_of({working})
