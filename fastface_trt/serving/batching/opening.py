@@ -26,13 +26,8 @@ def open_batcher(settings: WorkerSettings) -> Batcher:
         licence_acknowledged=settings.licence_acknowledged,
         schedule_of=settings.schedule_of,
     )
-    try:
-        fastface.warm_up()
-        batcher = Batcher(fastface, settings)
-        batcher.start()
-    except BaseException:
-        fastface.close()
-        raise
+    batcher = Batcher(fastface, settings, owns_fastface=True)
+    batcher.start()
     return batcher
 
 
@@ -44,7 +39,7 @@ def check_memory(settings: WorkerSettings) -> None:
     if settings.backend != "onnxruntime":
         return
     manifest = read_manifest(find_export(settings.export) / EXPORT_MANIFEST, ExportManifest)
-    needed = sum(file.size for module in manifest.modules.values() for file in module.files)
+    needed = sum(file.bytes for module in manifest.modules.values() for file in module.files)
     free = psutil.virtual_memory().available
     if needed > free:
         raise OutOfMemory(

@@ -11,11 +11,8 @@ import signal
 import sys
 import threading
 from concurrent.futures import Future
-from dataclasses import replace
 from multiprocessing.connection import Connection
 from typing import Any
-
-import psutil
 
 from fastface_trt.engines.closing import Closing
 from fastface_trt.errors import EngineFailed, FastFaceError
@@ -48,7 +45,6 @@ class _Child(Closing):
     def __init__(self, connection: "Connection[Any, Any]", settings: WorkerSettings) -> None:
         self._connection = connection
         self._outbox = Outbox(connection, "worker outbox")
-        self._process = psutil.Process()
         self._left = threading.Event()
         self._batcher = open_batcher(settings)
         self._reports = threading.Thread(target=self._report, name="worker reports", daemon=True)
@@ -92,8 +88,7 @@ class _Child(Closing):
     def _report(self) -> None:
         while not self._left.wait(_SECONDS_BETWEEN_REPORTS):
             state = self._batcher.state
-            load = replace(self._batcher.load(), memory_bytes=self._process.memory_info().rss)
-            self._outbox.put(Report(state, load))
+            self._outbox.put(Report(state, self._batcher.load()))
             if state is State.DEAD:
                 self._outbox.close(5)
                 os._exit(DEAD_ENGINES)  # engines that failed for good may not close either

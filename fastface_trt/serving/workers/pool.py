@@ -12,11 +12,10 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from time import monotonic
 
-import psutil
-
 from fastface_trt.engines.closing import Closing
 from fastface_trt.errors import Busy, Cancelled, DeadlinePassed, FastFaceError, Unavailable
 from fastface_trt.runtime.face import Face
+from fastface_trt.serving.batching.memory import resident_bytes
 from fastface_trt.serving.settings import WorkerSettings
 from fastface_trt.serving.work import (
     Event,
@@ -98,7 +97,6 @@ class WorkerPool(Closing):
         self._closed = False
         self._changed = threading.Condition()
         self._monitor = threading.Thread(target=self._watch, name="workers", daemon=True)
-        self._own = psutil.Process()
         self.failure: FastFaceError | None = None
 
     def start(self) -> None:
@@ -149,7 +147,7 @@ class WorkerPool(Closing):
             backlog_seconds=min((load.backlog_seconds for load in loads), default=0.0),
             calls=sum(load.calls for load in loads),
             rows=sum(load.rows for load in loads),
-            memory_bytes=self._own.memory_info().rss + sum(load.memory_bytes for load in loads),
+            memory_bytes=resident_bytes() + sum(load.memory_bytes for load in loads),
         )
 
     def submit(self, task: Task, on_event: OnEvent) -> None:
