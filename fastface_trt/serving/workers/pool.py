@@ -7,9 +7,10 @@ another worker: its client sees steps counted from 1 once more, and the same pic
 import itertools
 import logging
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from time import monotonic
 
 from fastface_trt.engines.closing import Closing
@@ -340,34 +341,25 @@ class WorkerPool(Closing):
                         log.error("%s makes no progress and is killed.", slot.name)
                         assert slot.process is not None
                         slot.process.kill()
-                ended = self._hand_out(now)
+                endings = self._hand_out(now)
                 failure = self.failure
-            for event in ended:
-                self._finish(event.id, event)
+            for end in endings:
+                end()
             if failure is not None:
                 self._give_up(failure)
 
-    def _hand_out(self, now: float) -> list[TaskFailed]:
+    def _hand_out(self, now: float) -> list[Callable[[], None]]:
         """Give what a dead worker left behind to one that is ready; the lock is held.
 
-        Returns what became of those that must not go on.
+        Returns what to call without the lock, to end those that must not go on.
         """
-        ended = []
+        endings: list[Callable[[], None]] = []
         ready = any(slot.ready for slot in self._slots)
         for entry in [one for one in self._entries.values() if one.process is None]:
-            error: FastFaceError | None = None
-            if entry.cancelled:
-                error = Cancelled("The task was cancelled.")
-            elif entry.task.deadline is not None and now > entry.task.deadline:
-                error = DeadlinePassed(
-                    "The picture was not done by its deadline.", "Allow more time, or try later."
-                )
-            elif entry.attempts >= _MAX_ATTEMPTS:
-                error = Unavailable(
-                    "Two workers died while they had this picture.", "Try again later."
-                )
+            error = _why_it_ends(entry, now)
             if error is not None:
-                ended.append(TaskFailed(entry.task.id, error))
+                failed = TaskFailed(entry.task.id, error)
+                endings.append(partial(self._finish, entry.task.id, failed))
             elif ready:
                 entry.process, _ = self._least_busy()
                 entry.attempts += 1
@@ -375,14 +367,13 @@ class WorkerPool(Closing):
         for analysis in [one for one in self._analyses.values() if one.process is None]:
             if analysis.attempts >= _MAX_ATTEMPTS:
                 del self._analyses[analysis.message.key]
-                analysis.future.set_exception(
-                    Unavailable("Two workers died while they had this face.", "Try another.")
-                )
+                refusal = Unavailable("Two workers died while they had this face.", "Try another.")
+                endings.append(partial(analysis.future.set_exception, refusal))
             elif ready:
                 analysis.process, _ = self._least_busy()
                 analysis.attempts += 1
                 analysis.process.send(analysis.message)
-        return ended
+        return endings
 
     def _give_up(self, error: FastFaceError) -> None:
         """End everything that is left with `error`."""
@@ -396,8 +387,18 @@ class WorkerPool(Closing):
             analysis.future.set_exception(error)
 
 
+def _why_it_ends(entry: _Entry, now: float) -> FastFaceError | None:
+    """Why a task without a worker must not go on, None where it may."""
+    if entry.cancelled:
+        return Cancelled("The task was cancelled.")
+    if entry.task.deadline is not None and now > entry.task.deadline:
+        return DeadlinePassed(
+            "The picture was not done by its deadline.", "Allow more time, or try later."
+        )
+    if entry.attempts >= _MAX_ATTEMPTS:
+        return Unavailable("Two workers died while they had this picture.", "Try again later.")
+    return None
+
+
 def _closed() -> Unavailable:
     return Unavailable("The server is closed.", "Start it again.")
-
-
-__all__ = ["WorkerPool"]
