@@ -93,7 +93,10 @@ def test_tasks_go_to_the_least_busy_worker(pool):
     client.ask("b", "wait")
     client.stepped("a")
     client.stepped("b")
-    assert {entry.process.name for entry in pool._entries.values()} == {"worker 0", "worker 1"}
+    assert {entry.process.name for entry in pool._ledger._entries.values()} == {
+        "worker 0",
+        "worker 1",
+    }
 
 
 def test_a_killed_worker_comes_back_and_its_tasks_end_elsewhere(pool, tmp_path):

@@ -4,22 +4,18 @@ Pictures follow from their request alone, so a task whose worker died is simply 
 another worker: its client sees steps counted from 1 once more, and the same picture.
 """
 
-import itertools
 import logging
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
-from functools import partial
 from time import monotonic
 
 from fastface_trt.engines.closing import Closing
-from fastface_trt.errors import Busy, Cancelled, DeadlinePassed, FastFaceError, Unavailable
+from fastface_trt.errors import Busy, FastFaceError, Unavailable
 from fastface_trt.runtime.face import Face
 from fastface_trt.serving.batching.memory import resident_bytes
 from fastface_trt.serving.settings import WorkerSettings
 from fastface_trt.serving.work import (
-    Event,
     Load,
     OnEvent,
     PictureDone,
@@ -29,45 +25,15 @@ from fastface_trt.serving.work import (
     Task,
     TaskFailed,
 )
-from fastface_trt.serving.workers.messages import (
-    Analyze,
-    Analyzed,
-    Cancel,
-    FromWorker,
-    OpenFailed,
-    Report,
-    Submit,
-)
+from fastface_trt.serving.workers.ledger import Ledger
+from fastface_trt.serving.workers.messages import Analyzed, FromWorker, OpenFailed, Report
 from fastface_trt.serving.workers.process import WORKER_PROGRAM, WorkerProcess
 from fastface_trt.serving.workers.slot import Slot
 
 _SECONDS_BETWEEN_LOOKS = 0.1
 _SECONDS_TO_LEAVE = 10.0
-_MAX_ATTEMPTS = 2
-"""A task that was there when two workers died is given up: it may be what kills them."""
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(slots=True)
-class _Entry:
-    """A task that has not ended: who works on it (None: waits for a worker), and how often so."""
-
-    task: Task
-    on_event: OnEvent
-    process: WorkerProcess | None
-    attempts: int = 1
-    cancelled: bool = False
-
-
-@dataclass(slots=True)
-class _Analysis:
-    """A face that is looked for."""
-
-    message: Analyze
-    future: "Future[Face]"
-    process: WorkerProcess | None
-    attempts: int = 1
 
 
 class WorkerPool(Closing):
@@ -91,12 +57,10 @@ class WorkerPool(Closing):
             Slot(f"worker {index}", environment)
             for index, environment in enumerate(environments or [{}] * count)
         ]
-        self._entries: dict[str, _Entry] = {}
-        self._analyses: dict[int, _Analysis] = {}
-        self._keys = itertools.count()
+        self._changed = threading.Condition()
+        self._ledger = Ledger(self._changed)
         self._draining = False
         self._closed = False
-        self._changed = threading.Condition()
         self._monitor = threading.Thread(target=self._watch, name="workers", daemon=True)
         self.failure: FastFaceError | None = None
 
@@ -141,7 +105,7 @@ class WorkerPool(Closing):
         """The sum over the workers; `backlog_seconds` is that of the least busy one."""
         with self._changed:
             loads = [slot.process.load for slot in self._slots if slot.process and slot.ready]
-            held = sum(entry.process is None for entry in self._entries.values())
+            held = self._ledger.held
         return Load(
             waiting=held + sum(load.waiting for load in loads),
             running=sum(load.running for load in loads),
@@ -158,53 +122,35 @@ class WorkerPool(Closing):
         as a `TaskFailed` with `Busy`.
         """
         with self._changed:
-            self._require_ready()
-            if task.id in self._entries:
-                raise ValueError(f"a task {task.id} is there already")
+            process = self._require_ready()
             most = self._settings.max_waiting + self._settings.max_running
-            process, outstanding = self._least_busy()
-            if outstanding >= most:
+            if self._ledger.tasks_of(process) >= most:
                 raise Busy(
                     "The server has as much to do as it may take on.",
                     "Try again later.",
                     retry_after=max(1.0, process.load.backlog_seconds),
                 )
-            self._entries[task.id] = _Entry(task, on_event, process)
-            process.send(Submit(task))
+            self._ledger.submit(task, on_event, process)
 
     def cancel(self, task_id: str) -> None:
         """See `Worker.cancel`."""
-        with self._changed:
-            entry = self._entries.get(task_id)
-            if entry is None:
-                return
-            entry.cancelled = True
-            if entry.process is not None:
-                entry.process.send(Cancel(task_id))
-                return
-        self._finish(task_id, TaskFailed(task_id, Cancelled("The task was cancelled.")))
+        self._ledger.cancel(task_id)
 
     def analyze(self, pixels: Pixels, index: int | None = None) -> "Future[Face]":
         """See `Worker.analyze`."""
-        future: Future[Face] = Future()
-        future.set_running_or_notify_cancel()
         with self._changed:
             try:
-                self._require_ready()
+                return self._ledger.analyze(pixels, index, self._require_ready())
             except Unavailable as error:
+                future: Future[Face] = Future()
                 future.set_exception(error)
                 return future
-            message = Analyze(next(self._keys), pixels, index)
-            process, _ = self._least_busy()
-            self._analyses[message.key] = _Analysis(message, future, process)
-            process.send(message)
-        return future
 
     def drain(self, seconds: float) -> bool:
         """See `Worker.drain`."""
         with self._changed:
             self._draining = True
-            return self._changed.wait_for(lambda: not self._entries, seconds)
+            return self._changed.wait_for(lambda: len(self._ledger) == 0, seconds)
 
     def close(self) -> None:
         """See `Worker.close`; workers that do not leave in ten seconds are killed."""
@@ -214,7 +160,7 @@ class WorkerPool(Closing):
             self._closed = True
             processes = [slot.process for slot in self._slots if slot.process is not None]
             self._changed.notify_all()
-        self._give_up(_closed())
+        self._ledger.end_all(_closed())
         for process in processes:
             process.leave()
         until = monotonic() + _SECONDS_TO_LEAVE
@@ -225,19 +171,20 @@ class WorkerPool(Closing):
         if self._monitor.is_alive():
             self._monitor.join(timeout=_SECONDS_TO_LEAVE)
 
-    def _require_ready(self) -> None:
-        state = self.state
-        if state is not State.READY:
-            raise Unavailable(f"The server is {state.value}.", "Try again in a few seconds.")
+    def _require_ready(self) -> WorkerProcess:
+        """With the lock: the least busy worker; raises `Unavailable` where none takes tasks."""
+        process = self._least_busy()
+        if self.state is not State.READY or process is None:
+            raise Unavailable(f"The server is {self.state.value}.", "Try again in a few seconds.")
+        return process
 
-    def _least_busy(self) -> tuple[WorkerProcess, int]:
-        """A worker that is ready, and how many tasks it has; the lock is held and one is READY."""
-        counts = {slot.process: 0 for slot in self._slots if slot.process and slot.ready}
-        for entry in self._entries.values():
-            if entry.process in counts:
-                counts[entry.process] += 1
-        process = min(counts, key=lambda one: (counts[one], one.load.backlog_seconds))
-        return process, counts[process]
+    def _least_busy(self) -> WorkerProcess | None:
+        ready = [slot.process for slot in self._slots if slot.process and slot.ready]
+        return min(
+            ready,
+            key=lambda one: (self._ledger.tasks_of(one), one.load.backlog_seconds),
+            default=None,
+        )
 
     def _start(self, slot: Slot) -> None:
         try:
@@ -267,50 +214,24 @@ class WorkerPool(Closing):
                 with self._changed:
                     self._slot_of(process).give_up()
                     self._decide_whether_dead(error)
-            case Analyzed(key, result):
-                with self._changed:
-                    analysis = self._analyses.pop(key, None)
-                if analysis is None:
-                    return
-                if isinstance(result, Face):
-                    analysis.future.set_result(result)
-                else:
-                    analysis.future.set_exception(result)
-            case StepDone(id=task_id):
-                with self._changed:
-                    entry = self._entries.get(task_id)
-                if entry is not None:
-                    entry.on_event(message)
-            case PictureDone(id=task_id) | TaskFailed(id=task_id):
-                if isinstance(message, PictureDone):
-                    self._slot_of(process).proved()
-                self._finish(task_id, message)
-
-    def _finish(self, task_id: str, event: Event) -> None:
-        with self._changed:
-            entry = self._entries.pop(task_id, None)
-            self._changed.notify_all()
-        if entry is not None:
-            entry.on_event(event)
+            case Analyzed():
+                self._ledger.found(message)
+            case StepDone():
+                self._ledger.stepped(message)
+            case PictureDone():
+                self._slot_of(process).proved()
+                self._ledger.finish(message)
+            case TaskFailed():
+                self._ledger.finish(message)
 
     def _died(self, process: WorkerProcess, status: int) -> None:
         """A worker has gone: its tasks wait for another, and its slot for a new process."""
         with self._changed:
             slot = self._slot_of(process)
             slot.died(monotonic())
-            lost = [entry for entry in self._entries.values() if entry.process is process]
-            for entry in lost:
-                entry.process = None
-            for analysis in self._analyses.values():
-                if analysis.process is process:
-                    analysis.process = None
+            lost = self._ledger.lost_by(process)
             if not self._closed:
-                log.error(
-                    "%s ended with status %d and left %d tasks behind.",
-                    slot.name,
-                    status,
-                    len(lost),
-                )
+                log.error("%s ended with status %d and left %d tasks.", slot.name, status, lost)
                 self._decide_whether_dead(
                     Unavailable(
                         "Every worker died again and again.", "See the server's log for the reason."
@@ -319,7 +240,7 @@ class WorkerPool(Closing):
             self._changed.notify_all()
 
     def _decide_whether_dead(self, reason: FastFaceError) -> None:
-        if all(slot.given_up for slot in self._slots):
+        if self.failure is None and all(slot.given_up for slot in self._slots):
             self.failure = reason
             self._changed.notify_all()
 
@@ -341,63 +262,12 @@ class WorkerPool(Closing):
                         log.error("%s makes no progress and is killed.", slot.name)
                         assert slot.process is not None
                         slot.process.kill()
-                endings = self._hand_out(now)
+                endings = self._ledger.hand_out(now, self._least_busy)
                 failure = self.failure
             for end in endings:
                 end()
             if failure is not None:
-                self._give_up(failure)
-
-    def _hand_out(self, now: float) -> list[Callable[[], None]]:
-        """Give what a dead worker left behind to one that is ready; the lock is held.
-
-        Returns what to call without the lock, to end those that must not go on.
-        """
-        endings: list[Callable[[], None]] = []
-        ready = any(slot.ready for slot in self._slots)
-        for entry in [one for one in self._entries.values() if one.process is None]:
-            error = _why_it_ends(entry, now)
-            if error is not None:
-                failed = TaskFailed(entry.task.id, error)
-                endings.append(partial(self._finish, entry.task.id, failed))
-            elif ready:
-                entry.process, _ = self._least_busy()
-                entry.attempts += 1
-                entry.process.send(Submit(entry.task))
-        for analysis in [one for one in self._analyses.values() if one.process is None]:
-            if analysis.attempts >= _MAX_ATTEMPTS:
-                del self._analyses[analysis.message.key]
-                refusal = Unavailable("Two workers died while they had this face.", "Try another.")
-                endings.append(partial(analysis.future.set_exception, refusal))
-            elif ready:
-                analysis.process, _ = self._least_busy()
-                analysis.attempts += 1
-                analysis.process.send(analysis.message)
-        return endings
-
-    def _give_up(self, error: FastFaceError) -> None:
-        """End everything that is left with `error`."""
-        with self._changed:
-            tasks = list(self._entries)
-            analyses = list(self._analyses.values())
-            self._analyses.clear()
-        for task_id in tasks:
-            self._finish(task_id, TaskFailed(task_id, error))
-        for analysis in analyses:
-            analysis.future.set_exception(error)
-
-
-def _why_it_ends(entry: _Entry, now: float) -> FastFaceError | None:
-    """Why a task without a worker must not go on, None where it may."""
-    if entry.cancelled:
-        return Cancelled("The task was cancelled.")
-    if entry.task.deadline is not None and now > entry.task.deadline:
-        return DeadlinePassed(
-            "The picture was not done by its deadline.", "Allow more time, or try later."
-        )
-    if entry.attempts >= _MAX_ATTEMPTS:
-        return Unavailable("Two workers died while they had this picture.", "Try again later.")
-    return None
+                self._ledger.end_all(failure)
 
 
 def _closed() -> Unavailable:
