@@ -2,7 +2,7 @@ import itertools
 
 import numpy as np
 import pytest
-from fake_worker import make_face
+from scripted_worker import make_face
 from http_parts import FACE, FACE_BYTES, ask, client_of, error_of
 
 from fastface_trt.errors import Busy
