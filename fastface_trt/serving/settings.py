@@ -75,6 +75,8 @@ class ServerSettings(Settings):
     drain_seconds: Seconds = 30
     """After SIGTERM, how long tasks may go on before they are ended."""
     log_prompts: bool = False
+    telemetry: bool = False
+    """OpenTelemetry's traces, sent where OTEL_EXPORTER_OTLP_ENDPOINT says."""
     ui: bool = False
     ai_mark: bool = True
     """The machine-readable AI mark in every picture."""
