@@ -1,7 +1,7 @@
 """A bound on how long a client may hold a connection without asking, or without taking its answer.
 
-uvicorn (0.54) ends a connection that is idle between two requests. It waits without end for the
-first byte, for the rest of headers that arrive one byte at a time, and for a client that does not read.
+uvicorn (0.54) ends a connection that is idle between two requests. It waits without end for a
+first byte, for headers that arrive one byte at a time, and for a client that does not read.
 """
 
 import asyncio
