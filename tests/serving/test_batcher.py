@@ -11,7 +11,7 @@ from fastface_trt.errors import (
     Busy,
     Cancelled,
     DeadlinePassed,
-    FastFaceError,
+    EngineFailed,
     InvalidRequest,
     NoFaceFound,
     Unavailable,
@@ -315,7 +315,7 @@ def test_previews_come_with_the_steps_that_ask_for_them(fastface, start):
 def test_a_batcher_that_cannot_warm_up_says_why(fastface):
     fastface.unet.broken = True
     batcher = Batcher(fastface, WorkerSettings(), owns_fastface=True)
-    with pytest.raises((FastFaceError, RuntimeError)):
+    with pytest.raises(EngineFailed):
         batcher.start()
     assert batcher.state is State.DEAD
     assert fastface.closed
