@@ -5,9 +5,9 @@ import threading
 from concurrent.futures import Future
 
 import pytest
-from scripted_worker import ScriptedWorker, make_face
 from http_parts import FACE, PROMPT, mini_manifest
 from loopback import connect, read_to_end, serving, wait_until
+from scripted_worker import ScriptedWorker, make_face
 
 from fastface_trt.serving.http.app import create_app
 from fastface_trt.serving.settings import ServerSettings

@@ -1,6 +1,6 @@
 import pytest
-from scripted_worker import ScriptedWorker
 from http_parts import FACE, PROMPT, ask, client_of, error_of
+from scripted_worker import ScriptedWorker
 
 from fastface_trt.errors import (
     Busy,

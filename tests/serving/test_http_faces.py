@@ -2,8 +2,8 @@ import itertools
 
 import numpy as np
 import pytest
-from scripted_worker import make_face
 from http_parts import FACE, FACE_BYTES, ask, client_of, error_of
+from scripted_worker import make_face
 
 from fastface_trt.errors import Busy
 from fastface_trt.serving.http.errors import UnknownFace

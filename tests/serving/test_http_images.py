@@ -3,9 +3,9 @@ import io
 
 import numpy as np
 import pytest
-from scripted_worker import PIXELS, ScriptedWorker
 from http_parts import FACE, FACE_BYTES, PROMPT, ask, client_of, error_of, mini_manifest
 from PIL import Image
+from scripted_worker import PIXELS, ScriptedWorker
 
 from fastface_trt.requests import request_for
 from fastface_trt.runtime.guidance import NamedSchedule

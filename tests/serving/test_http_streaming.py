@@ -3,9 +3,9 @@ import io
 
 import numpy as np
 import pytest
-from scripted_worker import PIXELS, PREVIEW, ScriptedWorker
 from http_parts import FACE_BYTES, PROMPT, ask, client_of, error_of, events_of
 from PIL import Image
+from scripted_worker import PIXELS, PREVIEW, ScriptedWorker
 
 from fastface_trt.errors import Busy, DeadlinePassed, EngineFailed
 from fastface_trt.serving.http.streaming import partial_steps

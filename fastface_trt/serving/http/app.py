@@ -36,6 +36,7 @@ from fastface_trt.serving.http.openapi import document
 from fastface_trt.serving.http.registration import faces_router
 from fastface_trt.serving.http.tasks import ClientGone
 from fastface_trt.serving.http.tracing import Spans, Tracing
+from fastface_trt.serving.provenance import open_signer
 from fastface_trt.serving.settings import ServerSettings
 from fastface_trt.serving.work import Worker
 
@@ -54,8 +55,8 @@ def create_app(
     """The application; the worker stays the caller's, who closes it.
 
     `manifest` is of the export that the worker serves, `backend` what /v1/models says about it.
-    `tracing` replaces what the settings say. Raises `MissingDependency` and `UnknownName` for what
-    the settings name and this machine lacks.
+    `tracing` replaces what the settings say. Raises `MissingDependency` and `InvalidRequest`
+    for what the settings name and this machine lacks.
     """
     context = _context(worker, settings, manifest, backend, tracing)
 
@@ -113,6 +114,7 @@ def _context(
         limit=RateLimit(settings.requests_per_minute),
         faces=faces,
         checks=Checks.load(settings.checks),
+        signer=open_signer(settings),
         metrics=Metrics(worker, lambda: admission.state, lambda: len(faces)),
         tracing=tracing,
         threads=ThreadPoolExecutor(PICTURE_THREADS, thread_name_prefix="fastface-pictures"),
