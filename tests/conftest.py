@@ -9,7 +9,9 @@ import pytest
 
 TESTS = Path(__file__).parent
 GOLDEN = TESTS / "golden"
-sys.path[:0] = [str(TESTS / name) for name in ("", "..", "runtime", "engines", "export", "verify")]
+sys.path[:0] = [
+    str(TESTS / name) for name in ("", "..", "runtime", "engines", "export", "verify", "serving")
+]
 
 
 @pytest.fixture(scope="session", autouse=True)
