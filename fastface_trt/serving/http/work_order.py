@@ -1,0 +1,101 @@
+"""From a body to tasks: what images and edits, streamed or not, have in common."""
+
+import base64
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from starlette.requests import Request
+
+from fastface_trt.runtime.png import encode_png
+from fastface_trt.serving.http.context import Context
+from fastface_trt.serving.http.conversion import (
+    check_one_face,
+    deadline_of,
+    generation_requests,
+)
+from fastface_trt.serving.http.face_input import face_of, within
+from fastface_trt.serving.http.front import Record, record_of
+from fastface_trt.serving.http.responses import Usage
+from fastface_trt.serving.http.schemas import GenerationBody
+from fastface_trt.serving.http.tasks import Tasks
+from fastface_trt.serving.work import PictureDone, Pixels, Task
+
+
+@dataclass(frozen=True)
+class WorkOrder:
+    """The tasks of one request, ready to be submitted."""
+
+    context: Context
+    record: Record
+    body: GenerationBody
+    tasks: tuple[Task, ...]
+
+    @property
+    def size(self) -> str:
+        """WIDTHxHEIGHT of its pictures."""
+        request = self.tasks[0].request
+        return f"{request.width}x{request.height}"
+
+    def submitted(self) -> Tasks:
+        """The tasks in the worker, as long as the block lasts."""
+        context = self.context
+        return Tasks(context.worker, self.tasks, context.admission, context.metrics)
+
+    def usage(self, tasks: tuple[Task, ...] | None = None) -> Usage:
+        """What these tasks, or all of them, use."""
+        tasks = self.tasks if tasks is None else tasks
+        samples = sum(task.request.unet_samples for task in tasks)
+        return Usage(pictures=len(tasks), unet_samples=samples)
+
+    async def png(self, done: PictureDone) -> str:
+        """The picture as the server gives it away: a marked, perhaps signed PNG file in base64."""
+        self.record.seconds.append(done.seconds)
+        return await self.context.beside(
+            partial(_encoded, done.pixels, done.parameters, self.context.settings.ai_mark)
+        )
+
+    async def preview_png(self, preview: Pixels) -> str:
+        """A preview as a PNG file in base64, marked like a picture."""
+        return await self.context.beside(
+            partial(_encoded, preview, {"preview": True}, self.context.settings.ai_mark)
+        )
+
+
+def _encoded(pixels: Pixels, parameters: Mapping[str, Any], mark: bool) -> str:
+    data = encode_png(pixels, parameters=parameters, ai_generated=mark)
+    return base64.b64encode(data).decode("ascii")
+
+
+async def work_order(
+    context: Context, request: Request, body: GenerationBody, file: bytes | None
+) -> WorkOrder:
+    """Check a request, find its face, and make its tasks.
+
+    Raises what `conversion` and `face_of` raise, `Refused`, and `DeadlinePassed`.
+    """
+    record = record_of(request.scope)
+    requests = generation_requests(body, context.manifest, context.settings)
+    deadline = deadline_of(body, context.settings, record.arrived)
+    check_one_face(body, file=file is not None)
+    if context.settings.log_prompts:
+        record.prompt = body.prompt
+    face = await within(deadline, face_of(context, body, file, record.owner))
+    record.tasks = len(requests)
+    return WorkOrder(
+        context,
+        record,
+        body,
+        tuple(
+            Task(
+                f"{record.id}-{index}",
+                one,
+                face,
+                channel_order=body.channel_order or "bgr",
+                deadline=deadline,
+                previews=bool(body.stream and body.partial_images),
+            )
+            for index, one in enumerate(requests)
+        ),
+    )
