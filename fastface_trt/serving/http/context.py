@@ -11,7 +11,7 @@ from starlette.requests import HTTPConnection
 from fastface_trt.engines.manifest import ExportManifest
 from fastface_trt.serving.http.access import ApiKeys, RateLimit
 from fastface_trt.serving.http.admission import Admission
-from fastface_trt.serving.http.faces import FaceRegistry
+from fastface_trt.serving.http.faces import Faces
 from fastface_trt.serving.http.metrics import Metrics
 from fastface_trt.serving.http.tracing import Tracing
 from fastface_trt.serving.settings import ServerSettings
@@ -36,7 +36,7 @@ class Context:
     admission: Admission
     keys: ApiKeys
     limit: RateLimit
-    faces: FaceRegistry
+    faces: Faces
     metrics: Metrics
     tracing: Tracing
     threads: ThreadPoolExecutor
@@ -48,7 +48,7 @@ class Context:
 
     def close(self) -> None:
         """Forget the faces, send the last traces, end the threads."""
-        self.faces.clear()
+        self.faces.close()
         self.tracing.close()
         self.threads.shutdown(wait=False, cancel_futures=True)
 

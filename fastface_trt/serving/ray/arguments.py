@@ -75,7 +75,9 @@ class RayArguments(WorkerSettings, ServerSettings, Placement):
     @property
     def worker(self) -> WorkerSettings:
         """The worker's part."""
-        return WorkerSettings.model_validate(self.model_dump(include=set(WorkerSettings.model_fields)))
+        return WorkerSettings.model_validate(
+            self.model_dump(include=set(WorkerSettings.model_fields))
+        )
 
     @property
     def server(self) -> ServerSettings:
