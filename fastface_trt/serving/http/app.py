@@ -53,7 +53,7 @@ def create_app(
     """The application; the worker stays the caller's, who closes it.
 
     `manifest` is of the export that the worker serves, `backend` what /v1/models says about it.
-    `tracing` replaces what the settings say, and `faces` the registry of this process. Raises `MissingDependency` and `UnknownName` for what
+    `tracing` replaces what the settings say, `faces` the registry of this process. Raises `MissingDependency` and `UnknownName` for what
     the settings name and this machine lacks.
     """
     context = _context(worker, settings, manifest, backend, tracing, faces)
@@ -84,7 +84,9 @@ def create_app(
     _handle_errors(app)
     _describe(app, secured=bool(settings.api_keys))
     # The last added is the first that a request passes.
-    app.add_middleware(Gate, keys=context.keys, limit=context.limit, admission=context.admission)
+    app.add_middleware(
+        Gate, keys=context.keys, limit=context.limit, admission=context.admission
+    )
     app.add_middleware(Front, metrics=context.metrics, tracing=context.tracing)
     return app
 

@@ -104,9 +104,7 @@ def invalid_field(errors: Sequence[Any]) -> InvalidField:
     named = ".".join(str(part) for part in place[:1]) or None
     if first["type"] == "extra_forbidden":
         path = ".".join(str(part) for part in place)
-        return InvalidField(
-            f"There is no field {path!r}.", "See /docs for those known.", param=path
-        )
+        return InvalidField(f"There is no field {path!r}.", "See /docs for those known.", param=path)
     if first["type"] == "missing":
         return InvalidField(f"The field {named!r} is missing.", "See /docs.", param=named)
     if named is None or first["type"] == "json_invalid":
