@@ -151,5 +151,5 @@ def test_when_the_server_stops_it_forgets_all():
     with client_of() as client:
         register(client)
         faces = client.app.state.context.faces
-        assert len(faces) == 1
-    assert len(faces) == 0
+        assert faces.count == 1
+    assert faces.count == 0

@@ -12,7 +12,7 @@ from fastface_trt.engines.manifest import ExportManifest
 from fastface_trt.serving.checks import Checks
 from fastface_trt.serving.http.access import ApiKeys, RateLimit
 from fastface_trt.serving.http.admission import Admission
-from fastface_trt.serving.http.faces import FaceRegistry
+from fastface_trt.serving.http.faces import Faces
 from fastface_trt.serving.http.metrics import Metrics
 from fastface_trt.serving.http.tracing import Tracing
 from fastface_trt.serving.provenance import PictureSigner
@@ -38,7 +38,7 @@ class Context:
     admission: Admission
     keys: ApiKeys
     limit: RateLimit
-    faces: FaceRegistry
+    faces: Faces
     checks: Checks
     signer: PictureSigner | None
     metrics: Metrics
@@ -52,7 +52,7 @@ class Context:
 
     def close(self) -> None:
         """Forget the faces, send the last traces, end the threads, forget the key."""
-        self.faces.clear()
+        self.faces.close()
         self.tracing.close()
         self.threads.shutdown(wait=False, cancel_futures=True)
         if self.signer is not None:

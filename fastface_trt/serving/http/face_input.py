@@ -29,7 +29,7 @@ async def face_of(context: Context, body: GenerationBody, file: bytes | None, ow
                 "A registered face is one already: leave it out.",
                 param="face_index",
             )
-        return context.faces.get(owner, body.face_id).face
+        return (await context.faces.get(owner, body.face_id)).face
     if body.face is not None:
         file = await context.beside(decode_base64, body.face, context.settings)
     elif body.face_url is not None:

@@ -65,9 +65,7 @@ class WorkOrder:
         context = self.context
 
         def encode() -> str:
-            data = encode_png(
-                pixels, parameters=parameters, ai_generated=context.settings.ai_mark
-            )
+            data = encode_png(pixels, parameters=parameters, ai_generated=context.settings.ai_mark)
             if context.signer is not None:
                 data = context.signer.sign(data)
             return base64.b64encode(data).decode("ascii")
