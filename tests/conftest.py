@@ -10,7 +10,8 @@ import pytest
 TESTS = Path(__file__).parent
 GOLDEN = TESTS / "golden"
 sys.path[:0] = [
-    str(TESTS / name) for name in ("", "..", "runtime", "engines", "export", "verify", "serving")
+    str(TESTS / name)
+    for name in ("", "..", "runtime", "engines", "export", "verify", "serving", "fuzz")
 ]
 
 
