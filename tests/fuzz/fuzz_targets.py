@@ -1,7 +1,7 @@
 """What is fuzzed: each target takes bytes, and raises when a promise is broken.
 
 A promise is the list of errors in a docstring; any other exception is a finding, and so is a result
-that is not what was promised. `runs` of all targets together are more than 100,000 inputs.
+that is not what was promised.
 """
 
 import base64
@@ -18,7 +18,6 @@ from make_hostile import FOLDER, hostile
 from pydantic import ValidationError
 
 from fastface_trt.engines.manifest import (
-    ENGINE_MANIFEST,
     EXPORT_MANIFEST,
     EngineManifest,
     ExportManifest,
@@ -181,7 +180,8 @@ def http_body():
             made = generation_requests(body, export, SETTINGS)
         except FastFaceError as error:
             # What is wrong with a body is its client's, and never the server's own trouble.
-            assert detail_of(error, "req_1").type == "invalid_request_error"
+            if detail_of(error, "req_1").type != "invalid_request_error":
+                raise
             return
         assert 1 <= len(made) <= SETTINGS.max_pictures
         for one in made:
@@ -228,20 +228,17 @@ def targets():
     text = base64.b64encode(b"a picture " * 9)
     export, engine = export_manifest(), engine_manifest()
     return {
-        "picture": Target(picture, 40_000, 4096, pictures),
-        "exif": Target(exif, 20_000, 1024, [exif_bomb(), *(turned(order) for order in "<>")]),
+        "picture": Target(picture, 150_000, 4096, pictures),
+        "exif": Target(exif, 30_000, 1024, [exif_bomb(), *(turned(order) for order in "<>")]),
         "base64": Target(
-            base64_text, 20_000, 4096, [b"\1" + text, b"\1data:image/png;base64," + text]
+            base64_text, 30_000, 4096, [b"\1" + text, b"\1data:image/png;base64," + text]
         ),
         "export_manifest": Target(
             manifest(ExportManifest, export), 15_000, 8192, [b"\0" + as_bytes(export)]
         ),
         "engine_manifest": Target(
-            manifest(EngineManifest, engine), 15_000, 8192, [b"\0" + as_bytes(engine)]
+            manifest(EngineManifest, engine), 20_000, 8192, [b"\0" + as_bytes(engine)]
         ),
-        "request": Target(request, 20_000, 512),
-        "http_body": Target(http_body, 30_000, 4096),
+        "request": Target(request, 60_000, 512),
+        "http_body": Target(http_body, 60_000, 4096),
     }
-
-
-__all__ = ["ENGINE_MANIFEST", "Target", "targets"]
