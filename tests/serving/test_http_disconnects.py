@@ -5,9 +5,9 @@ import threading
 from concurrent.futures import Future
 
 import pytest
-from fake_worker import FakeWorker, make_face
 from http_parts import FACE, PROMPT, mini_manifest
 from loopback import connect, read_to_end, serving, wait_until
+from scripted_worker import ScriptedWorker, make_face
 
 from fastface_trt.serving.http.app import create_app
 from fastface_trt.serving.settings import ServerSettings
@@ -17,7 +17,7 @@ PATH = "/v1/images/generations"
 
 @pytest.fixture
 def worker():
-    return FakeWorker(eager=False)
+    return ScriptedWorker(eager=False)
 
 
 @pytest.fixture

@@ -3,9 +3,9 @@ import io
 
 import numpy as np
 import pytest
-from fake_worker import PIXELS, PREVIEW, FakeWorker
 from http_parts import FACE_BYTES, PROMPT, ask, client_of, error_of, events_of
 from PIL import Image
+from scripted_worker import PIXELS, PREVIEW, ScriptedWorker
 
 from fastface_trt.errors import Busy, DeadlinePassed, EngineFailed
 from fastface_trt.serving.http.streaming import partial_steps
@@ -76,7 +76,7 @@ def test_events_of_edits_are_named_after_them():
 
 
 def test_errors_before_the_first_event_are_ordinary_answers():
-    with client_of(FakeWorker(capacity=0)) as client:
+    with client_of(ScriptedWorker(capacity=0)) as client:
         error_of(ask(client, stream=True, preset="no"), 400, "unknown_name")
         error_of(ask(client, stream=True), 429, "busy")
 
@@ -90,7 +90,7 @@ def test_errors_before_the_first_event_are_ordinary_answers():
     ],
 )
 def test_errors_afterwards_are_the_last_event(error, code, told, caplog):
-    class FailsAfterAStep(FakeWorker):
+    class FailsAfterAStep(ScriptedWorker):
         def submit(self, task, on_event):
             super().submit(task, on_event)
             self.step(task.id)
@@ -114,7 +114,7 @@ def test_errors_afterwards_are_the_last_event(error, code, told, caplog):
 def test_silence_is_filled(monkeypatch):
     monkeypatch.setattr("fastface_trt.serving.http.streaming.HEARTBEAT", 0.01)
     monkeypatch.setattr("fastface_trt.serving.http.tasks.GRACE", 0.0)
-    with client_of(FakeWorker(eager=False)) as client:
+    with client_of(ScriptedWorker(eager=False)) as client:
         answer = ask(client, stream=True, deadline=0.3)
     assert answer.text.startswith(": still working\n\n")
     assert events_of(answer.text)[-1][1]["error"]["code"] == "deadline_passed"

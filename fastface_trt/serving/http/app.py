@@ -22,7 +22,7 @@ from fastface_trt.serving.http.access import ApiKeys, RateLimit
 from fastface_trt.serving.http.admission import Admission
 from fastface_trt.serving.http.body_limit import BodyLimit
 from fastface_trt.serving.http.context import PICTURE_THREADS, Context
-from fastface_trt.serving.http.faces import FaceRegistry
+from fastface_trt.serving.http.faces import Faces, OwnFaces
 from fastface_trt.serving.http.front import Front, Gate, record_of
 from fastface_trt.serving.http.images import images_router
 from fastface_trt.serving.http.metrics import Metrics
@@ -36,6 +36,7 @@ from fastface_trt.serving.http.openapi import document
 from fastface_trt.serving.http.registration import faces_router
 from fastface_trt.serving.http.tasks import ClientGone
 from fastface_trt.serving.http.tracing import Spans, Tracing
+from fastface_trt.serving.provenance import open_signer
 from fastface_trt.serving.settings import ServerSettings
 from fastface_trt.serving.work import Worker
 
@@ -50,14 +51,15 @@ def create_app(
     *,
     backend: str | None = None,
     tracing: Tracing | None = None,
+    faces: Faces | None = None,
 ) -> FastAPI:
     """The application; the worker stays the caller's, who closes it.
 
     `manifest` is of the export that the worker serves, `backend` what /v1/models says about it.
-    `tracing` replaces what the settings say. Raises `MissingDependency` and `UnknownName` for what
-    the settings name and this machine lacks.
+    `tracing` replaces what the settings say, `faces` the registry of this process. Raises `MissingDependency` and `InvalidRequest`
+    for what the settings name and this machine lacks.
     """
-    context = _context(worker, settings, manifest, backend, tracing)
+    context = _context(worker, settings, manifest, backend, tracing, faces)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -97,9 +99,10 @@ def _context(
     manifest: ExportManifest,
     backend: str | None,
     tracing: Tracing | None,
+    faces: Faces | None,
 ) -> Context:
     admission = Admission(worker, settings.max_requests)
-    faces = FaceRegistry(settings.faces_ttl, settings.max_faces)
+    faces = faces or OwnFaces(settings.faces_ttl, settings.max_faces)
     if tracing is None:
         tracing = Spans() if settings.telemetry else Tracing()
     return Context(
@@ -113,16 +116,17 @@ def _context(
         limit=RateLimit(settings.requests_per_minute),
         faces=faces,
         checks=Checks.load(settings.checks),
-        metrics=Metrics(worker, lambda: admission.state, lambda: len(faces)),
+        signer=open_signer(settings),
+        metrics=Metrics(worker, lambda: admission.state, lambda: faces.count),
         tracing=tracing,
         threads=ThreadPoolExecutor(PICTURE_THREADS, thread_name_prefix="fastface-pictures"),
     )
 
 
-async def _sweep(faces: FaceRegistry) -> None:
+async def _sweep(faces: Faces) -> None:
     while True:
         await asyncio.sleep(SWEEP_SECONDS)
-        faces.forget_expired()
+        await faces.forget_expired()
 
 
 def _handle_errors(app: FastAPI) -> None:

@@ -12,9 +12,10 @@ from fastface_trt.engines.manifest import ExportManifest
 from fastface_trt.serving.checks import Checks
 from fastface_trt.serving.http.access import ApiKeys, RateLimit
 from fastface_trt.serving.http.admission import Admission
-from fastface_trt.serving.http.faces import FaceRegistry
+from fastface_trt.serving.http.faces import Faces
 from fastface_trt.serving.http.metrics import Metrics
 from fastface_trt.serving.http.tracing import Tracing
+from fastface_trt.serving.provenance import PictureSigner
 from fastface_trt.serving.settings import ServerSettings
 from fastface_trt.serving.work import Worker
 
@@ -37,8 +38,9 @@ class Context:
     admission: Admission
     keys: ApiKeys
     limit: RateLimit
-    faces: FaceRegistry
+    faces: Faces
     checks: Checks
+    signer: PictureSigner | None
     metrics: Metrics
     tracing: Tracing
     threads: ThreadPoolExecutor
@@ -49,10 +51,12 @@ class Context:
         return await loop.run_in_executor(self.threads, lambda: function(*arguments))
 
     def close(self) -> None:
-        """Forget the faces, send the last traces, end the threads."""
-        self.faces.clear()
+        """Forget the faces, send the last traces, end the threads, forget the key."""
+        self.faces.close()
         self.tracing.close()
         self.threads.shutdown(wait=False, cancel_futures=True)
+        if self.signer is not None:
+            self.signer.close()
 
 
 def context_of(connection: HTTPConnection) -> Context:

@@ -5,7 +5,7 @@ import time
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
-from fastface_trt.errors import DeadlinePassed
+from fastface_trt.errors import Busy, DeadlinePassed
 from fastface_trt.runtime.face import Face
 from fastface_trt.serving.http.context import Context
 from fastface_trt.serving.http.errors import InvalidField
@@ -29,7 +29,7 @@ async def face_of(context: Context, body: GenerationBody, file: bytes | None, ow
                 "A registered face is one already: leave it out.",
                 param="face_index",
             )
-        return context.faces.get(owner, body.face_id).face
+        return (await context.faces.get(owner, body.face_id)).face
     if body.face is not None:
         file = await context.beside(decode_base64, body.face, context.settings)
     elif body.face_url is not None:
@@ -41,13 +41,18 @@ async def face_of(context: Context, body: GenerationBody, file: bytes | None, ow
 async def analysed(context: Context, file: bytes, index: int | None) -> Face:
     """The face of a picture file: the largest, or the `index`-th by size.
 
-    Raises `BadPicture`, `Refused`, `NoFaceFound`, `FaceIndexOutOfRange`, `Unavailable`.
+    Raises `BadPicture`, `Refused`, `NoFaceFound`, `FaceIndexOutOfRange`, `Busy`,
+    `Unavailable`.
     """
     pixels = await context.beside(decode_picture, file, context.settings)
     await context.checks.check_face(pixels)
     # A worker may have to send megabytes of pixels to another process.
     future = await context.beside(context.worker.analyze, pixels, index)
-    return await asyncio.wrap_future(future)
+    try:
+        return await asyncio.wrap_future(future)
+    except Busy as error:
+        context.admission.remember(error)
+        raise
 
 
 async def _fetched(context: Context, url: str) -> bytes:

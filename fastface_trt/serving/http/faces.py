@@ -9,6 +9,7 @@ import secrets
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from fastface_trt.errors import Busy
 from fastface_trt.runtime.face import Face
@@ -95,3 +96,75 @@ class FaceRegistry:
     def clear(self) -> None:
         """Forget all."""
         self._faces.clear()
+
+
+class Faces(Protocol):
+    """Registered faces as the routes see them: in this process, or shared by several.
+
+    The methods are those of `FaceRegistry`; a shared registry also raises `Unavailable`.
+    """
+
+    @property
+    def count(self) -> int:
+        """How many there are, as far as this process knows."""
+        ...
+
+    async def add(self, owner: str, face: Face) -> RegisteredFace:
+        """See `FaceRegistry`."""
+        ...
+
+    async def get(self, owner: str, name: str) -> RegisteredFace:
+        """See `FaceRegistry`."""
+        ...
+
+    async def of(self, owner: str) -> list[RegisteredFace]:
+        """See `FaceRegistry`."""
+        ...
+
+    async def delete(self, owner: str, name: str) -> None:
+        """See `FaceRegistry`."""
+        ...
+
+    async def forget_expired(self) -> None:
+        """See `FaceRegistry`."""
+        ...
+
+    def close(self) -> None:
+        """The server stops: forget what only it has."""
+        ...
+
+
+class OwnFaces:
+    """`Faces` in a `FaceRegistry` of this process."""
+
+    def __init__(self, ttl: float, capacity: int) -> None:
+        self._registry = FaceRegistry(ttl, capacity)
+
+    @property
+    def count(self) -> int:
+        """See `Faces`."""
+        return len(self._registry)
+
+    async def add(self, owner: str, face: Face) -> RegisteredFace:
+        """See `Faces`."""
+        return self._registry.add(owner, face)
+
+    async def get(self, owner: str, name: str) -> RegisteredFace:
+        """See `Faces`."""
+        return self._registry.get(owner, name)
+
+    async def of(self, owner: str) -> list[RegisteredFace]:
+        """See `Faces`."""
+        return self._registry.of(owner)
+
+    async def delete(self, owner: str, name: str) -> None:
+        """See `Faces`."""
+        self._registry.delete(owner, name)
+
+    async def forget_expired(self) -> None:
+        """See `Faces`."""
+        self._registry.forget_expired()
+
+    def close(self) -> None:
+        """See `Faces`."""
+        self._registry.clear()

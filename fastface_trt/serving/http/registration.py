@@ -57,7 +57,7 @@ def faces_router() -> APIRouter:
         face = await unless_disconnected(
             request.receive, within(deadline, analysed(context, file, index))
         )
-        one = context.faces.add(record.owner, face)
+        one = await context.faces.add(record.owner, face)
         return json_answer(_told(one), status=201)
 
     @router.get(
@@ -68,7 +68,7 @@ def faces_router() -> APIRouter:
     )
     async def registered(request: Request) -> Response:
         """The faces that were registered with this key, oldest first."""
-        faces = context_of(request).faces.of(record_of(request.scope).owner)
+        faces = await context_of(request).faces.of(record_of(request.scope).owner)
         return json_answer(FaceList(data=[_told(one) for one in faces]))
 
     @router.delete(
@@ -80,7 +80,7 @@ def faces_router() -> APIRouter:
     )
     async def delete(request: Request, id: str) -> Response:
         """Forget a face at once."""
-        context_of(request).faces.delete(record_of(request.scope).owner, id)
+        await context_of(request).faces.delete(record_of(request.scope).owner, id)
         return Response(status_code=204)
 
     return router

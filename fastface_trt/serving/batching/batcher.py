@@ -1,0 +1,171 @@
+"""A worker inside one process: strangers' pictures in the same UNet calls, continuously."""
+
+import itertools
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future
+
+from fastface_trt.engines.closing import Closing
+from fastface_trt.errors import Busy, FastFaceError
+from fastface_trt.pipeline import FastFace
+from fastface_trt.runtime.face import Face
+from fastface_trt.serving.batching.analysis import FaceAnalysis
+from fastface_trt.serving.batching.cost import CostModel, Remaining
+from fastface_trt.serving.batching.entry import Entry, Plan
+from fastface_trt.serving.batching.loop import Clock, EngineLoop, Preview
+from fastface_trt.serving.batching.memory import resident_bytes
+from fastface_trt.serving.batching.table import TaskTable
+from fastface_trt.serving.settings import WorkerSettings
+from fastface_trt.serving.work import Load, OnEvent, Pixels, State, Task
+
+SOONEST_RETRY = 0.1
+"""Seconds that a refused client should wait at least."""
+
+
+class Batcher(Closing):
+    """A `Worker` over one `FastFace`: `start` it, or use it in a `with` block.
+
+    With `owns_fastface` closing it closes `fastface` too. `preview` makes the pictures of
+    `StepDone` for tasks that ask for them. `clock` gives the seconds that deadlines are in.
+    """
+
+    def __init__(
+        self,
+        fastface: FastFace,
+        settings: WorkerSettings,
+        *,
+        preview: Preview | None = None,
+        owns_fastface: bool = False,
+        clock: Clock = time.monotonic,
+    ) -> None:
+        self._fastface = fastface
+        self._settings = settings
+        self._owns_fastface = owns_fastface
+        self._clock = clock
+        self._orders = itertools.count()
+        self._cost = CostModel()
+        self._table = TaskTable()
+        self._analysis = FaceAnalysis(fastface, settings.max_waiting)
+        self._loop = EngineLoop(fastface, settings, self._table, self._cost, preview, clock)
+        self._thread = threading.Thread(target=self._loop.run, name="engines", daemon=True)
+
+    @classmethod
+    def open(cls, settings: WorkerSettings, *, preview: Preview | None = None) -> "Batcher":
+        """Load the export of the settings and start; raises what `FastFace.load` and `start` do."""
+        fastface = FastFace.load(
+            settings.export,
+            backend=settings.backend,
+            cache=settings.cache,
+            threads=settings.threads,
+            engine_options=settings.engine_options,
+            licence_acknowledged=settings.licence_acknowledged,
+            schedule_of=settings.schedule_of,
+        )
+        batcher = cls(fastface, settings, preview=preview, owns_fastface=True)
+        batcher.start()
+        return batcher
+
+    def start(self) -> None:
+        """Open the engines, warm them up, and take tasks: READY when this returns.
+
+        Raises what opening engines raises, and `EngineFailed` where they fail or their pictures are
+        not finite; it is closed then.
+        """
+        self._thread.start()
+        self._analysis.start()
+        try:
+            self._table.wait_until_started()
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> "Batcher":
+        if self._thread.ident is None:
+            self.start()
+        return self
+
+    @property
+    def state(self) -> State:
+        """How it is; DRAINING from `drain` or `close` on."""
+        return self._table.state
+
+    def load(self) -> Load:
+        """How busy it is now."""
+        entries = self._table.entries()
+        waiting = sum(entry.run is None for entry in entries)
+        tally = self._loop.tally
+        return Load(
+            waiting,
+            len(entries) - waiting,
+            self._backlog_seconds(entries),
+            tally.calls,
+            tally.rows,
+            resident_bytes(),
+        )
+
+    def submit(self, task: Task, on_event: OnEvent) -> None:
+        """Queue a task; a request that this export cannot do ends with `TaskFailed`.
+
+        Raises `Busy` where it would wait behind too many or too long, `Unavailable` unless READY,
+        and ValueError for an id that is in work.
+        """
+        entry = Entry(next(self._orders), task, on_event, task.request, self._clock())
+        manifest = self._fastface.manifest
+        try:
+            entry.request = task.request.for_adapter(manifest.adapter_kind)
+            self._fastface.stages.check_size(entry.request)
+            entry.plan = Plan.of(entry.request, manifest)
+        except FastFaceError as error:
+            entry.refused = error
+        self._table.add(entry, lambda others: self._admit(entry, others))
+
+    def cancel(self, task_id: str) -> None:
+        """End a task with `Cancelled` before its next step; unknown and ended ones are ignored."""
+        self._table.cancel(task_id)
+
+    def analyze(self, pixels: Pixels, index: int | None = None) -> "Future[Face]":
+        """Find a face on a thread beside the engines.
+
+        The future also raises `Busy`, where as many pictures wait as `max_waiting` says.
+        """
+        return self._analysis.submit(pixels, index)
+
+    def drain(self, seconds: float) -> bool:
+        """Take no more tasks and wait for those it has; whether all ended in that time."""
+        return self._table.drain(seconds)
+
+    def close(self) -> None:
+        """End what it still has with `Unavailable` after the call at hand, and free everything."""
+        self._table.close()
+        self._analysis.close()
+        if self._thread.ident is not None:
+            self._thread.join()
+        if self._owns_fastface:
+            self._fastface.close()
+
+    def _admit(self, entry: Entry, others: Sequence[Entry]) -> None:
+        waiting = sum(other.run is None for other in others)
+        if waiting >= self._settings.max_waiting:
+            # Half of the queue is gone then, so that not all of those who come back are refused.
+            soon = self._backlog_seconds(others) / 2
+            raise _busy(f"{waiting} pictures wait already.", soon)
+        budget, own = self._settings.latency_budget, entry.remaining()
+        if budget is None or own is None:
+            return
+        ahead = _remaining(others)
+        expected = self._cost.seconds_behind(own, ahead, self._loop.policy.full_rows)
+        if expected > budget:
+            message = f"A picture would take about {expected:.1f} s now; {budget:g} s are allowed."
+            raise _busy(message, expected - budget)
+
+    def _backlog_seconds(self, entries: Sequence[Entry]) -> float:
+        return self._cost.backlog_seconds(_remaining(entries), self._loop.policy.full_rows)
+
+
+def _busy(message: str, seconds: float) -> Busy:
+    return Busy(message, "Try again later.", retry_after=max(seconds, SOONEST_RETRY))
+
+
+def _remaining(entries: Sequence[Entry]) -> list[Remaining]:
+    return [left for entry in entries if (left := entry.remaining()) is not None]

@@ -1,0 +1,139 @@
+"""What things cost on this machine, measured while it works: the ground of every estimate.
+
+Seconds are kept per number of rows and size of the picture, as exponentially weighted means, since
+a machine's speed drifts with its clocks and its neighbours.
+"""
+
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+WEIGHT = 0.2
+"""Of the newest measurement: the mean follows a change within about five calls."""
+
+FullRows = Callable[[int], int]
+"""Rows per step of a task to the rows of the fullest call that it can be in."""
+
+
+@dataclass(frozen=True, slots=True)
+class Remaining:
+    """What is left of a task: rows of each step to come, latent pixels of a row, and whether its
+    prompt and face are still to be encoded.
+    """
+
+    rows: Sequence[int]
+    area: int
+    unprepared: bool = True
+
+
+class CostModel:
+    """Measured seconds of UNet calls, decodings and preparations, and estimates from them.
+
+    `area` is the number of latent pixels of a row. Everything is 0 before the first measurement.
+    Threads may share it.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._calls: dict[int, dict[int, float]] = {}
+        self._decodings: dict[int, float] = {}
+        self._preparation: float | None = None
+
+    def observe_call(self, area: int, rows: int, seconds: float) -> None:
+        """A UNet call of that many rows took so long."""
+        with self._lock:
+            known = self._calls.setdefault(area, {})
+            known[rows] = _mean(known.get(rows), seconds)
+
+    def observe_decoding(self, area: int, seconds: float) -> None:
+        """Decoding a picture took so long."""
+        with self._lock:
+            self._decodings[area] = _mean(self._decodings.get(area), seconds)
+
+    def observe_preparation(self, seconds: float) -> None:
+        """Encoding a prompt and a face took so long; little where both were known."""
+        with self._lock:
+            self._preparation = _mean(self._preparation, seconds)
+
+    def clear(self) -> None:
+        """Forget every measurement."""
+        with self._lock:
+            self._calls.clear()
+            self._decodings.clear()
+            self._preparation = None
+
+    def call_seconds(self, area: int, rows: int) -> float:
+        """A UNet call: measured, or interpolated between the nearest numbers of rows.
+
+        Fewer rows than any measured cost what the fewest did, more go on as the last two did. A
+        size that was never seen costs as much more than the nearest as it has more pixels.
+        """
+        with self._lock:
+            nearest = _nearest(self._calls, area)
+            if nearest is None:
+                return 0.0
+            return _interpolate(self._calls[nearest], rows) * area / nearest
+
+    def decoding_seconds(self, area: int) -> float:
+        """Decoding one picture."""
+        with self._lock:
+            nearest = _nearest(self._decodings, area)
+            return 0.0 if nearest is None else self._decodings[nearest] * area / nearest
+
+    def seconds_alone(self, task: Remaining) -> float:
+        """Until a task is done when every step is a call of its own."""
+        return sum(self.call_seconds(task.area, rows) for rows in task.rows) + self._around(task)
+
+    def seconds_shared(self, task: Remaining, full_rows: FullRows) -> float:
+        """A task's part of the machine's time when all its calls are full."""
+        steps = 0.0
+        for rows in task.rows:
+            full = full_rows(rows)
+            steps += rows * self.call_seconds(task.area, full) / full
+        return steps + self._around(task)
+
+    def backlog_seconds(self, tasks: Iterable[Remaining], full_rows: FullRows) -> float:
+        """Until all tasks are done: their parts in full calls, or the longest one by itself."""
+        shared = longest = 0.0
+        for task in tasks:
+            shared += self.seconds_shared(task, full_rows)
+            longest = max(longest, self.seconds_alone(task))
+        return max(shared, longest)
+
+    def seconds_behind(
+        self, task: Remaining, ahead: Iterable[Remaining], full_rows: FullRows
+    ) -> float:
+        """Until a new task is done behind those that are there: its own steps, and their parts."""
+        return self.seconds_alone(task) + sum(
+            self.seconds_shared(other, full_rows) for other in ahead
+        )
+
+    def _around(self, task: Remaining) -> float:
+        preparation = (self._preparation or 0.0) if task.unprepared else 0.0
+        return preparation + self.decoding_seconds(task.area)
+
+
+def _mean(known: float | None, newest: float) -> float:
+    return newest if known is None else known + WEIGHT * (newest - known)
+
+
+def _nearest(known: Mapping[int, object], area: int) -> int | None:
+    return min(known, key=lambda other: abs(other - area), default=None)
+
+
+def _interpolate(known: Mapping[int, float], rows: int) -> float:
+    points = sorted(known.items())
+    below = [point for point in points if point[0] <= rows]
+    above = [point for point in points if point[0] >= rows]
+    if not below:
+        return points[0][1]
+    (low, seconds) = below[-1]
+    if above:
+        (high, more) = above[0]
+        return seconds if high == low else seconds + (more - seconds) * (rows - low) / (high - low)
+    per_row = seconds / low
+    if len(below) > 1:
+        (before, less) = below[-2]
+        # Noise may bend the last piece: a row more costs something from nothing to the mean row.
+        per_row = min(max((seconds - less) / (low - before), 0.0), per_row)
+    return seconds + per_row * (rows - low)

@@ -1,0 +1,108 @@
+"""A task inside the batcher: what it will need, how far it is, and where its time went."""
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+from math import inf
+
+from fastface_trt.engines.manifest import ExportManifest
+from fastface_trt.errors import Cancelled, DeadlinePassed, FastFaceError
+from fastface_trt.runtime.request import GenerationRequest
+from fastface_trt.runtime.run import Run
+from fastface_trt.serving.batching.cost import Remaining
+from fastface_trt.serving.batching.policy import Candidate
+from fastface_trt.serving.work import OnEvent, Task
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a request will need of the UNet, known before anything of it is encoded.
+
+    rows: of each step. latent_shape: (C, h, w).
+    """
+
+    rows: tuple[int, ...]
+    latent_shape: tuple[int, int, int]
+    shares_statistics: bool
+
+    @classmethod
+    def of(cls, request: GenerationRequest, manifest: ExportManifest) -> "Plan":
+        """The plan of a request for an export."""
+        factor = manifest.vae_scale_factor
+        return cls(
+            tuple(len(step.branches) for step in request.guidance_steps()),
+            (manifest.latent_channels, request.height // factor, request.width // factor),
+            not (request.manipulation.uses_softmask and request.scope == "branch"),
+        )
+
+    @property
+    def area(self) -> int:
+        """Latent pixels of one row."""
+        return self.latent_shape[1] * self.latent_shape[2]
+
+    def sharing(self, step: int) -> Hashable:
+        """What `Run.sharing` will be before that step, counted from 0."""
+        return self.rows[step], self.latent_shape, self.shares_statistics
+
+
+@dataclass(slots=True, eq=False)
+class Entry:
+    """A task from `submit` to its last event. Times are in seconds of the batcher's clock.
+
+    `refused` is what is wrong with the request, where something is: it has no plan then.
+    """
+
+    order: int
+    task: Task
+    on_event: OnEvent
+    request: GenerationRequest
+    submitted: float
+    plan: Plan | None = None
+    refused: FastFaceError | None = None
+    run: Run | None = None
+    warnings: tuple[str, ...] = ()
+    passed_over: int = 0
+    cancelled: bool = False
+    called: float | None = None
+    denoised: float | None = None
+
+    def ending(self, now: float) -> FastFaceError | None:
+        """Why it must go no further, or None."""
+        if self.refused is not None:
+            return self.refused
+        if self.cancelled:
+            return Cancelled("The task was cancelled.")
+        if self.task.deadline is not None and now >= self.task.deadline:
+            return DeadlinePassed(
+                "The picture was not done by its deadline.",
+                "Allow more time, or try when there is less to do.",
+            )
+        return None
+
+    @property
+    def finished(self) -> bool:
+        """Whether only decoding is left."""
+        return self.run is not None and self.run.finished
+
+    def candidate(self) -> Candidate:
+        """What the policy wants to know; not for one that is refused or finished."""
+        assert self.plan is not None
+        step = 0 if self.run is None else self.run.step
+        return Candidate(
+            self.order,
+            self.plan.sharing(0) if self.run is None else self.run.sharing,
+            self.plan.rows[step],
+            self.plan.area,
+            self.run is not None,
+            len(self.plan.rows) - step,
+            self.passed_over,
+            inf if self.task.deadline is None else self.task.deadline,
+            not self.plan.shares_statistics,
+        )
+
+    def remaining(self) -> Remaining | None:
+        """What is left to do; None for one that is refused. For any thread."""
+        run = self.run
+        if self.plan is None:
+            return None
+        step = 0 if run is None else run.step
+        return Remaining(self.plan.rows[step:], self.plan.area, run is None)
