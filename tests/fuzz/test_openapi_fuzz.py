@@ -48,16 +48,18 @@ def server():
         yield operations, address
 
 
-def checks():
+def checks(answer):
+    """What must hold for an answer; schemathesis reads a stream's schema as that of each event."""
     from schemathesis.checks import not_a_server_error
     from schemathesis.specs.openapi import checks
 
+    streamed = answer.headers["content-type"][0].startswith("text/event-stream")
     return (
         not_a_server_error,
         checks.status_code_conformance,
         checks.content_type_conformance,
-        checks.response_schema_conformance,
         checks.response_headers_conformance,
+        *(() if streamed else (checks.response_schema_conformance,)),
     )
 
 
@@ -80,7 +82,7 @@ def run(server, label, mode, change=None):
         answer = case.call(base_url=address, timeout=SECONDS)
         statuses[answer.status_code] += 1
         assert "x-request-id" in answer.headers
-        case.validate_response(answer, checks=checks())
+        case.validate_response(answer, checks=checks(answer))
 
     send()
     print(f"{label}, {mode.value}: {statuses.total()} requests, {dict(statuses)}")
@@ -106,7 +108,9 @@ def test_bodies_that_come_near_a_good_one(server, label):
     def change(case, draw):
         if not isinstance(case.body, dict):
             return
-        kept = draw(st.sets(st.sampled_from(sorted(case.body)), max_size=2)) if case.body else set()
+        # A deadline may be so near that 504 is the right answer.
+        names = sorted({*case.body} - {"deadline"})
+        kept = draw(st.sets(st.sampled_from(names), max_size=2)) if names else set()
         case.body = {name: value for name, value in case.body.items() if name in kept}
         if label == "POST /v1/images/generations":
             case.body |= {"prompt": PROMPT, "face": FACE}
