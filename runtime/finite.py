@@ -1,6 +1,6 @@
 """What counts as a number in a request."""
 
-from numbers import Real
+import numpy as np
 
 _LARGEST = 3.4028234e38
 """The engines compute in float32: what is beyond becomes infinite there."""
@@ -8,4 +8,6 @@ _LARGEST = 3.4028234e38
 
 def is_number(value: object) -> bool:
     """Whether `value` is a number that is finite in float32; True and False are none."""
-    return isinstance(value, Real) and not isinstance(value, bool) and abs(value) <= _LARGEST
+    if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
+        return False
+    return bool(-_LARGEST <= value <= _LARGEST)

@@ -130,13 +130,13 @@ async def _get(parts: SplitResult, settings: ServerSettings, rules: Rules) -> by
         port=rules.ports[parts.scheme],
         target=target.encode(),
     )
-    headers = {
-        "Host": f"[{host}]" if ":" in host else host,
-        "Accept": "image/png, image/jpeg, image/webp",
-        "Accept-Encoding": "identity",  # or the size of the answer would not be that of the picture
-        "User-Agent": "FastFace-TRT",
-        "Connection": "close",
-    }
+    headers = [
+        ("Host", f"[{host}]" if ":" in host else host),
+        ("Accept", "image/png, image/jpeg, image/webp"),
+        ("Accept-Encoding", "identity"),  # or the answer's size would not be that of the picture
+        ("User-Agent", "FastFace-TRT"),
+        ("Connection", "close"),
+    ]
     limit = settings.max_body_bytes
     timeout = dict.fromkeys(("connect", "read", "write", "pool"), settings.body_timeout)
     async with (
