@@ -23,12 +23,13 @@ from fastface_trt.engines.manifest import (
     ExportManifest,
     read_manifest,
 )
-from fastface_trt.errors import BadPicture, FastFaceError, ManifestError
+from fastface_trt.errors import BadPicture, FastFaceError, InvalidRequest, ManifestError
 from fastface_trt.mini import folders
 from fastface_trt.requests import request_for
 from fastface_trt.runtime.presets import PRESETS
 from fastface_trt.runtime.request import GenerationRequest
 from fastface_trt.serving.exif import orientation_of
+from fastface_trt.serving.fetch import Rules, checked_url, request_target
 from fastface_trt.serving.http.conversion import check_one_face, generation_requests
 from fastface_trt.serving.http.openai_errors import detail_of, invalid_field
 from fastface_trt.serving.http.schemas import GenerationBody
@@ -81,6 +82,26 @@ def base64_text():
         assert len(decoded) <= SETTINGS.max_body_bytes
         body = text.partition(",")[2] if text[:5].lower() == "data:" else text
         assert decoded == base64.b64decode(body)
+
+    return test
+
+
+def url():
+    rules = Rules()
+
+    def test(data):
+        text = data.decode("utf-8", "surrogateescape")
+        try:
+            parts = checked_url(text, rules)
+        except InvalidRequest:
+            return
+        assert (parts.scheme, parts.port or 443) == ("https", 443)
+        assert "@" not in parts.netloc
+        assert text.isascii()
+        assert text.isprintable()
+        target = request_target(parts)
+        assert target.startswith(b"/")
+        assert b" " not in target
 
     return test
 
@@ -232,6 +253,12 @@ def targets():
         "exif": Target(exif, 30_000, 1024, [exif_bomb(), *(turned(order) for order in "<>")]),
         "base64": Target(
             base64_text, 30_000, 4096, [b"\1" + text, b"\1data:image/png;base64," + text]
+        ),
+        "url": Target(
+            url,
+            30_000,
+            300,
+            [b"https://x.example/face.png?a=b#c", b"https://[::1]:443/", b"https://a@b:80/"],
         ),
         "export_manifest": Target(
             manifest(ExportManifest, export), 15_000, 8192, [b"\0" + as_bytes(export)]
