@@ -48,6 +48,19 @@ def is_public(address: Address) -> bool:
     )
 
 
+def client_of_address(text: str) -> str:
+    """Whom to count as one client: an IPv4 address, or the /64 network of an IPv6 one.
+
+    Whoever has one IPv6 address has 2⁶⁴ of them (RFC 6177).
+    """
+    address = parse_address(text)
+    if not isinstance(address, IPv6Address):
+        return text
+    if address.ipv4_mapped is not None:
+        return str(address.ipv4_mapped)
+    return str(IPv6Network((int(address) >> 64 << 64, 64)))
+
+
 def parse_address(text: str) -> Address | None:
     """The address that a resolver returned as text; None where it is none."""
     try:

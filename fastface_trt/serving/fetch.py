@@ -84,7 +84,7 @@ async def fetch_picture(url: str, settings: ServerSettings, rules: Rules | None 
 
 async def _follow(url: str, settings: ServerSettings, rules: Rules) -> bytes:
     for _ in range(1 + MAX_REDIRECTS):
-        answer = await _get(_checked(url, rules), settings, rules)
+        answer = await _get(checked_url(url, rules), settings, rules)
         if isinstance(answer, bytes):
             return answer
         url = urljoin(url, answer.location)
@@ -98,8 +98,8 @@ class _Elsewhere:
     location: str
 
 
-def _checked(url: str, rules: Rules) -> SplitResult:
-    """The parts of an address of the kind that is fetched."""
+def checked_url(url: str, rules: Rules) -> SplitResult:
+    """The parts of an address of the kind that is fetched; `InvalidRequest` for others."""
     try:
         parts = urlsplit(url)
         port = parts.port
@@ -121,22 +121,26 @@ def _checked(url: str, rules: Rules) -> SplitResult:
     return parts
 
 
+def request_target(parts: SplitResult) -> bytes:
+    """What the request asks the host for: path and query."""
+    return ((parts.path or "/") + (f"?{parts.query}" if parts.query else "")).encode()
+
+
 async def _get(parts: SplitResult, settings: ServerSettings, rules: Rules) -> bytes | _Elsewhere:
     host = parts.hostname or ""
-    target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
     url = httpcore.URL(
         scheme=parts.scheme.encode(),
         host=host.encode(),
         port=rules.ports[parts.scheme],
-        target=target.encode(),
+        target=request_target(parts),
     )
-    headers = {
-        "Host": f"[{host}]" if ":" in host else host,
-        "Accept": "image/png, image/jpeg, image/webp",
-        "Accept-Encoding": "identity",  # or the size of the answer would not be that of the picture
-        "User-Agent": "FastFace-TRT",
-        "Connection": "close",
-    }
+    headers = [
+        ("Host", f"[{host}]" if ":" in host else host),
+        ("Accept", "image/png, image/jpeg, image/webp"),
+        ("Accept-Encoding", "identity"),  # or the answer's size would not be that of the picture
+        ("User-Agent", "FastFace-TRT"),
+        ("Connection", "close"),
+    ]
     limit = settings.max_body_bytes
     timeout = dict.fromkeys(("connect", "read", "write", "pool"), settings.body_timeout)
     async with (

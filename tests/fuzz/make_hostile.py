@@ -1,7 +1,7 @@
 """Write the hostile pictures of tests/fuzz/hostile: `python tests/fuzz/make_hostile.py`.
 
-Each is made to break a reader in one way, and is small; none comes from anywhere else. They are kept
-as files so that a change of an encoder cannot change what is tested.
+Each is made to break a reader in one way, and is small; none comes from anywhere else. They are
+kept as files so that a change of an encoder cannot change what is tested.
 """
 
 import sys
@@ -231,7 +231,7 @@ def others():
         "text.png": b"I am a PNG picture, believe me.",
         "page.html": b"<!doctype html><script>alert(1)</script>",
         "drawing.svg": svg,
-        "postscript.eps": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 99 99\n(%pipe%id) (w) file\n",
+        "postscript.eps": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(%pipe%id) (w) file\n",
         "document.pdf": b"%PDF-1.7\n1 0 obj<</Type/Catalog>>endobj\ntrailer<</Root 1 0 R>>",
         "archive.zip": archive.getvalue(),
         "animation.gif": encoded("GIF"),
