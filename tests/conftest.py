@@ -9,10 +9,8 @@ import pytest
 
 TESTS = Path(__file__).parent
 GOLDEN = TESTS / "golden"
-sys.path[:0] = [
-    str(TESTS / name)
-    for name in ("", "..", "bench", "runtime", "engines", "export", "verify", "serving")
-]
+FOLDERS = ("", "..", "bench", "runtime", "engines", "export", "verify", "serving", "fuzz")
+sys.path[:0] = [str(TESTS / name) for name in FOLDERS]
 
 
 @pytest.fixture(scope="session", autouse=True)

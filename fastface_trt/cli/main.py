@@ -9,6 +9,7 @@ from fastface_trt.cli.bench import bench
 from fastface_trt.cli.build import build
 from fastface_trt.cli.cache import cache
 from fastface_trt.cli.demo import demo
+from fastface_trt.cli.distribution import obtain, publish
 from fastface_trt.cli.doctor import doctor
 from fastface_trt.cli.evaluate import evaluate
 from fastface_trt.cli.export import export
@@ -17,6 +18,7 @@ from fastface_trt.cli.generate import generate
 from fastface_trt.cli.inspect import inspect
 from fastface_trt.cli.refit import refit_command
 from fastface_trt.cli.replay import replay
+from fastface_trt.cli.serve import serve
 from fastface_trt.cli.verify import verify
 from fastface_trt.errors import FastFaceError
 
@@ -51,6 +53,7 @@ def cli() -> None:
 for command in (
     demo,
     generate,
+    serve,
     export,
     build,
     refit_command,
@@ -62,6 +65,8 @@ for command in (
     export_triton,
     bench,
     evaluate,
+    publish,
+    obtain,
 ):
     cli.add_command(command)
 
