@@ -71,6 +71,12 @@ def test_what_to_dict_gives_is_taken(manifest):
     assert picture.request.to_dict() == request.to_dict()
 
 
+def test_schedules_may_be_named(manifest):
+    (picture,) = asked(manifest, {"alpha": "constant:high=2", "beta": "1,2,2,1"})
+    (listed,) = asked(manifest, {"alpha": [2.0] * 4, "beta": [1, 2, 2, 1]})
+    assert picture.request.guidance_steps() == listed.request.guidance_steps()
+
+
 def test_pixels_are_copied(manifest):
     face = PIXELS.copy()[None]
     (picture,) = asked(manifest, FACE=face)
@@ -93,7 +99,9 @@ def test_an_embedding_with_its_crop_is_a_face(manifest):
 @pytest.mark.parametrize(
     ("row", "kind"),
     [
-        ({"no_such_field": 1}, UnknownName),
+        ({"no_such_field": 1}, InvalidRequest),
+        ({"height": 97}, InvalidRequest),
+        ({"alpha": "no_such:high=3"}, FastFaceError),
         ({"preset": "am9"}, UnknownName),
         ({"steps": 5}, InvalidRequest),
         ({"steps": "4"}, InvalidRequest),

@@ -25,7 +25,7 @@ from fastface_trt.serving.triton import tensors
 from fastface_trt.serving.work import Pixels
 
 HEAD_BYTES = "Inference-Header-Content-Length"
-TYPES = {
+TYPES: dict[str, np.dtype[Any]] = {
     "UINT8": np.dtype(np.uint8),
     "UINT64": np.dtype("<u8"),
     "INT32": np.dtype("<i4"),

@@ -16,9 +16,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fastface_trt.engines.manifest import ExportManifest, first_problem
 from fastface_trt.errors import FastFaceError, InvalidRequest
+from fastface_trt.requests import check_size, request_for
 from fastface_trt.runtime.face import ChannelOrder, Face
+from fastface_trt.runtime.guidance import parse_schedule
 from fastface_trt.runtime.images import load_picture
-from fastface_trt.runtime.presets import preset_fields
+from fastface_trt.runtime.manipulation import AttentionManipulation
 from fastface_trt.runtime.request import GenerationRequest
 from fastface_trt.serving.triton import tensors
 from fastface_trt.serving.work import Pixels
@@ -93,17 +95,10 @@ def _picture(arrays: Arrays, row: int, face: Face | Pixels, manifest: ExportMani
         if "seed" in values:
             raise InvalidRequest("The seed is given twice.", "Send SEED or seed in PARAMETERS.")
         values["seed"] = int(arrays[tensors.SEED][row].item())
-    steps = values.get("steps", manifest.steps)
-    if steps not in manifest.allowed_steps:
-        raise InvalidRequest(
-            f"The schedule of this export does not do {steps!r} steps.",
-            f"Choose one of {', '.join(map(str, manifest.allowed_steps))}.",
-        )
-    base = {"height": manifest.height, "width": manifest.width, "steps": steps}
-    preset = _plain(preset_fields(asked.preset, steps))
-    prompt = {"prompt": _string(arrays, tensors.PROMPT, row)}
+    prompt = _string(arrays, tensors.PROMPT, row)
     try:
-        request = GenerationRequest.from_dict(base | preset | values | prompt)
+        request = request_for(manifest, prompt, preset=asked.preset, **_fields(values))
+        check_size(manifest, request)
     except FastFaceError:
         raise
     except (AttributeError, TypeError, ValueError) as error:
@@ -120,11 +115,18 @@ def _picture(arrays: Arrays, row: int, face: Face | Pixels, manifest: ExportMani
     )
 
 
-def _plain(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """A preset's fields as `GenerationRequest.from_dict` takes them."""
-    return {
-        name: value.to_dict() if name == "manipulation" else value for name, value in fields.items()
-    }
+def _fields(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of `GenerationRequest` from JSON, as `GenerationRequest.to_dict` writes them.
+
+    alpha and beta may also be named schedules, as on the command line.
+    """
+    fields = dict(values)
+    for name in ("alpha", "beta"):
+        if isinstance(fields.get(name), str):
+            fields[name] = parse_schedule(fields[name])
+    if "manipulation" in fields:
+        fields["manipulation"] = AttentionManipulation.from_dict(fields["manipulation"])
+    return fields
 
 
 def _asked(arrays: Arrays, row: int) -> Asked:

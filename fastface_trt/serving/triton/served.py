@@ -11,6 +11,7 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 from queue import Empty, SimpleQueue
 from time import monotonic
 from typing import Any, TypeAlias
@@ -177,9 +178,11 @@ class ServedModel:
                 self._submit(task_id, picture, picture.face)
                 continue
             future = self._worker.analyze(picture.face, picture.face_index)
-            future.add_done_callback(
-                lambda found, task_id=task_id: self._inbox.put(_FaceFound(task_id, found))
-            )
+            future.add_done_callback(partial(self._found, task_id))
+
+    def _found(self, task_id: str, future: "Future[Face]") -> None:
+        """Called on the thread that looks for faces."""
+        self._inbox.put(_FaceFound(task_id, future))
 
     def _face_found(self, asked: _Asked, found: _FaceFound) -> None:
         if found.future.cancelled():
