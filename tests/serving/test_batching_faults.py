@@ -109,6 +109,30 @@ def test_what_a_client_can_mend_reaches_it(fastface, batcher, monkeypatch):
     assert batcher.state is State.READY
 
 
+def test_calls_become_smaller_where_memory_is_short(fastface, batcher, caplog):
+    events = Events()
+    tasks = [task(fastface, str(index), seed=index) for index in range(8)]
+    fastface.unet.memory_rows = 3
+    submit_together(fastface, batcher, events, tasks)
+    for one in tasks:
+        assert isinstance(events.ending(one.id), PictureDone)
+    tried = [rows for rows, _ in fastface.unet.calls if rows > 3]
+    assert len(tried) == 2, tried  # 7 or 8 rows, then half of them, then never again
+    assert "rows at most" in caplog.text
+
+
+def test_what_does_not_fit_into_memory_shows_before_the_first_client(fastface):
+    fastface.unet.memory_rows = 7
+    with Batcher(fastface, WorkerSettings()) as started:
+        fastface.unet.calls.clear()
+        events = Events()
+        for index in range(20):
+            started.submit(task(fastface, str(index), preset="am1+dcg"), events)
+        assert started.drain(WAIT)
+        assert max(rows for rows, _ in fastface.unet.calls) == 6
+        assert all(isinstance(events.ending(str(index)), PictureDone) for index in range(20))
+
+
 def test_a_device_that_tells_of_a_failure_late_leaves_the_runs_as_they_were(
     fastface, batcher, monkeypatch
 ):
