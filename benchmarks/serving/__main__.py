@@ -61,15 +61,16 @@ def measured_table(results: list[Result]) -> Table:
 @click.option("--rounds", default=9, show_default=True, type=click.IntRange(min=2))
 @click.option("--requests", default=24, show_default=True, type=click.IntRange(min=1))
 @click.option("--simulated", default=4000, show_default=True, type=click.IntRange(min=10))
+@click.option("--running", default=8, show_default=True, type=click.IntRange(min=1))
 @click.option("--out", default=RESULTS, type=click.Path(path_type=Path, file_okay=False))
-def main(rounds: int, requests: int, simulated: int, out: Path) -> None:
+def main(rounds: int, requests: int, simulated: int, running: int, out: Path) -> None:
     """Measure the machine, simulate it and an assumed one, and measure the three ways."""
-    console, limits, busy = Console(), Limits(), load_average()
+    console, limits, busy = Console(), Limits(max_running=running), load_average()
     try:
         require_matplotlib()
         with FastFace.load("mini") as fastface:
             fastface.warm_up()
-            own = measured_machine(fastface, rounds)
+            own = measured_machine(fastface, rounds, running)
             works = make_works(fastface, requests)
             results = [compare(fastface, work, own, limits, rounds) for work in works]
     except FastFaceError as error:

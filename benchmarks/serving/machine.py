@@ -12,7 +12,8 @@ from fastface_trt.serving.batching.warm_up import blank_face
 AREA = 1
 """Simulated pictures all have one size."""
 
-REQUESTS = (1, 2, 3, 4, 6, 8)
+REQUESTS = (1, 2, 3, 4, 6, 8, 12, 16)
+"""Of the calls that are measured, up to as many as may run."""
 
 
 @dataclass(frozen=True)
@@ -54,13 +55,13 @@ def assumed_accelerator(fixed_rows: float = 2.0, row_seconds: float = 0.02) -> M
     )
 
 
-def measured_machine(fastface: FastFace, rounds: int) -> Machine:
+def measured_machine(fastface: FastFace, rounds: int, max_running: int) -> Machine:
     """The machine at hand: medians over interleaved rounds of calls, decodings, preparations."""
     stages = fastface.stages
     seconds: dict[int, list[float]] = {}
     decodings, preparations = [], []
     for measuring in range(rounds + 1):  # the first one pays for allocations
-        for requests in REQUESTS:
+        for requests in (count for count in REQUESTS if count <= max_running):
             for preset in ("plain", "am1+dcg"):
                 request = fastface.request("photo; a person", preset=preset, steps=4)
                 stages.forget()
