@@ -98,6 +98,7 @@ def test_arrivals_are_poisson_and_the_same_for_every_server():
     assert [(p.load, p.server) for p in points] == [(x, name) for x in LOADS for name in SERVERS]
 
 
+@pytest.mark.serving
 def test_the_command_writes_its_results(tmp_path):
     counts = ["--rounds", "2", "--requests", "2", "--simulated", "20", "--running", "2"]
     arguments = [*counts, "--out", str(tmp_path)]

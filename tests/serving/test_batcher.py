@@ -151,6 +151,22 @@ def test_no_more_are_begun_than_may_run(fastface, start):
     assert max(requests for _, requests in fastface.unet.calls) == 3
 
 
+def test_the_emptier_call_waits_as_long_as_the_bound_allows_and_no_longer(fastface, start):
+    batcher, events = start(max_passed_over=2), Events()
+    # As on a large GPU: a call costs the same however many rows it has.
+    batcher._loop._policy = replace(batcher._loop.policy, call_seconds=lambda area, rows: 1.0)
+    fastface.unet.hold()
+    batcher.submit(task(fastface, "opener", steps=1), events)
+    fastface.unet.wait_until_held()
+    for index in range(7):
+        batcher.submit(task(fastface, str(index), steps=8), events)
+    batcher.submit(task(fastface, "lonely", preset="am2+dcg", steps=3), events)
+    fastface.unet.release()
+    assert batcher.drain(WAIT)
+    many, lonely = (7, 7), (3, 1)
+    assert fastface.unet.calls[1:] == [many, many, lonely] * 3 + [many] * 2
+
+
 def test_a_full_queue_refuses_at_the_door(fastface, start):
     batcher, events = start(max_waiting=2, max_running=1), Events()
     fastface.unet.hold()
