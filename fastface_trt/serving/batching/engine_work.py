@@ -7,6 +7,7 @@ one generic sentence.
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from time import perf_counter
 from typing import TypeVar
 
@@ -95,7 +96,7 @@ class EngineWork:
         errors: list[FastFaceError | None] = []
         for run in runs:
             try:
-                self._single("step", lambda run=run: self._call([run]))
+                self._single("step", partial(self._call, [run]))
                 errors.append(None)
             except FastFaceError as error:
                 errors.append(error)
