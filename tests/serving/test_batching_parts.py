@@ -1,5 +1,7 @@
 """Parts of the batcher by themselves: the face thread, and what is left of a task."""
 
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -104,3 +106,12 @@ def test_what_is_left_of_a_task_shrinks_with_its_steps():
 def test_resident_memory_is_that_of_this_process():
     psutil = pytest.importorskip("psutil")
     assert resident_bytes() == pytest.approx(psutil.Process().memory_info().rss, rel=0.2)
+
+
+def test_a_batcher_needs_no_server():
+    code = (
+        "import sys\n"
+        "sys.modules.update(dict.fromkeys(('fastapi', 'uvicorn', 'psutil', 'torch')))\n"
+        "import fastface_trt.serving.batching\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

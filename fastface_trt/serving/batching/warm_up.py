@@ -14,7 +14,7 @@ from fastface_trt.serving.batching.engine_work import EngineWork
 from fastface_trt.serving.batching.policy import Policy
 
 _PROMPT = "photo; a person in a garden"
-_PRESETS = ("plain", "am1+dcg")
+_PLAIN, _GUIDED = "plain", "am1+dcg"
 """Between them their steps have one, two and three branches."""
 
 _log = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ def warm_up(fastface: FastFace, work: EngineWork, policy: Policy, cost: CostMode
     made twice, since a first call pays for allocations, and the cost model has the second times.
     Raises what fails.
     """
-    plain, guided = (fastface.request(_PROMPT, preset=preset) for preset in _PRESETS)
+    plain, guided = (_request(fastface, preset) for preset in (_PLAIN, _GUIDED))
     for request in (plain, guided):
         work.make([request], blank_face())
     policy = _fitting(guided, work, policy)
@@ -57,7 +57,12 @@ def warm_up(fastface: FastFace, work: EngineWork, policy: Policy, cost: CostMode
 
 def self_test(fastface: FastFace, work: EngineWork) -> None:
     """One guided picture through every engine; raises what fails."""
-    work.make([fastface.request(_PROMPT, preset="am1+dcg")], blank_face())
+    work.make([_request(fastface, _GUIDED)], blank_face())
+
+
+def _request(fastface: FastFace, preset: str) -> GenerationRequest:
+    request = fastface.request(_PROMPT, preset=preset)
+    return request.for_adapter(fastface.manifest.adapter_kind)
 
 
 def _rows(request: GenerationRequest) -> int:
