@@ -77,8 +77,9 @@ def keep_latents(latents):
     return latents.copy()
 
 
-def moments(generator, count, until):
-    return [int(moment) for moment in generator.integers(0, until, count)]
+def moments(generator, count, until, burst=1):
+    """Moments drawn evenly, rounded so that those within a burst come at once."""
+    return [int(moment) // burst * burst for moment in generator.integers(0, until, count)]
 
 
 def alone(stages, task):

@@ -7,7 +7,8 @@ What a UNet call does is said by words in the prompts of its rows:
 - "preparation raises": encoding the prompt fails.
 
 `fastface.unet.hold()` stops calls at their start until `release()`; `fastface.unet.broken` makes
-all fail, `fastface.decoder.broken` every decoding. Nothing here waits by the clock, but for
+all fail, `fastface.decoder.broken` every decoding, and `fastface.unet.memory_rows` is how many rows
+there is memory for. Nothing here waits by the clock, but for
 `fastface.unet.seconds_per_row`.
 """
 
@@ -22,7 +23,7 @@ from fastface_trt import FastFace
 from fastface_trt.engines import contract
 from fastface_trt.engines.device import HostDevice
 from fastface_trt.engines.manifest import EXPORT_MANIFEST, ExportManifest, read_manifest
-from fastface_trt.errors import NoFaceFound
+from fastface_trt.errors import NoFaceFound, OutOfMemory
 from fastface_trt.mini.folders import EXPORT
 from fastface_trt.runtime.job import Condition
 from fastface_trt.serving.batching.warm_up import blank_face
@@ -51,6 +52,7 @@ class ArithmeticUNet:
         self.calls = []
         self.broken = False
         self.seconds_per_row = 0.0
+        self.memory_rows = None
         self._changed = threading.Condition()
         self._held = self._at_gate = False
 
@@ -93,6 +95,8 @@ class ArithmeticUNet:
         marks = inputs[contract.POOLED_TEXT][:, 0]
         if self.broken or (marks == _MARKS[ENGINE_RAISES]).any():
             raise RuntimeError("a secret of the engine: kernel 17 at 0xdeadbeef")
+        if self.memory_rows is not None and rows > self.memory_rows:
+            raise OutOfMemory(f"There is no memory for {rows} rows.")
         if self.request_counts is not None:
             assert requests in self.request_counts, f"no profile for {requests} requests"
         owner = np.arange(rows) // (rows // requests)

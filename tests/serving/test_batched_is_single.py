@@ -25,13 +25,16 @@ def mini():
         yield fastface
 
 
-def run_crowd(fastface, seed, count, **limits):
-    """A crowd of that many over a batcher of its own; the tasks and what became of them."""
+def run_crowd(fastface, seed, count, burst=1, **limits):
+    """A crowd of that many over a batcher of its own; the tasks and what became of them.
+
+    Who comes in one burst is in the queue before the next UNet call, so that some share it.
+    """
     generator = np.random.default_rng(seed)
     tasks = [random_task(fastface, generator, str(index)) for index in range(count)]
     limits = {"max_waiting": count, **limits}
     with Batcher(fastface, WorkerSettings(**limits), preview=keep_latents) as batcher:
-        crowd = Crowd(batcher, tasks, moments(generator, count, 2 * count))
+        crowd = Crowd(batcher, tasks, moments(generator, count, 2 * count, burst))
         crowd.run()
         load = batcher.load()
     return tasks, crowd, load
@@ -92,7 +95,7 @@ def test_what_will_share_is_known_before_anything_is_encoded(mini):
 
 
 def test_a_small_crowd_over_the_mini_model(mini):
-    tasks, crowd, load = run_crowd(mini, 1, 8)
+    tasks, crowd, load = run_crowd(mini, 1, 8, burst=8)
     assert_same_as_alone(crowd, mini.stages, tasks, TOLERANCE)
     assert load.calls < sum(one.request.steps for one in tasks)
 
@@ -101,6 +104,8 @@ def test_a_small_crowd_over_the_mini_model(mini):
 @pytest.mark.parametrize("seed", range(6))
 def test_large_crowds_over_the_mini_model(mini, seed):
     limits = {"max_running": 2 + 3 * (seed % 3), "max_passed_over": seed % 4}
-    tasks, crowd, load = run_crowd(mini, 100 + seed, 60, max_rows=(None, 9)[seed % 2], **limits)
+    tasks, crowd, load = run_crowd(
+        mini, 100 + seed, 60, burst=12, max_rows=(None, 9)[seed % 2], **limits
+    )
     assert_same_as_alone(crowd, mini.stages, tasks, TOLERANCE)
     assert load.calls < sum(one.request.steps for one in tasks)

@@ -121,7 +121,11 @@ def test_who_comes_late_joins_at_another_step(fastface, start):
         done = events.ending(one.id)
         np.testing.assert_array_equal(done.pixels, picture_alone(one.request, one.face))
     assert [requests for _, requests in fastface.unet.calls] == [1, 2, 2, 1, 1, 1, 1, 1]
-    assert [e.id for e in events.order if isinstance(e, PictureDone)] == ["late", "early"]
+    # The finished picture is decoded before the next call.
+    assert [(e.id, getattr(e, "step", "done")) for e in events.order[5:7]] == [
+        ("late", "done"),
+        ("early", 4),
+    ]
 
 
 def test_calls_hold_what_the_engine_takes():
@@ -149,6 +153,22 @@ def test_no_more_are_begun_than_may_run(fastface, start):
     fastface.unet.release()
     assert batcher.drain(WAIT)
     assert max(requests for _, requests in fastface.unet.calls) == 3
+
+
+def test_the_emptier_call_waits_as_long_as_the_bound_allows_and_no_longer(fastface, start):
+    batcher, events = start(max_passed_over=2), Events()
+    # As on a large GPU: a call costs the same however many rows it has.
+    batcher._loop._policy = replace(batcher._loop.policy, call_seconds=lambda area, rows: 1.0)
+    fastface.unet.hold()
+    batcher.submit(task(fastface, "opener", steps=1), events)
+    fastface.unet.wait_until_held()
+    for index in range(7):
+        batcher.submit(task(fastface, str(index), steps=8), events)
+    batcher.submit(task(fastface, "lonely", preset="am2+dcg", steps=3), events)
+    fastface.unet.release()
+    assert batcher.drain(WAIT)
+    many, lonely = (7, 7), (3, 1)
+    assert fastface.unet.calls[1:] == [many, many, lonely] * 3 + [many] * 2
 
 
 def test_a_full_queue_refuses_at_the_door(fastface, start):

@@ -65,14 +65,15 @@ def test_a_failing_request_takes_no_other_with_it(fastface, batcher, fault, capl
 
 
 def test_bad_requests_one_after_the_other_do_not_kill_the_engines(fastface, batcher):
-    events = Events()
-    bad = [task(fastface, str(index), f"photo; {ENGINE_RAISES}") for index in range(2 * PATIENCE)]
-    submit_together(fastface, batcher, events, bad)
-    for one in bad:
-        assert isinstance(events.ending(one.id).error, EngineFailed)
+    events, pictures = Events(), fastface.decoder.pictures
+    for index in range(2 * PATIENCE):
+        batcher.submit(task(fastface, str(index), f"photo; {ENGINE_RAISES}"), events)
+        assert isinstance(events.ending(str(index)).error, EngineFailed)
     batcher.submit(task(fastface, "fine"), events)
     assert isinstance(events.ending("fine"), PictureDone)
     assert batcher.state is State.READY
+    # Twice the engines were put to the test, and a test that they pass clears them.
+    assert fastface.decoder.pictures == pictures + 2 + 1
 
 
 @pytest.mark.parametrize("part", ["unet", "decoder"])
@@ -109,20 +110,44 @@ def test_what_a_client_can_mend_reaches_it(fastface, batcher, monkeypatch):
     assert batcher.state is State.READY
 
 
-def test_a_device_that_tells_of_a_failure_late_leaves_the_runs_as_they_were(
-    fastface, batcher, monkeypatch
-):
-    events, device = Events(), fastface.stages.device
-    tasks = [task(fastface, str(index), seed=index) for index in range(3)]
-    told = []
+def test_calls_become_smaller_where_memory_is_short(fastface, batcher, caplog):
+    events = Events()
+    tasks = [task(fastface, str(index), seed=index) for index in range(8)]
+    fastface.unet.memory_rows = 3
+    submit_together(fastface, batcher, events, tasks)
+    for one in tasks:
+        assert isinstance(events.ending(one.id), PictureDone)
+    tried = [rows for rows, _ in fastface.unet.calls if rows > 3]
+    assert len(tried) == 2, tried  # 7 or 8 rows, then half of them, then never again
+    assert "rows at most" in caplog.text
 
-    def synchronize():
-        # Once, when the first call of several was queued and looked fine.
-        if not told and len(fastface.unet.calls) > 1 and fastface.unet.calls[-1][1] > 1:
-            told.append(True)
+
+def test_what_does_not_fit_into_memory_shows_before_the_first_client(fastface):
+    fastface.unet.memory_rows = 7
+    with Batcher(fastface, WorkerSettings()) as started:
+        fastface.unet.calls.clear()
+        events = Events()
+        for index in range(20):
+            started.submit(task(fastface, str(index), preset="am1+dcg"), events)
+        assert started.drain(WAIT)
+        assert max(rows for rows, _ in fastface.unet.calls) == 6
+        assert all(isinstance(events.ending(str(index)), PictureDone) for index in range(20))
+
+
+def test_a_call_that_fails_late_leaves_the_runs_as_they_were(fastface, batcher, monkeypatch):
+    """As on a device, whose failures show when it is waited for and the runs have moved on."""
+    events, step, told = Events(), fastface.stages.step, []
+    tasks = [task(fastface, str(index), seed=index) for index in range(3)]
+
+    def late(runs):
+        step(runs)
+        if len(runs) > 1 and not told:
+            told.append(len(runs))
+            for run in runs:
+                run.latents, run.sample = run.latents * 0, run.sample * 0
             raise EngineFailed("An asynchronous failure.")
 
-    monkeypatch.setattr(type(device), "synchronize", lambda self: synchronize())
+    monkeypatch.setattr(fastface.stages, "step", late)
     submit_together(fastface, batcher, events, tasks)
     for one in tasks:
         done = events.ending(one.id)

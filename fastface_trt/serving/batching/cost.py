@@ -5,7 +5,8 @@ a machine's speed drifts with its clocks and its neighbours.
 """
 
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 WEIGHT = 0.2
@@ -21,7 +22,7 @@ class Remaining:
     prompt and face are still to be encoded.
     """
 
-    rows: Sequence[int]
+    rows: tuple[int, ...]
     area: int
     unprepared: bool = True
 
@@ -95,8 +96,9 @@ class CostModel:
     def backlog_seconds(self, tasks: Iterable[Remaining], full_rows: FullRows) -> float:
         """Until all tasks are done: their parts in full calls, or the longest one by itself."""
         shared = longest = 0.0
-        for task in tasks:
-            shared += self.seconds_shared(task, full_rows)
+        # Strangers often ask for the same: this is asked at every request and must not cost much.
+        for task, count in Counter(tasks).items():
+            shared += count * self.seconds_shared(task, full_rows)
             longest = max(longest, self.seconds_alone(task))
         return max(shared, longest)
 
@@ -105,7 +107,7 @@ class CostModel:
     ) -> float:
         """Until a new task is done behind those that are there: its own steps, and their parts."""
         return self.seconds_alone(task) + sum(
-            self.seconds_shared(other, full_rows) for other in ahead
+            count * self.seconds_shared(other, full_rows) for other, count in Counter(ahead).items()
         )
 
     def _around(self, task: Remaining) -> float:

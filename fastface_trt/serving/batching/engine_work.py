@@ -6,6 +6,8 @@ one generic sentence.
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from time import perf_counter
 from typing import TypeVar
 
@@ -13,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastface_trt.engines.device import Tensor
-from fastface_trt.errors import EngineFailed, FastFaceError
+from fastface_trt.errors import EngineFailed, FastFaceError, OutOfMemory
 from fastface_trt.pipeline import FastFace
 from fastface_trt.runtime.face import Face
 from fastface_trt.runtime.request import GenerationRequest
@@ -27,6 +29,14 @@ PATIENCE = 3
 Made = TypeVar("Made")
 
 _log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Stepped:
+    """What a step did: per run None, or why it alone could not; whether they are too many."""
+
+    errors: Sequence[FastFaceError | None]
+    out_of_memory: bool = False
 
 
 def shown(error: Exception) -> FastFaceError:
@@ -67,28 +77,30 @@ class EngineWork:
         self._cost.observe_preparation(seconds)
         return prepared
 
-    def step(self, runs: Sequence[Run]) -> list[FastFaceError | None]:
-        """Take the runs one step further; per run None, or why it alone could not.
+    def step(self, runs: Sequence[Run]) -> Stepped:
+        """Take the runs one step further.
 
         A call of several that fails is made again for each of them by itself: one request must not
         take others with it.
         """
+        out_of_memory = False
         if len(runs) > 1:
             try:
                 self._call(runs)
-            except Exception:
+            except Exception as error:
+                out_of_memory = isinstance(error, OutOfMemory)
                 _log.warning("A UNet call of %d runs failed: one by one.", len(runs), exc_info=True)
             else:
                 self._failures["step"] = 0
-                return [None] * len(runs)
+                return Stepped([None] * len(runs))
         errors: list[FastFaceError | None] = []
         for run in runs:
             try:
-                self._single("step", lambda run=run: self._call([run]))
+                self._single("step", partial(self._call, [run]))
                 errors.append(None)
             except FastFaceError as error:
                 errors.append(error)
-        return errors
+        return Stepped(errors, out_of_memory)
 
     def decode(self, run: Run) -> Pixels:
         """The picture of a finished run; raises what the client may see."""
@@ -97,9 +109,9 @@ class EngineWork:
         return pixels
 
     def make(self, requests: Sequence[GenerationRequest], face: Face) -> None:
-        """Make pictures of requests with equal plans together and forget them.
+        """Take copies of one request through their steps together, and decode the first.
 
-        Raises whatever fails, and `EngineFailed` where a picture is not finite. Nothing that is
+        Raises whatever fails, and `EngineFailed` where the picture is not finite. Nothing that is
         kept for the next call is used, so every engine runs.
         """
         self._stages.forget()
@@ -109,10 +121,9 @@ class EngineWork:
         self._cost.observe_preparation(perf_counter() - started)
         while not runs[0].finished:
             self._call(runs)
-        for run in runs:
-            started = perf_counter()
-            self._stages.decode(run.latents)
-            self._cost.observe_decoding(_area(run), perf_counter() - started)
+        started = perf_counter()
+        self._stages.decode(runs[0].latents)
+        self._cost.observe_decoding(_area(runs[0]), perf_counter() - started)
         self._failures = dict.fromkeys(self._failures, 0)
 
     def download(self, latents: Tensor) -> NDArray[np.float32]:

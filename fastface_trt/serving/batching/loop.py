@@ -96,7 +96,7 @@ class EngineLoop:
             self._settings.max_rows,
             self._cost.call_seconds,
         )
-        warm_up(self._fastface, self._work, self._policy, self._cost)
+        self._policy = warm_up(self._fastface, self._work, self._policy, self._cost)
         self._table.ready()
 
     def _round(self, entries: Sequence[Entry]) -> None:
@@ -128,9 +128,12 @@ class EngineLoop:
             entry.called = now if entry.called is None else entry.called
         runs = [entry.run for entry in going if entry.run is not None]
         rows = sum(len(run.guidance.branches) for run in runs)
-        errors = self._work.step(runs)
+        stepped = self._work.step(runs)
+        if stepped.out_of_memory:
+            self._policy = self._policy.with_fewer_rows(rows)
+            _log.warning("UNet calls have %d rows at most now.", self._policy.max_rows)
         self.tally.calls, self.tally.rows = self.tally.calls + 1, self.tally.rows + rows
-        for entry, error in zip(going, errors, strict=True):
+        for entry, error in zip(going, stepped.errors, strict=True):
             if error is None:
                 self._stepped(entry)
             else:

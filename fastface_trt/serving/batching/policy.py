@@ -16,7 +16,7 @@ strangers in the queue, it only decides among those that could go.
 
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf
 
 CallSeconds = Callable[[int, int], float]
@@ -97,6 +97,10 @@ class Policy:
     def full_rows(self, rows: int, row_is_request: bool = False) -> int:
         """Rows of the fullest call that could hold a task of so many rows."""
         return self.size(rows, self.max_running, row_is_request) * rows
+
+    def with_fewer_rows(self, rows: int) -> "Policy":
+        """This policy with at most half of the rows that were too many for the memory."""
+        return replace(self, max_rows=max(1, rows // 2))
 
     def _size(self, members: Sequence[Candidate]) -> int:
         return self.size(members[0].rows, len(members), members[0].row_is_request)

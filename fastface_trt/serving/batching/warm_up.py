@@ -1,9 +1,10 @@
 """The pictures that a batcher makes before it takes tasks, and when it doubts its engines."""
 
-from collections.abc import Sequence
+import logging
 
 import numpy as np
 
+from fastface_trt.errors import OutOfMemory
 from fastface_trt.pipeline import FastFace
 from fastface_trt.runtime.face import CROP_SIZE, EMBEDDING_SIZE, Face
 from fastface_trt.runtime.portrait import PORTRAIT_SIZE
@@ -13,8 +14,10 @@ from fastface_trt.serving.batching.engine_work import EngineWork
 from fastface_trt.serving.batching.policy import Policy
 
 _PROMPT = "photo; a person in a garden"
-_PRESETS = ("plain", "am1+dcg")
+_PLAIN, _GUIDED = "plain", "am1+dcg"
 """Between them their steps have one, two and three branches."""
+
+_log = logging.getLogger(__name__)
 
 
 def blank_face(seed: int = 0) -> Face:
@@ -34,30 +37,50 @@ def blank_face(seed: int = 0) -> Face:
     )
 
 
-def warm_up(fastface: FastFace, work: EngineWork, policy: Policy, cost: CostModel) -> None:
-    """Make pictures with every number of branches, alone and in pairs, with opened engines.
+def warm_up(fastface: FastFace, work: EngineWork, policy: Policy, cost: CostModel) -> Policy:
+    """Make pictures with every number of branches, alone and in the fullest call.
 
-    Raises what fails. The cost model has numbers for one and, where the engines take them, two
-    requests per call then; everything is made twice, since a first call pays for allocations.
+    The fullest call claims its memory now: where there is too little, the policy that is returned
+    has fewer rows, so that this shows before the first client and not under load. Everything is
+    made twice, since a first call pays for allocations, and the cost model has the second times.
+    Raises what fails.
     """
-    for measured in (False, True):
-        if measured:
-            cost.clear()
-        for preset in _PRESETS:
-            for requests in _alone_and_paired(fastface.request(_PROMPT, preset=preset), policy):
-                work.make(requests, blank_face())
+    plain, guided = (_request(fastface, preset) for preset in (_PLAIN, _GUIDED))
+    for request in (plain, guided):
+        work.make([request], blank_face())
+    policy = _fitting(guided, work, policy)
+    cost.clear()
+    for requests in ([plain], [guided], [guided] * _most(guided, policy)):
+        work.make(requests, blank_face())
+    return policy
 
 
 def self_test(fastface: FastFace, work: EngineWork) -> None:
     """One guided picture through every engine; raises what fails."""
-    work.make([fastface.request(_PROMPT, preset="am1+dcg")], blank_face())
+    work.make([_request(fastface, _GUIDED)], blank_face())
 
 
-def _alone_and_paired(
-    request: GenerationRequest, policy: Policy
-) -> Sequence[Sequence[GenerationRequest]]:
-    most = max(len(step.branches) for step in request.guidance_steps())
-    fits_rows = policy.max_rows is None or policy.max_rows >= 2 * most
-    fits_engine = policy.request_counts is None or 2 in policy.request_counts
-    paired = fits_rows and fits_engine and policy.max_running > 1
-    return [[request], [request, request]] if paired else [[request]]
+def _request(fastface: FastFace, preset: str) -> GenerationRequest:
+    request = fastface.request(_PROMPT, preset=preset)
+    return request.for_adapter(fastface.manifest.adapter_kind)
+
+
+def _rows(request: GenerationRequest) -> int:
+    return max(len(step.branches) for step in request.guidance_steps())
+
+
+def _most(request: GenerationRequest, policy: Policy) -> int:
+    return policy.size(_rows(request), policy.max_running)
+
+
+def _fitting(request: GenerationRequest, work: EngineWork, policy: Policy) -> Policy:
+    """The policy with as many rows as there is memory for."""
+    while (count := _most(request, policy)) > 1:
+        try:
+            work.make([request] * count, blank_face())
+        except OutOfMemory as error:
+            policy = policy.with_fewer_rows(count * _rows(request))
+            _log.warning("%s UNet calls have %d rows at most now.", error, policy.max_rows)
+        else:
+            break
+    return policy
