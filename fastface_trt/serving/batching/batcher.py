@@ -50,22 +50,6 @@ class Batcher(Closing):
         self._loop = EngineLoop(fastface, settings, self._table, self._cost, preview, clock)
         self._thread = threading.Thread(target=self._loop.run, name="engines", daemon=True)
 
-    @classmethod
-    def open(cls, settings: WorkerSettings, *, preview: Preview | None = None) -> "Batcher":
-        """Load the export of the settings and start; raises what `FastFace.load` and `start` do."""
-        fastface = FastFace.load(
-            settings.export,
-            backend=settings.backend,
-            cache=settings.cache,
-            threads=settings.threads,
-            engine_options=settings.engine_options,
-            licence_acknowledged=settings.licence_acknowledged,
-            schedule_of=settings.schedule_of,
-        )
-        batcher = cls(fastface, settings, preview=preview, owns_fastface=True)
-        batcher.start()
-        return batcher
-
     def start(self) -> None:
         """Open the engines, warm them up, and take tasks: READY when this returns.
 

@@ -81,7 +81,9 @@ class EngineLoop:
             while entries := self._table.wait_for_work():
                 self._round(entries)
         except Exception as error:
-            _log.critical("The engines failed for good.", exc_info=True)
+            # What a user can mend has a sentence; only a surprise needs a traceback.
+            surprise = not isinstance(error, FastFaceError)
+            _log.critical("The engines failed for good: %s", error, exc_info=surprise)
             self._table.dead(shown(error))
         finally:
             for entry in self._table.entries():
