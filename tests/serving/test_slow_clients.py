@@ -76,10 +76,9 @@ def test_the_next_request_of_a_connection_is_timed_too():
 def test_a_request_at_work_is_not_timed():
     with (
         guarded(App(), body_timeout=0.1) as (port, _),
-        connect(port, GET.replace(b"/ ", b"/waiting ")) as waiting,
+        connect(port, GET.replace(b"/ ", b"/waiting ")) as waiting,pytest.raises(TimeoutError)
     ):
-        with pytest.raises(TimeoutError):
-            read_for(waiting, 0.5)
+        read_for(waiting, 0.5)
 
 
 def test_good_clients_are_served_beside_many_slow_ones():

@@ -4,8 +4,8 @@ from fastapi import APIRouter, Request
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import Response
 
-from fastface_trt.runtime.presets import PRESETS, preset_fields
 from fastface_trt.requests import request_for
+from fastface_trt.runtime.presets import PRESETS, preset_fields
 from fastface_trt.serving.http.answers import json_answer
 from fastface_trt.serving.http.context import Context, context_of
 from fastface_trt.serving.http.openai_errors import RETRY_AFTER_UNAVAILABLE

@@ -59,9 +59,7 @@ def _bearer(scope: Scope) -> bytes:
 class RateLimit:
     """A token bucket per client: `per_minute` requests at once, refilled evenly. Of one thread."""
 
-    def __init__(
-        self, per_minute: int | None, clock: Callable[[], float] = time.monotonic
-    ) -> None:
+    def __init__(self, per_minute: int | None, clock: Callable[[], float] = time.monotonic) -> None:
         self._per_minute, self._clock = per_minute, clock
         self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()
 

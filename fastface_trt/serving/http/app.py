@@ -16,9 +16,11 @@ from starlette.responses import Response
 from fastface_trt import __version__
 from fastface_trt.engines.manifest import ExportManifest
 from fastface_trt.errors import FastFaceError
+from fastface_trt.serving.checks import Checks
 from fastface_trt.serving.http.about import about_router
 from fastface_trt.serving.http.access import ApiKeys, RateLimit
 from fastface_trt.serving.http.admission import Admission
+from fastface_trt.serving.http.body_limit import BodyLimit
 from fastface_trt.serving.http.context import PICTURE_THREADS, Context
 from fastface_trt.serving.http.faces import Faces, OwnFaces
 from fastface_trt.serving.http.front import Front, Gate, record_of
@@ -28,7 +30,7 @@ from fastface_trt.serving.http.openai_errors import (
     error_answer,
     http_error_answer,
     invalid_field,
-    status_of,
+    is_internal,
 )
 from fastface_trt.serving.http.openapi import document
 from fastface_trt.serving.http.registration import faces_router
@@ -84,9 +86,8 @@ def create_app(
     _handle_errors(app)
     _describe(app, secured=bool(settings.api_keys))
     # The last added is the first that a request passes.
-    app.add_middleware(
-        Gate, keys=context.keys, limit=context.limit, admission=context.admission
-    )
+    app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes, seconds=settings.body_timeout)
+    app.add_middleware(Gate, keys=context.keys, limit=context.limit, admission=context.admission)
     app.add_middleware(Front, metrics=context.metrics, tracing=context.tracing)
     return app
 
@@ -113,6 +114,7 @@ def _context(
         keys=ApiKeys(settings.api_keys),
         limit=RateLimit(settings.requests_per_minute),
         faces=faces,
+        checks=Checks.load(settings.checks),
         metrics=Metrics(worker, lambda: admission.state, lambda: faces.count),
         tracing=tracing,
         threads=ThreadPoolExecutor(PICTURE_THREADS, thread_name_prefix="fastface-pictures"),
@@ -130,7 +132,7 @@ def _handle_errors(app: FastAPI) -> None:
     async def known(request: Request, error: FastFaceError) -> Response:
         record = record_of(request.scope)
         record.outcome = "disconnected" if isinstance(error, ClientGone) else error.code
-        if status_of(error) == 500:
+        if is_internal(error):
             record.failure = error
         return error_answer(error, record.id)
 

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from starlette.requests import HTTPConnection
 
 from fastface_trt.engines.manifest import ExportManifest
+from fastface_trt.serving.checks import Checks
 from fastface_trt.serving.http.access import ApiKeys, RateLimit
 from fastface_trt.serving.http.admission import Admission
 from fastface_trt.serving.http.faces import Faces
@@ -37,6 +38,7 @@ class Context:
     keys: ApiKeys
     limit: RateLimit
     faces: Faces
+    checks: Checks
     metrics: Metrics
     tracing: Tracing
     threads: ThreadPoolExecutor

@@ -18,7 +18,7 @@ FACE_FIELDS = ("face", "face_id", "face_url")
 def generation_requests(
     body: GenerationBody, manifest: ExportManifest, settings: ServerSettings
 ) -> list[GenerationRequest]:
-    """One request per picture, with the export's defaults, the preset's fields, and then the body's.
+    """One request per picture: the export's defaults, the preset's fields, and then the body's.
 
     Raises `InvalidRequest`, `InvalidField` and `UnknownName`.
     """

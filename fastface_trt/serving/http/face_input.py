@@ -19,7 +19,7 @@ async def face_of(context: Context, body: GenerationBody, file: bytes | None, ow
     """Whichever one face the request has; see `conversion.check_one_face`.
 
     Raises `BadPicture`, `NoFaceFound`, `FaceIndexOutOfRange`, `UnknownFace`, `InvalidField`,
-    `Unavailable`.
+    `Refused`, `Unavailable`.
     """
     if body.face_id is not None:
         if body.face_index is not None:
@@ -38,8 +38,12 @@ async def face_of(context: Context, body: GenerationBody, file: bytes | None, ow
 
 
 async def analysed(context: Context, file: bytes, index: int | None) -> Face:
-    """The face of a picture file: the largest, or the `index`-th by size."""
+    """The face of a picture file: the largest, or the `index`-th by size.
+
+    Raises `BadPicture`, `Refused`, `NoFaceFound`, `FaceIndexOutOfRange`, `Unavailable`.
+    """
     pixels = await context.beside(decode_picture, file, context.settings)
+    await context.checks.check_face(pixels)
     # A worker may have to send megabytes of pixels to another process.
     future = await context.beside(context.worker.analyze, pixels, index)
     return await asyncio.wrap_future(future)

@@ -20,6 +20,7 @@ from fastface_trt.serving.http.openai_errors import error_answer
 from fastface_trt.serving.http.tracing import Tracing
 
 CLIENT_GONE = 499
+OUTCOMES = {408: "request_timeout", 413: "request_too_large", CLIENT_GONE: "disconnected"}
 WORKING = ("/v1/images/generations", "/v1/images/edits", "/v1/faces")
 ROUTES = frozenset(
     {
@@ -105,7 +106,7 @@ class Front:
                         failure = FastFaceError("")
                         await error_answer(failure, record.id)(scope, receive, send_with_id)
         finally:
-            if record.outcome == "disconnected" or not status:
+            if not status or (status == 200 and record.outcome == "disconnected"):
                 status = CLIENT_GONE
             self._end(record, route, method, status)
 
@@ -123,7 +124,9 @@ class Front:
             "route": route,
             "status": status,
             "ms": round(seconds * 1000, 1),
-            "outcome": record.outcome or ("ok" if status < 400 else "refused"),
+            "outcome": OUTCOMES.get(status)
+            or record.outcome
+            or ("ok" if status < 400 else "refused"),
         }
         if record.tasks:
             fields["tasks"] = record.tasks

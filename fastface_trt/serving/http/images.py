@@ -16,7 +16,7 @@ from fastface_trt.serving.http.tasks import unless_disconnected
 from fastface_trt.serving.http.work_order import WorkOrder, work_order
 from fastface_trt.serving.work import PictureDone
 
-REFUSALS = (400, 401, 404, 413, 415, 429, 500, 503, 504)
+REFUSALS = (400, 401, 404, 408, 413, 415, 429, 500, 503, 504)
 
 
 def images_router() -> APIRouter:

@@ -15,7 +15,9 @@ STAGES = ("queue", "denoise", "decode")
 class Metrics:
     """Counts of one server, in a registry of its own."""
 
-    def __init__(self, worker: Worker, state: Callable[[], State], faces: Callable[[], int]) -> None:
+    def __init__(
+        self, worker: Worker, state: Callable[[], State], faces: Callable[[], int]
+    ) -> None:
         self._registry = CollectorRegistry()
         self._requests = Counter(
             "fastface_requests",
@@ -76,7 +78,9 @@ class Metrics:
 class _OfWorker(Collector):
     """What `Worker.load` says at the moment of reading."""
 
-    def __init__(self, worker: Worker, state: Callable[[], State], faces: Callable[[], int]) -> None:
+    def __init__(
+        self, worker: Worker, state: Callable[[], State], faces: Callable[[], int]
+    ) -> None:
         self._worker, self._state, self._faces = worker, state, faces
 
     def describe(self) -> Iterable[Metric]:

@@ -45,6 +45,11 @@ def status_of(error: FastFaceError) -> int:
     return STATUS_OF_CODE.get(error.code, 500)
 
 
+def is_internal(error: FastFaceError) -> bool:
+    """Whether it is the server's own trouble: logged in full, and told without a detail."""
+    return status_of(error) == 500 or error.code in SECRET
+
+
 def retry_after(error: FastFaceError) -> float | None:
     """Seconds after which to try again; None where that is no use."""
     if isinstance(error, Busy):
@@ -57,7 +62,7 @@ def retry_after(error: FastFaceError) -> float | None:
 def detail_of(error: FastFaceError, request_id: str) -> ErrorDetail:
     """What a client may know of an error: of the server's own trouble, only that there is some."""
     status = status_of(error)
-    if status == 500 or error.code in SECRET:
+    if is_internal(error):
         message = f"{GENERIC} Quote {request_id} when you report it."
     else:
         message = str(error)
@@ -103,8 +108,12 @@ def invalid_field(errors: Sequence[Any]) -> InvalidField:
     # Past a field, the path names members of unions, which are ours and not the client's.
     named = ".".join(str(part) for part in place[:1]) or None
     if first["type"] == "extra_forbidden":
-        path = ".".join(str(part) for part in place)
-        return InvalidField(f"There is no field {path!r}.", "See /docs for those known.", param=path)
+        *outer, last = place
+        # A union's members are named by their class.
+        path = ".".join([*(p for p in map(str, outer) if not p[:1].isupper()), str(last)])
+        return InvalidField(
+            f"There is no field {path!r}.", "See /docs for those known.", param=path
+        )
     if first["type"] == "missing":
         return InvalidField(f"The field {named!r} is missing.", "See /docs.", param=named)
     if named is None or first["type"] == "json_invalid":

@@ -18,6 +18,7 @@ DESCRIPTIONS = {
     400: "The request is not one, or not one for this server.",
     401: "No valid API key.",
     404: "There is no such face.",
+    408: "The body did not arrive in time.",
     413: "The body is too large.",
     415: "The body's type is another.",
     429: "Too many requests, or too many in the queue; see Retry-After.",

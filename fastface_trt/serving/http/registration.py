@@ -25,7 +25,7 @@ def faces_router() -> APIRouter:
         "/v1/faces",
         status_code=201,
         response_model=FaceAnswer,
-        responses=refusals(400, 401, 413, 415, 429, 500, 503, 504),
+        responses=refusals(400, 401, 408, 413, 415, 429, 500, 503, 504),
         openapi_extra={
             "requestBody": {
                 "required": True,

@@ -9,7 +9,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from fastface_trt.errors import FastFaceError
-from fastface_trt.serving.http.openai_errors import detail_of, status_of
+from fastface_trt.serving.http.openai_errors import detail_of, is_internal
 from fastface_trt.serving.http.tasks import ClientGone, unless_disconnected
 from fastface_trt.serving.http.work_order import WorkOrder
 from fastface_trt.serving.work import PictureDone, StepDone
@@ -65,7 +65,7 @@ class PictureStream(Response):
             if not started:
                 raise
             record.outcome = error.code
-            if status_of(error) == 500:
+            if is_internal(error):
                 record.failure = error
             failed = {"type": "error", "error": detail_of(error, record.id).model_dump()}
             chunk = _chunk("error", failed)

@@ -64,7 +64,9 @@ class Spans(Tracing):
         from opentelemetry.trace import SpanKind
         from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+        headers = {
+            name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]
+        }
         with self._tracer.start_as_current_span(
             f"{scope['method']} {route}",
             context=TraceContextTextMapPropagator().extract(headers),

@@ -50,7 +50,11 @@ class WorkOrder:
         return Usage(pictures=len(tasks), unet_samples=samples)
 
     async def png(self, done: PictureDone) -> str:
-        """The picture as the server gives it away: a marked, perhaps signed PNG file in base64."""
+        """The picture as the server gives it away: a marked, perhaps signed PNG file in base64.
+
+        Raises `Refused` where a check does not let it out.
+        """
+        await self.context.checks.check_result(done.pixels)
         self.record.seconds.append(done.seconds)
         return await self.context.beside(
             partial(_encoded, done.pixels, done.parameters, self.context.settings.ai_mark)
@@ -81,6 +85,7 @@ async def work_order(
     check_one_face(body, file=file is not None)
     if context.settings.log_prompts:
         record.prompt = body.prompt
+    await within(deadline, context.checks.check_prompt(requests[0]))
     face = await within(deadline, face_of(context, body, file, record.owner))
     record.tasks = len(requests)
     return WorkOrder(
@@ -94,7 +99,8 @@ async def work_order(
                 face,
                 channel_order=body.channel_order or "bgr",
                 deadline=deadline,
-                previews=bool(body.stream and body.partial_images),
+                # A preview that nobody checked would show what the check then keeps back.
+                previews=bool(body.partial_images) and not context.checks.looks_at_results,
             )
             for index, one in enumerate(requests)
         ),

@@ -40,14 +40,12 @@ class ProxyAnswers:
             await self._app(scope, receive, send)
             return
         answer = _Answer(send)
-        try:
-            await self._app(scope, receive, answer.take)
-        finally:
-            failure = answer.failure()
-            if failure is not None:
-                await error_answer(failure, answer.id)(scope, receive, answer.send_with_id)
-            elif answer.cut_off_stream:
-                await send({"type": "http.response.body", "body": _last_event(answer.id)})
+        await self._app(scope, receive, answer.take)
+        failure = answer.failure()
+        if failure is not None:
+            await error_answer(failure, answer.id)(scope, receive, answer.send_with_id)
+        elif answer.cut_off_stream:
+            await send({"type": "http.response.body", "body": _last_event(answer.id)})
 
 
 class _Answer:

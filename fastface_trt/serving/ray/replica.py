@@ -1,7 +1,8 @@
-"""What runs in each replica: a batcher, the HTTP app over it, and a change of both without a gap."""
+"""What runs in each replica: a batcher and the HTTP app over it, changed together without a gap."""
 
 import asyncio
 import logging
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from starlette.types import ASGIApp
@@ -21,11 +22,16 @@ LOGGER = "fastface_trt.serving.ray"
 
 
 class Replica:
-    """A Ray Serve deployment's class; Ray calls everything here on one event loop."""
+    """A Ray Serve deployment's class; Ray calls everything here on one event loop.
 
-    def __init__(self, arguments: dict[str, Any]) -> None:
+    `ask` reaches the registry of faces; see `SharedFaces`.
+    """
+
+    def __init__(
+        self, arguments: dict[str, Any], ask: Callable[..., Awaitable[Any]] = ask_actor
+    ) -> None:
         self._arguments = RayArguments.model_validate(arguments)
-        self._faces = SharedFaces(ask_actor)
+        self._faces = SharedFaces(ask)
         self._current = Current(self._arguments.drain_seconds)
         self._changing = asyncio.Lock()
         self._checkpoint: Checkpoint | None = None

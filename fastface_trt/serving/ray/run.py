@@ -28,8 +28,8 @@ def run_on_ray(
 ) -> None:
     """Serve until SIGTERM or Ctrl-C on a Ray of this machine; on a cluster deploy and return.
 
-    `address` is a cluster's (`auto` for the one of this machine). Deployed a second time there, only
-    the export and its schedule changed, replicas load the new one beside the old and drop nothing.
+    `address` is a cluster's (`auto` for the one of this machine). Where it serves already and only
+    the export or its schedule changed, replicas load the new one beside the old and drop nothing.
     `ray_options` go to `ray.init`. Raises `EngineFailed` when the replicas do not start, and as
     `pinned`.
     """

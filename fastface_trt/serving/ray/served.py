@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from starlette.types import Receive, Scope, Send
@@ -55,10 +56,8 @@ class Served:
 
     async def retire(self, seconds: float) -> None:
         """Let the requests inside end for so long, then end them; frees the engines."""
-        try:
+        with suppress(asyncio.TimeoutError):  # closing the worker ends what is left
             await asyncio.wait_for(self._idle.wait(), seconds)
-        except asyncio.TimeoutError:
-            pass  # closing the worker ends what is left with an answer
         await asyncio.to_thread(self.worker.close)
         self._stop.set()
         if self._running is not None:
