@@ -80,7 +80,7 @@ def test_an_update_under_requests_drops_none(pictures):
             await replica.reconfigure({"export": "mini", "schedule_of": "lightning"})
             updated.set()
             await asyncio.gather(*asking)
-        await replica._current.close()
+        await replica.close()
         assert first.state is not State.READY
         return [pixels_of(answer) for answer in answers]
 
@@ -106,7 +106,7 @@ def test_an_export_that_does_not_open_leaves_the_old_one(tmp_path):
             worker = replica._current.worker
             await replica.reconfigure({"export": "mini"})
             assert replica._current.worker is worker
-        await replica.__del__()
+        await replica.close()
 
     asyncio.run(scenario())
 
@@ -123,7 +123,7 @@ def test_faces_stay_through_an_update():
             assert [one["id"] for one in (await client.get("/v1/faces")).json()["data"]] == [name]
             assert (await client.delete(f"/v1/faces/{name}")).status_code == 204
             error_of(await post(client, face_id=name), 404, "unknown_face")
-        await replica._current.close()
+        await replica.close()
 
     asyncio.run(scenario())
 

@@ -24,7 +24,7 @@ def build(arguments: RayArguments) -> "Application":
     from ray.serve.config import BackpressureConfig, DeploymentActorConfig
 
     from fastface_trt.serving.ray.faces import ACTOR, FaceActor
-    from fastface_trt.serving.ray.replica import Replica
+    from fastface_trt.serving.ray.replica import RayReplica
 
     faces = DeploymentActorConfig(
         name=ACTOR,
@@ -33,7 +33,7 @@ def build(arguments: RayArguments) -> "Application":
         actor_options={"num_cpus": 0},
     )
     deployment = serve.deployment(
-        serve.ingress()(Replica),
+        serve.ingress()(RayReplica),
         name=DEPLOYMENT,
         ray_actor_options={"num_cpus": arguments.num_cpus, "num_gpus": arguments.num_gpus},
         user_config=pinned(arguments.checkpoint).model_dump(),

@@ -60,8 +60,8 @@ class Replica:
         if worker is not None and worker.state is State.DEAD:
             raise RuntimeError("the engines of this replica failed for good")
 
-    async def __del__(self) -> None:
-        # Ray Serve awaits this when it stops a replica, after the requests that it knows of.
+    async def close(self) -> None:
+        """End the requests inside with their answers, and free the engines."""
         await self._current.close()
 
     def _serve(self, batcher: Batcher, manifest: ExportManifest) -> Served:
@@ -73,6 +73,13 @@ class Replica:
             faces=self._faces,
         )
         return Served(batcher, app)
+
+
+class RayReplica(Replica):
+    """The class that Ray Serve gets: it awaits the finaliser of what it stops."""
+
+    async def __del__(self) -> None:
+        await self.close()
 
 
 def _open(settings: WorkerSettings) -> tuple[Batcher, ExportManifest]:

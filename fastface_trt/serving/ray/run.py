@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from fastface_trt.errors import EngineFailed
+from fastface_trt.errors import BackendUnavailable, EngineFailed
 from fastface_trt.serving.ray.arguments import Placement, RayArguments
 from fastface_trt.serving.ray.deployment import DEPLOYMENT, pinned, require_ray
 from fastface_trt.serving.settings import ServerSettings, WorkerSettings
@@ -30,8 +30,8 @@ def run_on_ray(
 
     `address` is a cluster's (`auto` for the one of this machine). Where it serves already and only
     the export or its schedule changed, replicas load the new one beside the old and drop nothing.
-    `ray_options` go to `ray.init`. Raises `EngineFailed` when the replicas do not start, and as
-    `pinned`.
+    `ray_options` go to `ray.init`. Raises `BackendUnavailable` when Ray is out of reach,
+    `EngineFailed` when the replicas do not start, and as `pinned`.
     """
     require_ray()
     import ray
@@ -50,13 +50,22 @@ def run_on_ray(
         }
     else:
         options["address"] = address
-    ray.init(**(options | dict(ray_options or {})))
+    try:
+        ray.init(**(options | dict(ray_options or {})))
+    except (OSError, RuntimeError) as problem:
+        raise BackendUnavailable(
+            f"Ray{f' at {address}' if address else ''} cannot be reached: {problem}.",
+            "Where the cluster asks for a token, set RAY_AUTH_MODE=token; its log says the rest.",
+        ) from problem
     try:
         deploy(config)
         if address is not None:
             say(f"Deployed: {config['applications'][0]['deployments'][0]['user_config']}")
             return
-        say(f"Serving on http://{server.host}:{server.port}")
+        cluster = ray.get_runtime_context().gcs_address
+        say(
+            f"Serving on http://{server.host}:{server.port}; update it with --ray-address {cluster}"
+        )
         _wait_for_signal()
         say("Draining")
         serve.shutdown()
