@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from ray.serve import Application
 
 DEPLOYMENT = "FastFace"
-_SHUTDOWN_MARGIN_SECONDS = 10
+SHUTDOWN_MARGIN_SECONDS = 10
 """What a replica gets beyond its requests' time to close engines before it is killed."""
 
 
@@ -41,7 +41,7 @@ def build(arguments: RayArguments) -> "Application":
         max_queued_requests=arguments.max_queued_requests,
         backpressure_config=BackpressureConfig(retry_after_s=arguments.retry_after),
         health_check_period_s=arguments.health_check_period,
-        graceful_shutdown_timeout_s=arguments.drain_seconds + _SHUTDOWN_MARGIN_SECONDS,
+        graceful_shutdown_timeout_s=arguments.drain_seconds + SHUTDOWN_MARGIN_SECONDS,
         deployment_actors=[faces],
         # Other code or arguments restart replicas: new ones first, one at a time.
         max_surge_percent=1,

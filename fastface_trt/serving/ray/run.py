@@ -3,12 +3,18 @@
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from fastface_trt.errors import BackendUnavailable, EngineFailed
 from fastface_trt.serving.ray.arguments import Placement, RayArguments
-from fastface_trt.serving.ray.deployment import DEPLOYMENT, pinned, require_ray
+from fastface_trt.serving.ray.deployment import (
+    DEPLOYMENT,
+    SHUTDOWN_MARGIN_SECONDS,
+    pinned,
+    require_ray,
+)
 from fastface_trt.serving.settings import ServerSettings, WorkerSettings
 
 APPLICATION = "fastface"
@@ -68,6 +74,7 @@ def run_on_ray(
         )
         _wait_for_signal()
         say("Draining")
+        _drain(server.drain_seconds + 2 * SHUTDOWN_MARGIN_SECONDS)
         serve.shutdown()
     finally:
         ray.shutdown()
@@ -109,7 +116,7 @@ def deploy_config(
     }
 
 
-def deploy(config: Mapping[str, Any], stop: threading.Event | None = None) -> None:
+def deploy(config: Mapping[str, Any]) -> None:
     """Apply a config to the Ray that this process is connected to, and wait until it is in force.
 
     Raises `EngineFailed` when it cannot be.
@@ -123,8 +130,8 @@ def deploy(config: Mapping[str, Any], stop: threading.Event | None = None) -> No
     client = _get_global_client()
     assert client is not None
     client.deploy_apps(schema)
-    waiting = stop or threading.Event()
-    while not waiting.wait(_POLL_SECONDS):
+    while True:
+        time.sleep(_POLL_SECONDS)
         application = serve.status().applications.get(APPLICATION)
         if application is None or application.status in (
             ApplicationStatus.DEPLOYING,
@@ -138,6 +145,19 @@ def deploy(config: Mapping[str, Any], stop: threading.Event | None = None) -> No
             "Ray Serve could not start the replicas.",
             " ".join([application.message, *details]).strip(),
         )
+
+
+def _drain(seconds: float) -> None:
+    """Take the application out of the proxies and let its replicas end their requests.
+
+    `serve.shutdown` alone would stop the proxies first, and cut off everybody inside.
+    """
+    from ray import serve
+
+    serve.delete(APPLICATION, _blocking=False)
+    give_up = time.monotonic() + seconds
+    while APPLICATION in serve.status().applications and time.monotonic() < give_up:
+        time.sleep(_POLL_SECONDS)
 
 
 def _wait_for_signal() -> None:
