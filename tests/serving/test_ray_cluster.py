@@ -35,7 +35,7 @@ from fastface_trt.export_folder import with_schedule_of
 from fastface_trt.mini import folders
 from fastface_trt.runtime.images import load_picture
 from fastface_trt.serving.distribution import publish
-from fastface_trt.serving.release import written
+from fastface_trt.serving.release import object_name, sha256_of, written
 
 pytestmark = pytest.mark.serving
 
@@ -105,8 +105,7 @@ class Cluster:
         """Deploy again what the tag means now, as an operator would."""
         with self._run(address=self.address) as process:
             said = process.stdout.read()
-        assert process.returncode == 0, said
-        return said
+        return process.returncode, said
 
     def ask(self, path="/v1/images/generations", **fields):
         """Over a connection of its own, so that any replica may answer."""
@@ -157,11 +156,11 @@ class Load:
         return self.answers
 
 
-def changed_export(folder):
+def changed_export(folder, name="mini-2"):
     """The mini export with another sampler and name: other pictures from the same engines."""
     shutil.copytree(folders.EXPORT, folder)
     manifest = read_manifest(folder / EXPORT_MANIFEST, ExportManifest)
-    other = with_schedule_of(manifest, "lightning").model_copy(update={"checkpoint": "mini-2"})
+    other = with_schedule_of(manifest, "lightning").model_copy(update={"checkpoint": name})
     (folder / EXPORT_MANIFEST).write_bytes(written(other))
     return folder
 
@@ -262,13 +261,34 @@ def test_an_update_of_the_tag_drops_nothing(cluster, exports, pictures):
     load = Load(cluster)
     load.wait_for_more()
     address = publish(exports["mini-2"], str(cluster.storage), tag="production")
-    assert address.reference in cluster.update()
+    code, said = cluster.update()
+    assert code == 0, said
+    assert address.reference in said
     load.wait_for_more()
     made = [check_picture(answer, pictures) for answer in load.stop()]
     assert made[0] == "mini"
     assert made[-1] == "mini-2"
     assert cluster.get("/v1/models").json()["data"][0]["id"] == "mini-2"
     assert set(cluster.replicas()) == before, "a replica was started again for an update"
+
+
+def test_a_release_that_does_not_open_stops_its_update(cluster, tmp_path, pictures):
+    bad = changed_export(tmp_path / "bad", name="mini-3")
+    publish(bad, str(cluster.storage), tag="production")
+    content = (bad / EXPORT_MANIFEST).read_bytes()
+    stored = cluster.storage / object_name(sha256_of(content))
+    stored.write_bytes(content[:-1])
+    load = Load(cluster, clients=2)
+    load.wait_for_more()
+    code, said = cluster.update()
+    assert code != 0
+    (last,) = [line for line in said.splitlines() if "could not start the replicas" in line]
+    assert "is damaged" in last
+    load.wait_for_more()
+    assert {check_picture(answer, pictures) for answer in load.stop()} == {"mini-2"}
+    publish(changed_export(tmp_path / "good"), str(cluster.storage), tag="production")
+    assert cluster.update()[0] == 0
+    wait_until(lambda: len(cluster.replicas()) == REPLICAS)
 
 
 def test_a_killed_replica_takes_only_its_requests_with_it(cluster, pictures):

@@ -1,10 +1,11 @@
 """`fastface-trt serve --ray`: start Ray Serve here or join a cluster, deploy, update."""
 
 import os
+import re
 import signal
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from fastface_trt.errors import BackendUnavailable, EngineFailed
@@ -140,11 +141,21 @@ def deploy(config: Mapping[str, Any]) -> None:
             continue
         if application.status is ApplicationStatus.RUNNING:
             return
-        details = [one.message for one in application.deployments.values() if one.message]
+        told = [application.message, *(one.message for one in application.deployments.values())]
         raise EngineFailed(
-            "Ray Serve could not start the replicas.",
-            " ".join([application.message, *details]).strip(),
+            f"Ray Serve could not start the replicas: {_reason(told)}",
+            "Where this was an update, replicas with the export from before go on: deploy that "
+            "again, or one that opens.",
         )
+
+
+def _reason(told: Iterable[str]) -> str:
+    """The last line of the last traceback that Ray Serve passes on, without the error's class."""
+    lines = [line.strip() for text in told for line in text.splitlines()]
+    errors = [line for line in lines if re.match(r"[\w.]+(Error|Exception): ", line)]
+    ours = [line for line in lines if line.startswith("fastface_trt.errors.")]
+    last = (ours or errors or [line for line in lines if line] or ["it says nothing."])[-1]
+    return re.sub(r"^[\w.]+: ", "", last)
 
 
 def _drain(seconds: float) -> None:
