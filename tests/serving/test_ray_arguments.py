@@ -1,10 +1,14 @@
 """What `serve run` and a config may say, and what is made of it; no cluster is started."""
 
+import re
+import textwrap
+from pathlib import Path
+
 import pytest
 from pydantic import ValidationError
 
 from fastface_trt.serving.ray import RayArguments, app
-from fastface_trt.serving.ray.arguments import Placement
+from fastface_trt.serving.ray.arguments import Checkpoint, Placement
 from fastface_trt.serving.settings import ServerSettings, WorkerSettings
 
 
@@ -66,6 +70,21 @@ def test_what_does_not_restart_replicas_is_apart():
     (application,) = one["applications"]
     assert application["args"] == {"threads": 1, "without_keys": True}
     RayArguments.model_validate(application["args"])
+
+
+def test_the_config_in_the_readme_is_one():
+    schema = pytest.importorskip("ray.serve.schema")
+    import yaml
+
+    import fastface_trt.serving.ray as package
+
+    readme = Path(package.__file__).with_name("README.md").read_text()
+    block = re.search(r"( {4}# serve deploy .*?)\n\n", readme, re.DOTALL)[1]
+    config = schema.ServeDeploySchema.model_validate(yaml.safe_load(textwrap.dedent(block)))
+    (application,) = config.applications
+    assert RayArguments.model_validate(application.args).backend == "tensorrt"
+    (deployment,) = application.deployments
+    Checkpoint.model_validate(deployment.user_config)
 
 
 def test_the_builder_pins_a_tag(tmp_path):
