@@ -60,6 +60,18 @@ def cuda_hardware() -> dict[str, str]:
 
 
 @lru_cache
+def cuda_device_count() -> int:
+    """How many CUDA devices this process sees, opening none; 0 without a driver."""
+    with suppress(ImportError, OSError, RuntimeError):
+        driver = importlib.import_module("cuda.bindings.driver")
+        if int(driver.cuInit(0)[0]) == 0:
+            error, count = driver.cuDeviceGetCount()
+            if int(error) == 0:
+                return int(count)
+    return 0
+
+
+@lru_cache
 def cuda_driver() -> dict[str, str]:
     """`driver`, the CUDA version that the installed driver offers, such as 13.0; {} without one."""
     with suppress(ImportError, OSError, RuntimeError):

@@ -42,12 +42,15 @@ latent pixels."""
 
 def _stays_inside(path: str) -> str:
     pure = PurePosixPath(path)
-    if not path or pure.is_absolute() or ".." in pure.parts or "\\" in path:
+    if pure.is_absolute() or ".." in pure.parts or "\\" in path:
         raise ValueError(f"file name {path!r} leaves its folder")
+    if not pure.parts or not path.isprintable():  # nothing but the folder, or null characters
+        raise ValueError(f"{path!r} is not the name of a file")
     return path
 
 
 RelativePath = Annotated[str, AfterValidator(_stays_inside)]
+Positive = Annotated[int, Field(ge=1)]
 
 
 class Strict(BaseModel):
@@ -80,8 +83,8 @@ class Probe(Strict):
     """
 
     file: FileEntry
-    sizes: dict[str, int]
-    tolerance: float = Field(gt=0)
+    sizes: dict[str, Positive]
+    tolerance: float = Field(gt=0, allow_inf_nan=False)
 
 
 class ModuleSpec(Strict):
@@ -116,7 +119,7 @@ class LoraFused(Strict):
     """A LoRA whose product was added to the weights before export, and by which factor."""
 
     role: Literal["distillation", "faceid"]
-    scale: float
+    scale: float = Field(allow_inf_nan=False)
 
 
 class Quantization(Strict):
@@ -145,7 +148,7 @@ class ExportManifest(Strict):
     adapter: str
     adapter_kind: AdapterKind = "faceid-plus-v2"
     orthogonal: Orthogonal = "off"
-    zero_tokens: int = 0
+    zero_tokens: int = Field(0, ge=0)
     face_parser: RelativePath | None = None
     precision: Literal["fp32", "fp16", "bf16", "fp8", "int8"]
     weight_storage: Literal["fp32", "fp16", "bf16"]
@@ -155,15 +158,15 @@ class ExportManifest(Strict):
     sources: tuple[Source, ...] = ()
     loras: tuple[LoraFused, ...] = ()
     scheduler: dict[str, Any]
-    steps: int
-    allowed_steps: tuple[int, ...]
-    height: int
-    width: int
+    steps: Positive
+    allowed_steps: tuple[Positive, ...]
+    height: Positive
+    width: Positive
     fixed_size: bool = False
-    vae_scale_factor: int
-    latent_channels: int
-    image_token_count: int
-    image_encoder_size: int | None = None
+    vae_scale_factor: Positive
+    latent_channels: Positive
+    image_token_count: Positive
+    image_encoder_size: Positive | None = None
     image_mean: tuple[float, float, float] | None = None
     image_std: tuple[float, float, float] | None = None
     force_zeros_for_empty_prompt: bool = True
@@ -205,7 +208,7 @@ class EngineManifest(Strict):
     options: dict[str, Any] = {}
     hardware: dict[str, str] = {}
     files: tuple[FileEntry, ...] = Field(min_length=1)
-    build_seconds: float = Field(ge=0)
+    build_seconds: float = Field(ge=0, allow_inf_nan=False)
     report: BuildReport = BuildReport()
 
 
@@ -235,14 +238,15 @@ def read_manifest(path: Path, kind: type[Manifest]) -> Manifest:
         version = json.loads(text).get("schema_version")
         if version != SCHEMA_VERSION:
             raise ManifestError(
-                f"{path} has schema version {version!r}; this program reads {SCHEMA_VERSION}.",
+                f"{path} has schema version {version!r:.40}; this program reads {SCHEMA_VERSION}.",
                 "Export or build it again with this version.",
             )
         return kind.model_validate_json(text)
-    except (json.JSONDecodeError, AttributeError):
-        raise ManifestError(f"{path} is not a manifest.", "Export or build it again.") from None
     except ValidationError as error:
         where, problem = first_problem(error)
         raise ManifestError(
             f"{path} is not valid at {where or 'the top'}: {problem}.", "Export or build it again."
         ) from None
+    # ValueError: no JSON, or a number of thousands of digits. RecursionError: lists in lists.
+    except (ValueError, AttributeError, RecursionError):
+        raise ManifestError(f"{path} is not a manifest.", "Export or build it again.") from None

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastface_trt.errors import InvalidRequest, UnknownName
+from fastface_trt.runtime.finite import is_number
 
 Latents = NDArray[np.float32]
 
@@ -178,18 +179,25 @@ def resolve_schedule(
     """
     if isinstance(schedule, NamedSchedule):
         values = schedule.values(steps)
-    elif isinstance(schedule, Sequence):
-        values = [float(v) for v in schedule]
+    elif isinstance(schedule, Sequence) and not isinstance(schedule, str):
+        values = _numbers(name, schedule)
         if len(values) != steps:
             raise InvalidRequest(
                 f"{name} has {len(values)} values for {steps} steps.",
                 "Give one value per step, a single number, or the name of a schedule.",
             )
     else:
-        values = [float(schedule)] * steps
+        values = _numbers(name, [schedule]) * steps
     if not all(np.isfinite(values)):
         raise InvalidRequest(f"{name} holds a value that is not finite.", "Use plain numbers.")
     return values
+
+
+def _numbers(name: str, values: Sequence[Any]) -> list[float]:
+    for value in values:
+        if not is_number(value):
+            raise InvalidRequest(f"{name} is {value!r:.40}.", "Use plain, finite numbers.")
+    return [float(value) for value in values]
 
 
 def parse_schedule(text: str) -> float | list[float] | NamedSchedule:

@@ -6,7 +6,6 @@ needs no export and no build.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from math import isfinite
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 from fastface_trt.engines.contract import KINDS, MANIPULATION_COLUMNS, PARTS
 from fastface_trt.engines.manifest import AdapterKind
 from fastface_trt.errors import InvalidRequest, UnknownName
+from fastface_trt.runtime.finite import is_number
 
 PerStep = float | Sequence[float]
 """One value for all steps, or one per step."""
@@ -52,18 +52,24 @@ class PartManipulation:
             ("upper_bound", 0.0, None, "at least 0"),
         ):
             value = getattr(self, name)
+            if isinstance(value, str):  # its characters would be taken for values per step
+                value = [value]
             for number in value if isinstance(value, Sequence) else [value]:
                 if (
-                    isinstance(number, bool)
-                    or not isinstance(number, int | float)
-                    or not isfinite(number)
+                    not is_number(number)
                     or (low is not None and number < low)
                     or (high is not None and number > high)
                 ):
                     raise InvalidRequest(
-                        f"Attention manipulation: {name} is {number!r}.",
+                        f"Attention manipulation: {name} is {number!r:.40}.",
                         f"It must be a number that is {meaning}.",
                     )
+
+        if self.invert_first_token not in (None, True, False):
+            raise InvalidRequest(
+                "Attention manipulation: invert_first_token is not true or false.",
+                "Leave it out, and the adapter decides.",
+            )
 
     def row(self, step: int, steps: int) -> list[float]:
         """Column values for one step, in the order of `MANIPULATION_COLUMNS`."""
@@ -129,9 +135,18 @@ class AttentionManipulation:
     def from_dict(cls, parts: Mapping[str, Mapping[str, Any]]) -> "AttentionManipulation":
         """The inverse of `to_dict`; unknown parts or parameters raise `UnknownName`."""
         made = {}
+        if not isinstance(parts, Mapping):
+            raise InvalidRequest(
+                "Attention manipulation is not given by part.", 'Write e.g. {"up": {"scale": 1.5}}.'
+            )
         for part, values in parts.items():
             if part not in PARTS:
-                raise UnknownName("part of the UNet", part, PARTS)
+                raise UnknownName("part of the UNet", str(part), PARTS)
+            if not isinstance(values, Mapping):
+                raise InvalidRequest(
+                    f"Attention manipulation of {part} is not given by parameter.",
+                    'Write e.g. {"up": {"scale": 1.5}}.',
+                )
             made[part] = replace_checked(OFF, values)
         return cls(**made)
 
@@ -148,7 +163,7 @@ def replace_checked(base: PartManipulation, values: Mapping[str, Any]) -> PartMa
     known = [f.name for f in fields(PartManipulation)]
     for name in values:
         if name not in known:
-            raise UnknownName("parameter of attention manipulation", name, known)
+            raise UnknownName("parameter of attention manipulation", str(name), known)
     return replace(base, **dict(values))
 
 

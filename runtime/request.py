@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from math import isfinite
 from typing import Any, Literal
 
 import numpy as np
@@ -11,6 +10,7 @@ from numpy.typing import NDArray
 from fastface_trt.engines.contract import PARTS
 from fastface_trt.engines.manifest import AdapterKind
 from fastface_trt.errors import InvalidRequest, UnknownName
+from fastface_trt.runtime.finite import is_number
 from fastface_trt.runtime.guidance import (
     BRANCH_PLANS,
     VARIANTS,
@@ -60,6 +60,8 @@ class GenerationRequest:
     plan: BranchPlan = "exact"
 
     def __post_init__(self) -> None:
+        for name in ("prompt", "negative_prompt"):
+            _check_text(name, getattr(self, name))
         if not self.prompt.strip():
             raise InvalidRequest("The prompt is empty.", "Describe the picture in a few words.")
         for name, low, high in (
@@ -72,7 +74,7 @@ class GenerationRequest:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
                 raise InvalidRequest(
-                    f"{name} is {value!r}.", f"It must be a whole number from {low} to {high}."
+                    f"{name} is {value!r:.40}.", f"It must be a whole number from {low} to {high}."
                 )
         for kind, value, known in (
             ("branch plan", self.plan, BRANCH_PLANS),
@@ -81,9 +83,9 @@ class GenerationRequest:
         ):
             if value not in known:
                 raise UnknownName(kind, str(value), known)
-        if self.rescale is not None and not (isfinite(self.rescale) and 0 <= self.rescale <= 1):
+        if self.rescale is not None and not (is_number(self.rescale) and 0 <= self.rescale <= 1):
             raise InvalidRequest(
-                f"rescale is {self.rescale!r}.", "It must be between 0 and 1, or none for off."
+                f"rescale is {self.rescale!r:.40}.", "It must be between 0 and 1, or none for off."
             )
         self.ip_scales()
         self.guidance_steps()
@@ -96,13 +98,15 @@ class GenerationRequest:
         if isinstance(scale, Mapping):
             for part in scale:
                 if part not in PARTS:
-                    raise UnknownName("part of the UNet", part, PARTS)
+                    raise UnknownName("part of the UNet", str(part), PARTS)
             values = [scale.get(part, 0.8) for part in PARTS]
         else:
             values = [scale] * len(PARTS)
         for value in values:
-            if isinstance(value, bool) or not isinstance(value, int | float) or not isfinite(value):
-                raise InvalidRequest(f"ip_adapter_scale is {value!r}.", "Use a number such as 0.8.")
+            if not is_number(value):
+                raise InvalidRequest(
+                    f"ip_adapter_scale is {value!r:.40}.", "Use a number such as 0.8."
+                )
             if not -10 <= value <= 10:
                 raise InvalidRequest(
                     f"ip_adapter_scale is {value!r}.", "Use a number from -10 to 10; 0.8 is usual."
@@ -155,8 +159,23 @@ class GenerationRequest:
         known = set(cls.__slots__)
         for name in values:
             if name not in known:
-                raise UnknownName("field of a request", name, known)
+                raise UnknownName("field of a request", str(name), known)
+        if "prompt" not in values:
+            raise InvalidRequest("A request has no prompt.", "Describe the picture in a few words.")
         fields = dict(values)
         if "manipulation" in fields:
             fields["manipulation"] = AttentionManipulation.from_dict(fields["manipulation"])
         return cls(**fields)
+
+
+def _check_text(name: str, text: object) -> None:
+    """Raise `InvalidRequest` for what no tokenizer takes."""
+    if not isinstance(text, str):
+        raise InvalidRequest(f"The {name.replace('_', ' ')} is not text.", "Give a string.")
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # half a surrogate pair, which JSON can write as an escape
+        raise InvalidRequest(
+            f"The {name.replace('_', ' ')} holds a character that does not exist.",
+            "Give text that has a UTF-8 encoding.",
+        ) from None

@@ -9,7 +9,7 @@ import pytest
 
 TESTS = Path(__file__).parent
 GOLDEN = TESTS / "golden"
-FOLDERS = ("", "..", "runtime", "engines", "export", "verify", "serving")
+FOLDERS = ("", "..", "runtime", "engines", "export", "verify", "serving", "fuzz")
 sys.path[:0] = [str(TESTS / name) for name in FOLDERS]
 
 

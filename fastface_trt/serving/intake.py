@@ -48,7 +48,7 @@ def decode_picture(data: bytes, settings: ServerSettings) -> Pixels:
     """The pixels of a PNG, JPEG or WebP file: RGB, uint8 [H, W, 3], upright, owned by the caller.
 
     The format is known by its content, the size by its header, before anything is decoded, and a
-    decoder sees only what pixels need: see `picture_files`. It takes up to some 20 bytes of memory
+    decoder sees only what pixels need: see `picture_files`. It takes up to some 35 bytes of memory
     per pixel while it runs, so a server calls it on few threads. Raises `BadPicture`, and nothing
     else, for whatever `data` holds; its sentence tells nothing about this machine or its libraries.
     """

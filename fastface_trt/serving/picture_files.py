@@ -134,6 +134,7 @@ def _webp(data: bytes) -> PictureFile:
         parts.setdefault(kind, body)
         if kind in (b"VP8 ", b"VP8L") and b"VP8X" not in parts:
             break
+    kept: dict[bytes, bytes]
     extended = parts.get(b"VP8X")
     if extended is None:
         kept = {kind: parts[kind] for kind in (b"VP8 ", b"VP8L") if kind in parts}

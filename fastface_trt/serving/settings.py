@@ -38,6 +38,9 @@ class WorkerSettings(Settings):
     max_passed_over: Annotated[int, Field(ge=0)] = 4
     """How many UNet calls in a row may pass over a task that is ready for one, for the sake of a
     fuller call."""
+    stall_seconds: Seconds = 300
+    """A worker process that has work and finishes no UNet call and no picture for this long is
+    killed and started again."""
 
 
 class ServerSettings(Settings):

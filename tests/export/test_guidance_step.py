@@ -102,7 +102,7 @@ def test_both_guidances_equal_float64(engine, offset):
     expected = float64_reference(batch, *given)
     tolerance = 2e-6 * (1 + offset)
     for guidance in (HostGuidance(), EngineGuidance(engine)):
-        ours = guidance(batch, 0, *given)
+        ours = guidance(batch, [0] * len(batch), *given)
         for mine, theirs in zip((ours.latents, ours.guided, ours.samples), expected, strict=True):
             np.testing.assert_allclose(np.stack(mine), np.stack(theirs), rtol=3e-6, atol=tolerance)
 

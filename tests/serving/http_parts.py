@@ -4,7 +4,7 @@ import base64
 import contextlib
 import json
 
-from fake_worker import FakeWorker
+from scripted_worker import ScriptedWorker
 from starlette.testclient import TestClient
 
 from fastface_trt.engines.manifest import EXPORT_MANIFEST, ExportManifest, read_manifest
@@ -24,7 +24,7 @@ def mini_manifest():
 @contextlib.contextmanager
 def client_of(worker=None, *, app_options=None, key=None, **settings):
     """A client of an app with these settings; `client.worker` is its worker."""
-    worker = worker or FakeWorker()
+    worker = worker or ScriptedWorker()
     app = create_app(worker, ServerSettings(**settings), mini_manifest(), **(app_options or {}))
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     with TestClient(app, headers=headers, raise_server_exceptions=False) as client:

@@ -9,10 +9,10 @@ import uvicorn
 
 
 @contextlib.contextmanager
-def serving(app, **options):
+def serving(app, *, lifespan="off", **options):
     """The port of a server of an ASGI app."""
     listener = socket.create_server(("127.0.0.1", 0))
-    config = uvicorn.Config(app, lifespan="off", ws="none", log_level="critical", **options)
+    config = uvicorn.Config(app, lifespan=lifespan, ws="none", log_level="critical", **options)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, args=([listener],), name="test-server")
     thread.start()

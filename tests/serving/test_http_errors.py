@@ -1,6 +1,6 @@
 import pytest
-from fake_worker import FakeWorker
 from http_parts import FACE, PROMPT, ask, client_of, error_of
+from scripted_worker import ScriptedWorker
 
 from fastface_trt.errors import (
     Busy,
@@ -23,7 +23,7 @@ def client():
         yield client
 
 
-class Failing(FakeWorker):
+class Failing(ScriptedWorker):
     def __init__(self, error):
         super().__init__(eager=False)
         self.error = error
@@ -103,7 +103,7 @@ def test_what_the_request_itself_refuses(client, fields, code):
     ],
 )
 def test_errors_of_the_face(error, status, code):
-    worker = FakeWorker()
+    worker = ScriptedWorker()
     worker.analysis_error = error
     with client_of(worker) as client:
         answer = ask(client)
@@ -137,7 +137,7 @@ def test_errors_of_the_worker(error, status, code, kind, caplog):
 
 
 def test_a_mistake_of_ours_is_a_generic_500(caplog):
-    class Broken(FakeWorker):
+    class Broken(ScriptedWorker):
         def submit(self, task, on_event):
             raise KeyError("secret words")
 
@@ -148,7 +148,7 @@ def test_a_mistake_of_ours_is_a_generic_500(caplog):
 
 
 def test_one_picture_of_several_that_fails_ends_the_others():
-    class SecondFails(FakeWorker):
+    class SecondFails(ScriptedWorker):
         def submit(self, task, on_event):
             super().submit(task, on_event)
             if len(self.submitted) == 2:
@@ -173,7 +173,7 @@ def test_a_worker_that_is_not_ready_is_503_before_the_body_is_read(client, state
 
 
 def test_a_full_queue_lets_none_of_several_pictures_in():
-    with client_of(FakeWorker(eager=False, capacity=2)) as client:
+    with client_of(ScriptedWorker(eager=False, capacity=2)) as client:
         answer = ask(client, n=3)
         error_of(answer, 429, "busy")
         assert answer.headers["retry-after"] == "8"
@@ -182,7 +182,7 @@ def test_a_full_queue_lets_none_of_several_pictures_in():
 
 
 def test_while_the_queue_is_as_full_as_when_it_refused_no_face_is_looked_at():
-    with client_of(FakeWorker(capacity=0)) as client:
+    with client_of(ScriptedWorker(capacity=0)) as client:
         for _ in range(3):
             error_of(ask(client), 429, "busy")
         assert len(client.worker.analysed) == 1
@@ -260,10 +260,10 @@ def test_too_many_requests_in_work():
 
 def test_a_silent_worker_does_not_hold_a_request_past_its_deadline(monkeypatch):
     monkeypatch.setattr("fastface_trt.serving.http.tasks.GRACE", 0.0)
-    with client_of(FakeWorker(eager=False)) as client:
+    with client_of(ScriptedWorker(eager=False)) as client:
         error_of(ask(client, deadline=0.2), 504, "deadline_passed")
         assert client.worker.open == {}
-    worker = FakeWorker()
+    worker = ScriptedWorker()
     from concurrent.futures import Future
 
     worker.analysis = Future()

@@ -2,8 +2,8 @@ import itertools
 
 import numpy as np
 import pytest
-from fake_worker import make_face
 from http_parts import FACE, FACE_BYTES, ask, client_of, error_of
+from scripted_worker import make_face
 
 from fastface_trt.errors import Busy
 from fastface_trt.serving.http.errors import UnknownFace
@@ -151,5 +151,5 @@ def test_when_the_server_stops_it_forgets_all():
     with client_of() as client:
         register(client)
         faces = client.app.state.context.faces
-        assert len(faces) == 1
-    assert len(faces) == 0
+        assert faces.count == 1
+    assert faces.count == 0

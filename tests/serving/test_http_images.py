@@ -3,9 +3,9 @@ import io
 
 import numpy as np
 import pytest
-from fake_worker import PIXELS, FakeWorker
 from http_parts import FACE, FACE_BYTES, PROMPT, ask, client_of, error_of, mini_manifest
 from PIL import Image
+from scripted_worker import PIXELS, ScriptedWorker
 
 from fastface_trt.requests import request_for
 from fastface_trt.runtime.guidance import NamedSchedule
@@ -109,7 +109,7 @@ def test_n_pictures_differ_only_in_their_number(client):
 
 
 def test_pictures_are_in_order_whichever_is_done_first():
-    class Backwards(FakeWorker):
+    class Backwards(ScriptedWorker):
         def submit(self, task, on_event):
             super().submit(task, on_event)
             if len(self.open) == 3:

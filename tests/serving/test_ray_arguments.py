@@ -43,13 +43,13 @@ def test_arguments_come_as_text():
         ({"port": "9000"}, "--http-host"),
         ({"min_replicas": "0"}, "min_replicas"),
         ({"min_replicas": "3", "max_replicas": "2"}, "less than min_replicas"),
-        ({"without_keys": "false"}, "no api_keys"),
+        ({"allow_anonymous": "false"}, "no api_keys"),
         ({"threads": "many"}, "threads"),
     ],
 )
 def test_what_makes_no_sense_is_refused(given, says):
     with pytest.raises(ValidationError, match=says):
-        RayArguments.model_validate({"without_keys": True} | given)
+        RayArguments.model_validate({"allow_anonymous": True} | given)
 
 
 def test_what_does_not_restart_replicas_is_apart():
@@ -68,7 +68,7 @@ def test_what_does_not_restart_replicas_is_apart():
     assert one == other
     assert (changed["user_config"]["export"], new["user_config"]["export"]) == ("one", "other")
     (application,) = one["applications"]
-    assert application["args"] == {"threads": 1, "without_keys": True}
+    assert application["args"] == {"threads": 1, "allow_anonymous": True}
     RayArguments.model_validate(application["args"])
 
 
@@ -99,7 +99,7 @@ def test_the_builder_pins_a_tag(tmp_path):
     built = app(
         RayArguments(
             export=f"{tmp_path}/storage#production",
-            without_keys=True,
+            allow_anonymous=True,
             min_replicas=2,
             max_replicas=5,
             num_gpus=1,

@@ -19,7 +19,7 @@ from fastface_trt.serving.ray.faces import FaceActor
 from fastface_trt.serving.ray.replica import Replica
 from fastface_trt.serving.work import State
 
-ARGUMENTS = {"without_keys": True, "threads": 1}
+ARGUMENTS = {"allow_anonymous": True, "threads": 1}
 
 
 def replica_of(**arguments):

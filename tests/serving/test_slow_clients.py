@@ -76,7 +76,8 @@ def test_the_next_request_of_a_connection_is_timed_too():
 def test_a_request_at_work_is_not_timed():
     with (
         guarded(App(), body_timeout=0.1) as (port, _),
-        connect(port, GET.replace(b"/ ", b"/waiting ")) as waiting,pytest.raises(TimeoutError)
+        connect(port, GET.replace(b"/ ", b"/waiting ")) as waiting,
+        pytest.raises(TimeoutError),
     ):
         read_for(waiting, 0.5)
 

@@ -36,6 +36,7 @@ from fastface_trt.serving.http.openapi import document
 from fastface_trt.serving.http.registration import faces_router
 from fastface_trt.serving.http.tasks import ClientGone
 from fastface_trt.serving.http.tracing import Spans, Tracing
+from fastface_trt.serving.provenance import open_signer
 from fastface_trt.serving.settings import ServerSettings
 from fastface_trt.serving.work import Worker
 
@@ -56,7 +57,7 @@ def create_app(
 
     `manifest` is of the export that the worker serves, `backend` what /v1/models says about it.
     `tracing` replaces what the settings say, `faces` the registry of this process. Raises
-    `MissingDependency` and `UnknownName` for what the settings name and this machine lacks.
+    `MissingDependency` and `InvalidRequest` for what the settings name and this machine lacks.
     """
     context = _context(worker, settings, manifest, backend, tracing, faces)
 
@@ -83,6 +84,10 @@ def create_app(
     app.include_router(images_router())
     app.include_router(faces_router())
     app.include_router(about_router())
+    if settings.ui:
+        from fastface_trt.serving.ui import page
+
+        app.include_router(page())
     _handle_errors(app)
     _describe(app, secured=bool(settings.api_keys))
     # The last added is the first that a request passes.
@@ -115,6 +120,7 @@ def _context(
         limit=RateLimit(settings.requests_per_minute),
         faces=faces,
         checks=Checks.load(settings.checks),
+        signer=open_signer(settings),
         metrics=Metrics(worker, lambda: admission.state, lambda: faces.count),
         tracing=tracing,
         threads=ThreadPoolExecutor(PICTURE_THREADS, thread_name_prefix="fastface-pictures"),

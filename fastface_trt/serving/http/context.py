@@ -15,6 +15,7 @@ from fastface_trt.serving.http.admission import Admission
 from fastface_trt.serving.http.faces import Faces
 from fastface_trt.serving.http.metrics import Metrics
 from fastface_trt.serving.http.tracing import Tracing
+from fastface_trt.serving.provenance import PictureSigner
 from fastface_trt.serving.settings import ServerSettings
 from fastface_trt.serving.work import Worker
 
@@ -39,6 +40,7 @@ class Context:
     limit: RateLimit
     faces: Faces
     checks: Checks
+    signer: PictureSigner | None
     metrics: Metrics
     tracing: Tracing
     threads: ThreadPoolExecutor
@@ -49,10 +51,12 @@ class Context:
         return await loop.run_in_executor(self.threads, lambda: function(*arguments))
 
     def close(self) -> None:
-        """Forget the faces, send the last traces, end the threads."""
+        """Forget the faces, send the last traces, end the threads, forget the key."""
         self.faces.close()
         self.tracing.close()
         self.threads.shutdown(wait=False, cancel_futures=True)
+        if self.signer is not None:
+            self.signer.close()
 
 
 def context_of(connection: HTTPConnection) -> Context:

@@ -5,11 +5,12 @@ import time
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
-from fastface_trt.errors import DeadlinePassed
+from fastface_trt.errors import Busy, DeadlinePassed
 from fastface_trt.runtime.face import Face
 from fastface_trt.serving.http.context import Context
 from fastface_trt.serving.http.errors import InvalidField
 from fastface_trt.serving.http.schemas import GenerationBody
+from fastface_trt.serving.http.tasks import end_of
 from fastface_trt.serving.intake import decode_base64, decode_picture
 
 Value = TypeVar("Value")
@@ -40,13 +41,18 @@ async def face_of(context: Context, body: GenerationBody, file: bytes | None, ow
 async def analysed(context: Context, file: bytes, index: int | None) -> Face:
     """The face of a picture file: the largest, or the `index`-th by size.
 
-    Raises `BadPicture`, `Refused`, `NoFaceFound`, `FaceIndexOutOfRange`, `Unavailable`.
+    Raises `BadPicture`, `Refused`, `NoFaceFound`, `FaceIndexOutOfRange`, `Busy`,
+    `Unavailable`.
     """
     pixels = await context.beside(decode_picture, file, context.settings)
     await context.checks.check_face(pixels)
     # A worker may have to send megabytes of pixels to another process.
     future = await context.beside(context.worker.analyze, pixels, index)
-    return await asyncio.wrap_future(future)
+    try:
+        return await asyncio.wrap_future(future)
+    except Busy as error:
+        context.admission.remember(error)
+        raise
 
 
 async def _fetched(context: Context, url: str) -> bytes:
@@ -63,7 +69,11 @@ async def _fetched(context: Context, url: str) -> bytes:
 
 async def within(deadline: float, work: Coroutine[Any, Any, Value]) -> Value:
     """The result of `work`. Raises `DeadlinePassed` at `deadline` of `time.monotonic`."""
+    working = asyncio.ensure_future(work)
     try:
-        return await asyncio.wait_for(work, max(deadline - time.monotonic(), 0))
-    except asyncio.TimeoutError:
-        raise DeadlinePassed("The face was not ready by the request's deadline.") from None
+        await asyncio.wait({working}, timeout=max(deadline - time.monotonic(), 0))
+        if not working.done():
+            raise DeadlinePassed("The face was not ready by the request's deadline.")
+        return working.result()
+    finally:
+        await end_of({working})

@@ -92,7 +92,7 @@ def _told(one: RegisteredFace) -> FaceAnswer:
         id=one.id,
         created_at=one.created_at,
         expires_at=one.expires_at,
-        box=face.box,
+        box=list(face.box),
         score=face.score,
         index=face.index,
         count=face.count,

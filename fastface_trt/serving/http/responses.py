@@ -1,8 +1,8 @@
 """What the server answers with, as models for the OpenAPI document."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 
 class ErrorDetail(BaseModel):
@@ -66,7 +66,8 @@ class FaceAnswer(BaseModel):
     object: Literal["face"] = "face"
     created_at: int
     expires_at: int
-    box: tuple[float, float, float, float]
+    # Not a tuple: many readers of OpenAPI documents do not know `prefixItems`.
+    box: Annotated[list[float], Field(min_length=4, max_length=4)]
     score: float
     index: int
     count: int

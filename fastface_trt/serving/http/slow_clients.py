@@ -1,7 +1,7 @@
 """A bound on how long a client may hold a connection without asking, or without taking its answer.
 
-uvicorn (0.54) ends a connection that is idle between two requests. It waits without end for the
-first byte, for the rest of headers that arrive one byte at a time, and for a client that does not read.
+uvicorn (0.54) ends a connection that is idle between two requests. It waits without end for a
+first byte, for headers that arrive one byte at a time, and for a client that does not read.
 """
 
 import asyncio
@@ -11,6 +11,7 @@ from typing import Any
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from fastface_trt.serving.addresses import client_of_address
 from fastface_trt.serving.settings import ServerSettings
 
 _log = logging.getLogger(__name__)
@@ -74,7 +75,7 @@ class GuardedProtocol(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begin to wait for the first request."""
         super().connection_made(transport)
-        address = self.client[0] if self.client else ""
+        address = client_of_address(self.client[0]) if self.client else ""
         if not self.open_connections.enter(address):
             transport.abort()
             return

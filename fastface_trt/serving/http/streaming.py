@@ -43,6 +43,7 @@ class PictureStream(Response):
     def __init__(self, order: WorkOrder, prefix: str) -> None:
         self.order, self.prefix = order, prefix
         self.background = None
+        self._previewed: set[tuple[int, int]] = set()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """See ASGI."""
@@ -85,7 +86,10 @@ class PictureStream(Response):
         progress = {"index": index, "step": news.step, "steps": news.steps}
         yield self._event("progress", progress)
         partials = partial_steps(news.steps, self.order.body.partial_images or 0)
-        if news.preview is not None and news.step in partials:
+        # A worker that died is replaced by one that begins its pictures again.
+        new = (index, news.step) not in self._previewed
+        if news.preview is not None and news.step in partials and new:
+            self._previewed.add((index, news.step))
             height, width = news.preview.shape[:2]
             yield self._event(
                 "partial_image",

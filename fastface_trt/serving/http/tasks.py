@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import suppress
+from math import inf
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -34,7 +35,7 @@ class Tasks:
         self._index = {task.id: index for index, task in enumerate(self._tasks)}
         self._open: set[str] = set()
         self._left = False
-        self._queue: asyncio.Queue[Event] = asyncio.Queue()
+        self._queue: asyncio.Queue[Event | None] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()
 
     async def __aenter__(self) -> "Tasks":
@@ -93,18 +94,14 @@ class Tasks:
         Raises the error of the first task that fails, and `DeadlinePassed`.
         """
         deadlines = [task.deadline for task in self._tasks if task.deadline is not None]
-        end = min(deadlines) + GRACE if deadlines else float("inf")
+        end = min(deadlines) + GRACE if deadlines else inf
         while self._open:
-            wait = min(heartbeat or float("inf"), end - time.monotonic())
-            try:
-                event = await asyncio.wait_for(
-                    self._queue.get(), None if wait == float("inf") else max(wait, 0)
-                )
-            except asyncio.TimeoutError:
-                if time.monotonic() < end:
-                    yield None
-                    continue
-                raise DeadlinePassed("The pictures were not done by their deadline.") from None
+            event = await self._next(min(heartbeat or inf, end - time.monotonic()))
+            if event is None:
+                if time.monotonic() >= end:
+                    raise DeadlinePassed("The pictures were not done by their deadline.")
+                yield None
+                continue
             if not isinstance(event, StepDone):
                 self._open.discard(event.id)
             if isinstance(event, TaskFailed):
@@ -114,6 +111,18 @@ class Tasks:
                 self._metrics.task_ended("picture")
                 self._metrics.picture(event.seconds)
             yield self._index[event.id], event
+
+    async def _next(self, seconds: float) -> Event | None:
+        """The next event, or None after so many seconds."""
+        if seconds == inf:
+            return await self._queue.get()
+        # Not `asyncio.wait_for`: before Python 3.12 it may swallow a cancellation that comes
+        # together with an event, and nobody would free the rows of a client that has left.
+        alarm = self._loop.call_later(max(seconds, 0), self._queue.put_nowait, None)
+        try:
+            return await self._queue.get()
+        finally:
+            alarm.cancel()
 
 
 class ClientGone(Cancelled):
@@ -133,9 +142,19 @@ async def unless_disconnected(receive: Receive, work: Coroutine[Any, Any, Value]
             raise ClientGone("The client has gone.")
         return working.result()
     finally:
-        for one in (working, leaving):
-            one.cancel()
-        await asyncio.gather(working, leaving, return_exceptions=True)
+        await end_of({working, leaving})
+
+
+async def end_of(tasks: set[asyncio.Future[Any]]) -> None:
+    """Cancel tasks, and wait until they have ended; how they ended does not matter any more."""
+    while left := {task for task in tasks if not task.done()}:
+        for task in left:
+            task.cancel()
+        # Again after a while: something that they wait in may have swallowed it.
+        await asyncio.wait(left, timeout=1)
+    for task in tasks:
+        if not task.cancelled():
+            task.exception()  # or asyncio complains, with a text that may quote the client
 
 
 async def _disconnected(receive: Receive) -> None:

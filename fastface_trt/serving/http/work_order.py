@@ -3,7 +3,6 @@
 import base64
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from starlette.requests import Request
@@ -52,24 +51,26 @@ class WorkOrder:
     async def png(self, done: PictureDone) -> str:
         """The picture as the server gives it away: a marked, perhaps signed PNG file in base64.
 
-        Raises `Refused` where a check does not let it out.
+        Raises `Refused` where a check does not let it out, and `SigningFailed`.
         """
         await self.context.checks.check_result(done.pixels)
         self.record.seconds.append(done.seconds)
-        return await self.context.beside(
-            partial(_encoded, done.pixels, done.parameters, self.context.settings.ai_mark)
-        )
+        return await self._encoded(done.pixels, done.parameters)
 
     async def preview_png(self, preview: Pixels) -> str:
-        """A preview as a PNG file in base64, marked like a picture."""
-        return await self.context.beside(
-            partial(_encoded, preview, {"preview": True}, self.context.settings.ai_mark)
-        )
+        """A preview as a PNG file in base64, marked and signed like a picture."""
+        return await self._encoded(preview, {"preview": True})
 
+    async def _encoded(self, pixels: Pixels, parameters: Mapping[str, Any]) -> str:
+        context = self.context
 
-def _encoded(pixels: Pixels, parameters: Mapping[str, Any], mark: bool) -> str:
-    data = encode_png(pixels, parameters=parameters, ai_generated=mark)
-    return base64.b64encode(data).decode("ascii")
+        def encode() -> str:
+            data = encode_png(pixels, parameters=parameters, ai_generated=context.settings.ai_mark)
+            if context.signer is not None:
+                data = context.signer.sign(data)
+            return base64.b64encode(data).decode("ascii")
+
+        return await context.beside(encode)
 
 
 async def work_order(

@@ -92,7 +92,7 @@ def deploy_config(
         worker.model_dump()
         | server.model_dump(exclude={"host", "port"})
         | placement.model_dump()
-        | {"without_keys": not server.api_keys}
+        | {"allow_anonymous": not server.api_keys}
     )
     checkpoint = pinned(arguments.checkpoint)
     given = arguments.model_dump(

@@ -1,0 +1,49 @@
+"""From settings to a warm batcher: what every kind of worker starts with."""
+
+import psutil
+
+from fastface_trt.engines.manifest import EXPORT_MANIFEST, ExportManifest, read_manifest
+from fastface_trt.errors import OutOfMemory
+from fastface_trt.export_folder import find_export
+from fastface_trt.pipeline import FastFace
+from fastface_trt.serving.batching.batcher import Batcher
+from fastface_trt.serving.settings import WorkerSettings
+
+
+def open_batcher(settings: WorkerSettings) -> Batcher:
+    """Open the engines that the settings name, after a look at the free memory, and warm them up.
+
+    Raises what `FastFace.load` raises, `OutOfMemory`, and `EngineFailed` when the warm-up's
+    pictures are not finite.
+    """
+    check_memory(settings)
+    fastface = FastFace.load(
+        settings.export,
+        backend=settings.backend,
+        cache=settings.cache,
+        threads=settings.threads,
+        engine_options=settings.engine_options,
+        licence_acknowledged=settings.licence_acknowledged,
+        schedule_of=settings.schedule_of,
+    )
+    batcher = Batcher(fastface, settings, owns_fastface=True)
+    batcher.start()
+    return batcher
+
+
+def check_memory(settings: WorkerSettings) -> None:
+    """Raise `OutOfMemory` where not even the weights fit into the memory that is free.
+
+    Only for engines on the host: those on a GPU look at its memory themselves when they are opened.
+    """
+    if settings.backend != "onnxruntime":
+        return
+    manifest = read_manifest(find_export(settings.export) / EXPORT_MANIFEST, ExportManifest)
+    needed = sum(file.bytes for module in manifest.modules.values() for file in module.files)
+    free = psutil.virtual_memory().available
+    if needed > free:
+        raise OutOfMemory(
+            f"The weights of {settings.export} take {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB "
+            "of memory are free.",
+            "Free some memory, start fewer workers, or export with --weight-storage fp16.",
+        )

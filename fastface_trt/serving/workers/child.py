@@ -1,0 +1,125 @@
+"""A worker's process: a `Batcher` behind a pipe.
+
+Why a process: a crash in an engine, or the system's out-of-memory killer, takes only this worker
+with it; the pool gives its tasks to another and starts a new one. It leaves when the pipe ends, so
+a killed server leaves nothing behind.
+"""
+
+import logging
+import os
+import signal
+import sys
+import threading
+from concurrent.futures import Future
+from multiprocessing.connection import Connection
+from typing import Any
+
+from fastface_trt.engines.closing import Closing
+from fastface_trt.errors import EngineFailed, FastFaceError
+from fastface_trt.runtime.face import Face
+from fastface_trt.serving.batching.opening import open_batcher
+from fastface_trt.serving.settings import WorkerSettings
+from fastface_trt.serving.work import State, TaskFailed
+from fastface_trt.serving.workers.messages import (
+    Analyze,
+    Analyzed,
+    Cancel,
+    Close,
+    Open,
+    OpenFailed,
+    Report,
+    Submit,
+)
+from fastface_trt.serving.workers.outbox import Outbox
+
+DEAD_ENGINES = 70
+"""Exit status of a worker whose engines failed for good; EX_SOFTWARE of sysexits.h."""
+_SECONDS_BETWEEN_REPORTS = 0.1
+
+log = logging.getLogger(__name__)
+
+
+class _Child(Closing):
+    """Answers the pool's messages until it is told to leave."""
+
+    def __init__(self, connection: "Connection[Any, Any]", settings: WorkerSettings) -> None:
+        self._connection = connection
+        self._outbox = Outbox(connection, "worker outbox")
+        self._left = threading.Event()
+        self._batcher = open_batcher(settings)
+        self._reports = threading.Thread(target=self._report, name="worker reports", daemon=True)
+        self._reports.start()
+
+    def answer(self) -> None:
+        """Read messages until `Close` or the end of the pipe."""
+        while True:
+            try:
+                message = self._connection.recv()
+            except (EOFError, OSError):
+                return
+            match message:
+                case Submit(task):
+                    try:
+                        self._batcher.submit(task, self._outbox.put)
+                    except FastFaceError as error:
+                        self._outbox.put(TaskFailed(task.id, error))
+                case Cancel(task_id):
+                    self._batcher.cancel(task_id)
+                case Analyze(key, pixels, index):
+                    self._analyze(key, pixels, index)
+                case Close():
+                    return
+
+    def _analyze(self, key: int, pixels: Any, index: int | None) -> None:
+        def answer(future: "Future[Face]") -> None:
+            error = future.exception()
+            if error is None:
+                self._outbox.put(Analyzed(key, future.result()))
+            elif isinstance(error, FastFaceError):
+                self._outbox.put(Analyzed(key, error))
+            else:
+                log.error("The analysis of a face failed.", exc_info=error)
+                self._outbox.put(
+                    Analyzed(key, EngineFailed("The analysis of the face failed.", "Try again."))
+                )
+
+        self._batcher.analyze(pixels, index).add_done_callback(answer)
+
+    def _report(self) -> None:
+        while not self._left.wait(_SECONDS_BETWEEN_REPORTS):
+            state = self._batcher.state
+            self._outbox.put(Report(state, self._batcher.load()))
+            if state is State.DEAD:
+                self._outbox.close(5)
+                os._exit(DEAD_ENGINES)  # engines that failed for good may not close either
+
+    def close(self) -> None:
+        """End what is left with `Unavailable` and free the engines."""
+        self._left.set()
+        self._batcher.close()
+        self._outbox.close(5)
+
+
+def main() -> None:
+    """Talk to the pool over the file descriptor that the command line names."""
+    # The server decides when its workers leave, whoever else is sent these.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    logging.basicConfig(stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
+    connection: Connection[Any, Any] = Connection(int(sys.argv[1]))
+    try:
+        message = connection.recv()
+    except EOFError:
+        return
+    assert isinstance(message, Open)
+    try:
+        child = _Child(connection, message.settings)
+    except FastFaceError as error:
+        connection.send(OpenFailed(error))
+        return
+    with child:
+        child.answer()
+
+
+if __name__ == "__main__":
+    main()

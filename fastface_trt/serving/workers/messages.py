@@ -1,0 +1,71 @@
+"""What goes over the pipe between the pool and a worker's process; pickled, both ends are ours."""
+
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from fastface_trt.errors import FastFaceError
+from fastface_trt.runtime.face import Face
+from fastface_trt.serving.settings import WorkerSettings
+from fastface_trt.serving.work import Event, Load, Pixels, State, Task
+
+
+@dataclass(frozen=True, slots=True)
+class Open:
+    """The first message to a worker: what to open."""
+
+    settings: WorkerSettings
+
+
+@dataclass(frozen=True, slots=True)
+class Submit:
+    """Make a picture; answered by events."""
+
+    task: Task
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    """End a task before its next step."""
+
+    task_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Analyze:
+    """Find a face; answered by `Analyzed` with the same key."""
+
+    key: int
+    pixels: Pixels
+    index: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Close:
+    """Leave now; the tasks that are left end with `Unavailable`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Analyzed:
+    """The face that was found, or why there is none."""
+
+    key: int
+    result: Face | FastFaceError
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """How the worker is, sent when that changes and several times a second."""
+
+    state: State
+    load: Load
+
+
+@dataclass(frozen=True, slots=True)
+class OpenFailed:
+    """The engines could not be opened, and trying again would not help."""
+
+    error: FastFaceError
+
+
+ToWorker: TypeAlias = Open | Submit | Cancel | Analyze | Close
+FromWorker: TypeAlias = Event | Analyzed | Report | OpenFailed

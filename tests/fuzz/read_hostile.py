@@ -1,0 +1,39 @@
+"""Read pictures in a process of its own: `python read_hostile.py MAX_PIXELS FOLDER`.
+
+Writes JSON: what became of each file, and by how many bytes the process grew at most.
+"""
+
+import json
+import sys
+import tracemalloc
+from pathlib import Path
+
+from fastface_trt.errors import BadPicture
+from fastface_trt.serving.intake import decode_picture
+from fastface_trt.serving.settings import ServerSettings
+
+
+def peak_bytes():
+    """Resident memory of this process at most, which no other process has touched."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+
+
+def main(max_pixels, folder):
+    settings = ServerSettings(max_picture_pixels=int(max_pixels))
+    before, outcomes = peak_bytes(), {}
+    tracemalloc.start()
+    for path in sorted(Path(folder).iterdir()):
+        try:
+            outcomes[path.name] = list(decode_picture(path.read_bytes(), settings).shape)
+        except BadPicture as error:
+            outcomes[path.name] = str(error)
+        except BaseException as error:
+            outcomes[path.name] = {"crash": repr(error)}
+    left = tracemalloc.get_traced_memory()[0]
+    report = {"outcomes": outcomes, "grown": peak_bytes() - before, "left": left}
+    sys.stdout.write(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
