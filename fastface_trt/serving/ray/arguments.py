@@ -65,8 +65,8 @@ class RayArguments(WorkerSettings, ServerSettings, Placement):
     def _check(self) -> "RayArguments":
         if not self.api_keys and not self.allow_anonymous:
             raise ValueError(
-                "there are no api_keys: give some, or say allow_anonymous=true where the proxies are "
-                "only reached by people who may ask"
+                "there are no api_keys: give some, or say allow_anonymous=true where only people "
+                "who may ask reach the proxies"
             )
         if self.max_replicas is not None and self.max_replicas < self.min_replicas:
             raise ValueError("max_replicas is less than min_replicas")
