@@ -45,7 +45,11 @@ def run_on_ray(
     from ray import serve
 
     config = deploy_config(worker, server, placement)
-    options: dict[str, Any] = {"log_to_driver": False, "logging_level": "warning"}
+    options: dict[str, Any] = {
+        "address": address or "local",  # not the one that RAY_ADDRESS may name
+        "log_to_driver": False,
+        "logging_level": "warning",
+    }
     if address is None:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         # The proxy is a child of this process and has no other way to be told.
@@ -55,8 +59,6 @@ def run_on_ray(
             "include_dashboard": False,
             "_system_config": {"automatic_object_spilling_enabled": False},
         }
-    else:
-        options["address"] = address
     try:
         ray.init(**(options | dict(ray_options or {})))
     except (OSError, RuntimeError) as problem:
