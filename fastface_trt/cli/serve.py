@@ -9,7 +9,8 @@ from typing import Any, TypeVar
 
 import click
 
-from fastface_trt.cli.common import FILE, backend_options, licence_option
+from fastface_trt.cli.common import FILE, backend_options, console, licence_option, timed_lines
+from fastface_trt.cli.ray_options import ray_options, serve_on_ray
 from fastface_trt.engines.manifest import EXPORT_MANIFEST, ExportManifest, read_manifest
 from fastface_trt.errors import InvalidRequest, MissingDependency, StorageError
 from fastface_trt.export_folder import find_export, with_schedule_of
@@ -165,6 +166,7 @@ def api_keys(file: Path | None, variable: str) -> tuple[str, ...]:
     metavar="MODULE:NAME",
     help="A check of prompts and pictures (repeatable).",
 )
+@ray_options
 @licence_option
 def serve(
     export_folder: str,
@@ -174,6 +176,7 @@ def serve(
     allow_anonymous: bool,
     no_ai_mark: bool,
     max_connections_per_address: int,
+    on_ray: bool,
     **given: Any,
 ) -> None:
     """Make pictures for clients of OpenAI's image API, on this machine.
@@ -193,6 +196,7 @@ def serve(
         _settings(ServerSettings, given),
         workers,
         allow_anonymous=allow_anonymous,
+        ray=given if on_ray else None,
     )
     sys.exit(status)
 
@@ -207,6 +211,7 @@ def _serve(
     count: int | None,
     *,
     allow_anonymous: bool,
+    ray: Mapping[str, Any] | None,
 ) -> int:
     try:
         from fastface_trt.serving.http.app import create_app
@@ -216,10 +221,15 @@ def _serve(
         raise MissingDependency(
             f"Serving needs {error.name}.", "Run pip install 'fastface-trt[serve]'."
         ) from None
+    from fastface_trt.serving.distribution import with_obtained
     from fastface_trt.serving.workers.placement import place_workers
     from fastface_trt.serving.workers.pool import WorkerPool
 
     check_binding(settings, allow_anonymous=allow_anonymous)
+    if ray is not None:
+        serve_on_ray(worker_settings, settings, count, ray)
+        return 0
+    worker_settings = with_obtained(worker_settings, progress=timed_lines(console()))
     manifest = read_manifest(find_export(worker_settings.export) / EXPORT_MANIFEST, ExportManifest)
     if worker_settings.schedule_of is not None:
         manifest = with_schedule_of(manifest, worker_settings.schedule_of)

@@ -99,7 +99,10 @@ class Storage:
                 yield block
 
     def write(self, name: str, blocks: Iterable[bytes]) -> None:
-        """Put `blocks` under `name`; where they raise, what was there stays."""
+        """Put `blocks` under `name`; where they raise, what was there stays.
+
+        memory:// alone shows what is written before it is whole: fsspec commits it when it opens.
+        """
         if self._directory is not None:
             _write_to_directory(self._directory / name, blocks)
             return

@@ -181,6 +181,32 @@ def test_a_part_of_an_earlier_process_is_gone_on_with(export, tmp_path, monkeypa
     assert starts == [1000, 1000, 0, 0]
 
 
+def test_an_object_without_end_is_not_read_to_its_end(export, tmp_path, monkeypatch):
+    from fastface_trt.serving.storage import BLOCK, Storage
+
+    address = publish(export, str(tmp_path / "storage"))
+    obtain(str(address), home=tmp_path / "documents")
+    stream, given = Storage.stream, []
+
+    def endless(self, name, start=0):
+        if "objects" not in name or name.endswith(manifest_hash):
+            yield from stream(self, name, start)
+        while len(given) < 100:
+            given.append(name)
+            yield b"?" * BLOCK
+
+    manifest_hash = hashlib.sha256((export / EXPORT_MANIFEST).read_bytes()).hexdigest()
+    monkeypatch.setattr(Storage, "stream", endless)
+    shutil.copytree(tmp_path / "documents" / "documents", tmp_path / "home" / "documents")
+    with pytest.raises(ExportIncomplete, match="larger"):
+        obtain(str(address), home=tmp_path / "home")
+    assert len(given) <= 4, "the first file has three megabytes"
+    given.clear()
+    with pytest.raises(ExportIncomplete, match="larger"):
+        obtain(str(address), home=tmp_path / "empty")
+    assert len(given) <= 2
+
+
 def hostile(export, url, change):
     """The pinned address of a release of `export` whose manifest `change` was applied to."""
     address = publish(export, url)
@@ -264,6 +290,20 @@ def test_a_storage_that_fails_is_told_in_one_sentence(export, tmp_path, monkeypa
         obtain(str(address), home=tmp_path / "home")
     with pytest.raises(StorageError, match="the bucket is on fire"):
         publish(write_small_export(tmp_path / "other", seed=1), url)
+
+
+def test_a_write_that_breaks_off_leaves_what_was_there(tmp_path):
+    from fastface_trt.serving.storage import Storage
+
+    def breaking():
+        yield b"new"
+        raise RuntimeError("the disk of the export is gone")
+
+    storage = Storage(str(tmp_path))
+    storage.write("folder/name", [b"old"])
+    with pytest.raises(RuntimeError):
+        storage.write("folder/name", breaking())
+    assert contents(tmp_path) == {"folder/name": b"old"}
 
 
 def test_a_damaged_export_is_not_published(url, export):

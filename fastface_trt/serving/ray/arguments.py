@@ -42,7 +42,7 @@ class RayArguments(WorkerSettings, ServerSettings, Placement):
     Ray's proxies (`serve start --http-host`, `http_options` in a config), so they are refused here.
     """
 
-    without_keys: bool = False
+    allow_anonymous: bool = False
     """Let everybody in who reaches the proxies: needed where there are no `api_keys`, since a
     replica cannot know on which addresses they listen."""
 
@@ -63,10 +63,10 @@ class RayArguments(WorkerSettings, ServerSettings, Placement):
 
     @model_validator(mode="after")
     def _check(self) -> "RayArguments":
-        if not self.api_keys and not self.without_keys:
+        if not self.api_keys and not self.allow_anonymous:
             raise ValueError(
-                "there are no api_keys: give some, or say without_keys=true where the proxies are "
-                "only reached by people who may ask"
+                "there are no api_keys: give some, or say allow_anonymous=true where only people "
+                "who may ask reach the proxies"
             )
         if self.max_replicas is not None and self.max_replicas < self.min_replicas:
             raise ValueError("max_replicas is less than min_replicas")

@@ -1,0 +1,50 @@
+"""`publish` and `obtain` from the command line."""
+
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+pytest.importorskip("fsspec")
+
+from fastface_trt.cli.main import cli
+from fastface_trt.engines.cache import EngineCache
+from fastface_trt.engines.manifest import EXPORT_MANIFEST, ExportManifest, read_manifest
+from fastface_trt.engines.onnxruntime import OnnxRuntimeBuilder
+from fastface_trt.mini import folders
+
+
+def run(*arguments):
+    return CliRunner().invoke(cli, [str(one) for one in arguments])
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("FASTFACE_CACHE", str(tmp_path / "cache"))
+    return EngineCache()
+
+
+def test_there_and_back(tmp_path, cache):
+    manifest = read_manifest(folders.EXPORT / EXPORT_MANIFEST, ExportManifest)
+    cache.get(manifest.modules["guidance_step"], folders.EXPORT, OnnxRuntimeBuilder("cpu"))
+    (engine,) = cache.entries()
+    storage = tmp_path / "storage"
+    published = run("publish", "mini", storage, "--tag", "production", "--engines")
+    assert published.exit_code == 0, published.output
+    there = tmp_path / "there"
+    options = ("--home", tmp_path / "home", "--cache", there, "--backend", "onnxruntime")
+    for address in (f"{storage}#production", published.stdout.strip()):
+        obtained = run("obtain", address, *options)
+        assert obtained.exit_code == 0, obtained.output
+        folder = Path(obtained.stdout.strip())
+        assert read_manifest(folder / EXPORT_MANIFEST, ExportManifest) == manifest
+    assert [entry.key for entry in EngineCache(there).entries()] == [engine.key]
+
+
+def test_errors_are_one_sentence(tmp_path):
+    run("publish", "mini", tmp_path / "storage", "--tag", "production")
+    answer = run("obtain", f"{tmp_path}/storage#staging")
+    assert answer.exit_code == 2
+    assert answer.stderr.startswith("Error: ")
+    assert "tags/staging" in answer.stderr
+    assert "Traceback" not in answer.stderr
