@@ -43,7 +43,8 @@ _MANIFEST = json.dumps(
     }
 )
 _SETTINGS = {
-    # Every signature is verified as it is made. Nothing here talks to the network. Whom a verifier trusts is the verifier's business.
+    # Every signature is verified as it is made. Nothing here talks to the network. Whom a verifier
+    # trusts is the verifier's business.
     "verify": {"verify_after_sign": True, "verify_trust": False, "remote_manifest_fetch": False},
     "builder": {"thumbnail": {"enabled": False}},
 }
