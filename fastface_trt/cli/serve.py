@@ -3,8 +3,9 @@
 import os
 import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 
@@ -12,7 +13,9 @@ from fastface_trt.cli.common import FILE, backend_options, licence_option
 from fastface_trt.engines.manifest import EXPORT_MANIFEST, ExportManifest, read_manifest
 from fastface_trt.errors import InvalidRequest, MissingDependency, StorageError
 from fastface_trt.export_folder import find_export, with_schedule_of
-from fastface_trt.serving.settings import ServerSettings, WorkerSettings
+from fastface_trt.serving.settings import ServerSettings, Settings, WorkerSettings
+
+Kind = TypeVar("Kind", bound=Settings)
 
 KEYS_VARIABLE = "FASTFACE_API_KEYS"
 MIN_KEY_LENGTH = 8
@@ -20,7 +23,7 @@ _SECONDS = click.FloatRange(min=0, min_open=True)
 _COUNT = click.IntRange(min=1)
 
 
-def _of(settings: type[WorkerSettings] | type[ServerSettings], name: str) -> Any:
+def _of(settings: type[Settings], name: str) -> Any:
     return settings.model_fields[name].default
 
 
@@ -175,8 +178,8 @@ def serve(
 ) -> None:
     """Make pictures for clients of OpenAI's image API, on this machine.
 
-    Logs are JSON lines on standard error. SIGTERM lets pictures on their way end first. The exit
-    status is 0 after a signal and 1 when the engines died.
+    Logs are JSON lines on standard error. SIGTERM lets pictures on their way end first, and the
+    exit status is 0; it is not when the engines could not be opened, or died.
     """
     given |= {
         "export": export_folder,
@@ -185,11 +188,17 @@ def serve(
         "ai_mark": not no_ai_mark,
         "max_connections_per_address": max_connections_per_address or None,
     }
-    worker_settings, server_settings = (
-        kind.model_validate({name: given[name] for name in kind.model_fields if name in given})
-        for kind in (WorkerSettings, ServerSettings)
+    status = _serve(
+        _settings(WorkerSettings, given),
+        _settings(ServerSettings, given),
+        workers,
+        allow_anonymous=allow_anonymous,
     )
-    sys.exit(_serve(worker_settings, server_settings, workers, allow_anonymous=allow_anonymous))
+    sys.exit(status)
+
+
+def _settings(kind: type[Kind], given: Mapping[str, Any]) -> Kind:
+    return kind.model_validate({name: given[name] for name in kind.model_fields if name in given})
 
 
 def _serve(
@@ -219,8 +228,7 @@ def _serve(
     app = create_app(pool, settings, manifest, backend=worker_settings.backend)
     log_json(sys.stderr)
     with listen(settings) as listener, pool:
-        pool.start()
         status = run_server(app, pool, settings, listener)
     if pool.failure is not None:
-        click.secho(f"Error: {pool.failure}", fg="red", err=True)
+        raise pool.failure
     return status

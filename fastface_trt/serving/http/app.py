@@ -84,6 +84,10 @@ def create_app(
     app.include_router(images_router())
     app.include_router(faces_router())
     app.include_router(about_router())
+    if settings.ui:
+        from fastface_trt.serving.ui import page
+
+        app.include_router(page())
     _handle_errors(app)
     _describe(app, secured=bool(settings.api_keys))
     # The last added is the first that a request passes.

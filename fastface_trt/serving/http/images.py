@@ -69,9 +69,11 @@ async def _made(order: WorkOrder) -> ImagesAnswer:
     pictures: dict[int, Picture] = {}
     async with order.submitted() as tasks:
         async for event in tasks.events():
-            if event is None or not isinstance(event[1], PictureDone):
+            if event is None:
                 continue
             index, done = event
+            if not isinstance(done, PictureDone):
+                continue
             pictures[index] = Picture(
                 b64_json=await order.png(done),
                 seed=order.tasks[index].request.seed,

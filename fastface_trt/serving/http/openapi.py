@@ -10,10 +10,11 @@ from pydantic.json_schema import models_json_schema
 
 from fastface_trt import __version__
 from fastface_trt.serving.http.responses import ErrorAnswer
-from fastface_trt.serving.http.schemas import FaceBody, FaceForm, GenerationBody
+from fastface_trt.serving.http.schemas import FaceBody, GenerationBody
 
 REF = "#/components/schemas/{model}"
-BODIES: tuple[type[BaseModel], ...] = (GenerationBody, FaceBody, FaceForm)
+# Forms are written out where they are used: their files are no part of the models.
+BODIES: tuple[type[BaseModel], ...] = (GenerationBody, FaceBody)
 DESCRIPTIONS = {
     400: "The request is not one, or not one for this server.",
     401: "No valid API key.",

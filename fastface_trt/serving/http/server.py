@@ -84,7 +84,7 @@ def run_server(
 class _Server(uvicorn.Server):
     """uvicorn's server, which leaves it to us what a signal means."""
 
-    def __init__(self, config: uvicorn.Config, stop: Callable[[], None]) -> None:
+    def __init__(self, config: uvicorn.Config, stop: Callable[[], object]) -> None:
         super().__init__(config)
         self._stop = stop
         self._signals = 0

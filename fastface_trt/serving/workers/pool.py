@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 
 
 class WorkerPool(Closing):
-    """A `Worker` made of `count` processes with one batcher each.
+    """A `Worker` made of `count` processes with one batcher each: `start` it, or use it in `with`.
 
     `environments` holds additions to each process's environment, such as the GPU that it may see.
     `program` is what a process runs, as arguments of Python. `failure` says why the pool is DEAD.
@@ -70,6 +70,11 @@ class WorkerPool(Closing):
             for slot in self._slots:
                 self._start(slot)
         self._monitor.start()
+
+    def __enter__(self) -> "WorkerPool":
+        if self._monitor.ident is None:
+            self.start()
+        return self
 
     def wait_until_ready(self, seconds: float | None = None) -> bool:
         """Wait until all workers opened their engines; False when that took longer.

@@ -1,0 +1,129 @@
+"""`fastface-trt serve`: what it refuses, its keys, and the mini model from end to end."""
+
+import base64
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+
+import httpx
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+from fastface_trt import FastFace
+from fastface_trt.cli.main import cli
+from fastface_trt.cli.serve import KEYS_VARIABLE, api_keys
+from fastface_trt.errors import InvalidRequest, StorageError
+from fastface_trt.mini.folders import SAMPLE_FACES
+
+PROMPT = "photo; person in a garden, smiling"
+KEY = "the-key-of-ada"
+
+
+def test_keys_come_from_a_file_and_the_environment(tmp_path):
+    file = tmp_path / "keys"
+    file.write_text("# of Ada\nfirst-key\n\n second-key \nfirst-key\n")
+    assert api_keys(file, "third-key,fourth-key\n") == (
+        "first-key",
+        "second-key",
+        "third-key",
+        "fourth-key",
+    )
+    assert api_keys(None, "") == ()
+
+
+@pytest.mark.parametrize("key", ["2short", "schlüsselbund", "with blank inside", "tab\tin-it-x"])
+def test_what_is_no_key_is_refused_without_showing_it(tmp_path, key):
+    file = tmp_path / "keys"
+    file.write_text(key)
+    with pytest.raises(InvalidRequest) as caught:
+        api_keys(file, "")
+    assert key not in str(caught.value)
+
+
+def test_a_file_without_keys_lets_nobody_in(tmp_path):
+    file = tmp_path / "keys"
+    file.write_text("# none yet\n")
+    with pytest.raises(InvalidRequest, match="no keys"):
+        api_keys(file, "")
+    with pytest.raises(StorageError):
+        api_keys(tmp_path / "missing", "")
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--host", "0.0.0.0"], "Without API keys"),
+        (["--host", "no such host", "--allow-anonymous"], "cannot listen"),
+        (["--export", "nowhere"], "nowhere"),
+        (["--schedule-of", "nothing"], "Unknown"),
+        (["--check", "no.such:Check"], "cannot be found"),
+        (["--c2pa-key", "key.pem"], "certificate"),
+        (["--backend", "tensorrt"], "GPU"),
+    ],
+)
+def test_what_it_refuses_before_it_starts_anything(options, sentence, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv(KEYS_VARIABLE, raising=False)
+    result = CliRunner().invoke(cli, ["serve", *options])
+    assert result.exit_code == 2, result.output
+    assert sentence in result.output
+    assert "Traceback" not in result.output
+
+
+def test_keys_are_never_options():
+    text = CliRunner().invoke(cli, ["serve", "--help"]).output
+    assert "--api-keys-file" in text
+    assert not re.search(r"--api-keys?\s", text)
+
+
+def test_from_end_to_end_with_the_mini_model(tmp_path):
+    command = [sys.executable, "-m", "fastface_trt.cli.main", "serve", "--port", "0"]
+    environment = {**os.environ, KEYS_VARIABLE: KEY}
+    with subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        try:
+            lines = []
+            for line in process.stderr:
+                lines.append(json.loads(line))
+                if lines[-1].get("state") == "ready":
+                    break
+            url = next(line["address"] for line in lines if line["message"] == "listening")
+            with httpx.Client(
+                base_url=url, headers={"Authorization": f"Bearer {KEY}"}, timeout=120
+            ) as client:
+                pictures = _use(client)
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(60) == 0
+            rest = process.stderr.read()
+        finally:
+            process.kill()
+    assert PROMPT not in rest
+    assert KEY not in rest
+    with FastFace.load("mini") as fastface:
+        face = SAMPLE_FACES / "ada.png"
+        expected = fastface(PROMPT, face, preset="am1+dcg", seed=3, num_images_per_prompt=2)
+    for picture, image in zip(pictures, expected.images, strict=True):
+        assert np.abs(picture.astype(int) - np.asarray(image).astype(int)).max() <= 1
+
+
+def _use(client):
+    """Register a face, and make pictures of it, streamed and not; those of the plain answer."""
+    file = (SAMPLE_FACES / "ada.png").read_bytes()
+    face = client.post("/v1/faces", files={"image": file})
+    assert face.status_code == 201, face.text
+    body = {"prompt": PROMPT, "preset": "am1+dcg", "seed": 3, "face_id": face.json()["id"]}
+    plain = client.post("/v1/images/generations", json=body | {"n": 2}).json()["data"]
+    streamed = client.post("/v1/images/generations", json=body | {"stream": True}).text
+    last = json.loads(streamed.strip().split("\n\n")[-1].split("data: ")[1])
+    assert last["type"] == "image_generation.completed"
+    assert last["b64_json"] == plain[0]["b64_json"]
+    metrics = client.get("/metrics").text
+    assert 'fastface_tasks_total{outcome="picture"} 3.0' in metrics
+    return [np.asarray(Image.open(io.BytesIO(base64.b64decode(one["b64_json"])))) for one in plain]
