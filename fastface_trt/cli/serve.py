@@ -181,8 +181,8 @@ def serve(
 ) -> None:
     """Make pictures for clients of OpenAI's image API, on this machine.
 
-    Logs are JSON lines on standard error. SIGTERM lets pictures on their way end first, and the exit
-    status is 0; it is not when the engines could not be opened, or died.
+    Logs are JSON lines on standard error. SIGTERM lets pictures on their way end first, and the
+    exit status is 0; it is not when the engines could not be opened, or died.
     """
     given |= {
         "export": export_folder,

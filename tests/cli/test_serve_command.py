@@ -1,4 +1,4 @@
-"""`fastface-trt serve`: what it refuses, its keys, and a server with the mini model from end to end."""
+"""`fastface-trt serve`: what it refuses, its keys, and the mini model from end to end."""
 
 import base64
 import io
@@ -126,6 +126,4 @@ def _use(client):
     assert last["b64_json"] == plain[0]["b64_json"]
     metrics = client.get("/metrics").text
     assert 'fastface_tasks_total{outcome="picture"} 3.0' in metrics
-    return [
-        np.asarray(Image.open(io.BytesIO(base64.b64decode(one["b64_json"])))) for one in plain
-    ]
+    return [np.asarray(Image.open(io.BytesIO(base64.b64decode(one["b64_json"])))) for one in plain]

@@ -110,7 +110,7 @@ def manifest(kind, good):
     """Half of the inputs are files as they are, half are good manifests with wrong parts."""
 
     def make():
-        folder = Path(tempfile.mkdtemp(prefix="fuzz-"))
+        folder = Path(tempfile.mkdtemp(prefix="fuzz-", dir="."))
         path = folder / "manifest.json"
 
         def test(data):

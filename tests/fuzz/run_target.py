@@ -1,7 +1,8 @@
 """Fuzz one target: `python tests/fuzz/run_target.py NAME CORPUS [options of libFuzzer]`.
 
 The seeds are written into the folder CORPUS, which libFuzzer then adds to. It ends with the last
-run, or at the first finding, whose input lies in the current folder as crash-….
+run, or at the first finding, whose input lies in the current folder as crash-…; other files of the
+targets lie there too.
 """
 
 import sys

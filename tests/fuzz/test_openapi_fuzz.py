@@ -1,7 +1,8 @@
 """Requests made from our own OpenAPI document, and from what it forbids, against a whole server.
 
 The worker is scripted, so that a request takes milliseconds; HTTP, bodies, pictures and errors are
-the real ones. Whatever is sent, the answer is one that the document has, in time, and never 5xx.
+the real ones. Whatever is sent, the answer is one that the document has, in time, and never 5xx:
+but for 504 where the request itself names a deadline that nobody could meet.
 """
 
 import io
@@ -21,7 +22,7 @@ from fastface_trt.serving.settings import ServerSettings
 
 pytestmark = pytest.mark.serving
 schemathesis = pytest.importorskip("schemathesis")
-EXAMPLES = 400
+EXAMPLES = 250
 SECONDS = 30
 SETTINGS = ServerSettings(max_picture_pixels=1_000_000, max_connections_per_address=None)
 WITH_BODY = ("POST /v1/images/generations", "POST /v1/images/edits", "POST /v1/faces")
@@ -63,6 +64,10 @@ def checks(answer):
     )
 
 
+def named_deadline(case):
+    return isinstance(case.body, dict) and "deadline" in case.body
+
+
 def run(server, label, mode, change=None):
     """Send `EXAMPLES` requests; how many ended with which status."""
     operations, address = server
@@ -82,7 +87,8 @@ def run(server, label, mode, change=None):
         answer = case.call(base_url=address, timeout=SECONDS)
         statuses[answer.status_code] += 1
         assert "x-request-id" in answer.headers
-        case.validate_response(answer, checks=checks(answer))
+        late = answer.status_code == 504 and named_deadline(case)
+        case.validate_response(answer, checks=checks(answer)[1 if late else 0 :])
 
     send()
     print(f"{label}, {mode.value}: {statuses.total()} requests, {dict(statuses)}")
@@ -98,7 +104,7 @@ def test_addresses_without_a_body(server, label):
 @pytest.mark.parametrize("mode", ["POSITIVE", "NEGATIVE"])
 def test_bodies_that_the_document_allows_or_forbids(server, label, mode):
     statuses = run(server, label, schemathesis.GenerationMode[mode])
-    assert set(statuses) <= {200, 201, 400, 404, 413, 415}
+    assert set(statuses) <= {200, 201, 400, 404, 413, 415, 504}
 
 
 @pytest.mark.parametrize("label", WITH_BODY)
@@ -108,9 +114,7 @@ def test_bodies_that_come_near_a_good_one(server, label):
     def change(case, draw):
         if not isinstance(case.body, dict):
             return
-        # A deadline may be so near that 504 is the right answer.
-        names = sorted({*case.body} - {"deadline"})
-        kept = draw(st.sets(st.sampled_from(names), max_size=2)) if names else set()
+        kept = draw(st.sets(st.sampled_from(sorted(case.body)), max_size=2)) if case.body else set()
         case.body = {name: value for name, value in case.body.items() if name in kept}
         if label == "POST /v1/images/generations":
             case.body |= {"prompt": PROMPT, "face": FACE}

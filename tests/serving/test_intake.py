@@ -8,6 +8,7 @@ from PIL import Image
 from fastface_trt.errors import BadPicture
 from fastface_trt.runtime.images import load_picture
 from fastface_trt.serving.intake import decode_base64, decode_picture
+from fastface_trt.serving.picture_files import MAX_SCANS, read_picture_file
 from fastface_trt.serving.settings import ServerSettings
 
 SETTINGS = ServerSettings()
@@ -110,6 +111,39 @@ def test_every_truncation_is_refused_in_the_same_words(form):
         with pytest.raises(BadPicture) as caught:
             decode_picture(data[:length], SETTINGS)
         assert caught.value.message == "The picture is truncated or broken."
+
+
+def test_scans_of_a_jpeg_are_bounded():
+    """Each scan makes the decoder pass over the whole picture, whatever its few bytes hold."""
+    data = encoded(Image.fromarray(gradient()), "JPEG", progressive=True)
+    last = data.rindex(b"\xff\xda")  # refines what the scans before it say; again is harmless
+    scans = data.count(b"\xff\xda")
+    for count, refused in ((MAX_SCANS - scans, False), (MAX_SCANS - scans + 1, True)):
+        longer = data[:-2] + data[last:-2] * count + data[-2:]
+        assert longer.count(b"\xff\xda") == scans + count
+        if refused:
+            with pytest.raises(BadPicture):
+                decode_picture(longer, SETTINGS)
+        else:
+            assert decode_picture(longer, SETTINGS).shape == (40, 60, 3)
+
+
+def test_only_what_pixels_need_reaches_a_decoder():
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    exif[0x010E] = "a description"
+    extras = {"exif": exif, "icc_profile": b"a profile" * 40}
+    image = Image.fromarray(gradient())
+    for form, more in (("PNG", {}), ("JPEG", {"comment": b"a comment"}), ("WEBP", {"xmp": b"xmp"})):
+        file = read_picture_file(encoded(image, form, **extras, **more))
+        assert (file.format, file.width, file.height, file.orientation) == (form, 60, 40, 6)
+        for word in (b"a description", b"a profile", b"a comment", b"xmp", b"Exif", b"EXIF"):
+            assert word not in file.data
+        with Image.open(io.BytesIO(file.data)) as opened:
+            assert not opened.getexif()
+    extended = read_picture_file(encoded(image, "WEBP", **extras)).data
+    assert extended[12:16] == b"VP8X"
+    assert extended[20] & ~0x12 == 0  # flags say that there is no more than that
 
 
 def test_base64_with_and_without_data_url():

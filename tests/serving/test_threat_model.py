@@ -1,0 +1,33 @@
+import re
+from pathlib import Path
+
+import fastface_trt.serving
+from fastface_trt.serving.checks import SECONDS
+from fastface_trt.serving.exif import MAX_ENTRIES
+from fastface_trt.serving.fetch import MAX_REDIRECTS
+from fastface_trt.serving.picture_files import MAX_PARTS, MAX_SCANS
+from fastface_trt.serving.settings import ServerSettings, WorkerSettings
+
+TEXT = (Path(fastface_trt.serving.__file__).parent / "THREAT_MODEL.md").read_text()
+NO_LIMITS = {  # what is served, where, and how it looks
+    *("export", "backend", "cache", "threads", "engine_options", "licence_acknowledged"),
+    *("schedule_of", "port", "telemetry", "ui"),
+}
+
+
+def test_every_limit_is_explained_and_no_other():
+    fields = {*ServerSettings.model_fields, *WorkerSettings.model_fields}
+    named = set(re.findall(r"`([a-z0-9_]+)`", TEXT))
+    assert fields - NO_LIMITS - named == set()
+    assert named - fields == {"code"}
+
+
+def test_numbers_are_those_of_the_code():
+    for words in (
+        f"{MAX_SCANS} scans",
+        f"{MAX_PARTS:,} parts",
+        f"{MAX_ENTRIES} EXIF entries",
+        f"most {MAX_REDIRECTS} redirects",
+        f"longer than {SECONDS:g} s",
+    ):
+        assert words in TEXT.replace("\n", " "), words
