@@ -3,6 +3,7 @@ import hmac
 
 import pytest
 from http_parts import ask, client_of, error_of
+from starlette.testclient import TestClient
 
 from fastface_trt.serving.http import access
 from fastface_trt.serving.http.access import RateLimit
@@ -63,6 +64,31 @@ def test_a_request_without_a_key_is_refused_before_its_body_is_read(client):
 @pytest.mark.parametrize("path", ["/v2/health/live", "/v2/health/ready", "/metrics", "/docs"])
 def test_what_needs_no_key(client, path):
     assert client.get(path).status_code == 200
+
+
+@pytest.mark.parametrize("root", ["/prefix", "/prefix/", "/v1", "/"])
+@pytest.mark.parametrize(
+    "path", ["/v1/models", "/prefix/v1/models", "/v1/v1/models", "//v1/models", "/v1/../v1/models"]
+)
+def test_a_prefix_is_no_way_around_the_gate(client, root, path):
+    sent = []
+
+    async def send(message):
+        sent.append(message)
+
+    async def receive():
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    scope = {"type": "http", "method": "GET", "path": path, "root_path": root, "headers": []}
+    asyncio.run(client.app({**scope, "query_string": b"", "state": {}}, receive, send))
+    assert sent[0]["status"] in (401, 404)
+
+
+def test_with_a_key_a_prefix_changes_nothing():
+    with client_of(api_keys=KEYS) as client:
+        other = TestClient(client.app, root_path="/prefix", headers=bearer(KEYS[0]))
+        assert other.get("/prefix/v1/models").status_code == 200
+        assert other.get("/v1/models").status_code == 200
 
 
 def test_all_keys_are_compared_whichever_fits(client, monkeypatch):

@@ -1,3 +1,5 @@
+from concurrent.futures import Future
+
 import pytest
 from http_parts import FACE, PROMPT, ask, client_of, error_of
 from scripted_worker import ScriptedWorker
@@ -262,10 +264,8 @@ def test_a_silent_worker_does_not_hold_a_request_past_its_deadline(monkeypatch):
     monkeypatch.setattr("fastface_trt.serving.http.tasks.GRACE", 0.0)
     with client_of(ScriptedWorker(eager=False)) as client:
         error_of(ask(client, deadline=0.2), 504, "deadline_passed")
-        assert client.worker.open == {}
+    assert client.worker.open == {}
     worker = ScriptedWorker()
-    from concurrent.futures import Future
-
     worker.analysis = Future()
     with client_of(worker) as client:
         error_of(ask(client, deadline=0.2), 504, "deadline_passed")

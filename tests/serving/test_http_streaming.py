@@ -99,8 +99,8 @@ def test_errors_afterwards_are_the_last_event(error, code, told, caplog):
 
     with client_of(FailsAfterAStep(eager=False)) as client:
         answer = ask(client, stream=True, n=2)
-        events = events_of(answer.text)
-        assert client.worker.open == {}  # the other one was cancelled
+    events = events_of(answer.text)
+    assert client.worker.open == {}  # the other one was cancelled
     assert answer.status_code == 200
     name, data = events[-1]
     assert name == data["type"] == "error"

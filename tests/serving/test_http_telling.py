@@ -5,9 +5,11 @@ import logging
 
 import pytest
 from http_parts import FACE, FACE_BYTES, PROMPT, ask, client_of, events_of, mini_manifest
+from loopback import wait_until
 from prometheus_client.parser import text_string_to_metric_families
 from scripted_worker import ScriptedWorker
 
+from fastface_trt.errors import EngineFailed
 from fastface_trt.requests import request_for
 from fastface_trt.runtime.presets import PRESETS
 from fastface_trt.serving.http.logs import LOGGER, JsonLines
@@ -82,11 +84,19 @@ def test_metrics_count_requests_and_tasks_and_read_the_worker(client):
 
 
 def test_metrics_of_what_waits():
-    with client_of(ScriptedWorker(eager=False)) as client:
-        ask(client, deadline=0.01)
+    class SecondFails(ScriptedWorker):
+        def submit(self, task, on_event):
+            super().submit(task, on_event)
+            if len(self.submitted) == 2:
+                self.fail(task.id, EngineFailed("NaN"))
+
+    with client_of(SecondFails(eager=False)) as client:
+        ask(client, n=2)
+        wait_until(lambda: not client.worker.open)
         client.post("/v1/faces", files={"image": FACE_BYTES})
         found = metrics_of(client)
     assert found["fastface_tasks_total", (("outcome", "cancelled"),)] == 1
+    assert found["fastface_tasks_total", (("outcome", "engine_failed"),)] == 1
     assert found["fastface_tasks_waiting", ()] == 0
     assert found["fastface_registered_faces", ()] == 1
 

@@ -1,6 +1,6 @@
 """What the server is and how it is: models, presets, health, metrics."""
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Depends, Request
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import Response
 
@@ -8,6 +8,7 @@ from fastface_trt.requests import request_for
 from fastface_trt.runtime.presets import PRESETS, preset_fields
 from fastface_trt.serving.http.answers import json_answer
 from fastface_trt.serving.http.context import Context, context_of
+from fastface_trt.serving.http.front import has_passed_the_gate
 from fastface_trt.serving.http.openai_errors import RETRY_AFTER_UNAVAILABLE
 from fastface_trt.serving.http.openapi import refusals
 from fastface_trt.serving.http.responses import (
@@ -23,16 +24,25 @@ from fastface_trt.serving.work import State
 def about_router() -> APIRouter:
     """The routes that only tell."""
     router = APIRouter()
+    keyed = [Depends(has_passed_the_gate)]
 
     @router.get(
-        "/v1/models", response_model=ModelList, responses=refusals(401, 429), tags=["models"]
+        "/v1/models",
+        response_model=ModelList,
+        responses=refusals(401, 429),
+        tags=["models"],
+        dependencies=keyed,
     )
     async def models(request: Request) -> Response:
         """The served export and what it can do."""
         return json_answer(ModelList(data=[_model(context_of(request))]))
 
     @router.get(
-        "/v1/presets", response_model=PresetList, responses=refusals(401, 429), tags=["models"]
+        "/v1/presets",
+        response_model=PresetList,
+        responses=refusals(401, 429),
+        tags=["models"],
+        dependencies=keyed,
     )
     async def presets(request: Request) -> Response:
         """The presets, and what each sets."""

@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
+from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fastface_trt.errors import FastFaceError
@@ -58,6 +59,23 @@ def record_of(scope: MutableMapping[str, Any]) -> Record:
     return record
 
 
+def path_of(scope: Scope) -> str:
+    """The path as the router sees it, without what a proxy or a mount put before it."""
+    path, root = str(scope["path"]), str(scope.get("root_path", ""))
+    if root and path.startswith(root) and path[len(root) : len(root) + 1] in ("", "/"):
+        return path[len(root) :]
+    return path
+
+
+async def has_passed_the_gate(request: Request) -> None:
+    """A dependency of every route that needs a key, should the gate and the router ever disagree.
+
+    Raises `InvalidApiKey`.
+    """
+    if not record_of(request.scope).owner:
+        raise InvalidApiKey("This server needs an API key.", "Ask under the plain address.")
+
+
 def route_of(path: str) -> str:
     """The route of a path, one of few: a client must not be able to make more metrics."""
     if path in ROUTES:
@@ -81,7 +99,7 @@ class Front:
             return
         record = Record(f"req_{secrets.token_hex(12)}", time.monotonic())
         scope.setdefault("state", {})["record"] = record
-        route, method = route_of(scope["path"]), scope["method"]
+        route, method = route_of(path_of(scope)), scope["method"]
         status = 0
 
         async def send_with_id(message: Message) -> None:
@@ -146,14 +164,14 @@ class Gate:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """See ASGI."""
-        if scope["type"] != "http" or not scope["path"].startswith("/v1/"):
+        if scope["type"] != "http" or not path_of(scope).startswith("/v1/"):
             await self._app(scope, receive, send)
             return
         record = record_of(scope)
         with ExitStack() as entered:
             try:
                 record.owner = self._owner(scope)
-                if scope["method"] == "POST" and scope["path"] in WORKING:
+                if scope["method"] == "POST" and path_of(scope) in WORKING:
                     entered.enter_context(self._admission.enter())
             except FastFaceError as error:
                 record.outcome = error.code

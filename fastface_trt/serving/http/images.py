@@ -2,12 +2,13 @@
 
 import time
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Depends, Request
 from starlette.responses import Response
 
 from fastface_trt.serving.http.answers import json_answer
 from fastface_trt.serving.http.bodies import form_body, json_body
 from fastface_trt.serving.http.context import context_of
+from fastface_trt.serving.http.front import has_passed_the_gate
 from fastface_trt.serving.http.openapi import event_stream, form_of, json_of, refusals
 from fastface_trt.serving.http.responses import ImagesAnswer, Picture
 from fastface_trt.serving.http.schemas import GenerationBody
@@ -21,7 +22,7 @@ REFUSALS = (400, 401, 404, 408, 413, 415, 429, 500, 503, 504)
 
 def images_router() -> APIRouter:
     """The routes that make pictures."""
-    router = APIRouter(tags=["images"])
+    router = APIRouter(tags=["images"], dependencies=[Depends(has_passed_the_gate)])
 
     @router.post(
         "/v1/images/generations",

@@ -1,6 +1,6 @@
 """`/v1/faces`: register a face once, name it afterwards, have it forgotten."""
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Depends, Request
 from starlette.responses import Response
 
 from fastface_trt.serving.http.answers import json_answer
@@ -9,7 +9,7 @@ from fastface_trt.serving.http.context import context_of
 from fastface_trt.serving.http.errors import InvalidField
 from fastface_trt.serving.http.face_input import analysed, within
 from fastface_trt.serving.http.faces import RegisteredFace
-from fastface_trt.serving.http.front import record_of
+from fastface_trt.serving.http.front import has_passed_the_gate, record_of
 from fastface_trt.serving.http.openapi import form_of, json_of, refusals
 from fastface_trt.serving.http.responses import FaceAnswer, FaceList
 from fastface_trt.serving.http.schemas import FaceBody, FaceForm
@@ -19,7 +19,7 @@ from fastface_trt.serving.intake import decode_base64
 
 def faces_router() -> APIRouter:
     """The routes of registered faces."""
-    router = APIRouter(tags=["faces"])
+    router = APIRouter(tags=["faces"], dependencies=[Depends(has_passed_the_gate)])
 
     @router.post(
         "/v1/faces",

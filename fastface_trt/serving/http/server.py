@@ -84,10 +84,17 @@ def run_server(
 class _Server(uvicorn.Server):
     """uvicorn's server, which leaves it to us what a signal means."""
 
-    def __init__(self, config: uvicorn.Config, stop: Callable[[], object]) -> None:
+    def __init__(
+        self, config: uvicorn.Config, listening: Callable[[], None], stop: Callable[[], object]
+    ) -> None:
         super().__init__(config)
-        self._stop = stop
+        self._listening, self._stop = listening, stop
         self._signals = 0
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Tell that it listens; from here on a signal finds its handler."""
+        await super().startup(sockets)
+        self._listening()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """On the first signal drain, on the second leave."""
@@ -121,12 +128,16 @@ class _Life:
             proxy_headers=False,
             timeout_graceful_shutdown=FINISH_SECONDS,
         )
-        server = _Server(config, lambda: loop.call_soon_threadsafe(told.set))
+        host, port = listener.getsockname()[:2]
+        address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        server = _Server(
+            config,
+            lambda: say("listening", address=address),
+            lambda: loop.call_soon_threadsafe(told.set),
+        )
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         stopping = asyncio.create_task(told.wait())
         dying = asyncio.create_task(self._death())
-        host, port = listener.getsockname()[:2]
-        say("listening", address=f"http://{f'[{host}]' if ':' in host else host}:{port}")
         try:
             await asyncio.wait({serving, stopping, dying}, return_when=asyncio.FIRST_COMPLETED)
             died = dying.done()
