@@ -1,4 +1,4 @@
-"""`fastface-trt serve`: what it refuses, its keys, and the mini model from end to end."""
+"""`fastface-trt serve`: what it refuses, its keys, and a server with the mini model."""
 
 import base64
 import io
