@@ -8,17 +8,14 @@ Nothing in an entry is opened before its size and SHA-256 were compared with the
 manifest is compared with its own key.
 """
 
-import hashlib
-import json
 import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock, Timeout
 from platformdirs import user_cache_path
@@ -31,10 +28,10 @@ from fastface_trt.engines.files import (
     storage_errors,
     verify_files,
 )
+from fastface_trt.engines.identity import engine_key, identity_of, module_content
 from fastface_trt.engines.leftovers import sweep
 from fastface_trt.engines.manifest import (
     ENGINE_MANIFEST,
-    SCHEMA_VERSION,
     BuildReport,
     EngineManifest,
     ModuleSpec,
@@ -83,7 +80,7 @@ class EngineCache:
         It depends on the module's name, inputs, outputs and file contents, on
         `builder.identity(module)` and on the schema version; not on where anything lies.
         """
-        return _key(module, builder.identity(module))
+        return engine_key(module, builder.identity(module))
 
     def get(
         self,
@@ -124,12 +121,8 @@ class EngineCache:
             progress(relatives[0].words())
         with self._locked(key, f"{module.name} for {builder.backend}", progress):
             folder = self.root / key
-            if folder.exists():
-                try:
-                    return self._checked(key, progress), folder
-                except FastFaceError as problem:
-                    progress(f"Engine {module.name} is set aside: {problem.message}")
-                    self._quarantine(key)
+            if (whole := self._whole(key, progress)) is not None:
+                return whole, folder
 
             def write(target: Path) -> BuildReport:
                 self._mention_refit(module, source, builder, progress)
@@ -154,13 +147,30 @@ class EngineCache:
         key = self.key(module, builder)
         folder = self.root / key
         with self._locked(key, f"{module.name} for {builder.backend}", progress):
-            if folder.exists():
-                try:
-                    return self._checked(key, progress), folder
-                except FastFaceError as problem:
-                    progress(f"Engine {module.name} is set aside: {problem.message}")
-                    self._quarantine(key)
+            if (whole := self._whole(key, progress)) is not None:
+                return whole, folder
             return self._make(key, module, source, builder, write, progress), folder
+
+    def adopt(
+        self,
+        manifest: EngineManifest,
+        write: Callable[[Path], None],
+        progress: Progress = lambda line: None,
+    ) -> Path:
+        """The folder of an engine that another machine built; `write` fills an empty one with it.
+
+        Raises `EngineMismatch` when the manifest or the files are not what the key says.
+        """
+        key, folder = manifest.key, self.root / manifest.key
+        if key != engine_key(manifest.module, identity_of(manifest)):
+            raise EngineMismatch(f"An engine called {key[:12]} is another one.", "Build it here.")
+        with self._locked(key, manifest.module.name, progress):
+            if self._whole(key, progress) is not None:
+                return folder
+            with finished_folder(folder, ENGINE_MANIFEST) as draft:
+                write(draft.path)
+                verify_files(draft.path, manifest.files, EngineMismatch, "Build it here.")
+                return draft.finish(manifest)
 
     def open(
         self,
@@ -238,12 +248,12 @@ class EngineCache:
 
     def _taken(self, module: ModuleSpec, builder: EngineBuilder) -> list[str]:
         """Keys of other engines of exactly this module that `builder` takes, newest first."""
-        wanted = _module_content(module)
+        wanted = module_content(module)
         found = [
             entry
             for entry in self.entries()
             if entry.manifest is not None
-            and _module_content(entry.manifest.module) == wanted
+            and module_content(entry.manifest.module) == wanted
             and builder.takes(entry.manifest)
         ]
         return [entry.key for entry in sorted(found, key=lambda entry: -entry.used)]
@@ -265,14 +275,22 @@ class EngineCache:
         """The manifest of `key` after comparing it with its key and its files with it."""
         folder = self.root / key
         manifest = read_manifest(folder / ENGINE_MANIFEST, EngineManifest)
-        identity = manifest.model_dump(
-            include={"backend", "backend_version", "options", "hardware"}
-        )
-        if not key == manifest.key == _key(manifest.module, identity):
+        if not key == manifest.key == engine_key(manifest.module, identity_of(manifest)):
             raise EngineMismatch(f"{folder / ENGINE_MANIFEST} describes another engine.", _REBUILD)
         progress(f"Verifying {manifest.module.name} for {manifest.backend}")
         verify_files(folder, manifest.files, EngineMismatch, _REBUILD)
         return manifest
+
+    def _whole(self, key: str, progress: Progress) -> EngineManifest | None:
+        """`_checked`, or None where there is nothing; what is damaged is set aside."""
+        if not (self.root / key).exists():
+            return None
+        try:
+            return self._checked(key, progress)
+        except FastFaceError as problem:
+            progress(f"Engine {key[:12]} is set aside: {problem.message}")
+            self._quarantine(key)
+            return None
 
     def _mention_refit(
         self, module: ModuleSpec, source: Path, builder: EngineBuilder, progress: Progress
@@ -345,28 +363,6 @@ class EngineCache:
             yield
         finally:
             lock.release()
-
-
-def _module_content(module: ModuleSpec) -> dict[str, Any]:
-    """What a module is, wherever its files lie."""
-    graph, *data = (file.sha256 for file in module.files)
-    return {
-        "module": module.name,
-        "inputs": [tensor.model_dump() for tensor in module.inputs],
-        "outputs": [tensor.model_dump() for tensor in module.outputs],
-        "graph": graph,
-        "data": sorted(data),
-    }
-
-
-def _key(module: ModuleSpec, identity: Mapping[str, Any]) -> str:
-    content = {
-        "schema": SCHEMA_VERSION,
-        **_module_content(module),
-        "builder": {"options": {}, "hardware": {}} | dict(identity),
-    }
-    text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _note_use(folder: Path) -> None:

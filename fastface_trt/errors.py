@@ -143,6 +143,12 @@ class Cancelled(FastFaceError):
     code = "cancelled"
 
 
+class Refused(FastFaceError):
+    """A check of the server's operator does not allow a prompt or a picture; see its sentence."""
+
+    code = "refused"
+
+
 class DeadlinePassed(FastFaceError):
     """A task was not done by its deadline."""
 

@@ -24,11 +24,11 @@ from fastface_trt.engines.manifest import (
 )
 from fastface_trt.errors import InvalidRequest
 from fastface_trt.export_folder import find_export, with_schedule_of
+from fastface_trt.requests import request_for
 from fastface_trt.runtime.denoise import denoise
 from fastface_trt.runtime.face import ChannelOrder, Face, FaceAnalyzer
 from fastface_trt.runtime.images import PictureSource, load_picture
 from fastface_trt.runtime.modules import ModuleSet
-from fastface_trt.runtime.presets import preset_fields
 from fastface_trt.runtime.recent import Recent
 from fastface_trt.runtime.request import GenerationRequest
 from fastface_trt.runtime.result import GenerationResult
@@ -198,19 +198,7 @@ class FastFace(Closing):
         self, prompt: str, *, preset: str = "plain", steps: int | None = None, **fields: Any
     ) -> GenerationRequest:
         """A request with this export's size and steps, a preset's fields, and then `fields`."""
-        manifest = self.manifest
-        steps = manifest.steps if steps is None else steps
-        if steps not in manifest.allowed_steps:
-            raise InvalidRequest(
-                f"The schedule of this {manifest.checkpoint} export does not do {steps} steps.",
-                f"Choose one of {', '.join(map(str, manifest.allowed_steps))}.",
-            )
-        values: dict[str, Any] = {"height": manifest.height, "width": manifest.width}
-        values |= preset_fields(preset, steps) | fields
-        try:
-            return GenerationRequest(prompt, steps=steps, **values)
-        except TypeError as error:
-            raise InvalidRequest(f"A request has no such field: {error}.", "") from None
+        return request_for(self.manifest, prompt, preset=preset, steps=steps, **fields)
 
     def generate(
         self,

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastface_trt.engines.device import Device, HostDevice, Tensor
-from fastface_trt.errors import InvalidRequest
+from fastface_trt.requests import check_size
 from fastface_trt.runtime.advance import EngineGuidance, Guidance, HostGuidance
 from fastface_trt.runtime.conditioning import Conditioner
 from fastface_trt.runtime.denoise import require_finite
@@ -101,19 +101,7 @@ class Stages:
 
     def check_size(self, request: GenerationRequest) -> None:
         """Raise `InvalidRequest` unless this export makes pictures of the request's size."""
-        manifest = self._modules.manifest
-        size = (request.height, request.width)
-        if manifest.fixed_size and size != (manifest.height, manifest.width):
-            raise InvalidRequest(
-                f"This export makes only {manifest.width}x{manifest.height} pictures.",
-                "Export without --fixed-size for others.",
-            )
-        unit = manifest.vae_scale_factor * 4  # the UNet halves the latents twice
-        if any(side % unit for side in size):
-            raise InvalidRequest(
-                f"{request.width}x{request.height} does not fit the model.",
-                f"Width and height must be multiples of {unit} pixels.",
-            )
+        check_size(self._modules.manifest, request)
 
     def cut_from(self, prompt: str) -> str:
         """What of a prompt did not fit the text encoders; empty where all of it did."""

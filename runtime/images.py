@@ -8,12 +8,13 @@ import io
 import os
 import re
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from fastface_trt.errors import BadPicture
 
@@ -26,15 +27,20 @@ MIN_SIDE = 16
 _CONVERT = "Open it in an image editor and save it as PNG or JPEG."
 
 
-def load_picture(source: PictureSource, *, max_pixels: int = 64_000_000) -> NDArray[np.uint8]:
+def load_picture(
+    source: PictureSource,
+    *,
+    max_pixels: int = 64_000_000,
+    formats: Sequence[str] = FORMATS,
+) -> NDArray[np.uint8]:
     """Read a picture as RGB, uint8 [H, W, 3], owned by the caller.
 
     `source` is a path, the bytes of a file, an open binary file, a PIL image, or RGB pixels (uint8
-    [H, W, 3]). Files may be PNG, JPEG, WebP, BMP or TIFF. The EXIF orientation is applied,
-    transparency is laid on white, 16 bits are scaled to 8, and of an animation the first frame is
-    taken. Raises `BadPicture`, naming the file, for anything that gives no such picture, that has
-    more than `max_pixels` pixels, or fewer than `MIN_SIDE` on a side. PIL's own bomb limit, about
-    179 million pixels, holds whatever `max_pixels` says.
+    [H, W, 3]). Files may be of `formats` (PIL's names); readers of others never see them. The EXIF
+    orientation is applied, transparency is laid on white, 16 bits are scaled to 8, and of an
+    animation the first frame is taken. Raises `BadPicture`, naming the file, for anything that
+    gives no such picture, that has more than `max_pixels` pixels, or fewer than `MIN_SIDE` on a
+    side. PIL's own bomb limit, about 179 million pixels, holds whatever `max_pixels` says.
     """
     name = _name_of(source)
     if isinstance(source, np.ndarray):
@@ -50,9 +56,9 @@ def load_picture(source: PictureSource, *, max_pixels: int = 64_000_000) -> NDAr
     # A path is opened here and closed here; a file of the caller's stays open.
     if isinstance(source, (str, os.PathLike)):
         with _open_file(Path(source)) as stream:
-            return _decode(name, _open_image(name, stream), max_pixels)
+            return _decode(name, _open_image(name, stream, formats), max_pixels)
     stream = io.BytesIO(source) if isinstance(source, bytes) else _seekable(name, source)
-    return _decode(name, _open_image(name, stream), max_pixels)
+    return _decode(name, _open_image(name, stream, formats), max_pixels)
 
 
 def _name_of(source: PictureSource) -> str:
@@ -92,7 +98,7 @@ def _seekable(name: str, stream: BinaryIO) -> BinaryIO:
         raise BadPicture(f"{name} cannot be read: {error}.", "Pass an open binary file.") from None
 
 
-def _open_image(name: str, stream: BinaryIO) -> Image.Image:
+def _open_image(name: str, stream: BinaryIO, formats: Sequence[str]) -> Image.Image:
     """Read the header only; PIL decodes nothing before `load()`."""
     try:
         position = stream.tell()
@@ -103,7 +109,7 @@ def _open_image(name: str, stream: BinaryIO) -> Image.Image:
         with warnings.catch_warnings():
             # Our own limit is checked right after; PIL's warning would only be noise before it.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            return Image.open(stream, formats=FORMATS)
+            return Image.open(stream, formats=tuple(formats))
     except BadPicture:
         raise
     except Image.DecompressionBombError:
@@ -112,11 +118,16 @@ def _open_image(name: str, stream: BinaryIO) -> Image.Image:
         ) from None
     except UnidentifiedImageError:
         raise BadPicture(
-            f"{name} is not a PNG, JPEG, WebP, BMP or TIFF picture, or its beginning is broken.",
+            f"{name} is not a {_choice(formats)} picture, or its beginning is broken.",
             _CONVERT,
         ) from None
     except Exception as error:  # each of PIL's readers fails in its own way on hostile headers
         raise _broken(name, error) from None
+
+
+def _choice(formats: Sequence[str]) -> str:
+    *others, last = ("WebP" if name == "WEBP" else name for name in formats)
+    return f"{', '.join(others)} or {last}" if others else last
 
 
 def _check_size(name: str, width: int, height: int, max_pixels: int) -> None:
@@ -160,7 +171,9 @@ def _sentence(error: Exception) -> str:
 def _upright(image: Image.Image) -> Image.Image:
     """Apply the EXIF orientation; a broken EXIF block is no reason to refuse good pixels."""
     try:
-        return ImageOps.exif_transpose(image)
+        # Asked first, because the other makes a copy of the pixels in any case.
+        turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+        return ImageOps.exif_transpose(image) if turned else image
     except Exception:
         return image
 
@@ -174,7 +187,7 @@ def _to_rgb(image: Image.Image) -> NDArray[np.uint8]:
         layer = image.convert("RGBA")
         white = Image.new("RGBA", layer.size, "white")
         image = Image.alpha_composite(white, layer)
-    return np.array(image.convert("RGB"))
+    return np.array(image if image.mode == "RGB" else image.convert("RGB"))
 
 
 def _eight_bits(values: NDArray[np.generic]) -> NDArray[np.uint8]:

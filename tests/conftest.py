@@ -9,9 +9,8 @@ import pytest
 
 TESTS = Path(__file__).parent
 GOLDEN = TESTS / "golden"
-sys.path[:0] = [
-    str(TESTS / name) for name in ("", "..", "runtime", "engines", "export", "verify", "serving")
-]
+FOLDERS = ("", "..", "runtime", "engines", "export", "verify", "serving")
+sys.path[:0] = [str(TESTS / name) for name in FOLDERS]
 
 
 @pytest.fixture(scope="session", autouse=True)

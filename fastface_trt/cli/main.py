@@ -9,6 +9,7 @@ from fastface_trt.cli.bench import bench
 from fastface_trt.cli.build import build
 from fastface_trt.cli.cache import cache
 from fastface_trt.cli.demo import demo
+from fastface_trt.cli.distribution import obtain, publish
 from fastface_trt.cli.doctor import doctor
 from fastface_trt.cli.evaluate import evaluate
 from fastface_trt.cli.export import export
@@ -60,6 +61,8 @@ for command in (
     replay,
     bench,
     evaluate,
+    publish,
+    obtain,
 ):
     cli.add_command(command)
 

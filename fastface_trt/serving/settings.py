@@ -60,6 +60,14 @@ class ServerSettings(Settings):
     """Requests in work at once, whatever they ask for; beyond it new ones get 503."""
     body_timeout: Seconds = 20
     """A client that needs longer to send its headers and body is cut off (slow loris)."""
+    write_timeout: Seconds = 60
+    """A client that in this time does not take what was written is cut off: until then an answer of
+    some megabytes stays in memory."""
+    max_connections: Count = 800
+    """Open connections; above it new ones are dropped. Below the usual limit of 1024 files."""
+    max_connections_per_address: Count | None = 200
+    """Of one client, so that one alone cannot hold them all. Behind a proxy all clients have its
+    address: None there, and the limit in the proxy."""
     default_deadline: Seconds = 120
     max_deadline: Seconds = 600
     fetch_urls: bool = False
@@ -70,6 +78,8 @@ class ServerSettings(Settings):
     drain_seconds: Seconds = 30
     """After SIGTERM, how long tasks may go on before they are ended."""
     log_prompts: bool = False
+    telemetry: bool = False
+    """OpenTelemetry's traces, sent where OTEL_EXPORTER_OTLP_ENDPOINT says."""
     ui: bool = False
     ai_mark: bool = True
     """The machine-readable AI mark in every picture."""

@@ -69,8 +69,8 @@ class Batcher(Closing):
     def start(self) -> None:
         """Open the engines, warm them up, and take tasks: READY when this returns.
 
-        Raises what the engines raise, `EngineFailed` where their pictures are not finite; it is
-        closed then.
+        Raises what opening engines raises, and `EngineFailed` where they fail or their pictures are
+        not finite; it is closed then.
         """
         self._thread.start()
         self._analysis.start()

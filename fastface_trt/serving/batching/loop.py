@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from fastface_trt.errors import FastFaceError, Unavailable
 from fastface_trt.pipeline import FastFace
 from fastface_trt.serving.batching.cost import CostModel
-from fastface_trt.serving.batching.engine_work import EngineWork
+from fastface_trt.serving.batching.engine_work import EngineWork, shown
 from fastface_trt.serving.batching.entry import Entry
 from fastface_trt.serving.batching.policy import Policy
 from fastface_trt.serving.batching.table import TaskTable
@@ -82,7 +82,7 @@ class EngineLoop:
                 self._round(entries)
         except Exception as error:
             _log.critical("The engines failed for good.", exc_info=True)
-            self._table.dead(error)
+            self._table.dead(shown(error))
         finally:
             for entry in self._table.entries():
                 self._fail(entry, Unavailable("The worker stopped.", "Try again later."))

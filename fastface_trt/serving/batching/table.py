@@ -3,7 +3,7 @@
 import threading
 from collections.abc import Callable, Sequence
 
-from fastface_trt.errors import Unavailable
+from fastface_trt.errors import FastFaceError, Unavailable
 from fastface_trt.serving.batching.entry import Entry
 from fastface_trt.serving.work import State
 
@@ -22,7 +22,7 @@ class TaskTable:
         self._changed = threading.Condition()
         self._entries: dict[str, Entry] = {}
         self._state = State.STARTING
-        self._failure: Exception | None = None
+        self._failure: FastFaceError | None = None
         self._closing = False
 
     @property
@@ -71,7 +71,7 @@ class TaskTable:
                 self._state = State.READY
             self._changed.notify_all()
 
-    def dead(self, failure: Exception) -> None:
+    def dead(self, failure: FastFaceError) -> None:
         """The engines failed for good; the first failure is what `wait_until_started` raises."""
         with self._changed:
             self._state = State.DEAD

@@ -1,0 +1,165 @@
+"""The HTTP application over a worker, whatever kind of worker it is."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager, suppress
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.responses import Response
+
+from fastface_trt import __version__
+from fastface_trt.engines.manifest import ExportManifest
+from fastface_trt.errors import FastFaceError
+from fastface_trt.serving.checks import Checks
+from fastface_trt.serving.http.about import about_router
+from fastface_trt.serving.http.access import ApiKeys, RateLimit
+from fastface_trt.serving.http.admission import Admission
+from fastface_trt.serving.http.body_limit import BodyLimit
+from fastface_trt.serving.http.context import PICTURE_THREADS, Context
+from fastface_trt.serving.http.faces import Faces, OwnFaces
+from fastface_trt.serving.http.front import Front, Gate, record_of
+from fastface_trt.serving.http.images import images_router
+from fastface_trt.serving.http.metrics import Metrics
+from fastface_trt.serving.http.openai_errors import (
+    error_answer,
+    http_error_answer,
+    invalid_field,
+    is_internal,
+)
+from fastface_trt.serving.http.openapi import document
+from fastface_trt.serving.http.registration import faces_router
+from fastface_trt.serving.http.tasks import ClientGone
+from fastface_trt.serving.http.tracing import Spans, Tracing
+from fastface_trt.serving.provenance import open_signer
+from fastface_trt.serving.settings import ServerSettings
+from fastface_trt.serving.work import Worker
+
+SWEEP_SECONDS = 5.0
+"""How often faces whose time is over are dropped, though nobody asks for them."""
+
+
+def create_app(
+    worker: Worker,
+    settings: ServerSettings,
+    manifest: ExportManifest,
+    *,
+    backend: str | None = None,
+    tracing: Tracing | None = None,
+    faces: Faces | None = None,
+) -> FastAPI:
+    """The application; the worker stays the caller's, who closes it.
+
+    `manifest` is of the export that the worker serves, `backend` what /v1/models says about it.
+    `tracing` replaces what the settings say, `faces` the registry of this process. Raises `MissingDependency` and `InvalidRequest`
+    for what the settings name and this machine lacks.
+    """
+    context = _context(worker, settings, manifest, backend, tracing, faces)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        sweeping = asyncio.create_task(_sweep(context.faces))
+        try:
+            yield
+        finally:
+            sweeping.cancel()
+            with suppress(asyncio.CancelledError):
+                await sweeping
+            context.close()
+
+    app = FastAPI(
+        title="FastFace-TRT",
+        version=__version__,
+        lifespan=lifespan,
+        redoc_url=None,
+        # A client that sends what no route takes gets an error, not a redirect to follow.
+        redirect_slashes=False,
+    )
+    app.state.context = context
+    app.include_router(images_router())
+    app.include_router(faces_router())
+    app.include_router(about_router())
+    _handle_errors(app)
+    _describe(app, secured=bool(settings.api_keys))
+    # The last added is the first that a request passes.
+    app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes, seconds=settings.body_timeout)
+    app.add_middleware(Gate, keys=context.keys, limit=context.limit, admission=context.admission)
+    app.add_middleware(Front, metrics=context.metrics, tracing=context.tracing)
+    return app
+
+
+def _context(
+    worker: Worker,
+    settings: ServerSettings,
+    manifest: ExportManifest,
+    backend: str | None,
+    tracing: Tracing | None,
+    faces: Faces | None,
+) -> Context:
+    admission = Admission(worker, settings.max_requests)
+    faces = faces or OwnFaces(settings.faces_ttl, settings.max_faces)
+    if tracing is None:
+        tracing = Spans() if settings.telemetry else Tracing()
+    return Context(
+        worker=worker,
+        settings=settings,
+        manifest=manifest,
+        backend=backend,
+        started=int(time.time()),
+        admission=admission,
+        keys=ApiKeys(settings.api_keys),
+        limit=RateLimit(settings.requests_per_minute),
+        faces=faces,
+        checks=Checks.load(settings.checks),
+        signer=open_signer(settings),
+        metrics=Metrics(worker, lambda: admission.state, lambda: faces.count),
+        tracing=tracing,
+        threads=ThreadPoolExecutor(PICTURE_THREADS, thread_name_prefix="fastface-pictures"),
+    )
+
+
+async def _sweep(faces: Faces) -> None:
+    while True:
+        await asyncio.sleep(SWEEP_SECONDS)
+        await faces.forget_expired()
+
+
+def _handle_errors(app: FastAPI) -> None:
+    @app.exception_handler(FastFaceError)
+    async def known(request: Request, error: FastFaceError) -> Response:
+        record = record_of(request.scope)
+        record.outcome = "disconnected" if isinstance(error, ClientGone) else error.code
+        if is_internal(error):
+            record.failure = error
+        return error_answer(error, record.id)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> Response:
+        return await known(request, invalid_field(error.errors()))
+
+    @app.exception_handler(HTTPException)
+    async def refused(request: Request, error: HTTPException) -> Response:
+        return http_error_answer(error)
+
+    @app.exception_handler(ClientDisconnect)
+    async def gone(request: Request, error: ClientDisconnect) -> Response:
+        return await known(request, ClientGone("The client has gone."))
+
+
+def _describe(app: FastAPI, *, secured: bool) -> None:
+    made: dict[str, Any] = {}
+
+    def openapi() -> dict[str, Any]:
+        if not made:
+            made.update(document(app, secured=secured))
+        return made
+
+    app.openapi = openapi  # type: ignore[method-assign]  # FastAPI's documented way
+
+
+__all__ = ["create_app"]

@@ -1,0 +1,136 @@
+"""Bodies, JSON and multipart, into the same models. Nothing of them is written to a disk."""
+
+import asyncio
+import json
+import re
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+from python_multipart.exceptions import FormParserError
+from starlette.datastructures import UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
+from starlette.requests import Request
+
+from fastface_trt.serving.http.errors import InvalidField, UnsupportedBody
+from fastface_trt.serving.http.openai_errors import invalid_field
+
+Body = TypeVar("Body", bound=BaseModel)
+
+QUICK_BYTES = 100_000
+"""Below this a body is parsed at once; above, beside the event loop."""
+MAX_FIELDS = 200
+MAX_DEPTH = 4
+
+
+def media_type(request: Request) -> str:
+    """The type of the body, without its parameters."""
+    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
+
+
+async def json_body(request: Request, model: type[Body]) -> Body:
+    """A JSON body. Raises `InvalidField`, `UnsupportedBody`."""
+    if media_type(request) != "application/json":
+        raise UnsupportedBody(
+            f"The body's type is {media_type(request) or 'not said'!r}.", "Send application/json."
+        )
+    data = await request.body()
+    try:
+        if len(data) < QUICK_BYTES:
+            return model.model_validate_json(data)
+        return await asyncio.to_thread(model.model_validate_json, data)
+    except ValidationError as error:
+        raise invalid_field(error.errors(include_input=False, include_url=False)) from None
+
+
+async def form_body(
+    request: Request, model: type[Body], max_bytes: int, file_field: str = "image"
+) -> tuple[Body, bytes | None]:
+    """A multipart body, and the content of its file, if it has one.
+
+    Text stands for JSON wherever the model has no text there; `name[]` is an item of a list and
+    `name[key]` a member of an object, as OpenAI's clients write them. Raises `InvalidField`,
+    `UnsupportedBody`.
+    """
+    if media_type(request) != "multipart/form-data":
+        raise UnsupportedBody(
+            f"The body's type is {media_type(request) or 'not said'!r}.",
+            "Send multipart/form-data.",
+        )
+    parser = _InMemory(
+        request.headers,
+        request.stream(),
+        max_files=1,
+        max_fields=MAX_FIELDS,
+        max_part_size=max_bytes,
+    )
+    parser.spool_max_size = max_bytes + 1
+    try:
+        form = await parser.parse()
+    except (MultiPartException, FormParserError) as error:
+        raise InvalidField(
+            "The form cannot be read: "
+            f"{str(getattr(error, 'message', error)).rstrip('.') or 'it is broken'}.",
+            "Send multipart/form-data with one file at most.",
+        ) from None
+    file: bytes | None = None
+    values: dict[str, Any] = {}
+    text_fields = _text_fields(model)
+    try:
+        for name, value in form.multi_items():
+            if isinstance(value, UploadFile):
+                if name not in (file_field, f"{file_field}[]"):
+                    raise InvalidField(
+                        f"There is no file {name!r}.", f"Send it as {file_field}.", param=name
+                    )
+                file = await value.read()
+            else:
+                _put(values, name, value, text_fields)
+    finally:
+        await form.close()
+    try:
+        return model.model_validate(values), file
+    except ValidationError as error:
+        raise invalid_field(error.errors(include_input=False, include_url=False)) from None
+
+
+class _InMemory(MultiPartParser):
+    """Starlette's parser puts files of a megabyte on the disk; a face must not be there."""
+
+
+def _text_fields(model: type[BaseModel]) -> frozenset[str]:
+    """Fields that take nothing but text."""
+    properties: Mapping[str, Any] = model.model_json_schema()["properties"]
+    return frozenset(
+        name
+        for name, schema in properties.items()
+        if {one.get("type") for one in schema.get("anyOf", [schema])} <= {"string", "null"}
+    )
+
+
+def _put(values: dict[str, Any], name: str, text: str, text_fields: frozenset[str]) -> None:
+    """Set the field `name`, `name[]` or `name[key][key]` of `values`."""
+    root, *keys = re.split(r"\[|\]\[", name.removesuffix("]"), maxsplit=MAX_DEPTH)
+    value = text if root in text_fields else _decoded(text)
+    place, key = values, root
+    for next_key in keys:
+        if next_key == "":
+            place.setdefault(key, [])
+            if isinstance(place[key], list):
+                place[key].append(value)
+                return
+            raise InvalidField(f"The field {root!r} is given twice.", "Give it once.", param=root)
+        inner = place.setdefault(key, {})
+        if not isinstance(inner, dict):
+            raise InvalidField(f"The field {root!r} is given twice.", "Give it once.", param=root)
+        place, key = inner, next_key
+    if key in place:
+        raise InvalidField(f"The field {root!r} is given twice.", "Give it once.", param=root)
+    place[key] = value
+
+
+def _decoded(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text

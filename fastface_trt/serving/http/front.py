@@ -1,0 +1,171 @@
+"""What every request passes first: an id, a line in the log, the metrics, and the gate."""
+
+import logging
+import secrets
+import time
+from collections.abc import Mapping, MutableMapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from fastface_trt.errors import FastFaceError
+from fastface_trt.serving.http.access import ApiKeys, RateLimit, address_of
+from fastface_trt.serving.http.admission import Admission
+from fastface_trt.serving.http.errors import InvalidApiKey
+from fastface_trt.serving.http.logs import FIELDS, LOGGER, say
+from fastface_trt.serving.http.metrics import Metrics
+from fastface_trt.serving.http.openai_errors import error_answer
+from fastface_trt.serving.http.tracing import Tracing
+
+CLIENT_GONE = 499
+OUTCOMES = {408: "request_timeout", 413: "request_too_large", CLIENT_GONE: "disconnected"}
+WORKING = ("/v1/images/generations", "/v1/images/edits", "/v1/faces")
+ROUTES = frozenset(
+    {
+        *WORKING,
+        "/",
+        "/v1/models",
+        "/v1/presets",
+        "/v2/health/live",
+        "/v2/health/ready",
+        "/metrics",
+        "/docs",
+        "/openapi.json",
+    }
+)
+
+
+@dataclass(slots=True)
+class Record:
+    """One request: who asks, since when, and what became of it."""
+
+    id: str
+    arrived: float
+    owner: str = ""
+    outcome: str = ""
+    tasks: int = 0
+    prompt: str | None = None
+    failure: FastFaceError | None = None
+    seconds: list[Mapping[str, float]] = field(default_factory=list)
+
+
+def record_of(scope: MutableMapping[str, Any]) -> Record:
+    """The record of the request that `scope` belongs to."""
+    record = scope["state"]["record"]
+    assert isinstance(record, Record)
+    return record
+
+
+def route_of(path: str) -> str:
+    """The route of a path, one of few: a client must not be able to make more metrics."""
+    if path in ROUTES:
+        return path
+    return "/v1/faces/{id}" if path.startswith("/v1/faces/") else "other"
+
+
+class Front:
+    """Gives each request its id, and logs, counts and traces its end.
+
+    Whatever is not an error of a client's ends here, as a 500 that says nothing.
+    """
+
+    def __init__(self, app: ASGIApp, *, metrics: Metrics, tracing: Tracing) -> None:
+        self._app, self._metrics, self._tracing = app, metrics, tracing
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """See ASGI."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        record = Record(f"req_{secrets.token_hex(12)}", time.monotonic())
+        scope.setdefault("state", {})["record"] = record
+        route, method = route_of(scope["path"]), scope["method"]
+        status = 0
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                headers = [*message.get("headers", ()), (b"x-request-id", record.id.encode())]
+                message = {**message, "headers": headers}
+            await send(message)
+
+        self._metrics.request_began()
+        try:
+            with self._tracing.request(scope, route, record):
+                try:
+                    await self._app(scope, receive, send_with_id)
+                    if record.failure is not None:
+                        self._log_failure(record, record.failure)
+                except Exception as error:
+                    record.outcome = record.outcome or "internal_error"
+                    self._log_failure(record, error)
+                    if not status:
+                        failure = FastFaceError("")
+                        await error_answer(failure, record.id)(scope, receive, send_with_id)
+        finally:
+            if not status or (status == 200 and record.outcome == "disconnected"):
+                status = CLIENT_GONE
+            self._end(record, route, method, status)
+
+    def _log_failure(self, record: Record, error: Exception) -> None:
+        logging.getLogger(LOGGER).error(
+            "a request failed", exc_info=error, extra={FIELDS: {"id": record.id}}
+        )
+
+    def _end(self, record: Record, route: str, method: str, status: int) -> None:
+        seconds = time.monotonic() - record.arrived
+        self._metrics.request_ended(route, method, status, seconds)
+        fields: dict[str, Any] = {
+            "id": record.id,
+            "method": method,
+            "route": route,
+            "status": status,
+            "ms": round(seconds * 1000, 1),
+            "outcome": OUTCOMES.get(status)
+            or record.outcome
+            or ("ok" if status < 400 else "refused"),
+        }
+        if record.tasks:
+            fields["tasks"] = record.tasks
+        if record.prompt is not None:
+            fields["prompt"] = record.prompt
+        quiet = route in ("/metrics", "/v2/health/live", "/v2/health/ready") and status == 200
+        say("request", level=logging.DEBUG if quiet else logging.INFO, **fields)
+
+
+class Gate:
+    """Lets a request in by its key, its client's rate, and what is in work; before its body."""
+
+    def __init__(
+        self, app: ASGIApp, *, keys: ApiKeys, limit: RateLimit, admission: Admission
+    ) -> None:
+        self._app, self._keys, self._limit, self._admission = app, keys, limit, admission
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """See ASGI."""
+        if scope["type"] != "http" or not scope["path"].startswith("/v1/"):
+            await self._app(scope, receive, send)
+            return
+        record = record_of(scope)
+        with ExitStack() as entered:
+            try:
+                record.owner = self._owner(scope)
+                if scope["method"] == "POST" and scope["path"] in WORKING:
+                    entered.enter_context(self._admission.enter())
+            except FastFaceError as error:
+                record.outcome = error.code
+                await error_answer(error, record.id)(scope, receive, send)
+                return
+            await self._app(scope, receive, send)
+
+    def _owner(self, scope: Scope) -> str:
+        try:
+            owner = self._keys.owner_of(scope)
+        except InvalidApiKey:
+            self._limit.take(address_of(scope))  # so that nobody tries many
+            raise
+        self._limit.take(owner)
+        return owner

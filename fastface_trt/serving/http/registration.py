@@ -1,0 +1,99 @@
+"""`/v1/faces`: register a face once, name it afterwards, have it forgotten."""
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from fastface_trt.serving.http.answers import json_answer
+from fastface_trt.serving.http.bodies import form_body, json_body, media_type
+from fastface_trt.serving.http.context import context_of
+from fastface_trt.serving.http.errors import InvalidField
+from fastface_trt.serving.http.face_input import analysed, within
+from fastface_trt.serving.http.faces import RegisteredFace
+from fastface_trt.serving.http.front import record_of
+from fastface_trt.serving.http.openapi import form_of, json_of, refusals
+from fastface_trt.serving.http.responses import FaceAnswer, FaceList
+from fastface_trt.serving.http.schemas import FaceBody, FaceForm
+from fastface_trt.serving.http.tasks import unless_disconnected
+from fastface_trt.serving.intake import decode_base64
+
+
+def faces_router() -> APIRouter:
+    """The routes of registered faces."""
+    router = APIRouter(tags=["faces"])
+
+    @router.post(
+        "/v1/faces",
+        status_code=201,
+        response_model=FaceAnswer,
+        responses=refusals(400, 401, 408, 413, 415, 429, 500, 503, 504),
+        openapi_extra={
+            "requestBody": {
+                "required": True,
+                "content": {
+                    **json_of(FaceBody)["requestBody"]["content"],
+                    **form_of(FaceForm)["requestBody"]["content"],
+                },
+            }
+        },
+        summary="Register a face",
+    )
+    async def register(request: Request) -> Response:
+        """Find the face of a picture and keep what the model needs of it, for a time, in memory."""
+        context, record = context_of(request), record_of(request.scope)
+        if media_type(request) == "multipart/form-data":
+            form, file = await form_body(request, FaceForm, context.settings.max_body_bytes)
+            if file is None:
+                raise InvalidField(
+                    "The file 'image' is missing.", "Send the picture as image.", param="image"
+                )
+            index = form.face_index
+        else:
+            body = await json_body(request, FaceBody)
+            file, index = (
+                await context.beside(decode_base64, body.image, context.settings),
+                body.face_index,
+            )
+        deadline = record.arrived + context.settings.default_deadline
+        face = await unless_disconnected(
+            request.receive, within(deadline, analysed(context, file, index))
+        )
+        one = await context.faces.add(record.owner, face)
+        return json_answer(_told(one), status=201)
+
+    @router.get(
+        "/v1/faces",
+        response_model=FaceList,
+        responses=refusals(401, 429),
+        summary="List your faces",
+    )
+    async def registered(request: Request) -> Response:
+        """The faces that were registered with this key, oldest first."""
+        faces = await context_of(request).faces.of(record_of(request.scope).owner)
+        return json_answer(FaceList(data=[_told(one) for one in faces]))
+
+    @router.delete(
+        "/v1/faces/{id}",
+        status_code=204,
+        response_class=Response,
+        responses=refusals(401, 404, 429),
+        summary="Forget a face",
+    )
+    async def delete(request: Request, id: str) -> Response:
+        """Forget a face at once."""
+        await context_of(request).faces.delete(record_of(request.scope).owner, id)
+        return Response(status_code=204)
+
+    return router
+
+
+def _told(one: RegisteredFace) -> FaceAnswer:
+    face = one.face
+    return FaceAnswer(
+        id=one.id,
+        created_at=one.created_at,
+        expires_at=one.expires_at,
+        box=face.box,
+        score=face.score,
+        index=face.index,
+        count=face.count,
+    )

@@ -1,0 +1,158 @@
+"""What a client may ask for: one closed model for JSON and for multipart forms.
+
+The fields up to `output_format` are OpenAI's, the others are ours. Whatever fits the model is
+checked again where it means something, by `GenerationRequest`.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from fastface_trt.runtime.guidance import FAMILIES
+from fastface_trt.runtime.presets import PRESETS
+
+MAX_PROMPT_LENGTH = 8000
+"""Characters; the text encoders read 77 tokens, and what they cut is said in a warning."""
+
+Number = Annotated[float, Field(allow_inf_nan=False, ge=-1000, le=1000)]
+PerStep = Number | Annotated[list[Number], Field(min_length=1, max_length=1000)]
+Prompt = Annotated[str, Field(max_length=MAX_PROMPT_LENGTH)]
+
+_SCHEDULE = (
+    "A number, a list with one number per step, or a named schedule such as "
+    f"`cosine:high=3,low=1` (families: {', '.join(sorted(FAMILIES))})."
+)
+
+
+class Closed(BaseModel):
+    """Base of what clients send: nothing is converted, and an unknown field is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class PartBody(Closed):
+    """Attention manipulation of one part of the UNet; see `PartManipulation`."""
+
+    kind: Literal["off", "scale_power", "softmask"] = "off"
+    scale: PerStep = 1.0
+    power: PerStep = 1.0
+    quantile: PerStep = 0.65
+    sharpness: PerStep = 5.0
+    adain_weight: PerStep = 1.0
+    invert_first_token: bool | None = None
+    upper_bound: Number = 10.0
+
+
+class ManipulationBody(Closed):
+    """Attention manipulation per part; a part that is left out is off."""
+
+    down: PartBody | None = None
+    mid: PartBody | None = None
+    up: PartBody | None = None
+
+
+class ScaleBody(Closed):
+    """λ per part of the UNet; 0.8 where left out."""
+
+    down: Number | None = None
+    mid: Number | None = None
+    up: Number | None = None
+
+
+class GenerationBody(Closed):
+    """Pictures of a person as a prompt says."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {"prompt": "a watercolour portrait", "face_id": "face_…", "preset": "am1+dcg"},
+            ]
+        }
+    )
+
+    prompt: Prompt = Field(min_length=1, description="What the picture shows.")
+    n: int | None = Field(None, ge=1, description="Pictures to make of one seed [1].")
+    size: str | None = Field(
+        None,
+        pattern="^(auto|[1-9][0-9]{0,3}x[1-9][0-9]{0,3})$",
+        description="WIDTHxHEIGHT in pixels, or auto: the export's own.",
+    )
+    response_format: Literal["b64_json", "url"] | None = Field(
+        None, description="Only b64_json: pictures are not kept, so there is no address of one."
+    )
+    model: Annotated[str, Field(max_length=200)] | None = Field(
+        None, description="The name of the served export, as /v1/models tells it, or nothing."
+    )
+    user: Annotated[str, Field(max_length=512)] | None = Field(
+        None, description="Accepted for OpenAI's sake; neither used nor logged."
+    )
+    stream: bool | None = Field(None, description="Answer with server-sent events.")
+    partial_images: int | None = Field(
+        None, ge=0, le=3, description="With `stream`: previews of each picture at most."
+    )
+    output_format: Literal["png"] | None = None
+
+    face: str | None = Field(
+        None, min_length=1, description="A picture with the face: base64, or a data: URL."
+    )
+    face_id: Annotated[str, Field(min_length=1, max_length=100)] | None = Field(
+        None, description="A face registered with POST /v1/faces."
+    )
+    face_url: Annotated[str, Field(min_length=1, max_length=2048)] | None = Field(
+        None, description="The address of a picture; only where the server fetches pictures."
+    )
+    face_index: int | None = Field(
+        None, ge=0, le=10_000, description="Which face of the picture, largest first [0]."
+    )
+    channel_order: Literal["bgr", "rgb"] | None = Field(
+        None, description="Order in which CLIP sees the face [bgr, as published]."
+    )
+    seed: int | None = Field(None, ge=0, le=2**64 - 1, description="[0]")
+    negative_prompt: Prompt | None = Field(None, description="What the picture should not show.")
+    preset: Annotated[str, Field(max_length=100)] | None = Field(
+        None,
+        description="Parameters to start from; every field overrides it. [plain]",
+        json_schema_extra={"examples": list(PRESETS)},
+    )
+    steps: int | None = Field(None, ge=1, le=1000, description="UNet steps [the export's].")
+    ip_adapter_scale: Number | ScaleBody | None = Field(
+        None, description="λ (Eq. 1): one number, or one per part of the UNet [0.8]."
+    )
+    alpha: PerStep | Annotated[str, Field(max_length=1000)] | None = Field(
+        None, description=f"α (Eq. 3). {_SCHEDULE}"
+    )
+    beta: PerStep | Annotated[str, Field(max_length=1000)] | None = Field(
+        None, description=f"β (Eq. 3). {_SCHEDULE}"
+    )
+    rescale: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = Field(
+        None, description="φ (Eq. 5); null is off, also where the preset has one."
+    )
+    dcg_variant: Literal[1, 2, 3] | None = Field(None, description="Appendix D [2].")
+    manipulation: ManipulationBody | None = Field(
+        None, description="Attention manipulation (Eq. 7 to 10); replaces the preset's."
+    )
+    scope: Literal["request", "branch"] | None = Field(
+        None, description="What the softmask normalises over [request]."
+    )
+    plan: Literal["exact", "full", "lean"] | None = Field(None, description="Branch plan [exact].")
+    deadline: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
+        None, description="Seconds from now after which the answer is of no use."
+    )
+
+
+class FaceBody(Closed):
+    """A face to register."""
+
+    image: str = Field(min_length=1, description="A picture: base64, or a data: URL.")
+    face_index: int | None = Field(None, ge=0, le=10_000, description="Largest first [0].")
+
+
+class FaceForm(Closed):
+    """A face to register, whose picture is the file of the form."""
+
+    face_index: int | None = Field(None, ge=0, le=10_000, description="Largest first [0].")
+
+
+def given(body: BaseModel, *names: str) -> dict[str, Any]:
+    """Those of the fields that the client gave a value."""
+    return {name: value for name in names if (value := getattr(body, name)) is not None}

@@ -1,0 +1,262 @@
+"""A FastFace made of arithmetic: real requests, jobs, runs and guidance, engines that obey a test.
+
+What a UNet call does is said by words in the prompts of its rows:
+
+- "engine raises": the whole call fails, as when a kernel crashes;
+- "engine nan": the rows of that request are not numbers;
+- "preparation raises": encoding the prompt fails.
+
+`fastface.unet.hold()` stops calls at their start until `release()`; `fastface.unet.broken` makes
+all fail, `fastface.decoder.broken` every decoding. Nothing here waits by the clock, but for
+`fastface.unet.seconds_per_row`.
+"""
+
+import threading
+import time
+import zlib
+from types import SimpleNamespace
+
+import numpy as np
+
+from fastface_trt import FastFace
+from fastface_trt.engines import contract
+from fastface_trt.engines.device import HostDevice
+from fastface_trt.engines.manifest import EXPORT_MANIFEST, ExportManifest, read_manifest
+from fastface_trt.errors import NoFaceFound
+from fastface_trt.mini.folders import EXPORT
+from fastface_trt.runtime.job import Condition
+from fastface_trt.serving.batching.warm_up import blank_face
+from fastface_trt.serving.work import PictureDone, StepDone, Task, TaskFailed
+from fastface_trt.stages import Stages
+
+ENGINE_RAISES, ENGINE_NAN, PREPARATION_RAISES = (
+    "engine raises",
+    "engine nan",
+    "preparation raises",
+)
+_MARKS = {ENGINE_RAISES: 1000.0, ENGINE_NAN: 2000.0}
+WAIT = 60
+"""Seconds that a test waits for what must happen; it decides nothing but when to give up."""
+
+
+class ArithmeticUNet:
+    """A function of every input of its row, and of its request's parameters, like the real one.
+
+    `calls` holds per call the rows and how many requests they are.
+    """
+
+    def __init__(self, request_counts=None):
+        self.device = HostDevice()
+        self.request_counts = request_counts
+        self.calls = []
+        self.broken = False
+        self.seconds_per_row = 0.0
+        self._changed = threading.Condition()
+        self._held = self._at_gate = False
+
+    def hold(self):
+        """From now on every call stops at its start."""
+        with self._changed:
+            self._held = True
+
+    def wait_until_held(self):
+        """Until a call has stopped at its start."""
+        with self._changed:
+            assert self._changed.wait_for(lambda: self._at_gate, WAIT), "no UNet call came"
+
+    def step_once(self):
+        """Let the call that is held go, and wait until the next one is held."""
+        with self._changed:
+            self._at_gate = False
+            self._changed.notify_all()
+        self.wait_until_held()
+
+    def release(self):
+        """Hold no more calls."""
+        with self._changed:
+            self._held = self._at_gate = False
+            self._changed.notify_all()
+
+    def _pass_gate(self):
+        with self._changed:
+            if self._held:
+                self._at_gate = True
+                self._changed.notify_all()
+                assert self._changed.wait_for(lambda: not self._at_gate, WAIT), "never released"
+
+    def __call__(self, **inputs):
+        rows, requests = len(inputs[contract.SAMPLE]), len(inputs[contract.IP_ADAPTER_SCALE])
+        self.calls.append((rows, requests))
+        self._pass_gate()
+        if self.seconds_per_row:
+            time.sleep(self.seconds_per_row * rows)
+        marks = inputs[contract.POOLED_TEXT][:, 0]
+        if self.broken or (marks == _MARKS[ENGINE_RAISES]).any():
+            raise RuntimeError("a secret of the engine: kernel 17 at 0xdeadbeef")
+        if self.request_counts is not None:
+            assert requests in self.request_counts, f"no profile for {requests} requests"
+        owner = np.arange(rows) // (rows // requests)
+        signal = (
+            inputs[contract.TEXT].mean((1, 2))
+            + 2 * inputs[contract.POOLED_TEXT][:, 1:].mean(1)
+            + 3
+            * inputs[contract.IMAGE_TOKENS].mean((1, 2))
+            * inputs[contract.IP_ADAPTER_SCALE][owner, 0]
+            + inputs[contract.TIMESTEP] / 1000
+            + inputs[contract.MANIPULATION].mean((1, 2))[owner]
+        )
+        wave = np.sin(inputs[contract.SAMPLE] * (1 + signal[:, None, None, None]))
+        wave[marks == _MARKS[ENGINE_NAN]] = np.nan
+        return {contract.NOISE_PREDICTION: wave.astype(np.float32)}
+
+
+class ArithmeticDecoder:
+    """Latents [1,C,h,w] to a picture of `scale` times their size."""
+
+    def __init__(self, scale):
+        self.scale = scale
+        self.broken = False
+        self.pictures = 0
+
+    def __call__(self, latents):
+        if self.broken:
+            raise RuntimeError("a secret of the decoder")
+        self.pictures += 1
+        picture = 1 / (1 + np.exp(-latents[:, :3]))
+        return {"picture": picture.repeat(self.scale, 2).repeat(self.scale, 3)}
+
+
+class ArithmeticConditioner:
+    """Text and image tokens from a checksum of the prompt and from the face's embedding."""
+
+    def image_tokens(self, face, channel_order="bgr", timeline=None):
+        values = np.zeros(24, np.float32) if face is None else face.embedding[:24]
+        return values.reshape(4, 6) * (1 if channel_order == "bgr" else -1)
+
+    def conditions(self, request, face_tokens, timeline=None):
+        if PREPARATION_RAISES in request.prompt:
+            raise RuntimeError("a secret of the encoder")
+        texts = [self._encode(text) for text in (request.negative_prompt, request.prompt)]
+        faces = [self.image_tokens(None), face_tokens]
+        return {
+            branch: Condition(*texts["t" in branch], faces["i" in branch])
+            for branch in ("u", "t", "i", "ti")
+        }
+
+    def _encode(self, text):
+        generator = np.random.default_rng(zlib.crc32(text.encode()))
+        hidden, pooled = (
+            generator.standard_normal(shape).astype(np.float32) for shape in ((77, 6), (5,))
+        )
+        pooled[0] = next((mark for words, mark in _MARKS.items() if words in text), 0.0)
+        return hidden, pooled
+
+    def text(self, prompt):
+        return SimpleNamespace(cut="")
+
+    def forget(self):
+        pass
+
+
+class ArithmeticStages(Stages):
+    """The real stages over arithmetic engines."""
+
+    def __init__(self, modules):
+        self._modules = modules
+        self._conditioner = ArithmeticConditioner()
+
+
+class ArithmeticModules(dict):
+    """What `Stages` and `FastFace` ask of a `ModuleSet`; the manifest is that of the mini model."""
+
+    def __init__(self, request_counts):
+        self.manifest = read_manifest(EXPORT / EXPORT_MANIFEST, ExportManifest)
+        self.device = HostDevice()
+        self.builder = SimpleNamespace(backend="arithmetic")
+        super().__init__(
+            unet=ArithmeticUNet(request_counts),
+            vae_decoder=ArithmeticDecoder(self.manifest.vae_scale_factor),
+        )
+
+    def close(self):
+        pass
+
+
+class ArithmeticFastFace(FastFace):
+    """A FastFace over arithmetic engines. `analyze` finds a face wherever a pixel is not black."""
+
+    def __init__(self, request_counts=None):
+        self._modules = ArithmeticModules(request_counts)
+        self.stages = ArithmeticStages(self._modules)
+        self.unet, self.decoder = self._modules["unet"], self._modules["vae_decoder"]
+        self.closed = False
+
+    def warm_up(self):
+        pass
+
+    def analyze(self, picture, *, index=None, timeline=None):
+        if not picture.any():
+            raise NoFaceFound("No face was found.", "Use another picture.")
+        return blank_face(int(picture[0, 0, 0]))
+
+    def forget(self):
+        pass
+
+    def close(self):
+        self.closed = True
+
+
+def picture_alone(request, face, channel_order="bgr"):
+    """What a request gives by itself, with nobody beside it."""
+    stages = ArithmeticFastFace().stages
+    run = stages.start(stages.job(request, stages.image_tokens(face, channel_order)))
+    while not run.finished:
+        stages.step([run])
+    return stages.decode(run.latents)
+
+
+class Events:
+    """Collects events of many tasks, checks their order, and waits for endings."""
+
+    def __init__(self):
+        self._changed = threading.Condition()
+        self.of = {}
+        self.order = []
+
+    def __call__(self, event):
+        with self._changed:
+            self.of.setdefault(event.id, []).append(event)
+            self.order.append(event)
+            self._changed.notify_all()
+
+    def wait(self, condition):
+        """Wait until `condition()` holds; it is asked again after every event."""
+        with self._changed:
+            assert self._changed.wait_for(condition, WAIT), "it never came"
+
+    def steps(self, task_id):
+        return [e.step for e in self.of.get(task_id, []) if isinstance(e, StepDone)]
+
+    def ending(self, task_id):
+        """The last event of a task, waited for."""
+        self.wait(lambda: self._ends(task_id))
+        return self._ends(task_id)[0]
+
+    def check(self, task_ids):
+        """Every one of these tasks ended exactly once, nothing came afterwards, nobody else."""
+        assert set(self.of) == set(task_ids)
+        for events in self.of.values():
+            *before, last = events
+            assert isinstance(last, PictureDone | TaskFailed)
+            assert all(isinstance(event, StepDone) for event in before)
+            assert [event.step for event in before] == list(range(1, len(before) + 1))
+
+    def _ends(self, task_id):
+        return [e for e in self.of.get(task_id, []) if not isinstance(e, StepDone)]
+
+
+def task(fastface, task_id, prompt="photo; a person", *, preset="plain", face=None, **fields):
+    """A task of a preset; `deadline` and `previews` go to the task, other fields to the request."""
+    own = {name: fields.pop(name) for name in ("deadline", "previews") if name in fields}
+    request = fastface.request(prompt, preset=preset, **fields)
+    return Task(task_id, request, face or blank_face(), **own)
