@@ -17,16 +17,22 @@ export class FaceInput {
   }
 
   choose(picture, name) {
-    if (this.img.src) URL.revokeObjectURL(this.img.src);
     this.picture = picture;
     this.name = name;
-    this.img.src = URL.createObjectURL(picture);
-    this.img.hidden = false;
+    this.show(picture, name);
+    this.onChange();
+  }
+
+  // Show a picture, or only a name where there is none, without choosing it.
+  show(picture, name) {
+    if (this.img.src) URL.revokeObjectURL(this.img.src);
+    this.img.hidden = !picture;
+    if (picture) this.img.src = URL.createObjectURL(picture);
+    else this.img.removeAttribute("src");
     byId("face-name").textContent = name;
     for (const button of byId("samples").children) {
       button.setAttribute("aria-pressed", String(button.dataset.name === name));
     }
-    this.onChange();
   }
 
   // The picture as the API takes it in JSON.

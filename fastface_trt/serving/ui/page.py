@@ -36,11 +36,12 @@ FILES = (
     "key.js",
     "main.js",
     "parameters.js",
+    "pictures.css",
     "registered.js",
+    "report.js",
     "runner.js",
     "stream.js",
     "style.css",
-    "pictures.css",
 )
 CONTENT_SECURITY_POLICY = (
     "default-src 'self'; img-src 'self' data: blob:; object-src 'none'; base-uri 'none'; "

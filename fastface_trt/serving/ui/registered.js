@@ -8,7 +8,7 @@ export class RegisteredFaces {
     this.face = face;
     this.report = report;
     this.chosen = null;
-    this.names = new Map();
+    this.known = new Map(); // the server tells neither name nor picture of a face
     this.group = byId("registered");
     this.button = byId("register");
     this.button.addEventListener("click", () => this.report.during(() => this.#register()));
@@ -42,14 +42,15 @@ export class RegisteredFaces {
     const response = await this.api.send("/v1/faces", { method: "POST", form });
     const one = await response.json();
     const which = one.count > 1 ? `, face ${one.index + 1} of ${one.count}` : "";
-    this.names.set(one.id, `${this.face.name}${which}`);
+    this.known.set(one.id, { name: `${this.face.name}${which}`, picture: this.face.picture });
     this.chosen = one.id;
     await this.load();
-    this.report.say(`Registered ${this.names.get(one.id)}.`);
+    this.report.say(`Registered ${this.known.get(one.id).name}.`);
   }
 
   async #delete(id) {
     await this.api.send(`/v1/faces/${encodeURIComponent(id)}`, { method: "DELETE" });
+    this.known.delete(id);
     await this.load();
     this.report.say("The server has forgotten this face.");
   }
@@ -59,10 +60,12 @@ export class RegisteredFaces {
       hour: "2-digit",
       minute: "2-digit",
     });
-    const name = this.names.get(one.id) ?? `${one.id.slice(0, 12)}…`;
+    const known = this.known.get(one.id);
+    const name = known?.name ?? `${one.id.slice(0, 12)}…`;
     const radio = element("input", { type: "radio", name: "registered", value: one.id });
     radio.addEventListener("change", () => {
       this.chosen = one.id;
+      this.face.show(known?.picture, name);
       this.#mark();
     });
     const forget = () => this.report.during(() => this.#delete(one.id));
