@@ -5,12 +5,13 @@ import { element } from "./dom.js";
 const SMALL = 256; // pixels; smaller pictures are drawn art and keep their edges when enlarged
 
 export class Card {
-  constructor(title, onOpen) {
+  constructor(title, size, onOpen) {
     this.title = title;
     this.img = element("img", { alt: `${title}, on its way`, hidden: true });
     this.bar = element("progress", { max: 1, value: 0, "aria-label": `Progress of ${title}` });
     this.frame = element("button", { type: "button", class: "frame", disabled: true,
       onclick: () => onOpen(this) }, this.img);
+    this.frame.style.aspectRatio = size.replace("x", " / ");
     this.note = element("span", { class: "note" }, "waiting");
     this.root = element("figure", { class: "card", "data-state": "waiting" }, this.frame, this.bar,
       element("figcaption", {}, element("span", { class: "title" }, title), this.note));

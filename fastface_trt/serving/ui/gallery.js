@@ -12,9 +12,10 @@ export class Gallery {
     this.rows = [];
   }
 
-  // A new row on top, with a card for each title.
-  add(caption, titles) {
-    const cards = titles.map((title) => new Card(title, (card) => this.details.open(card)));
+  // A new row on top, with a card for each title; size is WIDTHxHEIGHT.
+  add(caption, titles, size) {
+    const cards = titles.map((title) =>
+      new Card(title, size, (card) => this.details.open(card)));
     const row = element("section", { class: "pictures", "aria-label": caption },
       element("h3", {}, caption),
       element("div", { class: "cards" }, ...cards.map((card) => card.root)));

@@ -44,7 +44,7 @@ async function generate() {
   const body = parameters.body();
   const titles = Array.from({ length: body.n }, (_, at) =>
     body.n > 1 ? `${body.preset}, ${at + 1} of ${body.n}` : body.preset);
-  await runner.run(body.prompt, [{ body, titles }], await registered.fields());
+  await make(body.prompt, [{ body, titles }]);
 }
 
 async function compareAll(presets) {
@@ -53,7 +53,16 @@ async function compareAll(presets) {
     const body = { ...parameters.body(preset), n: 1 };
     return { body, titles: [preset] };
   });
-  await runner.run(requests[0].body.prompt, requests, await registered.fields());
+  await make(requests[0].body.prompt, requests);
+}
+
+async function make(caption, requests) {
+  try {
+    await runner.run(caption, requests, await registered.fields());
+  } catch (error) {
+    if (error.code === "unknown_face") await registered.load(); // its time is over
+    throw error;
+  }
 }
 
 byId("settings").addEventListener("submit", (event) => {

@@ -52,6 +52,7 @@ export class RegisteredFaces {
     await this.api.send(`/v1/faces/${encodeURIComponent(id)}`, { method: "DELETE" });
     this.known.delete(id);
     await this.load();
+    if (!this.chosen && this.face.picture) this.face.show(this.face.picture, this.face.name);
     this.report.say("The server has forgotten this face.");
   }
 

@@ -29,7 +29,8 @@ export class Runner {
     if (this.running) return;
     this.controller = new AbortController();
     this.#enable(false);
-    const cards = this.gallery.add(caption, requests.flatMap(({ titles }) => titles));
+    const all = requests.flatMap(({ titles }) => titles);
+    const cards = this.gallery.add(caption, all, requests[0].body.size);
     this.report.say(`Making ${counted(cards.length)}…`);
     const began = performance.now();
     try {
