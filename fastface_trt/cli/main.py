@@ -17,6 +17,7 @@ from fastface_trt.cli.generate import generate
 from fastface_trt.cli.inspect import inspect
 from fastface_trt.cli.refit import refit_command
 from fastface_trt.cli.replay import replay
+from fastface_trt.cli.serve import serve
 from fastface_trt.cli.verify import verify
 from fastface_trt.errors import FastFaceError
 
@@ -51,6 +52,7 @@ def cli() -> None:
 for command in (
     demo,
     generate,
+    serve,
     export,
     build,
     refit_command,

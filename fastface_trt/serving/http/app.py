@@ -57,8 +57,8 @@ def create_app(
     """The application; the worker stays the caller's, who closes it.
 
     `manifest` is of the export that the worker serves, `backend` what /v1/models says about it.
-    `tracing` replaces what the settings say, `faces` the registry of this process. Raises `MissingDependency` and `InvalidRequest`
-    for what the settings name and this machine lacks.
+    `tracing` replaces what the settings say, `faces` the registry of this process. Raises
+    `MissingDependency` and `InvalidRequest` for what the settings name and this machine lacks.
     """
     context = _context(worker, settings, manifest, backend, tracing, faces)
 

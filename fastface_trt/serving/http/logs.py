@@ -56,7 +56,7 @@ def log_json(stream: TextIO, level: int = logging.INFO) -> None:
         logger = logging.getLogger(name)
         logger.handlers = [handler] if name != "uvicorn.error" else []
         logger.propagate = name == "uvicorn.error"
-        logger.setLevel(level)
+        logger.setLevel(level if name == LOGGER else logging.WARNING)
 
 
 def say(message: str, *, level: int = logging.INFO, **fields: Any) -> None:

@@ -130,6 +130,7 @@ class _Life:
         try:
             await asyncio.wait({serving, stopping, dying}, return_when=asyncio.FIRST_COMPLETED)
             died = dying.done()
+            dying.cancel()  # from now on the worker's end is our own doing
             await self._stop(server, serving, died)
         finally:
             for one in (stopping, dying):
