@@ -26,6 +26,7 @@ export class Gallery {
       for (const card of old.cards) card.close();
     }
     byId("empty").hidden = true;
+    row.scrollIntoView({ block: "nearest" }); // on a narrow screen it is far below the form
     return cards;
   }
 }

@@ -58,11 +58,10 @@ export class RegisteredFaces {
 
   #row(one) {
     const until = new Date(one.expires_at * 1000).toLocaleTimeString([], {
-      hour: "2-digit",
-      minute: "2-digit",
+      timeStyle: "short",
     });
     const known = this.known.get(one.id);
-    const name = known?.name ?? `${one.id.slice(0, 12)}…`;
+    const name = known?.name ?? `${one.id.slice(0, 9)}…`;
     const radio = element("input", { type: "radio", name: "registered", value: one.id });
     radio.addEventListener("change", () => {
       this.chosen = one.id;

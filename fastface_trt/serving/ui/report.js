@@ -15,6 +15,7 @@ export class Report {
   fail(error) {
     this.error.textContent = error.sentence ?? error.message;
     this.error.hidden = false;
+    this.error.scrollIntoView({ block: "nearest" });
   }
 
   clear() {
