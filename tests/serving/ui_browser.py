@@ -9,7 +9,9 @@ from loopback import wait_until
 from selenium import webdriver
 from selenium.webdriver.common.by import By
 
-INSTALL = "The page's tests need chromium and chromedriver: apt-get install chromium chromium-driver."
+INSTALL = (
+    "The page's tests need chromium and chromedriver: apt-get install chromium chromium-driver."
+)
 WATCH = """
 window.seen = [];
 const note = () => document.querySelectorAll('.card').forEach((card, at) => {
