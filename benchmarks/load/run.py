@@ -16,7 +16,7 @@ from fastface_trt.bench.statistics import percentile
 
 GENERATE = "/v1/images/generations"
 OUTCOMES = {200: "picture", 429: "busy", 503: "unavailable", 504: "deadline"}
-_CLIENTS = 12
+_CLIENTS = 6
 """Clients of the closed loop that finds the capacity: enough for full UNet calls."""
 _MEMORY_EVERY = 1.0
 

@@ -175,8 +175,8 @@ def serve(
 ) -> None:
     """Make pictures for clients of OpenAI's image API, on this machine.
 
-    Logs are JSON lines on standard error. SIGTERM lets pictures on their way end first. The exit
-    status is 0 after a signal and 1 when the engines died.
+    Logs are JSON lines on standard error. SIGTERM lets pictures on their way end first, and the exit
+    status is 0; it is not when the engines could not be opened, or died.
     """
     given |= {
         "export": export_folder,
@@ -219,8 +219,7 @@ def _serve(
     app = create_app(pool, settings, manifest, backend=worker_settings.backend)
     log_json(sys.stderr)
     with listen(settings) as listener, pool:
-        pool.start()
         status = run_server(app, pool, settings, listener)
     if pool.failure is not None:
-        click.secho(f"Error: {pool.failure}", fg="red", err=True)
+        raise pool.failure
     return status
