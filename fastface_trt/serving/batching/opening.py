@@ -6,6 +6,7 @@ from fastface_trt.engines.manifest import EXPORT_MANIFEST, ExportManifest, read_
 from fastface_trt.errors import OutOfMemory
 from fastface_trt.export_folder import find_export
 from fastface_trt.pipeline import FastFace
+from fastface_trt.preview import LatentPreview
 from fastface_trt.serving.batching.batcher import Batcher
 from fastface_trt.serving.settings import WorkerSettings
 
@@ -26,7 +27,12 @@ def open_batcher(settings: WorkerSettings) -> Batcher:
         licence_acknowledged=settings.licence_acknowledged,
         schedule_of=settings.schedule_of,
     )
-    batcher = Batcher(fastface, settings, owns_fastface=True)
+    try:
+        preview = LatentPreview.fit(fastface.stages, fastface.manifest)
+    except BaseException:
+        fastface.close()
+        raise
+    batcher = Batcher(fastface, settings, preview=preview.rgb, owns_fastface=True)
     batcher.start()
     return batcher
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 
 from starlette.types import Scope
 
+from fastface_trt.serving.addresses import client_of_address
 from fastface_trt.serving.http.errors import InvalidApiKey, RateLimited
 
 MAX_BUCKETS = 10_000
@@ -43,9 +44,9 @@ class ApiKeys:
 
 
 def address_of(scope: Scope) -> str:
-    """The address that a request came from."""
+    """Whose address a request came from; see `client_of_address`."""
     client = scope.get("client")
-    return f"address {client[0] if client else 'unknown'}"
+    return f"address {client_of_address(client[0]) if client else 'unknown'}"
 
 
 def _bearer(scope: Scope) -> bytes:

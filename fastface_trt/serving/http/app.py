@@ -38,6 +38,7 @@ from fastface_trt.serving.http.tasks import ClientGone
 from fastface_trt.serving.http.tracing import Spans, Tracing
 from fastface_trt.serving.provenance import open_signer
 from fastface_trt.serving.settings import ServerSettings
+from fastface_trt.serving.ui.page import page_router
 from fastface_trt.serving.work import Worker
 
 SWEEP_SECONDS = 5.0
@@ -85,9 +86,7 @@ def create_app(
     app.include_router(faces_router())
     app.include_router(about_router())
     if settings.ui:
-        from fastface_trt.serving.ui import page
-
-        app.include_router(page())
+        app.include_router(page_router(manifest))
     _handle_errors(app)
     _describe(app, secured=bool(settings.api_keys))
     # The last added is the first that a request passes.
