@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 
 from fastface_trt.engines.closing import Closing
+from fastface_trt.engines.manifest import ExportManifest
 from fastface_trt.errors import Busy, FastFaceError
 from fastface_trt.pipeline import FastFace
 from fastface_trt.runtime.face import Face
@@ -68,6 +69,11 @@ class Batcher(Closing):
         if self._thread.ident is None:
             self.start()
         return self
+
+    @property
+    def manifest(self) -> ExportManifest:
+        """The manifest of the export that it serves."""
+        return self._fastface.manifest
 
     @property
     def state(self) -> State:

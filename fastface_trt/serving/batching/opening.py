@@ -11,11 +11,12 @@ from fastface_trt.serving.batching.batcher import Batcher
 from fastface_trt.serving.settings import WorkerSettings
 
 
-def open_batcher(settings: WorkerSettings) -> Batcher:
+def open_batcher(settings: WorkerSettings, *, build: bool = True) -> Batcher:
     """Open the engines that the settings name, after a look at the free memory, and warm them up.
 
-    Raises what `FastFace.load` raises, `OutOfMemory`, and `EngineFailed` when the warm-up's
-    pictures are not finite.
+    With `build=False` a missing engine is an error instead of minutes of building. Raises what
+    `FastFace.load` raises, `OutOfMemory`, and `EngineFailed` when the warm-up's pictures are not
+    finite.
     """
     check_memory(settings)
     fastface = FastFace.load(
@@ -24,6 +25,7 @@ def open_batcher(settings: WorkerSettings) -> Batcher:
         cache=settings.cache,
         threads=settings.threads,
         engine_options=settings.engine_options,
+        build=build,
         licence_acknowledged=settings.licence_acknowledged,
         schedule_of=settings.schedule_of,
     )

@@ -8,8 +8,7 @@ from typing import Any
 
 from fastface_trt.engines.cuda.driver import Driver
 from fastface_trt.errors import BackendUnavailable, EngineFailed
-from fastface_trt.pipeline import FastFace
-from fastface_trt.serving.batching import Batcher
+from fastface_trt.serving.batching.opening import open_batcher
 from fastface_trt.serving.triton.parameters import TritonSettings
 from fastface_trt.serving.triton.served import ServedModel
 from fastface_trt.serving.triton.tensors import INPUTS, OUTPUTS, STEP_OUTPUTS
@@ -31,21 +30,10 @@ def open_model(
     settings = TritonSettings.from_parameters(parameters, folder)
     if args.get("model_instance_kind") == "GPU":
         keep_to_gpu(int(args["model_instance_device_id"]), os.environ)
-    fastface = FastFace.load(
-        settings.export,
-        backend=settings.backend,
-        cache=settings.cache,
-        threads=settings.threads,
-        engine_options=settings.engine_options,
-        build=False,
-        licence_acknowledged=settings.licence_acknowledged,
-        schedule_of=settings.schedule_of,
-    )
-    worker = Batcher(fastface, settings, owns_fastface=True)
-    worker.start()
+    worker = open_batcher(settings, build=False)
     return ServedModel(
         worker,
-        fastface.manifest,
+        worker.manifest,
         pb_utils,
         capacity=settings.max_running + int(config["max_batch_size"]),
         decoupled=pb_utils.using_decoupled_model_transaction_policy(config),
