@@ -351,7 +351,8 @@ def _array_of(borrowed: dlpack.Borrowed) -> Array:
         raise BufferError("the elements are not dense and row-major")
     typestr = _TYPESTR[borrowed.dtype]
     array = dlpack.host_array(borrowed.address, borrowed.shape, typestr, borrowed.memory)
-    array.flags.writeable = not borrowed.read_only
+    if borrowed.read_only:
+        array.flags.writeable = False
     return array
 
 

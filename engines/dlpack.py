@@ -190,6 +190,15 @@ def take(capsule: object) -> Borrowed:
     )
 
 
+def device_of(capsule: object) -> tuple[int, int]:
+    """(DLDeviceType, number) of a capsule's tensor; raises `BufferError` for one that has none."""
+    name = _name_of(capsule)
+    if name not in _USED:
+        raise BufferError("the DLPack capsule was taken before")
+    device = _managed(capsule, name).tensor.device
+    return device.type, device.id
+
+
 def ask(source: Any, stream: int | None) -> Borrowed:
     """Take what `source.__dlpack__` gives, readable by work that follows on CUDA stream `stream`.
 

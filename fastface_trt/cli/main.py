@@ -10,6 +10,7 @@ from fastface_trt.cli.build import build
 from fastface_trt.cli.cache import cache
 from fastface_trt.cli.demo import demo
 from fastface_trt.cli.doctor import doctor
+from fastface_trt.cli.embedding import embedding
 from fastface_trt.cli.evaluate import evaluate
 from fastface_trt.cli.export import export
 from fastface_trt.cli.generate import generate
@@ -60,6 +61,7 @@ for command in (
     replay,
     bench,
     evaluate,
+    embedding,
 ):
     cli.add_command(command)
 
