@@ -89,7 +89,7 @@ class Host:
         source: Any = face
         if tokens is not None:
             source = _numbers(tokens, self._session.token_shape, "image tokens")
-        noise = latents
+        noise: Any = latents
         if latents is not None:
             noise = _numbers(latents, self._session.latent_shape(request), "initial latents")
         output: Output = self._session.generate(

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Final
 
-CMAKE_DIR: Final = Path(__file__).parent
+CMAKE_DIR: Final = Path(__file__).resolve().parent
 """Folder for CMake's `add_subdirectory`."""
 INCLUDES: Final = CMAKE_DIR / "include"
 """Folder of `fastface_trt.h` (C) and `fastface.hpp` (C++)."""

@@ -138,7 +138,7 @@ def test_work_waits_for_the_callers_stream_and_the_callers_stream_for_it(gpu, fa
     address, size = borrowed.address, 4 * int(np.prod(borrowed.shape))
     other = cuda.external_stream()
     cuda._cuStreamWaitEvent(other, done, 0)
-    for consumer in (theirs.stream, other):
+    for consumer in (other, theirs.stream):  # draining theirs first would fill the tokens
         cuda.submit(consumer, lambda: later.append(cuda.read(address, size).copy()))
         cuda._drain(consumer)
     expected = cpu[0].generate(request_, face, decode=False).latents
