@@ -33,6 +33,18 @@ class Capsule:
         return dlpack.device_of(self._capsule)
 
 
+class DeviceBytes:
+    """A C program's memory on a GPU."""
+
+    def __init__(self, address: int, size: int) -> None:
+        self.__cuda_array_interface__ = {
+            "version": 3,
+            "shape": (size,),
+            "typestr": "|u1",
+            "data": (address, False),
+        }
+
+
 class Host:
     """A session as the C library holds it."""
 
@@ -79,25 +91,41 @@ class Host:
         further: str | None,
         face: Face | None,
         tokens: memoryview | None,
+        capsule: object,
         latents: memoryview | None,
-        out: memoryview | None,
+        out: memoryview | tuple[int, int] | None,
+        order: tuple[int | None, int | None, int | None],
         on_progress: Callable[[int, int], bool] | None,
-    ) -> tuple[NDArray[np.uint8], int, int, int]:
-        """Pixels [H, W, 3], in `out` where that is given, their address, height and width."""
+    ) -> tuple[NDArray[np.uint8] | None, int, int, int]:
+        """Pixels [H, W, 3], their address, height and width.
+
+        They lie in `out` where that is given: host memory, or address and bytes on a GPU, where the
+        pixels are None. `capsule` holds tokens by DLPack, `order` a CUDA stream, an event, and the
+        event to record.
+        """
         prompt, preset = fields.pop("prompt"), fields.pop("preset", "plain")
         request = self._fastface.request(prompt, preset=preset, **(fields | _json_fields(further)))
-        source: Any = face
+        source: Any = face if capsule is None else Capsule(capsule)
         if tokens is not None:
             source = _numbers(tokens, self._session.token_shape, "image tokens")
         noise: Any = latents
         if latents is not None:
             noise = _numbers(latents, self._session.latent_shape(request), "initial latents")
+        stream, event, done = order
         output: Output = self._session.generate(
-            request, source, latents=noise, out=out, on_progress=on_progress
+            request,
+            source,
+            latents=noise,
+            out=DeviceBytes(*out) if isinstance(out, tuple) else out,
+            stream=stream,
+            event=event,
+            done=done,
+            on_progress=on_progress,
         )
-        assert output.pixels is not None
-        height, width, _ = output.pixels.shape
-        return output.pixels, output.pixels.ctypes.data, height, width
+        address = out[0] if isinstance(out, tuple) else 0
+        if output.pixels is not None:
+            address = output.pixels.ctypes.data
+        return output.pixels, address, request.height, request.width
 
     def close(self) -> None:
         """Free the engines."""

@@ -16,6 +16,7 @@ from PIL import Image
 
 from fastface_trt import FastFace
 from fastface_trt.embedding.paths import CMAKE_DIR
+from fastface_trt.embedding.session import Session
 from fastface_trt.mini import folders
 
 pytestmark = [
@@ -88,7 +89,7 @@ def expected(fastface, face, seed, **fields):
 
 
 @pytest.fixture(scope="module")
-def served(built, cache, face, tmp_path_factory):
+def served(built, cache, fastface, face, tmp_path_factory):
     """The C++ service has run: its output, and the folder with its pictures."""
     folder = tmp_path_factory.mktemp("served")
     shutil.copy(FACE, folder / "face.png")
@@ -97,6 +98,7 @@ def served(built, cache, face, tmp_path_factory):
     Image.new("RGB", (256, 256), "grey").save(folder / "nobody.png")
     (face.embedding * 20).astype(np.float32).tofile(folder / "embedding.f32")
     face.crop_bgr.tofile(folder / "crop.bgr")
+    Session(fastface).tokens(face).tofile(folder / "tokens.f32")
     done = run(built / "host", sys.executable, cache, folder)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder, done.stdout.splitlines()
@@ -118,7 +120,15 @@ def test_pictures_of_threads_are_those_of_single_runs(served, fastface, face):
 
 
 @pytest.mark.parametrize(
-    ("name", "seed"), [("embedding", 3), ("dlpack", 3), ("kept", 2), ("another", 0)]
+    ("name", "seed"),
+    [
+        ("embedding", 3),
+        ("dlpack", 3),
+        ("tokens", 3),
+        ("tokens_dlpack", 3),
+        ("kept", 2),
+        ("destroyed", 4),
+    ],
 )
 def test_other_ways_to_the_same_picture(served, fastface, face, name, seed):
     folder, _ = served
@@ -157,6 +167,12 @@ def test_an_environment_without_the_package_is_named(built, cache, tmp_path):
     done = run(built / "plain", library, bare, cache, FACE, tmp_path / "pixels.rgb")
     assert done.returncode == 1
     assert f"fastface-trt cannot be imported from {sys.base_prefix}" in done.stderr
+
+
+def test_a_host_may_end_without_stopping(built, cache):
+    """What it left open is gone with it, neither a crash nor a hang."""
+    ended = run(built / "host", "abandon", sys.executable, cache, ASAN_OPTIONS="detect_leaks=0")
+    assert (ended.returncode, ended.stdout) == (0, "left\n"), ended.stderr
 
 
 @pytest.mark.parametrize(

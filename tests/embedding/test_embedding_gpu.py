@@ -7,6 +7,7 @@ import pytest
 from gpu_double import simulated_gpu
 
 from fastface_trt import FastFace
+from fastface_trt.embedding.host import Host
 from fastface_trt.embedding.session import Session
 from fastface_trt.engines import dlpack
 from fastface_trt.engines.device import DeviceTensor
@@ -184,3 +185,30 @@ def test_tensors_that_do_not_fit_are_refused(gpu, cpu, face, request_):
     with pytest.raises(InvalidRequest, match=r"lies on the host.*Pass it without view"):
         session.tokens(tokens, view=True)
     half.free()
+
+
+def test_what_a_c_program_says_of_its_gpu_memory(cpu, face, request_, expected, tmp_path):
+    """`Host` is what the C library calls: a pixel address, tokens by DLPack, streams by number."""
+    with simulated_gpu("tensorrt-rtx") as (cuda, _):
+        host = Host({"backend": "tensorrt-rtx", "cache": tmp_path})
+        assert host.describe() == (96, 96, 4, 4, 96)
+        tokens = Torch(cuda, cpu[0].tokens(face))
+        place = (dlpack.CUDA, 0)
+        capsule = dlpack.lend(
+            tokens.address, tokens.shape, "float32", place, tokens, versioned=True
+        )
+        out, done = cuda.allocate(96 * 96 * 3), cuda.external_event()
+        fields = {"prompt": PROMPT, "preset": "am1+dcg", "seed": 3}
+        order = (int(tokens.stream), None, int(done))
+        made = host.generate(
+            fields, None, None, None, capsule, None, (out, 96 * 96 * 3), order, None
+        )
+        assert made == (None, out, 96, 96)
+        same(cuda.read(out, 96 * 96 * 3).reshape(SHAPE), expected)
+        host.close()
+        del capsule
+        gc.collect()
+        cuda._cuEventDestroy(done)
+        cuda.release(out)
+        tokens.free()
+        assert cuda.leaks() == []

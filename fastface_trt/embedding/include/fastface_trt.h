@@ -137,7 +137,7 @@ typedef struct {
   const char *preset;             /* NULL: plain */
   uint64_t seed;
   uint32_t width, height, steps;  /* 0: the description's */
-  const fastface_face *face;      /* this, or image_tokens */
+  const fastface_face *face;      /* this, image_tokens, or image_tokens_dlpack */
   const float *image_tokens;      /* token_count rows of token_width */
   size_t image_tokens_count;      /* token_count * token_width */
   const float *latents;           /* standard normal noise to start from; NULL: the seed's */
@@ -151,6 +151,13 @@ typedef struct {
   void *user;
   uint64_t task;                  /* your number for cancel(); 0: cannot be cancelled by number */
   const char *parameters_json;    /* further fields of GenerationRequest as a JSON object, or NULL */
+  /* Image tokens as a DLManagedTensorVersioned, on the host or on the engines' GPU; owned as
+   * fastface_embedding.dlpack is. Order what writes them by `stream` or `event`. */
+  void *image_tokens_dlpack;
+  /* CUDA stream and event (cudaStream_t, cudaEvent_t) that the work waits for; the stream then waits
+   * for the work, and `done` is recorded behind it. NULL: none. Without effect on the host. */
+  void *stream, *event, *done;
+  int32_t pixels_on_gpu;          /* `pixels` is a pointer to memory of the engines' GPU */
 } fastface_request;
 
 typedef struct {

@@ -194,12 +194,28 @@ py::dict request_fields(const fastface_request &request) {
   return fields;
 }
 
+py::object number(const void *address) {
+  if (address == nullptr) return py::none();
+  return py::int_(reinterpret_cast<std::uintptr_t>(address));
+}
+
+// Where the picture goes, for Python: host memory, (address, bytes) on a GPU, or None.
+py::object target(const fastface_request &request) {
+  if (request.pixels == nullptr) return py::none();
+  if (request.pixels_on_gpu)
+    return py::make_tuple(number(request.pixels), request.pixels_bytes);
+  return py::memoryview::from_memory(static_cast<void *>(request.pixels),
+                                     static_cast<py::ssize_t>(request.pixels_bytes));
+}
+
 void generate(fastface_session *handle, const fastface_request *given, fastface_result *result) {
-  auto session = library().sessions.get(handle);
   const auto request = read(given, "The request");
+  OwnedTensor tensor(request.image_tokens_dlpack, delete_tensor);
+  Interpreter::Call call(library().interpreter);
+  auto session = library().sessions.get(handle);
   read(result, "The result");
-  if ((request.face == nullptr) == (request.image_tokens == nullptr))
-    refuse("Give a face or image_tokens, one of both.");
+  if ((request.face != nullptr) + (request.image_tokens != nullptr) + (tensor != nullptr) != 1)
+    refuse("Give one of face, image_tokens and image_tokens_dlpack.");
   if (request.pixels == nullptr && request.pixels_bytes != 0)
     refuse("pixels_bytes is set and pixels is NULL.");
   std::shared_ptr<Held> face = request.face ? library().faces.get(request.face) : nullptr;
@@ -210,16 +226,15 @@ void generate(fastface_session *handle, const fastface_request *given, fastface_
       if (request.on_step && request.on_step(request.user, step, steps) != 0) return false;
       return !task.cancelled->load();
     };
-    py::object out = py::none();
-    if (request.pixels)
-      out = py::memoryview::from_memory(static_cast<void *>(request.pixels),
-                                        static_cast<py::ssize_t>(request.pixels_bytes));
+    py::object out = target(request);
     py::tuple made = session->host.attr("generate")(
         request_fields(request),
         request.parameters_json ? text(request.parameters_json, "parameters_json") : py::none(),
         face ? face->object : py::none(),
         memory(request.image_tokens, request.image_tokens_count * sizeof(float)),
+        capsule(std::move(tensor)),
         memory(request.latents, request.latents_count * sizeof(float)), out,
+        py::make_tuple(number(request.stream), number(request.event), number(request.done)),
         py::cpp_function(on_progress));
     fastface_result values{};
     values.pixels = reinterpret_cast<const uint8_t *>(made[1].cast<std::uintptr_t>());
@@ -228,7 +243,7 @@ void generate(fastface_session *handle, const fastface_request *given, fastface_
     values.pixels_bytes = size_t{3} * values.width * values.height;
     if (request.pixels == nullptr) {
       values.picture = library().pictures.add(std::make_shared<Held>(made[0]));
-    } else {
+    } else if (!request.pixels_on_gpu) {
       made = py::tuple();
       out.attr("release")();  // raises if anything in Python still held the host's memory
     }
@@ -356,7 +371,7 @@ const fastface_api_v1 kTable = {
     },
     [](fastface_face *face) { running([&] { library().faces.remove(face); }); },
     [](fastface_session *session, const fastface_request *request, fastface_result *result) {
-      return running([&] { generate(session, request, result); });
+      return answer([&] { generate(session, request, result); });
     },
     [](fastface_picture *picture) { running([&] { library().pictures.remove(picture); }); },
     [](fastface_session *session, uint64_t task) { running([&] { cancel(session, task); }); },

@@ -96,6 +96,7 @@ void endings(const fastface::Session &session, const fastface::Face &face, size_
   };
   std::thread other([&] {
     running.get_future().wait();
+    session.describe();  // which needs the lock that a waiting callback must not hold
     session.cancel(78);
     session.cancel(77);
     cancelled.set_value();
@@ -166,6 +167,11 @@ struct Managed {
   DLTensor tensor;
 };
 
+void count_deletion(Managed *gone) {
+  ++*static_cast<std::atomic<int> *>(gone->context);
+  delete gone;
+}
+
 void embeddings(const fastface::Session &session, size_t bytes) {
   auto values = load<float>("embedding.f32");
   const auto crop = load<uint8_t>("crop.bgr");
@@ -182,12 +188,7 @@ void embeddings(const fastface::Session &session, size_t bytes) {
   std::atomic<int> deleted{0};
   int64_t shape[] = {static_cast<int64_t>(values.size())}, strides[] = {1};
   auto lend = [&](int32_t device_type) {
-    return new Managed{1, 0, &deleted,
-                       [](Managed *gone) {
-                         ++*static_cast<std::atomic<int> *>(gone->context);
-                         delete gone;
-                       },
-                       0,
+    return new Managed{1, 0, &deleted, count_deletion, 0,
                        {values.data(), device_type, 0, 1, 2, 32, 1, shape, strides, 0}};
   };
   embedding.values = nullptr;
@@ -204,6 +205,56 @@ void embeddings(const fastface::Session &session, size_t bytes) {
   refused(FASTFACE_INVALID_REQUEST, "two embeddings are refused",
           [&] { session.embed(embedding); });
   require(deleted == 3, "a DLPack tensor that nobody looked at is deleted once");
+}
+
+void tokens(const fastface::Session &session, const fastface_api_v1 *api, size_t bytes) {
+  auto values = load<float>("tokens.f32");
+  std::vector<uint8_t> pixels(bytes);
+  auto request = FASTFACE_INIT(fastface_request);
+  auto result = FASTFACE_INIT(fastface_result);
+  request.prompt = "photo; person in a garden";
+  request.preset = "am1+dcg";
+  request.seed = 3;
+  request.image_tokens = values.data();
+  request.image_tokens_count = values.size();
+  request.pixels = pixels.data();
+  request.pixels_bytes = bytes;
+  fastface::check(api, api->generate(session.get(), &request, &result));
+  save("tokens.rgb", pixels.data(), bytes);
+  request.image_tokens_count -= 1;
+  require(api->generate(session.get(), &request, &result) == FASTFACE_INVALID_REQUEST,
+          "a token's number too few is refused");
+  request.image_tokens = nullptr;
+  std::atomic<int> deleted{0};
+  const auto description = session.describe();
+  int64_t shape[] = {description.token_count, description.token_width}, strides[] = {shape[1], 1};
+  for (const int32_t device_type : {1, 2}) {
+    request.image_tokens_dlpack =
+        new Managed{1, 0, &deleted, count_deletion, 0,
+                    {values.data(), device_type, 0, 2, 2, 32, 1, shape, strides, 0}};
+    const auto status = api->generate(session.get(), &request, &result);
+    require(status == (device_type == 1 ? FASTFACE_OK : FASTFACE_INVALID_REQUEST) &&
+                deleted == device_type,
+            "tokens by DLPack are taken on the engines' device, and deleted once");
+  }
+  save("tokens_dlpack.rgb", pixels.data(), bytes);
+}
+
+// A session that is destroyed in a callback of its own call, which goes on to its end.
+void destroyed_while_it_runs(const fastface::Library &library, fastface::Session session,
+                             const fastface::Face &face, size_t bytes) {
+  std::vector<uint8_t> pixels(bytes);
+  const auto *api = library.api();
+  auto asked = request(4);
+  asked.on_step = [&, handle = session.get()](uint32_t step, uint32_t) {
+    if (step == 1) {
+      api->destroy(handle);
+      require(api->stop() == FASTFACE_INVALID_REQUEST, "it does not end under a running call");
+    }
+    return true;
+  };
+  session.generate(asked, face, pixels.data(), bytes);
+  save("destroyed.rgb", pixels.data(), bytes);
 }
 
 void service(const std::string &python, const std::string &cache) {
@@ -230,6 +281,7 @@ void service(const std::string &python, const std::string &cache) {
     endings(session, face, bytes);
     analysis(session);
     embeddings(session, bytes);
+    tokens(session, api, bytes);
     const auto kept = session.generate(request(2), face);
     save("kept.rgb", kept.pixels, bytes);
     refused(FASTFACE_INVALID_REQUEST, "it does not end under an open session",
@@ -239,10 +291,7 @@ void service(const std::string &python, const std::string &cache) {
     auto empty = FASTFACE_INIT(fastface_description);
     require(api->describe(gone, &empty) == FASTFACE_INVALID_REQUEST,
             "a destroyed session is refused");
-    auto another = library.open(options);
-    std::vector<uint8_t> pixels(bytes);
-    another.generate(request(0), face, pixels.data(), bytes);
-    save("another.rgb", pixels.data(), bytes);
+    destroyed_while_it_runs(library, library.open(options), face, bytes);
   }
   std::thread([&] { library.stop(); }).join();
   require(api->describe(nullptr, nullptr) == FASTFACE_NOT_RUNNING, "after stop nothing runs");
@@ -262,6 +311,15 @@ int main(int count, char **arguments) {
     std::vector<uint8_t> *volatile lost = new std::vector<uint8_t>(1000);
     lost = nullptr;  // LeakSanitizer must say so at the end
     return lost != nullptr;
+  }
+  if (count == 4 && std::strcmp(arguments[1], "abandon") == 0) {
+    auto *library = new fastface::Library(arguments[2]);
+    auto options = FASTFACE_INIT(fastface_session_options);
+    options.cache = arguments[3];
+    options.build_missing = 1;
+    new fastface::Session(library->open(options));
+    std::cout << "left" << std::endl;
+    std::exit(0);
   }
   if (count != 4) return 2;
   folder = arguments[3];

@@ -79,7 +79,7 @@ int main(int count, char **arguments) {
   fastface_request request = FASTFACE_INIT(fastface_request);
   fastface_result result = FASTFACE_INIT(fastface_result);
   expect(ff->generate(session, &request, &result) == FASTFACE_INVALID_REQUEST, "no face");
-  expect(strstr(ff->last_error(), "one of both") != NULL, "the error says what is missing");
+  expect(strstr(ff->last_error(), "Give one of face") != NULL, "the error says what is missing");
   request.prompt = "photo; person in a garden";
   request.preset = "am1+dcg";
   request.seed = 5;
