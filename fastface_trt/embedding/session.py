@@ -47,8 +47,7 @@ class Session:
     """Pictures over a loaded `FastFace`, which the caller closes after the last call.
 
     Any number of threads may call it at once; a picture does not depend on what the others ask
-    for. What is passed in is copied before a call returns, unless `view` is asked for; what comes
-    out is the caller's.
+    for. What is passed in on the host is copied; what comes out is the caller's.
     """
 
     def __init__(self, fastface: FastFace) -> None:
@@ -123,10 +122,7 @@ class Session:
             # What the stages return is kept for the next call with this face.
             tokens = self.device.copy(self._fastface.stages.image_tokens(face, channel_order))
         else:
-            shape, dtype = self._tokens()
-            tokens = foreign.place(
-                self.device, face, name="The image tokens", shape=shape, dtype=dtype, view=view
-            )
+            tokens = self._placed(face, view=view)
         if not view:
             self.device.synchronize()  # another thread may be given it
         return tokens
@@ -146,7 +142,8 @@ class Session:
     ) -> Output:
         """Make one picture.
 
-        tokens: a face, or tokens of `tokens`. latents: standard normal noise float32 [C,h,w] to
+        tokens: a face, or image tokens [T, K] as `tokens` takes them; on the engines' GPU they are
+        read in place. latents: standard normal noise float32 [C,h,w] to
         start from, in place of the seed's. out: memory for the picture, see `foreign.target`; it is
         checked before anything runs, and written last, only by a call that succeeds. `decode=False`
         stops at the latents. All work waits for what is on CUDA stream `stream` and for `event`;
@@ -207,7 +204,14 @@ class Session:
     def _ready(self, tokens: Face | Foreign) -> Tensor:
         if isinstance(tokens, Face):
             return self._fastface.stages.image_tokens(tokens)
-        return self.tokens(tokens, view=isinstance(tokens, DeviceTensor))
+        on_gpu = foreign.location(tokens, "The image tokens") == "gpu"
+        return self._placed(tokens, view=on_gpu)
+
+    def _placed(self, tokens: Foreign, *, view: bool) -> Tensor:
+        shape, dtype = self._tokens()
+        return foreign.place(
+            self.device, tokens, name="The image tokens", shape=shape, dtype=dtype, view=view
+        )
 
     def _tokens(self) -> tuple[tuple[int, int], str]:
         spec = self._fastface.manifest.modules["unet"]

@@ -162,7 +162,10 @@ def test_an_environment_that_is_not_there_is_named(built, cache, tmp_path):
 def test_an_environment_without_the_package_is_named(built, cache, tmp_path):
     (library,) = built.rglob("libfastface_trt_host.so")
     bare = Path(sys.base_prefix) / "bin" / f"python3.{sys.version_info.minor}"
-    if subprocess.run([bare, "-c", "import fastface_trt"], capture_output=True).returncode == 0:
+    if (
+        subprocess.run([bare, "-I", "-c", "import fastface_trt"], capture_output=True).returncode
+        == 0
+    ):
         pytest.skip("the package is installed in the base environment")
     done = run(built / "plain", library, bare, cache, FACE, tmp_path / "pixels.rgb")
     assert done.returncode == 1

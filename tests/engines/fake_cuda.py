@@ -12,46 +12,11 @@ would on a GPU. Memory, streams and graphs are simulated strictly:
 
 import ctypes
 import inspect
-import itertools
-import re
 import threading
-from collections import deque
-from dataclasses import dataclass, field
-from functools import lru_cache
 
 from cuda.bindings import driver as real_driver
+from fake_cuda_handles import FakeStream, Handle, documented_values
 from simulated_memory import Cuda, SimulatedMemory
-
-
-class Handle:
-    """A stream, event, pool or executable graph."""
-
-    numbers = itertools.count(0x1000)
-
-    def __init__(self, kind):
-        self.kind, self.number = kind, next(self.numbers)
-        self.alive = True
-
-    def __int__(self):
-        return self.number
-
-    def __repr__(self):
-        return f"{self.kind}#{self.number}"
-
-
-@dataclass(eq=False)
-class FakeStream(Handle):
-    queue: deque = field(default_factory=deque)
-    submitted: int = 0
-    done: int = 0
-    recording: list | None = None
-    recorder: int | None = None
-    broken: bool = False
-
-    def __post_init__(self):
-        Handle.__init__(self, "stream")
-
-    __hash__ = object.__hash__
 
 
 class FakeCuda(SimulatedMemory):
@@ -124,7 +89,7 @@ class FakeCuda(SimulatedMemory):
         if implementation is None:
             raise NotImplementedError(f"the simulated driver has no {name}")
         parameters = len(inspect.signature(real).parameters)
-        returned = _documented_values(real)
+        returned = documented_values(real)
 
         def call(*arguments):
             if len(arguments) != parameters:
@@ -412,12 +377,3 @@ class FakeCuda(SimulatedMemory):
 
     def _cuGraphExecDestroy(self, executable):
         self._gone(executable, "executable graph")
-
-
-@lru_cache
-def _documented_values(real):
-    """How many values the real function returns beside its code."""
-    section = (
-        inspect.cleandoc(real.__doc__).rpartition("Returns\n-------\n")[2].partition("\n\n")[0]
-    )
-    return len(re.findall(r"^\w+ : ", section, re.M))
