@@ -8,22 +8,49 @@ UNet calls is an engine too (`guidance_step`).
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any, Final, Protocol, TypeAlias
+from typing import Any, Final, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fastface_trt.engines.manifest import DType
+from fastface_trt.engines import dlpack
+from fastface_trt.engines.dlpack import ElementType
 
 Array: TypeAlias = NDArray[Any]
 
-ITEM_BYTES: Final[dict[DType, int]] = {
+ITEM_BYTES: Final[dict[ElementType, int]] = {
     "float32": 4,
     "float16": 2,
     "bfloat16": 2,
     "int64": 8,
     "int32": 4,
+    "uint8": 1,
 }
+_TYPESTR: Final[dict[str, str]] = {
+    "float32": "<f4",
+    "float16": "<f2",
+    "int64": "<i8",
+    "int32": "<i4",
+    "uint8": "|u1",
+}
+
+
+@runtime_checkable
+class Lender(Protocol):
+    """Device memory that others may hold: what `DeviceTensor.memory` is for tensors of ours."""
+
+    ordinal: int
+
+    def lend(self, stream: int | None = None) -> int:
+        """Keep the memory beyond its device, and return the stream that its writes are on.
+
+        Work that follows on CUDA stream `stream` waits for those writes.
+        """
+        ...
+
+    def copy_of(self, tensor: "DeviceTensor") -> "DeviceTensor":
+        """A copy, ordered behind the writes."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -32,11 +59,15 @@ class DeviceTensor:
 
     `address` is a device pointer. `memory` is whatever must stay alive while the tensor is used;
     None for a view of a buffer that an engine owns and overwrites on its next call.
+
+    Others see it by DLPack or the CUDA Array Interface, without a copy. What they hold outlives the
+    device. They must be done with it before they drop it: the memory is used again in the order of
+    the stream that it came from, which knows nothing of theirs.
     """
 
     address: int
     shape: tuple[int, ...]
-    dtype: DType
+    dtype: ElementType
     memory: object = None
 
     @property
@@ -56,6 +87,70 @@ class DeviceTensor:
             raise IndexError(f"row {row} of {self.shape[0]}")
         stride = prod(self.shape[1:]) * ITEM_BYTES[self.dtype]
         return DeviceTensor(self.address + row * stride, self.shape[1:], self.dtype, self.memory)
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        """(DLDeviceType, number), as in the array API standard."""
+        return dlpack.CUDA, self._lender().ordinal
+
+    def __dlpack__(
+        self,
+        *,
+        stream: int | None = None,
+        max_version: tuple[int, int] | None = None,
+        dl_device: tuple[int, int] | None = None,
+        copy: bool | None = None,
+    ) -> object:
+        """A DLPack capsule, as in the array API standard: a view unless `copy` is True.
+
+        `stream` is the consumer's CUDA stream; None and 1 are the default stream, 2 the one per
+        thread, -1 asks for no ordering. Raises `BufferError` for a view of an engine's buffer, and
+        for another device.
+        """
+        lender = self._lender()
+        device = self.__dlpack_device__()
+        if dl_device not in (None, device):
+            raise BufferError(f"the tensor lies on {device}, not on {dl_device}: download it")
+        if stream == 0:
+            raise BufferError("stream 0 is ambiguous on CUDA: 1 is the default stream")
+        tensor = lender.copy_of(self) if copy else self
+        if copy:
+            lender = tensor._lender()
+        lender.lend(None if stream == -1 else stream or 1)
+        return dlpack.lend(
+            tensor.address,
+            tensor.shape,
+            tensor.dtype,
+            device,
+            tensor,
+            versioned=max_version is not None and max_version[0] >= dlpack.VERSION[0],
+            copied=bool(copy),
+        )
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        """CUDA Array Interface, version 3; valid while this tensor is held.
+
+        Raises `AttributeError` for bfloat16, which it has no name for, and for a view of an
+        engine's buffer.
+        """
+        if self.dtype not in _TYPESTR or not isinstance(self.memory, Lender):
+            raise AttributeError(f"no CUDA Array Interface for {self.dtype} here: use DLPack")
+        return {
+            "version": 3,
+            "shape": self.shape,
+            "typestr": _TYPESTR[self.dtype],
+            "data": (self.address, False),
+            "strides": None,
+            "stream": self.memory.lend(),
+        }
+
+    def _lender(self) -> Lender:
+        if not isinstance(self.memory, Lender):
+            raise BufferError(
+                "a view of memory that is not this tensor's own, such as an engine's buffer, is "
+                "not lent: copy it with Device.copy"
+            )
+        return self.memory
 
 
 Tensor: TypeAlias = Array | DeviceTensor
@@ -120,6 +215,35 @@ class Device(Protocol):
         """A tensor of zeros; `dtype` is a name such as float16."""
         ...
 
+    def borrow(self, source: object, *, writable: bool = False) -> Tensor:
+        """Memory of this device that somebody else made, as a dense tensor, without a copy.
+
+        `source` has `__dlpack__`, the CUDA Array Interface, or on the host numpy's; it is held as
+        long as the tensor. Work of this thread follows what its maker has queued. Raises
+        `BufferError` where the memory lies elsewhere, is not dense, has other element types, or is
+        read-only and must not be.
+        """
+        ...
+
+    def write(self, target: Tensor, values: Array) -> None:
+        """Fill a borrowed tensor from an array of its shape and dtype; done when this returns."""
+        ...
+
+    def wait(self, *, stream: object = None, event: object = None) -> None:
+        """Work of this thread from now on waits for what is on `stream` now, and for `event`.
+
+        They are somebody else's: CUDA handles as integers, or objects with `__cuda_stream__`.
+        Without effect on the host, where nothing is queued: what is passed must be ready.
+        """
+        ...
+
+    def signal(self, *, stream: object = None, event: object = None) -> None:
+        """Work put on `stream` from now on waits for this thread's; `event` is recorded behind it.
+
+        Without effect on the host, where work is done when a call returns.
+        """
+        ...
+
     def synchronize(self) -> None:
         """Wait until all earlier work of this thread has finished."""
         ...
@@ -170,6 +294,32 @@ class HostDevice:
         """`numpy.zeros`."""
         return np.zeros(tuple(shape), dtype=dtype)
 
+    def borrow(self, source: object, *, writable: bool = False) -> Array:
+        """The array that shares the source's memory."""
+        if isinstance(source, np.ndarray):
+            array = source
+        elif hasattr(source, "__dlpack__"):
+            array = _array_of(dlpack.ask(source, None))
+        elif hasattr(source, "__cuda_array_interface__"):
+            raise BufferError("the memory lies on a GPU")
+        else:
+            array = np.asarray(source if hasattr(source, "__array_interface__") else _view(source))
+        if not array.flags.c_contiguous:
+            raise BufferError("the elements are not dense and row-major")
+        if writable and not array.flags.writeable:
+            raise BufferError("the memory is read-only")
+        return array
+
+    def write(self, target: Tensor, values: Array) -> None:
+        """Copy into the array."""
+        np.copyto(_on_host(target), values, casting="no")
+
+    def wait(self, *, stream: object = None, event: object = None) -> None:
+        """Nothing is queued that could wait."""
+
+    def signal(self, *, stream: object = None, event: object = None) -> None:
+        """Nothing is queued that could be waited for."""
+
     def synchronize(self) -> None:
         """Nothing to wait for."""
 
@@ -189,3 +339,28 @@ def _on_host(tensor: Tensor) -> Array:
     if isinstance(tensor, DeviceTensor):
         raise TypeError("a tensor in device memory reached the host device")
     return np.asarray(tensor)
+
+
+def _array_of(borrowed: dlpack.Borrowed) -> Array:
+    kind, _ = borrowed.device
+    if kind not in (dlpack.HOST, dlpack.CUDA_HOST, dlpack.CUDA_MANAGED):
+        raise BufferError(f"the memory lies on a device of DLPack type {kind}")
+    if borrowed.dtype not in _TYPESTR:
+        raise BufferError(f"numpy has no {borrowed.dtype}")
+    if not dlpack.is_dense(borrowed.shape, borrowed.strides):
+        raise BufferError("the elements are not dense and row-major")
+    typestr = _TYPESTR[borrowed.dtype]
+    array = dlpack.host_array(borrowed.address, borrowed.shape, typestr, borrowed.memory)
+    if borrowed.read_only:
+        array.flags.writeable = False
+    return array
+
+
+def _view(source: Any) -> memoryview:
+    try:
+        return memoryview(source)
+    except TypeError:
+        raise BufferError(
+            f"{type(source).__name__} has none of __dlpack__, __cuda_array_interface__, "
+            "__array_interface__ and the buffer protocol"
+        ) from None

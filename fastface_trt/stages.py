@@ -84,8 +84,13 @@ class Stages:
         """
         take_step(self._modules["unet"], self.guidance, runs, on_step=on_step)
 
-    def decode(self, latents: Tensor, timeline: Timeline = NO_TIMELINE) -> NDArray[np.uint8]:
-        """The picture of final latents [C,h,w]: RGB, uint8 [H,W,3].
+    def decode(
+        self,
+        latents: Tensor,
+        timeline: Timeline = NO_TIMELINE,
+        out: NDArray[np.uint8] | None = None,
+    ) -> NDArray[np.uint8]:
+        """The picture of final latents [C,h,w]: RGB, uint8 [H,W,3], written into `out` if given.
 
         Raises `EngineFailed` where the latents are not finite.
         """
@@ -96,8 +101,10 @@ class Stages:
             picture_3HW = device.download(picture[0])
             # The picture cannot tell: its clamp to [0, 1] may swallow what is not a number.
             require_finite(device, latents)
-            pixels = np.rint(picture_3HW.astype(np.float32) * 255).clip(0, 255).astype(np.uint8)
-            return np.ascontiguousarray(pixels.transpose(1, 2, 0))
+            rounded = np.rint(picture_3HW.astype(np.float32) * 255).clip(0, 255)
+            pixels = np.empty((*rounded.shape[1:], 3), np.uint8) if out is None else out
+            np.copyto(pixels, rounded.transpose(1, 2, 0), casting="unsafe")
+            return pixels
 
     def check_size(self, request: GenerationRequest) -> None:
         """Raise `InvalidRequest` unless this export makes pictures of the request's size."""

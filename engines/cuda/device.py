@@ -12,11 +12,14 @@ import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import astuple
 from math import prod
+from typing import Any
 
 import numpy as np
 
+from fastface_trt.engines.cuda.borrowing import borrow
 from fastface_trt.engines.cuda.driver import Driver
 from fastface_trt.engines.cuda.events import Event, TimingEvents
+from fastface_trt.engines.cuda.lent import LentMemory
 from fastface_trt.engines.cuda.stream import Stream
 from fastface_trt.engines.device import (
     ITEM_BYTES,
@@ -26,7 +29,7 @@ from fastface_trt.engines.device import (
     Tensor,
     dtype_name,
 )
-from fastface_trt.engines.manifest import DType
+from fastface_trt.engines.dlpack import ElementType
 from fastface_trt.errors import EngineFailed, EngineMismatch, OutOfMemory
 
 
@@ -52,6 +55,8 @@ class CudaDevice:
         self.driver.use_context(self._context)
         self._pool = self.driver.pool_create(ordinal)
         self._events = TimingEvents(self.driver, self._context)
+        self._ordinal = ordinal
+        self._lent = LentMemory(self.driver, self._device, self._context, ordinal)
         self._lock = threading.Lock()
         self._here = threading.local()
         self._streams: list[tuple[weakref.ref[threading.Thread], Stream]] = []
@@ -120,6 +125,40 @@ class CudaDevice:
         self.driver.fill_zero(tensor.address, tensor.nbytes, self.stream().handle)
         return tensor
 
+    def borrow(self, source: object, *, writable: bool = False) -> DeviceTensor:
+        """See `Device`: memory of this GPU, by DLPack or the CUDA Array Interface."""
+        if isinstance(source, DeviceTensor):
+            return source
+        stream = int(self.stream().handle)
+        return borrow(
+            source, self._ordinal, stream, lambda other: self.wait(stream=other), writable
+        )
+
+    def write(self, target: Tensor, values: Array) -> None:
+        """Through pinned memory into the borrowed tensor."""
+        if not isinstance(target, DeviceTensor) or target.shape != values.shape:
+            raise BufferError("the target lies elsewhere, or has another shape")
+        stream = self.stream()
+        stream.reads(target.memory)
+        self.copy_into(target, values)
+        stream.synchronize()
+
+    def wait(self, *, stream: object = None, event: object = None) -> None:
+        """A CUDA event on `stream` that this thread's stream waits for, and `event`."""
+        own = self.stream().handle
+        if stream is not None:
+            self.driver.stream_follow_once(own, self.driver.stream(_number(stream)))
+        if event is not None:
+            self.driver.event_wait(own, self.driver.event(_number(event)))
+
+    def signal(self, *, stream: object = None, event: object = None) -> None:
+        """A CUDA event on this thread's stream that `stream` waits for, and `event`."""
+        own = self.stream().handle
+        if stream is not None:
+            self.driver.stream_follow_once(self.driver.stream(_number(stream)), own)
+        if event is not None:
+            self.driver.event_record(self.driver.event(_number(event)), own)
+
     def synchronize(self) -> None:
         """Wait for this thread's work."""
         self.stream().synchronize()
@@ -129,7 +168,7 @@ class CudaDevice:
         return self._events.record(self.stream().handle)
 
     def close(self) -> None:
-        """Free everything on the GPU; twice is harmless."""
+        """Free everything on the GPU but what was lent to others; twice is harmless."""
         with self._lock:
             if self.closed:
                 return
@@ -213,7 +252,7 @@ class CudaDevice:
                     self._streams[index] = (owner, stream)
                     break
             else:
-                stream = Stream(self.driver, self._pool, self.warn)
+                stream = Stream(self.driver, self._pool, self.warn, self._lent)
                 self._streams.append((owner, stream))
         return stream
 
@@ -233,7 +272,14 @@ class SharedDevice:
             return self._device
 
 
-def _dtype(name: str) -> DType:
+def _number(handle: Any) -> int:
+    """The CUDA handle of a stream or event that is one, or an object around one."""
+    if hasattr(handle, "__cuda_stream__"):  # (version, handle): cuda.core's protocol
+        return int(handle.__cuda_stream__()[1])
+    return int(handle)
+
+
+def _dtype(name: str) -> ElementType:
     for known in ITEM_BYTES:
         if known == name:
             return known
@@ -242,7 +288,7 @@ def _dtype(name: str) -> DType:
     )
 
 
-def _common_dtype(tensors: Sequence[Tensor]) -> DType:
+def _common_dtype(tensors: Sequence[Tensor]) -> ElementType:
     names = sorted({dtype_name(tensor) for tensor in tensors})
     if len(names) > 1:
         raise EngineMismatch(

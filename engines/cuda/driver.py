@@ -5,6 +5,8 @@ else in the project calls `cuda.bindings`, so tests put a simulated driver in it
 """
 
 import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Final
 
 from fastface_trt.errors import BackendUnavailable, EngineFailed, FastFaceError, OutOfMemory
@@ -90,7 +92,24 @@ class Driver:
         """Make `context` the calling thread's."""
         self._call("cuCtxSetCurrent", context)
 
+    @contextmanager
+    def context(self, context: Handle) -> Iterator[None]:
+        """Make `context` the calling thread's for a while, whatever the thread works with."""
+        self._call("cuCtxPushCurrent", context)
+        try:
+            yield
+        finally:
+            self._call("cuCtxPopCurrent")
+
     # Streams
+
+    def stream(self, number: int) -> Handle:
+        """The handle of somebody else's stream; 0 and 1 are the default stream."""
+        return self._cuda.CUstream(number)
+
+    def event(self, number: int) -> Handle:
+        """The handle of somebody else's event."""
+        return self._cuda.CUevent(number)
 
     def stream_create(self) -> Handle:
         """A stream that does not wait for the default stream."""
@@ -126,10 +145,22 @@ class Driver:
         self._call("cuEventSynchronize", later)
         return float(self._call("cuEventElapsedTime", earlier, later)) / 1000
 
+    def event_wait(self, stream: Handle, event: Handle) -> None:
+        """Work put on `stream` from now on waits for `event`."""
+        self._call("cuStreamWaitEvent", stream, event, 0)
+
     def stream_follow(self, later: Handle, earlier: Handle, event: Handle) -> None:
         """Work put on stream `later` from now on waits for what is on `earlier` now."""
         self.event_record(event, earlier)
-        self._call("cuStreamWaitEvent", later, event, 0)
+        self.event_wait(later, event)
+
+    def stream_follow_once(self, later: Handle, earlier: Handle) -> None:
+        """`stream_follow` with an event made for it, for streams that several threads order."""
+        event = self.event_create()
+        try:
+            self.stream_follow(later, earlier, event)
+        finally:
+            self.event_destroy(event)  # CUDA keeps it until it has been reached
 
     # Memory
 

@@ -14,7 +14,9 @@ import numpy as np
 
 from fastface_trt.engines.cuda.driver import Driver, Handle
 from fastface_trt.engines.cuda.graphs import Graphs
-from fastface_trt.engines.device import Array, Copies
+from fastface_trt.engines.cuda.lent import LentMemory
+from fastface_trt.engines.device import Array, Copies, DeviceTensor
+from fastface_trt.errors import EngineFailed
 
 _ALIGNMENT = 256
 _FIRST_STAGING_BYTES = 4 * 2**20
@@ -24,7 +26,8 @@ class Memory:
     """Device memory from the pool of a stream; freed in the stream's order after the last use.
 
     The end of its life may come on any thread and in the middle of anything, so it makes no CUDA
-    call: the owning thread frees it before its next allocation.
+    call: the owning thread frees it before its next allocation. Only what was lent and has outlived
+    its stream is freed at once.
     """
 
     __slots__ = ("address", "stream")
@@ -33,8 +36,21 @@ class Memory:
         self.address = address
         self.stream = stream
 
+    @property
+    def ordinal(self) -> int:
+        """Number of its GPU."""
+        return self.stream.lent.ordinal
+
+    def lend(self, stream: int | None = None) -> int:
+        """See `device.Lender`."""
+        return self.stream.lend(self.address, stream)
+
+    def copy_of(self, tensor: DeviceTensor) -> DeviceTensor:
+        """See `device.Lender`."""
+        return self.stream.copy_of(tensor)
+
     def __del__(self) -> None:
-        self.stream.dropped.append(self.address)
+        self.stream.drop(self.address)
 
 
 class Staging:
@@ -134,8 +150,11 @@ class Stream:
     run uses: an engine may be closed by another thread than the one that runs it.
     """
 
-    def __init__(self, driver: Driver, pool: Handle, warn: Callable[[str], None]) -> None:
+    def __init__(
+        self, driver: Driver, pool: Handle, warn: Callable[[str], None], lent: LentMemory
+    ) -> None:
         self._driver, self._pool = driver, pool
+        self.lent = lent
         self.lock = RLock()
         self.handle: Handle = driver.stream_create()
         self.copies = Copies()
@@ -144,7 +163,7 @@ class Stream:
         self.scratch = Scratch(driver, self._scratch_goes)
         self.dropped: deque[int] = deque()
         self._live: set[int] = set()
-        self._borrowed: list[Memory] = []
+        self._borrowed: list[object] = []
 
     def allocate(self, size: int) -> Memory:
         """Device memory of `size` bytes, for work that follows on this stream."""
@@ -157,11 +176,33 @@ class Stream:
     def reads(self, memory: object) -> None:
         """Work on this stream reads `memory`: keep it until the work is done.
 
-        Memory of another thread's stream is freed in that stream's order, which knows nothing of
-        this one.
+        Memory of another thread's stream, or of another library, is freed in an order that knows
+        nothing of this stream.
         """
-        if isinstance(memory, Memory) and memory.stream is not self:
+        if memory is not None and not (isinstance(memory, Memory) and memory.stream is self):
             self._borrowed.append(memory)
+
+    def lend(self, address: int, stream: int | None) -> int:
+        """See `device.Lender`; on any thread."""
+        with self.lock:
+            self._require_open()
+            self.lent.add(address, self.handle, stream)
+            return int(self.handle)
+
+    def copy_of(self, tensor: DeviceTensor) -> DeviceTensor:
+        """A copy in this stream's order; on any thread, whose context is the GPU's."""
+        with self.lock:
+            self._require_open()
+            memory = self.allocate(tensor.nbytes)
+            if tensor.nbytes:
+                self._driver.copy_within(memory.address, tensor.address, tensor.nbytes, self.handle)
+        return DeviceTensor(memory.address, tensor.shape, tensor.dtype, memory)
+
+    def drop(self, address: int) -> None:
+        """Memory of this stream that nobody holds any more."""
+        self.dropped.append(address)
+        if self.handle is None:
+            self.lent.end(address)
 
     def to_device(self, address: int, array: Array) -> None:
         """Copy `array` to device memory at `address`, through pinned memory."""
@@ -192,22 +233,35 @@ class Stream:
         self._borrowed.clear()
 
     def close(self) -> None:
-        """Free everything, tensors that somebody still holds included; twice is harmless."""
+        """Free everything but what was lent to others, tensors that somebody holds included.
+
+        Twice is harmless.
+        """
         if self.handle is None:
             return
         self._free_dropped()
-        self.dropped.extend(self._live)
+        self.dropped.extend(self._live - self.lent.outlive(self._live))
         self.synchronize()
         self.graphs.close()
         self.staging.free()
         self.scratch.close()
         self._driver.stream_destroy(self.handle)
         self.handle = None
+        for address in list(self.dropped):  # while this closed
+            self.lent.end(address)
+
+    def _require_open(self) -> None:
+        if self.handle is None:
+            raise EngineFailed("The device of this tensor is closed.", "Lend it before that.")
 
     def _free_dropped(self) -> None:
         while self.dropped:
-            address = self.dropped.popleft()
+            try:
+                address = self.dropped.popleft()
+            except IndexError:  # another thread that copies what it lends was first
+                return
             self._live.discard(address)
+            self.lent.forget(address)
             self._driver.mem_free_async(address, self.handle)
 
     def _scratch_goes(self, address: int) -> None:

@@ -11,6 +11,7 @@ from fastface_trt.cli.cache import cache
 from fastface_trt.cli.demo import demo
 from fastface_trt.cli.distribution import obtain, publish
 from fastface_trt.cli.doctor import doctor
+from fastface_trt.cli.embedding import embedding
 from fastface_trt.cli.evaluate import evaluate
 from fastface_trt.cli.export import export
 from fastface_trt.cli.export_triton import export_triton
@@ -67,6 +68,7 @@ for command in (
     evaluate,
     publish,
     obtain,
+    embedding,
 ):
     cli.add_command(command)
 

@@ -12,46 +12,11 @@ would on a GPU. Memory, streams and graphs are simulated strictly:
 
 import ctypes
 import inspect
-import itertools
-import re
 import threading
-from collections import deque
-from dataclasses import dataclass, field
-from functools import lru_cache
 
 from cuda.bindings import driver as real_driver
+from fake_cuda_handles import FakeStream, Handle, documented_values
 from simulated_memory import Cuda, SimulatedMemory
-
-
-class Handle:
-    """A stream, event, pool or executable graph."""
-
-    numbers = itertools.count(0x1000)
-
-    def __init__(self, kind):
-        self.kind, self.number = kind, next(self.numbers)
-        self.alive = True
-
-    def __int__(self):
-        return self.number
-
-    def __repr__(self):
-        return f"{self.kind}#{self.number}"
-
-
-@dataclass(eq=False)
-class FakeStream(Handle):
-    queue: deque = field(default_factory=deque)
-    submitted: int = 0
-    done: int = 0
-    recording: list | None = None
-    recorder: int | None = None
-    broken: bool = False
-
-    def __post_init__(self):
-        Handle.__init__(self, "stream")
-
-    __hash__ = object.__hash__
 
 
 class FakeCuda(SimulatedMemory):
@@ -64,6 +29,7 @@ class FakeCuda(SimulatedMemory):
         self._capability, self._name = compute_capability, name
         super().__init__(memory)
         self._handles = {}
+        self.default_stream = FakeStream()
         self._contexts = 0
         self._current = threading.local()
 
@@ -79,7 +45,25 @@ class FakeCuda(SimulatedMemory):
         handles = [repr(h) for h in self._handles.values() if h.alive]
         return blocks + pinned + handles + ["context"] * self._contexts
 
+    def external_stream(self):
+        """A stream that another library made."""
+        return self._new(FakeStream())
+
+    def external_event(self):
+        """An event that another library made."""
+        event = self._new(Handle("event"))
+        event.timed = False
+        return event
+
+    def event_of(self, event):
+        found = self._handles.get(int(event))
+        if found is None or found.kind != "event" or not found.alive:
+            raise Cuda("CUDA_ERROR_INVALID_HANDLE")
+        return found
+
     def stream_of(self, number):
+        if number in (0, 1):
+            return self.default_stream
         stream = self._handles.get(number)
         if not isinstance(stream, FakeStream) or not stream.alive:
             raise Cuda("CUDA_ERROR_INVALID_HANDLE")
@@ -105,7 +89,7 @@ class FakeCuda(SimulatedMemory):
         if implementation is None:
             raise NotImplementedError(f"the simulated driver has no {name}")
         parameters = len(inspect.signature(real).parameters)
-        returned = _documented_values(real)
+        returned = documented_values(real)
 
         def call(*arguments):
             if len(arguments) != parameters:
@@ -191,6 +175,16 @@ class FakeCuda(SimulatedMemory):
     def _cuCtxSetCurrent(self, context):
         self._current.context = context
 
+    def _cuCtxPushCurrent(self, context):
+        stack = getattr(self._current, "stack", [])
+        self._current.stack = [*stack, getattr(self._current, "context", None)]
+        self._current.context = context
+
+    def _cuCtxPopCurrent(self):
+        popped = self._current.context
+        *self._current.stack, self._current.context = self._current.stack
+        return popped
+
     # Streams and events
 
     def _cuStreamCreate(self, flags):
@@ -219,7 +213,8 @@ class FakeCuda(SimulatedMemory):
         self._gone(event, "event")
 
     def _cuEventRecord(self, event, stream):
-        event.after = (self.stream_of(int(stream)), stream.submitted)
+        stream = self.stream_of(int(stream))
+        self.event_of(event).after = (stream, stream.submitted)
 
     def _cuEventSynchronize(self, event):
         self._needs_context()
@@ -237,7 +232,7 @@ class FakeCuda(SimulatedMemory):
         return float(last - first)
 
     def _cuStreamWaitEvent(self, stream, event, flags):
-        earlier, count = event.after
+        earlier, count = self.event_of(event).after
         self.submit(self.stream_of(int(stream)), lambda: self._drain(earlier, count))
 
     # Memory
@@ -273,8 +268,7 @@ class FakeCuda(SimulatedMemory):
         self._needs_context()
 
     def _cuMemPoolDestroy(self, pool):
-        left = [a for a in pool.addresses if self._blocks[a].readable]
-        assert not left, f"{len(left)} tensors outlive their device"
+        # What is left of it stays until it is freed: `leaks` tells.
         self._gone(pool, "pool")
 
     def _cuMemAllocFromPoolAsync(self, size, pool, stream):
@@ -383,12 +377,3 @@ class FakeCuda(SimulatedMemory):
 
     def _cuGraphExecDestroy(self, executable):
         self._gone(executable, "executable graph")
-
-
-@lru_cache
-def _documented_values(real):
-    """How many values the real function returns beside its code."""
-    section = (
-        inspect.cleandoc(real.__doc__).rpartition("Returns\n-------\n")[2].partition("\n\n")[0]
-    )
-    return len(re.findall(r"^\w+ : ", section, re.M))
