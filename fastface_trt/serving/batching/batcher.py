@@ -12,7 +12,8 @@ from fastface_trt.errors import Busy, FastFaceError
 from fastface_trt.pipeline import FastFace
 from fastface_trt.runtime.face import Face
 from fastface_trt.serving.batching.analysis import FaceAnalysis
-from fastface_trt.serving.batching.cost import CostModel, Remaining
+from fastface_trt.serving.batching.budget import LatencyBudget, remaining
+from fastface_trt.serving.batching.cost import CostModel
 from fastface_trt.serving.batching.entry import Entry, Plan
 from fastface_trt.serving.batching.loop import Clock, EngineLoop, Preview
 from fastface_trt.serving.batching.memory import resident_bytes
@@ -48,7 +49,10 @@ class Batcher(Closing):
         self._cost = CostModel()
         self._table = TaskTable()
         self._analysis = FaceAnalysis(fastface, settings.max_waiting)
-        self._loop = EngineLoop(fastface, settings, self._table, self._cost, preview, clock)
+        self._budget = LatencyBudget(settings.latency_budget, self._cost, clock)
+        self._loop = EngineLoop(
+            fastface, settings, self._table, self._cost, self._budget, preview, clock
+        )
         self._thread = threading.Thread(target=self._loop.run, name="engines", daemon=True)
 
     def start(self) -> None:
@@ -140,22 +144,13 @@ class Batcher(Closing):
             # Half of the queue is gone then, so that not all of those who come back are refused.
             soon = self._backlog_seconds(others) / 2
             raise _busy(f"{waiting} pictures wait already.", soon)
-        budget, own = self._settings.latency_budget, entry.remaining()
-        if budget is None or own is None:
-            return
-        ahead = _remaining(others)
-        expected = self._cost.seconds_behind(own, ahead, self._loop.policy.full_rows)
-        if expected > budget:
-            message = f"A picture would take about {expected:.1f} s now; {budget:g} s are allowed."
-            raise _busy(message, expected - budget)
+        late = self._budget.late_by(entry, others, self._loop.policy)
+        if late > 0:
+            raise _busy("A picture would take longer now than it may.", late)
 
     def _backlog_seconds(self, entries: Sequence[Entry]) -> float:
-        return self._cost.backlog_seconds(_remaining(entries), self._loop.policy.full_rows)
+        return self._cost.backlog_seconds(remaining(entries), self._loop.policy.full_rows)
 
 
 def _busy(message: str, seconds: float) -> Busy:
     return Busy(message, "Try again later.", retry_after=max(seconds, SOONEST_RETRY))
-
-
-def _remaining(entries: Sequence[Entry]) -> list[Remaining]:
-    return [left for entry in entries if (left := entry.remaining()) is not None]

@@ -8,9 +8,13 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from math import exp
 
 WEIGHT = 0.2
 """Of the newest measurement: the mean follows a change within about five calls."""
+
+PACE_SECONDS = 2.0
+"""Over how long the pace is averaged: work of this age counts e times less than the newest."""
 
 FullRows = Callable[[int], int]
 """Rows per step of a task to the rows of the fullest call that it can be in."""
@@ -39,6 +43,7 @@ class CostModel:
         self._calls: dict[int, dict[int, float]] = {}
         self._decodings: dict[int, float] = {}
         self._preparation: float | None = None
+        self._spent = self._expected = 0.0
 
     def observe_call(self, area: int, rows: int, seconds: float) -> None:
         """A UNet call of that many rows took so long."""
@@ -56,9 +61,27 @@ class CostModel:
         with self._lock:
             self._preparation = _mean(self._preparation, seconds)
 
+    def observe_round(self, expected: float, seconds: float) -> None:
+        """Work of so many expected seconds, as `seconds_shared` adds them up, took so long."""
+        fade = exp(-seconds / PACE_SECONDS)
+        with self._lock:
+            self._expected = fade * self._expected + expected
+            self._spent = fade * self._spent + seconds
+
+    @property
+    def pace(self) -> float:
+        """Seconds that pass for each second that is expected of full calls.
+
+        Above 1 where calls are not full, where there is work between them, and where the machine
+        has become slower than when full calls were measured.
+        """
+        with self._lock:
+            return self._spent / self._expected if self._expected > 0 else 1.0
+
     def clear(self) -> None:
         """Forget every measurement."""
         with self._lock:
+            self._spent = self._expected = 0.0
             self._calls.clear()
             self._decodings.clear()
             self._preparation = None
@@ -87,11 +110,17 @@ class CostModel:
 
     def seconds_shared(self, task: Remaining, full_rows: FullRows) -> float:
         """A task's part of the machine's time when all its calls are full."""
-        steps = 0.0
-        for rows in task.rows:
-            full = full_rows(rows)
-            steps += rows * self.call_seconds(task.area, full) / full
+        steps = sum(self.step_seconds(task.area, rows, full_rows(rows)) for rows in task.rows)
         return steps + self._around(task)
+
+    def step_seconds(self, area: int, rows: int, full: int) -> float:
+        """The part of so many rows in a call of `full` rows."""
+        return rows * self.call_seconds(area, full) / full
+
+    def preparation_seconds(self) -> float:
+        """Encoding a prompt and a face."""
+        with self._lock:
+            return self._preparation or 0.0
 
     def backlog_seconds(self, tasks: Iterable[Remaining], full_rows: FullRows) -> float:
         """Until all tasks are done: their parts in full calls, or the longest one by itself."""
@@ -100,18 +129,24 @@ class CostModel:
         for task, count in Counter(tasks).items():
             shared += count * self.seconds_shared(task, full_rows)
             longest = max(longest, self.seconds_alone(task))
-        return max(shared, longest)
+        return self.pace * max(shared, longest)
 
     def seconds_behind(
-        self, task: Remaining, ahead: Iterable[Remaining], full_rows: FullRows
+        self, task: Remaining, ahead: Iterable[Remaining], full_rows: FullRows, company: int = 1
     ) -> float:
-        """Until a new task is done behind those that are there: its own steps, and their parts."""
-        return self.seconds_alone(task) + sum(
+        """Until a new task is done behind those that are there.
+
+        Their parts come first, then its own steps, which it does by itself or in turns with as
+        many others as `company` says, itself among them.
+        """
+        own = max(self.seconds_alone(task), company * self.seconds_shared(task, full_rows))
+        before = sum(
             count * self.seconds_shared(other, full_rows) for other, count in Counter(ahead).items()
         )
+        return self.pace * (before + own)
 
     def _around(self, task: Remaining) -> float:
-        preparation = (self._preparation or 0.0) if task.unprepared else 0.0
+        preparation = self.preparation_seconds() if task.unprepared else 0.0
         return preparation + self.decoding_seconds(task.area)
 
 

@@ -105,7 +105,7 @@ class EngineWork:
     def decode(self, run: Run) -> Pixels:
         """The picture of a finished run; raises what the client may see."""
         pixels, seconds = self._single("decoding", lambda: self._stages.decode(run.latents))
-        self._cost.observe_decoding(_area(run), seconds)
+        self._cost.observe_decoding(latent_area(run), seconds)
         return pixels
 
     def make(self, requests: Sequence[GenerationRequest], face: Face) -> None:
@@ -123,7 +123,7 @@ class EngineWork:
             self._call(runs)
         started = perf_counter()
         self._stages.decode(runs[0].latents)
-        self._cost.observe_decoding(_area(runs[0]), perf_counter() - started)
+        self._cost.observe_decoding(latent_area(runs[0]), perf_counter() - started)
         self._failures = dict.fromkeys(self._failures, 0)
 
     def download(self, latents: Tensor) -> NDArray[np.float32]:
@@ -132,7 +132,7 @@ class EngineWork:
 
     def _call(self, runs: Sequence[Run]) -> None:
         before = [(run.step, run.latents, run.sample) for run in runs]
-        area, rows = _area(runs[0]), sum(len(run.guidance.branches) for run in runs)
+        area, rows = latent_area(runs[0]), sum(len(run.guidance.branches) for run in runs)
         started = perf_counter()
         try:
             self._stages.step(runs)
@@ -158,5 +158,6 @@ class EngineWork:
         return made, perf_counter() - started
 
 
-def _area(run: Run) -> int:
+def latent_area(run: Run) -> int:
+    """Latent pixels of one row of a run."""
     return run.job.latent_shape[1] * run.job.latent_shape[2]

@@ -83,8 +83,12 @@ class Entry:
         """Whether only decoding is left."""
         return self.run is not None and self.run.finished
 
-    def candidate(self) -> Candidate:
-        """What the policy wants to know; not for one that is refused or finished."""
+    def candidate(self, latency_budget: float = inf) -> Candidate:
+        """What the policy wants to know; not for one that is refused or finished.
+
+        A task that is allowed so many seconds since it came has a deadline that only the order of
+        the calls knows of.
+        """
         assert self.plan is not None
         step = 0 if self.run is None else self.run.step
         return Candidate(
@@ -95,7 +99,10 @@ class Entry:
             self.run is not None,
             len(self.plan.rows) - step,
             self.passed_over,
-            inf if self.task.deadline is None else self.task.deadline,
+            min(
+                inf if self.task.deadline is None else self.task.deadline,
+                self.submitted + latency_budget,
+            ),
             not self.plan.shares_statistics,
         )
 

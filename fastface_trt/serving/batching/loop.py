@@ -15,14 +15,17 @@ steps, since between two UNet calls no more is decoded than the first one finish
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from time import perf_counter
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fastface_trt.errors import FastFaceError, Unavailable
+from fastface_trt.errors import Busy, FastFaceError, Unavailable
 from fastface_trt.pipeline import FastFace
+from fastface_trt.runtime.run import Run
+from fastface_trt.serving.batching.budget import LatencyBudget
 from fastface_trt.serving.batching.cost import CostModel
-from fastface_trt.serving.batching.engine_work import EngineWork, shown
+from fastface_trt.serving.batching.engine_work import EngineWork, latent_area, shown
 from fastface_trt.serving.batching.entry import Entry
 from fastface_trt.serving.batching.policy import Policy
 from fastface_trt.serving.batching.table import TaskTable
@@ -56,6 +59,7 @@ class EngineLoop:
         settings: WorkerSettings,
         table: TaskTable,
         cost: CostModel,
+        budget: LatencyBudget,
         preview: Preview | None,
         clock: Clock,
     ) -> None:
@@ -64,6 +68,7 @@ class EngineLoop:
         self._settings = settings
         self._table = table
         self._cost = cost
+        self._budget = budget
         self._work = EngineWork(fastface, cost)
         self._preview = preview
         self._clock = clock
@@ -103,11 +108,10 @@ class EngineLoop:
 
     def _round(self, entries: Sequence[Entry]) -> None:
         alive = [entry for entry in entries if not self._ended(entry)]
-        for entry in alive:
-            if entry.finished:
-                self._decode(entry)
-                return
-        self._call(alive)
+        started = perf_counter()
+        finished = next((entry for entry in alive if entry.finished), None)
+        expected = self._call(alive) if finished is None else self._decode(finished)
+        self._cost.observe_round(expected, perf_counter() - started)
 
     def _ended(self, entry: Entry) -> bool:
         error = entry.ending(self._clock())
@@ -115,13 +119,20 @@ class EngineLoop:
             self._fail(entry, error)
         return error is not None
 
-    def _call(self, entries: Sequence[Entry]) -> None:
+    def _call(self, entries: Sequence[Entry]) -> float:
+        """One UNet call; the seconds that it was expected to take."""
         by_order = {entry.order: entry for entry in entries}
-        choice = self._policy.choose([entry.candidate() for entry in entries])
-        going = [by_order[one.order] for one in choice.go]
-        going = [entry for entry in going if entry.run is not None or self._prepared(entry)]
+        choice = self._policy.choose([e.candidate(self._budget.seconds) for e in entries])
+        running = [entry for entry in entries if entry.run is not None]
+        going, expected = [], 0.0
+        for entry in (by_order[one.order] for one in choice.go):
+            if entry.run is None:
+                if not self._in_time(entry, running) or not self._prepared(entry):
+                    continue
+                expected += self._cost.preparation_seconds()
+            going.append(entry)
         if not going:
-            return
+            return expected
         for one in choice.passed_over:
             by_order[one.order].passed_over += 1
         now = self._clock()
@@ -129,6 +140,7 @@ class EngineLoop:
             entry.passed_over = 0
             entry.called = now if entry.called is None else entry.called
         runs = [entry.run for entry in going if entry.run is not None]
+        expected += sum(self._expected_seconds(run) for run in runs)
         rows = sum(len(run.guidance.branches) for run in runs)
         stepped = self._work.step(runs)
         if stepped.out_of_memory:
@@ -141,6 +153,19 @@ class EngineLoop:
             else:
                 self._fail(entry, error)
         self._test_suspect_engines()
+        return expected
+
+    def _expected_seconds(self, run: Run) -> float:
+        rows = len(run.guidance.branches)
+        full = self._policy.full_rows(rows, not run.shares_statistics)
+        return self._cost.step_seconds(latent_area(run), rows, full)
+
+    def _in_time(self, entry: Entry, running: Sequence[Entry]) -> bool:
+        late = self._budget.late_by(entry, running, self._policy)
+        if late > 0:
+            message = "The picture waited longer than was expected, and would come too late."
+            self._fail(entry, Busy(message, "Try again later.", retry_after=late))
+        return late <= 0
 
     def _prepared(self, entry: Entry) -> bool:
         try:
@@ -164,16 +189,18 @@ class EngineLoop:
                 _log.exception("A preview failed; the picture goes on without it.")
         self._tell(entry, StepDone(entry.task.id, run.step, len(run.job.schedule), preview))
 
-    def _decode(self, entry: Entry) -> None:
+    def _decode(self, entry: Entry) -> float:
+        """Decode a finished picture; the seconds that it was expected to take."""
         assert entry.run is not None
         assert entry.called is not None
         assert entry.denoised is not None
+        expected = self._cost.decoding_seconds(latent_area(entry.run))
         try:
             pixels = self._work.decode(entry.run)
         except FastFaceError as error:
             self._fail(entry, error)
             self._test_suspect_engines()
-            return
+            return expected
         seconds = {
             "queue": entry.called - entry.submitted,
             "denoise": entry.denoised - entry.called,
@@ -182,6 +209,7 @@ class EngineLoop:
         parameters = self._fastface.parameters(entry.request)
         done = PictureDone(entry.task.id, pixels, parameters, entry.warnings, seconds)
         self._end(entry, done)
+        return expected
 
     def _test_suspect_engines(self) -> None:
         """Raise what a picture of nobody fails with, once too much failed to be the requests."""
