@@ -66,7 +66,8 @@ class LatentPreview:
         finite_Chw = finite_Chw * (WIDEST / max(float(finite_Chw.std()), WIDEST))
         colours_P3 = _rows(finite_Chw.astype(np.float32)) @ self._weights
         _, height, width = latents_Chw.shape
-        return np.rint(colours_P3).clip(0, 255).astype(np.uint8).reshape(height, width, 3)
+        rgb_HW3 = np.rint(colours_P3).clip(0, 255).astype(np.uint8).reshape(height, width, 3)
+        return np.asarray(rgb_HW3)
 
 
 def smooth_latents(shape_Chw: tuple[int, int, int], example: int) -> NDArray[np.float32]:
