@@ -281,6 +281,18 @@ def test_errors_are_the_apis_sentences(page, ports, tmp_path):
     page.until(lambda: page.text("#error") == told["message"])
 
 
+def test_numbers_out_of_range_are_not_sent(ada):
+    for selector, number in (("#count", 5), ("#width", 97), ("#seed", "")):
+        before = ada.one(selector).get_property("value")
+        ada.fill(selector, number)
+        ada.click("#generate")
+        ada.until(lambda: ada.one("#error").is_displayed())
+        assert ada.text("#error").startswith(ada.one(selector).get_property("labels")[0].text)
+        assert ada.driver.switch_to.active_element == ada.one(selector)
+        ada.fill(selector, before)
+    assert ada.states() == []
+
+
 def test_when_to_come_back_is_shown(page, ports):
     page.expected_statuses = {429}
     page.open(ports["rate"]).ready()

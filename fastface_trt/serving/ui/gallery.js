@@ -16,9 +16,10 @@ export class Gallery {
   add(caption, titles, size) {
     const cards = titles.map((title) =>
       new Card(title, size, (card) => this.details.open(card)));
+    const group = element("div", { class: "cards" }, ...cards.map((card) => card.root));
+    group.style.setProperty("--count", String(cards.length));
     const row = element("section", { class: "pictures", "aria-label": caption },
-      element("h3", {}, caption),
-      element("div", { class: "cards" }, ...cards.map((card) => card.root)));
+      element("h3", {}, caption), group);
     this.root.prepend(row);
     this.rows.unshift({ row, cards });
     for (const old of this.rows.splice(MOST_ROWS)) {

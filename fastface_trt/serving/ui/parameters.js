@@ -53,6 +53,7 @@ export class Parameters {
       prompt.focus();
       throw new Error("Describe the picture in a few words first.");
     }
+    for (const input of [seed, count, width, height]) checkRange(input);
     const body = { prompt: prompt.value, preset, seed: Number(seed.value), n: Number(count.value),
       steps: Number(steps.value), size: `${Number(width.value)}x${Number(height.value)}` };
     if (negative.value.trim()) body.negative_prompt = negative.value;
@@ -76,4 +77,14 @@ export class Parameters {
       dial.follow(chosen?.fields[dial.field], Number(this.input.steps.value));
     }
   }
+}
+
+// The browser's own sentence about a number, before pictures are announced that nobody makes.
+function checkRange(input) {
+  if (input.value !== "" && input.checkValidity()) return;
+  const section = input.closest("details");
+  if (section) section.open = true;
+  input.focus();
+  const name = input.labels[0].textContent.trim();
+  throw new Error(`${name}: ${input.validationMessage || "A number is missing."}`);
 }
