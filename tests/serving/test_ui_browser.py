@@ -200,6 +200,15 @@ def test_a_slider_sets_a_value_and_the_arrow_gives_it_back(ada):
     assert ada.one("#dial-beta").get_property("value") == "1, 3, 3, 1"
 
 
+def test_values_per_step_follow_the_number_of_steps(ada):
+    ada.open_sections()
+    ada.fill("#dial-alpha", "1, 2, 2, 1")
+    ada.fill("#steps", "8")
+    assert ada.one("#dial-alpha").get_property("value") == "1, 2, 2, 2, 2, 2, 2, 1"
+    ada.click("#generate")
+    ada.until_states("done")
+
+
 def test_a_registered_face_is_used_and_deleted(ada, ports):
     ada.click("#register")
     ada.until(lambda: ada.all(".registered"))

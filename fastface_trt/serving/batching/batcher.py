@@ -146,7 +146,9 @@ class Batcher(Closing):
             raise _busy(f"{waiting} pictures wait already.", soon)
         late = self._budget.late_by(entry, others, self._loop.policy)
         if late > 0:
-            raise _busy("A picture would take longer now than it may.", late)
+            allowed = self._budget.seconds
+            message = f"A picture would take about {late + allowed:.1f} s now; {allowed:g} s are"
+            raise _busy(f"{message} allowed.", late)
 
     def _backlog_seconds(self, entries: Sequence[Entry]) -> float:
         return self._cost.backlog_seconds(remaining(entries), self._loop.policy.full_rows)

@@ -36,6 +36,7 @@ export class Dial {
   follow(preset, steps) {
     this.preset = preset;
     this.steps = steps;
+    if (Array.isArray(this.own)) this.own = this.#perStep();
     this.#show();
   }
 
@@ -61,26 +62,27 @@ export class Dial {
   #perStep() {
     const value = this.value;
     const list = Array.isArray(value) ? value : [value];
+    const inner = list.slice(1, -1);
     const middle = list[list.length >> 1];
-    // A preset's list is written out for the export's own number of steps.
+    // A list is written out for the number of steps that there were when it was made.
     return Array.from({ length: this.steps }, (_, step) => {
       if (step === 0) return list[0];
-      return step === this.steps - 1 ? list.at(-1) : (list[step] ?? middle);
+      return step === this.steps - 1 ? list.at(-1) : (inner[step - 1] ?? middle);
     }).map((one) => (typeof one === "number" ? one : this.fallback ?? this.min));
   }
 
   #show() {
     const value = this.value;
     const several = this.perStep && Array.isArray(value);
+    const shown = this.#perStep();
     this.root.classList.toggle("own", this.own !== undefined);
     this.back.hidden = this.own === undefined;
     this.split.checked = several;
-    this.text.value = value === null ? "off" : several ? value.join(", ") : String(value);
+    this.text.value = value === null ? "off" : several ? shown.join(", ") : String(value);
     const count = several ? this.steps : 1;
     if (this.sliders.children.length !== count) {
       this.sliders.replaceChildren(...Array.from({ length: count }, (_, at) => this.#slider(at)));
     }
-    const shown = this.#perStep();
     [...this.sliders.children].forEach((slider, at) => {
       slider.value = String(several ? shown[at] : typeof value === "number" ? value : this.min);
       slider.setAttribute("aria-label", several ? `${this.symbol}, step ${at + 1}` : this.symbol);

@@ -70,6 +70,8 @@ byId("settings").addEventListener("submit", (event) => {
   report.during(generate);
 });
 document.addEventListener("keydown", (event) => {
-  if (event.key === "Escape" && runner.running) runner.cancel();
+  // In a dialog the key closes the dialog.
+  const dialog = document.querySelector("dialog[open]");
+  if (event.key === "Escape" && !dialog && runner.running) runner.cancel();
 });
 report.during(load);

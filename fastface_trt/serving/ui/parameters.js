@@ -10,13 +10,13 @@ export class Parameters {
     this.input = Object.fromEntries(TEXTS.map((id) => [id, byId(id)]));
     this.presets = [];
     this.dials = [
-      new Dial({ field: "ip_adapter_scale", symbol: "λ", label: "strength of the face",
+      new Dial({ field: "ip_adapter_scale", symbol: "λ", label: "weight of the adapter, Eq. 1",
         min: 0, max: 1.5, step: 0.05, fallback: 0.8 }),
-      new Dial({ field: "alpha", symbol: "α", label: "guidance by the prompt",
+      new Dial({ field: "alpha", symbol: "α", label: "weight of the face, Eq. 3",
         min: 0, max: 4, step: 0.1, fallback: 1, perStep: true }),
-      new Dial({ field: "beta", symbol: "β", label: "guidance by the face",
+      new Dial({ field: "beta", symbol: "β", label: "weight of the prompt, Eq. 3",
         min: 0, max: 6, step: 0.1, fallback: 1, perStep: true }),
-      new Dial({ field: "rescale", symbol: "φ", label: "guidance rescaling",
+      new Dial({ field: "rescale", symbol: "φ", label: "rescaling of the guidance, Eq. 5",
         min: 0, max: 1, step: 0.05, fallback: null, off: true }),
     ];
     byId("dials").replaceChildren(...this.dials.map((dial) => dial.root));
