@@ -141,6 +141,10 @@ class Worker(Protocol):
         """
         ...
 
+    def forget(self) -> None:
+        """Drop the faces and encodings that are kept for the next picture; returns at once."""
+        ...
+
     def drain(self, seconds: float) -> bool:
         """Take no more tasks and wait for those it has; whether all ended in that time."""
         ...

@@ -20,6 +20,7 @@ from fastface_trt.serving.workers.messages import (
     Analyzed,
     Cancel,
     Close,
+    Forget,
     OpenFailed,
     Report,
     Submit,
@@ -52,7 +53,7 @@ def main():
     connection.send(Report(State.READY, Load(memory_bytes=1000)))
     if settings.export == "fragile":
         return
-    waiting = set()
+    waiting, kept = set(), {"a face"}
     while True:
         try:
             message = connection.recv()
@@ -78,10 +79,13 @@ def main():
                         os._exit(3)
                 for step in (1, 2):
                     connection.send(StepDone(task.id, step, 2))
-                connection.send(PictureDone(task.id, picture(task.request.seed), {}))
+                facts = {"kept": sorted(kept)}
+                connection.send(PictureDone(task.id, picture(task.request.seed), facts))
             case Cancel(task_id) if task_id in waiting:
                 waiting.discard(task_id)
                 connection.send(TaskFailed(task_id, Cancelled("Cancelled.")))
+            case Forget():
+                kept.clear()
             case Close():
                 return
             case Analyze(key, pixels, _):

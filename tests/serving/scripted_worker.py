@@ -37,7 +37,7 @@ class ScriptedWorker:
         self.drained = self.closed = False
         self.analysis_error = None
         self.analysis = None
-        self.calls = 0
+        self.calls = self.forgotten = 0
         self._lock = threading.Lock()
         self._empty = threading.Event()
 
@@ -108,6 +108,9 @@ class ScriptedWorker:
         else:
             future.set_result(make_face(float(len(self.analysed)), index or 0))
         return future
+
+    def forget(self):
+        self.forgotten += 1
 
     def drain(self, seconds):
         self.state, self.drained = State.DRAINING, True

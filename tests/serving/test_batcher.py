@@ -198,6 +198,26 @@ def test_who_would_be_late_is_refused_by_what_calls_cost(fastface, start):
     events.check(["a"])
 
 
+def test_who_waited_too_long_is_refused_before_work_goes_into_the_picture(fastface, start):
+    clock = Clock()
+    batcher, events = start(clock=clock, max_running=1, latency_budget=1000), Events()
+    fastface.unet.hold()
+    batcher.submit(task(fastface, "runs", steps=1), events)
+    fastface.unet.wait_until_held()
+    batcher.submit(task(fastface, "waits", steps=2), events)
+    clock.now = 600.0
+    batcher.submit(task(fastface, "came later", steps=4), events)
+    clock.now = 1001.0
+    fastface.unet.release()
+    refused = failure(events, "waits")
+    assert isinstance(refused, Busy)
+    assert refused.retry_after > 0
+    assert isinstance(events.ending("came later"), PictureDone)
+    # What runs is finished, however late.
+    assert isinstance(events.ending("runs"), PictureDone)
+    assert len(fastface.unet.calls) == 1 + 4
+
+
 def test_the_backlog_grows_with_every_task(fastface, start):
     batcher, events = start(), Events()
     fastface.unet.hold()
@@ -339,3 +359,9 @@ def test_a_batcher_that_cannot_warm_up_says_why(fastface):
         batcher.start()
     assert batcher.state is State.DEAD
     assert fastface.closed
+
+
+def test_forgetting_reaches_the_engines_caches(fastface, start):
+    batcher = start()
+    batcher.forget()
+    assert fastface.forgotten == 1

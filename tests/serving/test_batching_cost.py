@@ -1,5 +1,7 @@
 """The cost model: interpolation, means, and estimates that can be added up by hand."""
 
+import math
+
 import pytest
 
 from fastface_trt.serving.batching.cost import WEIGHT, CostModel, Remaining
@@ -79,6 +81,30 @@ def test_the_backlog_is_at_least_its_longest_task(cost):
     assert cost.backlog_seconds([task] * 9, lambda rows: 6) == pytest.approx(9 * part)
     behind = cost.seconds_behind(task, [task] * 9, lambda rows: 6)
     assert behind == pytest.approx(alone + 9 * part)
+
+
+def test_the_pace_scales_every_estimate(cost):
+    task = Remaining((2,) * 4, AREA)
+    backlog = cost.backlog_seconds([task] * 9, lambda rows: 6)
+    behind = cost.seconds_behind(task, [task], lambda rows: 6)
+    assert cost.pace == 1
+    cost.observe_round(expected=1.0, seconds=3.0)
+    assert cost.pace == pytest.approx(3)
+    assert cost.backlog_seconds([task] * 9, lambda rows: 6) == pytest.approx(3 * backlog)
+    assert cost.seconds_behind(task, [task], lambda rows: 6) == pytest.approx(3 * behind)
+    # Two seconds of work later what was before counts e times less.
+    cost.observe_round(expected=2.0, seconds=2.0)
+    assert cost.pace == pytest.approx((3 / math.e + 2) / (1 / math.e + 2))
+    for _ in range(20):
+        cost.observe_round(expected=1.0, seconds=1.0)
+    assert cost.pace == pytest.approx(1, abs=1e-3)
+
+
+def test_company_takes_turns(cost):
+    task = Remaining((2,) * 4, AREA)
+    alone, part = cost.seconds_alone(task), cost.seconds_shared(task, lambda rows: 6)
+    assert cost.seconds_behind(task, [], lambda rows: 6, company=1) == pytest.approx(alone)
+    assert cost.seconds_behind(task, [], lambda rows: 6, company=8) == pytest.approx(8 * part)
 
 
 def test_what_was_measured_can_be_forgotten(cost):

@@ -3,6 +3,7 @@ import itertools
 import numpy as np
 import pytest
 from http_parts import FACE, FACE_BYTES, ask, client_of, error_of
+from loopback import wait_until
 from scripted_worker import make_face
 
 from fastface_trt.errors import Busy
@@ -45,7 +46,11 @@ def test_a_face_is_registered_used_listed_and_deleted():
         assert ask(client, face_id=one["id"]).status_code == 200
         assert np.all(client.worker.submitted[-1].face.embedding == 1.0)
         assert len(client.worker.analysed) == 2  # not again for the picture
+        assert client.worker.forgotten == 0
         assert client.delete(f"/v1/faces/{one['id']}").status_code == 204
+        assert (
+            client.worker.forgotten == 1
+        )  # workers keep what they worked out for the next picture
         error_of(ask(client, face_id=one["id"]), 404, "unknown_face")
         error_of(client.delete(f"/v1/faces/{one['id']}"), 404, "unknown_face")
         assert [face["id"] for face in client.get("/v1/faces").json()["data"]] == [other["id"]]
@@ -153,3 +158,10 @@ def test_when_the_server_stops_it_forgets_all():
         faces = client.app.state.context.faces
         assert faces.count == 1
     assert faces.count == 0
+
+
+def test_workers_keep_nothing_of_a_face_for_longer_than_its_time():
+    with client_of(faces_ttl=0.05) as client:
+        register(client)
+        wait_until(lambda: client.worker.forgotten >= 2, 60)
+        assert client.get("/v1/faces").json()["data"] == []

@@ -164,6 +164,16 @@ def test_faces(pool):
         pool.analyze(np.full((9, 9, 3), 13, np.uint8)).result(PATIENCE)
 
 
+def test_every_worker_forgets():
+    with open_pool(2) as pool:
+        pool.wait_until_ready(PATIENCE)
+        client = Client(pool)
+        pool.forget()
+        client.ask("a", "paint")
+        client.ask("b", "paint")
+        assert [client.last(name).parameters for name in "ab"] == [{"kept": []}] * 2
+
+
 def test_an_export_that_cannot_be_opened_is_told_at_once():
     with open_pool(2, export="none") as pool:
         with pytest.raises(ExportIncomplete):

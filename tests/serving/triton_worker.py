@@ -57,6 +57,9 @@ class ScriptedWorker:
             future.set_result(self.face)
         return future
 
+    def forget(self):
+        raise AssertionError("Triton has no registered faces")
+
     def drain(self, seconds):
         self.drained_for = seconds
         self.state = State.DRAINING

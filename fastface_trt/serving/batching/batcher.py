@@ -125,6 +125,10 @@ class Batcher(Closing):
         """
         return self._analysis.submit(pixels, index)
 
+    def forget(self) -> None:
+        """Drop every face and encoding that is kept for the next picture."""
+        self._fastface.forget()
+
     def drain(self, seconds: float) -> bool:
         """Take no more tasks and wait for those it has; whether all ended in that time."""
         return self._table.drain(seconds)

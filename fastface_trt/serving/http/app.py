@@ -64,7 +64,7 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        sweeping = asyncio.create_task(_sweep(context.faces))
+        sweeping = asyncio.create_task(_sweep(context))
         try:
             yield
         finally:
@@ -126,10 +126,15 @@ def _context(
     )
 
 
-async def _sweep(faces: Faces) -> None:
+async def _sweep(context: Context) -> None:
+    """Drop faces whose time is over, and as often what workers keep of any face."""
+    forgotten = time.monotonic()
     while True:
-        await asyncio.sleep(SWEEP_SECONDS)
-        await faces.forget_expired()
+        await asyncio.sleep(min(SWEEP_SECONDS, context.settings.faces_ttl))
+        await context.faces.forget_expired()
+        if time.monotonic() - forgotten >= context.settings.faces_ttl:
+            forgotten = time.monotonic()
+            context.worker.forget()
 
 
 def _handle_errors(app: FastAPI) -> None:

@@ -79,8 +79,10 @@ def faces_router() -> APIRouter:
         summary="Forget a face",
     )
     async def delete(request: Request, id: str) -> Response:
-        """Forget a face at once."""
-        await context_of(request).faces.delete(record_of(request.scope).owner, id)
+        """Forget a face at once, and what workers keep of it for the next picture."""
+        context = context_of(request)
+        await context.faces.delete(record_of(request.scope).owner, id)
+        context.worker.forget()
         return Response(status_code=204)
 
     return router

@@ -25,6 +25,7 @@ from fastface_trt.serving.workers.messages import (
     Analyzed,
     Cancel,
     Close,
+    Forget,
     Open,
     OpenFailed,
     Report,
@@ -67,6 +68,8 @@ class _Child(Closing):
                     self._batcher.cancel(task_id)
                 case Analyze(key, pixels, index):
                     self._analyze(key, pixels, index)
+                case Forget():
+                    self._batcher.forget()
                 case Close():
                     return
 

@@ -40,6 +40,11 @@ class Analyze:
 
 
 @dataclass(frozen=True, slots=True)
+class Forget:
+    """Drop the faces and encodings that are kept."""
+
+
+@dataclass(frozen=True, slots=True)
 class Close:
     """Leave now; the tasks that are left end with `Unavailable`."""
 
@@ -67,5 +72,5 @@ class OpenFailed:
     error: FastFaceError
 
 
-ToWorker: TypeAlias = Open | Submit | Cancel | Analyze | Close
+ToWorker: TypeAlias = Open | Submit | Cancel | Analyze | Forget | Close
 FromWorker: TypeAlias = Event | Analyzed | Report | OpenFailed

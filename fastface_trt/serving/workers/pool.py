@@ -26,7 +26,7 @@ from fastface_trt.serving.work import (
     TaskFailed,
 )
 from fastface_trt.serving.workers.ledger import Ledger
-from fastface_trt.serving.workers.messages import Analyzed, FromWorker, OpenFailed, Report
+from fastface_trt.serving.workers.messages import Analyzed, Forget, FromWorker, OpenFailed, Report
 from fastface_trt.serving.workers.process import WORKER_PROGRAM, WorkerProcess
 from fastface_trt.serving.workers.slot import Slot
 
@@ -150,6 +150,13 @@ class WorkerPool(Closing):
                 future: Future[Face] = Future()
                 future.set_exception(error)
                 return future
+
+    def forget(self) -> None:
+        """See `Worker.forget`."""
+        with self._changed:
+            for slot in self._slots:
+                if slot.process is not None:
+                    slot.process.send(Forget())
 
     def drain(self, seconds: float) -> bool:
         """See `Worker.drain`."""
