@@ -66,6 +66,7 @@ enum {
   FASTFACE_DEADLINE_PASSED = 19,
   FASTFACE_BUSY = 20,
   FASTFACE_UNAVAILABLE = 21,
+  FASTFACE_REFUSED = 22,
   FASTFACE_NOT_RUNNING = 100,   /* before start, after stop */
   FASTFACE_START_FAILED = 101,  /* no interpreter, or it does not find the package */
   FASTFACE_INTERNAL = 102       /* an error that should not happen; please report it */

@@ -69,6 +69,7 @@ fastface_status status_of(const std::string &code) {
       {"deadline_passed", FASTFACE_DEADLINE_PASSED},
       {"busy", FASTFACE_BUSY},
       {"unavailable", FASTFACE_UNAVAILABLE},
+      {"refused", FASTFACE_REFUSED},
   };
   auto found = known->find(code);
   return found == known->end() ? FASTFACE_INTERNAL : found->second;
