@@ -160,3 +160,25 @@ def tiny_fp16_unet(tiny, tmp_path_factory):
     attach_adapter(unet, read_adapter(tiny / "adapter.safetensors"), lora_scale=1.0)
     export = unet_export(unet.half(), tokens=4, latent_size=(16, 16), fixed_size=False)
     return folder, write_module(export, folder)
+
+
+@pytest.fixture
+def cuda():
+    """The driver of a simulated GPU, which must get all of its memory back."""
+    from gpu_double import simulated_gpu
+
+    with simulated_gpu() as (driver, _):
+        yield driver
+        gc.collect()
+        assert driver.leaks() == []
+
+
+@pytest.fixture
+def device(cuda):
+    """A device on the simulated GPU."""
+    from fastface_trt.engines.cuda.device import CudaDevice
+
+    opened = CudaDevice()
+    yield opened
+    gc.collect()  # the test's own tensors go before the device
+    opened.close()

@@ -126,7 +126,8 @@ class Worker(Protocol):
     def submit(self, task: Task, on_event: OnEvent) -> None:
         """Queue a task. Raises `Busy` when the queue is full, `Unavailable` unless READY.
 
-        Where it raises, `on_event` is never called.
+        Where it raises, `on_event` is never called. A worker that finds out later that it is too
+        busy ends the task with a `TaskFailed` of `Busy`. Raises ValueError for an id that is there.
         """
         ...
 
@@ -137,7 +138,8 @@ class Worker(Protocol):
     def analyze(self, pixels: Pixels, index: int | None = None) -> "Future[Face]":
         """Find a face: the largest, or the `index`-th by size, beside the UNet's work.
 
-        The future raises `NoFaceFound`, `FaceIndexOutOfRange`, `BadPicture`, `Unavailable`.
+        The future raises `NoFaceFound`, `FaceIndexOutOfRange`, `BadPicture`, `Unavailable`, `Busy`
+        where many pictures wait, and `EngineFailed`.
         """
         ...
 

@@ -37,5 +37,9 @@ def simulated_gpu(flavour="tensorrt-rtx", **properties):
 
 
 def _forget_hardware():
-    for remembered in (hardware.cuda_hardware, hardware.cuda_driver):
+    for remembered in (
+        hardware.cuda_hardware,
+        hardware.cuda_driver,
+        hardware.cuda_device_count,
+    ):
         remembered.cache_clear()

@@ -16,22 +16,6 @@ from fastface_trt.errors import BackendUnavailable, EngineFailed, EngineMismatch
 pytestmark = pytest.mark.usefixtures("quick_collections")
 
 
-@pytest.fixture
-def cuda():
-    with simulated_gpu() as (driver, _):
-        yield driver
-        gc.collect()
-        assert driver.leaks() == []
-
-
-@pytest.fixture
-def device(cuda):
-    opened = CudaDevice()
-    yield opened
-    gc.collect()  # the test's own tensors go before the device
-    opened.close()
-
-
 def random(*shape, dtype="float32", seed=0):
     return np.random.default_rng(seed).standard_normal(shape).astype(dtype)
 

@@ -4,29 +4,12 @@ import gc
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from gpu_double import simulated_gpu
 
 from fastface_trt.engines.cuda.device import CudaDevice
 from fastface_trt.engines.device import HostDevice
 from fastface_trt.errors import EngineFailed
 
 pytestmark = pytest.mark.usefixtures("quick_collections")
-
-
-@pytest.fixture
-def cuda():
-    with simulated_gpu() as (driver, _):
-        yield driver
-        gc.collect()
-        assert driver.leaks() == []
-
-
-@pytest.fixture
-def device(cuda):
-    opened = CudaDevice()
-    yield opened
-    gc.collect()
-    opened.close()
 
 
 def test_marking_waits_for_nothing_and_reading_waits_for_the_later_mark(device, cuda):

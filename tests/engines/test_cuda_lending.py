@@ -5,7 +5,6 @@ import threading
 
 import numpy as np
 import pytest
-from gpu_double import simulated_gpu
 
 from fastface_trt.engines import dlpack
 from fastface_trt.engines.cuda.device import CudaDevice
@@ -15,22 +14,6 @@ from fastface_trt.errors import EngineFailed
 pytestmark = pytest.mark.usefixtures("quick_collections")
 
 VALUES = np.arange(12, dtype=np.float32).reshape(3, 4)
-
-
-@pytest.fixture
-def cuda():
-    with simulated_gpu() as (driver, _):
-        yield driver
-        gc.collect()
-        assert driver.leaks() == []
-
-
-@pytest.fixture
-def device(cuda):
-    opened = CudaDevice()
-    yield opened
-    gc.collect()
-    opened.close()
 
 
 def content(cuda, address, shape=VALUES.shape):
