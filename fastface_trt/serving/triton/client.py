@@ -44,7 +44,7 @@ class TritonClient:
             import httpx
         except ImportError:
             raise MissingDependency(
-                "This client needs httpx.", "pip install 'fastface-trt[serve]'"
+                "This client needs httpx.", "pip install 'fastface-trt[triton]'"
             ) from None
         self._httpx = httpx
         self._http = httpx.Client(base_url=url, timeout=timeout)
