@@ -83,6 +83,19 @@ def test_batched_requests_with_settings_of_their_own_equal_single_runs(instance,
         assert facts["parameters"] == json.loads(json.dumps(dict(parameters)))
 
 
+def test_a_decoupled_model_shows_what_the_picture_becomes(fastface, tmp_path):
+    worker = WorkerSettings(cache=fastface._modules._cache.root)
+    write_repository(tmp_path / "out", worker, RepositoryOptions(decoupled=True))
+    asked = {"PROMPT": text(PROMPT), "FACE": load_picture(ADA)[None]}
+    with Instance(tmp_path / "out") as instance:
+        (sent,) = instance.execute(asked | {"PARAMETERS": text('{"previews": true}')})
+        picture = sent.wait()["IMAGE"][0]
+        shown = [arrays["PREVIEW"][0] for arrays, _ in sent.responses[:-1]]
+    assert [preview.shape for preview in shown] == [(24, 24, 3)] * 4
+    small = picture.reshape(24, 4, 24, 4, 3).mean((1, 3))
+    assert np.corrcoef(shown[-1].ravel(), small.ravel())[0, 1] > 0.8
+
+
 def test_every_way_to_give_a_face_gives_the_same_picture(instance, fastface):
     expected, _ = single(fastface)
     face = fastface.analyze(ADA)
