@@ -112,7 +112,9 @@ def test_a_task_that_kills_workers_is_given_up(pool):
     client = Client(pool)
     client.ask("a", "die")
     client.ask("b", "paint", seed=1)
-    assert isinstance(client.last("a").error, Unavailable)
+    refused = client.last("a").error
+    assert isinstance(refused, Unavailable)
+    assert refused.message.startswith("Two workers died")
     np.testing.assert_array_equal(client.last("b").pixels, picture(1))
 
 
@@ -137,6 +139,19 @@ def test_cancelling(pool):
     pool.cancel("a")
     pool.cancel("unknown")
     assert isinstance(client.last("a").error, Cancelled)
+
+
+def test_a_cancelled_task_is_not_made_again_when_its_worker_dies():
+    with open_pool() as pool:
+        pool.wait_until_ready(PATIENCE)
+        client = Client(pool)
+        client.ask("a", "wait")
+        client.stepped("a")
+        os.kill(pool.pids[0], signal.SIGSTOP)  # so that it cannot answer
+        pool.cancel("a")
+        os.kill(pool.pids[0], signal.SIGKILL)
+        assert isinstance(client.last("a").error, Cancelled)
+        assert len(client.events["a"]) == 2  # its step, and its end
 
 
 def test_a_full_pool_is_busy():
