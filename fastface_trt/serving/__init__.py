@@ -13,6 +13,6 @@ Beside them, for what comes from outside and what goes there:
 - `intake`, with `picture_files` and `exif`: a stranger's picture, taken apart before it is decoded;
 - `fetch`, with `addresses`: pictures by address, from public ones only;
 - `checks`: an operator's own checks of prompts and pictures; `provenance`: signatures (C2PA);
-- `distribution`, with `release`, `storage` and `local_objects`: exports and engines by content hash,
-  to and from shared storage.
+- `distribution`, with `release`, `storage` and `local_objects`: exports and engines by content
+  hash, to and from shared storage.
 """
