@@ -90,8 +90,8 @@ def take_step(
 ) -> None:
     """Take runs that agree in `sharing` one step further, in one UNet call.
 
-    A run that this raises for is as it was before. Raises `Cancelled` when `on_step` returns False,
-    and what `guidance` raises.
+    Raises what the UNet and `guidance` raise, the runs being as they were before, and `Cancelled`
+    when `on_step` returns False, after which they must not go on.
     """
     device = unet.device
     branches = len(runs[0].guidance.branches)

@@ -3,13 +3,20 @@
 import os
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
-from fastface_trt.cli.common import FILE, backend_options, console, licence_option, timed_lines
+from fastface_trt.cli.common import (
+    FILE,
+    Command,
+    backend_options,
+    console,
+    licence_option,
+    timed_lines,
+)
 from fastface_trt.cli.ray_options import ray_options, serve_on_ray
 from fastface_trt.engines.manifest import EXPORT_MANIFEST, ExportManifest, read_manifest
 from fastface_trt.errors import InvalidRequest, MissingDependency, StorageError
@@ -26,6 +33,24 @@ _COUNT = click.IntRange(min=1)
 
 def _of(settings: type[Settings], name: str) -> Any:
     return settings.model_fields[name].default
+
+
+def _limit(
+    settings: type[Settings],
+    name: str,
+    kind: click.ParamType[Any],
+    text: str,
+    flag: str | None = None,
+) -> Callable[[Command], Command]:
+    """An option for a setting, with the setting's default."""
+    return click.option(
+        f"--{flag or name.replace('_', '-')}",
+        name,
+        type=kind,
+        default=_of(settings, name),
+        show_default=True,
+        help=text,
+    )
 
 
 def api_keys(file: Path | None, variable: str) -> tuple[str, ...]:
@@ -59,20 +84,13 @@ def api_keys(file: Path | None, variable: str) -> tuple[str, ...]:
 @backend_options
 @click.option("--schedule-of", metavar="NAME", help="Sampler and steps of another checkpoint.")
 @click.option("--workers", type=_COUNT, help="Processes with engines [one per GPU, or one].")
-@click.option(
-    "--max-waiting",
-    type=_COUNT,
-    default=_of(WorkerSettings, "max_waiting"),
-    show_default=True,
-    help="Pictures that wait for their first step; the next gets 429.",
+@_limit(
+    WorkerSettings,
+    "max_waiting",
+    _COUNT,
+    "Pictures that wait for their first step; the next gets 429.",
 )
-@click.option(
-    "--max-running",
-    type=_COUNT,
-    default=_of(WorkerSettings, "max_running"),
-    show_default=True,
-    help="Pictures on their way in each worker.",
-)
+@_limit(WorkerSettings, "max_running", _COUNT, "Pictures on their way in each worker.")
 @click.option("--max-rows", type=_COUNT, help="Rows of a UNet call [what the engines take].")
 @click.option(
     "--latency-budget",
@@ -81,13 +99,7 @@ def api_keys(file: Path | None, variable: str) -> tuple[str, ...]:
     help="Refuse with 429 what would not be done within this time.",
 )
 @click.option("--host", default=_of(ServerSettings, "host"), show_default=True, help="Address.")
-@click.option(
-    "--port",
-    type=click.IntRange(0, 65535),
-    default=_of(ServerSettings, "port"),
-    show_default=True,
-    help="0 takes a free one; the log says which.",
-)
+@_limit(ServerSettings, "port", click.IntRange(0, 65535), "0 takes a free one; the log says which.")
 @click.option(
     "--api-keys-file",
     type=FILE,
@@ -95,63 +107,44 @@ def api_keys(file: Path | None, variable: str) -> tuple[str, ...]:
 )
 @click.option("--allow-anonymous", is_flag=True, help="Let everybody in, whatever the address.")
 @click.option("--requests-per-minute", type=_COUNT, help="Of each key, or address [any number].")
-@click.option(
-    "--max-requests",
-    type=_COUNT,
-    default=_of(ServerSettings, "max_requests"),
-    show_default=True,
-    help="Requests in work at once; the next gets 503.",
+@_limit(ServerSettings, "max_requests", _COUNT, "Requests in work at once; the next gets 503.")
+@_limit(ServerSettings, "max_body_bytes", _COUNT, "Of one request.")
+@_limit(ServerSettings, "max_picture_pixels", _COUNT, "Of a face picture.")
+@_limit(ServerSettings, "max_faces", _COUNT, "Registered faces; the next gets 429.")
+@_limit(ServerSettings, "body_timeout", _SECONDS, "Seconds for headers, and for a body.")
+@_limit(ServerSettings, "write_timeout", _SECONDS, "Seconds for a client to take what was written.")
+@_limit(
+    WorkerSettings,
+    "max_passed_over",
+    click.IntRange(min=0),
+    "UNet calls that may pass over a picture for a fuller one.",
 )
-@click.option(
-    "--max-pictures",
-    type=_COUNT,
-    default=_of(ServerSettings, "max_pictures"),
-    show_default=True,
-    help="n of one request.",
+@_limit(
+    WorkerSettings, "stall_seconds", _SECONDS, "A worker that gets nothing done is started again."
 )
-@click.option(
-    "--max-connections",
-    type=_COUNT,
-    default=_of(ServerSettings, "max_connections"),
-    show_default=True,
-    help="Open connections.",
+@_limit(ServerSettings, "max_pictures", _COUNT, "n of one request.")
+@_limit(ServerSettings, "max_connections", _COUNT, "Open connections.")
+@_limit(
+    ServerSettings,
+    "max_connections_per_address",
+    click.IntRange(min=0),
+    "Of one client; 0 for any number (behind a proxy).",
 )
-@click.option(
-    "--max-connections-per-address",
-    type=click.IntRange(min=0),
-    default=_of(ServerSettings, "max_connections_per_address"),
-    show_default=True,
-    help="Of one client; 0 for any number (behind a proxy).",
-)
-@click.option(
-    "--deadline",
+@_limit(
+    ServerSettings,
     "default_deadline",
-    type=_SECONDS,
-    default=_of(ServerSettings, "default_deadline"),
-    show_default=True,
-    help="Seconds of a request that names no deadline.",
+    _SECONDS,
+    "Seconds of a request that names no deadline.",
+    flag="deadline",
 )
-@click.option(
-    "--max-deadline",
-    type=_SECONDS,
-    default=_of(ServerSettings, "max_deadline"),
-    show_default=True,
-    help="Seconds that a request may ask for.",
+@_limit(ServerSettings, "max_deadline", _SECONDS, "Seconds that a request may ask for.")
+@_limit(
+    ServerSettings,
+    "drain_seconds",
+    _SECONDS,
+    "After SIGTERM, until pictures on their way are ended.",
 )
-@click.option(
-    "--drain-seconds",
-    type=_SECONDS,
-    default=_of(ServerSettings, "drain_seconds"),
-    show_default=True,
-    help="After SIGTERM, until pictures on their way are ended.",
-)
-@click.option(
-    "--faces-ttl",
-    type=_SECONDS,
-    default=_of(ServerSettings, "faces_ttl"),
-    show_default=True,
-    help="Seconds until a registered face is forgotten.",
-)
+@_limit(ServerSettings, "faces_ttl", _SECONDS, "Seconds until a registered face is forgotten.")
 @click.option("--fetch-urls", is_flag=True, help="Take pictures by address (face_url).")
 @click.option("--ui", is_flag=True, help="Serve the web page at /.")
 @click.option("--log-prompts", is_flag=True, help="Write prompts to the log.")

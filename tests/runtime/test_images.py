@@ -6,21 +6,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from made_pictures import encoded, gradient
 from PIL import Image
 
 from fastface_trt.errors import BadPicture
 from fastface_trt.runtime.images import load_picture
-
-
-def gradient(height=40, width=60):
-    y, x = np.mgrid[:height, :width]
-    return np.stack([y * 255 // height, x * 255 // width, (x + y) % 256], axis=-1).astype(np.uint8)
-
-
-def encoded(image, form="PNG", **options):
-    buffer = io.BytesIO()
-    image.save(buffer, format=form, **options)
-    return buffer.getvalue()
 
 
 @pytest.mark.parametrize("kind", ["path", "str", "bytes", "stream", "pil", "array"])

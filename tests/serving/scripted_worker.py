@@ -5,7 +5,7 @@ from concurrent.futures import Future
 
 import numpy as np
 
-from fastface_trt.errors import Busy, Cancelled, Unavailable
+from fastface_trt.errors import Busy, Cancelled, EngineFailed, Unavailable
 from fastface_trt.runtime.face import Face
 from fastface_trt.serving.work import Load, PictureDone, State, StepDone, TaskFailed
 
@@ -120,3 +120,12 @@ class ScriptedWorker:
         self.closed = True
         for name in list(self.open):
             self.fail(name, Unavailable("The worker was closed."))
+
+
+class SecondFails(ScriptedWorker):
+    """Of the pictures that it is given the second one fails at once."""
+
+    def submit(self, task, on_event):
+        super().submit(task, on_event)
+        if len(self.submitted) == 2:
+            self.fail(task.id, EngineFailed("NaN"))

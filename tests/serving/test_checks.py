@@ -112,7 +112,7 @@ def test_a_plain_check_does_not_stop_the_server():
 
 
 def test_no_checks_let_everything_through():
-    asyncio.run(Checks.load(()).check_prompt(REQUEST))
+    assert asyncio.run(Checks.load(()).check_prompt(REQUEST)) is None
 
 
 @pytest.mark.parametrize(

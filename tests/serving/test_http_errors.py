@@ -2,7 +2,7 @@ from concurrent.futures import Future
 
 import pytest
 from http_parts import FACE, PROMPT, ask, client_of, error_of
-from scripted_worker import ScriptedWorker
+from scripted_worker import ScriptedWorker, SecondFails
 
 from fastface_trt.errors import (
     Busy,
@@ -150,12 +150,6 @@ def test_a_mistake_of_ours_is_a_generic_500(caplog):
 
 
 def test_one_picture_of_several_that_fails_ends_the_others():
-    class SecondFails(ScriptedWorker):
-        def submit(self, task, on_event):
-            super().submit(task, on_event)
-            if len(self.submitted) == 2:
-                self.fail(task.id, EngineFailed("NaN"))
-
     with client_of(SecondFails(eager=False)) as client:
         error_of(ask(client, n=3), 500, "internal_error")
     worker = client.worker

@@ -7,9 +7,8 @@ import pytest
 from http_parts import FACE, FACE_BYTES, PROMPT, ask, client_of, events_of, mini_manifest
 from loopback import wait_until
 from prometheus_client.parser import text_string_to_metric_families
-from scripted_worker import ScriptedWorker
+from scripted_worker import ScriptedWorker, SecondFails
 
-from fastface_trt.errors import EngineFailed
 from fastface_trt.requests import request_for
 from fastface_trt.runtime.presets import PRESETS
 from fastface_trt.serving.http.logs import LOGGER, JsonLines
@@ -84,12 +83,6 @@ def test_metrics_count_requests_and_tasks_and_read_the_worker(client):
 
 
 def test_metrics_of_what_waits():
-    class SecondFails(ScriptedWorker):
-        def submit(self, task, on_event):
-            super().submit(task, on_event)
-            if len(self.submitted) == 2:
-                self.fail(task.id, EngineFailed("NaN"))
-
     with client_of(SecondFails(eager=False)) as client:
         ask(client, n=2)
         wait_until(lambda: not client.worker.open)

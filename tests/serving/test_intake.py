@@ -3,6 +3,7 @@ import io
 
 import numpy as np
 import pytest
+from made_pictures import encoded, gradient
 from PIL import Image
 
 from fastface_trt.errors import BadPicture
@@ -13,17 +14,6 @@ from fastface_trt.serving.settings import ServerSettings
 
 SETTINGS = ServerSettings()
 ORIENTATION = 0x0112
-
-
-def gradient(height=40, width=60):
-    y, x = np.mgrid[:height, :width]
-    return np.stack([y * 255 // height, x * 255 // width, (x + y) % 256], axis=-1).astype(np.uint8)
-
-
-def encoded(image, form="PNG", **options):
-    buffer = io.BytesIO()
-    image.save(buffer, format=form, **options)
-    return buffer.getvalue()
 
 
 def pictures():
