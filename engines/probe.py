@@ -83,4 +83,5 @@ def beyond_rounding(difference: Array) -> Array:
 
     What lies near the middle between two may fall to either side on another backend.
     """
-    return np.maximum(np.abs(difference) - 1, 0)
+    beyond: Array = np.maximum(np.abs(difference) - 1, 0)
+    return beyond

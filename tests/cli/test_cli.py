@@ -9,7 +9,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 from fastface_trt.cli.main import USER_ERROR, cli
-from fastface_trt.runtime.png import read_parameters
+from fastface_trt.runtime.picture_file import read_parameters
 
 PROMPT = "photo; person in a garden"
 
