@@ -13,6 +13,7 @@ isal zlib-ng fpng-py. The deflate libraries compress rows that are filtered as o
 
 import io
 import json
+import os
 import platform
 import struct
 import zlib
@@ -288,6 +289,7 @@ def main(turns: int, side: int, out: Path) -> None:
     results = measure({"photograph": photograph(side), "noise": noise(side)}, turns, chosen)
     report = {
         "machine": describe_machine(),
+        "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "python": platform.python_version(),
         "zlib": zlib.ZLIB_RUNTIME_VERSION,
         "turns": turns,
