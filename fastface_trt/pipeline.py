@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from time import perf_counter
@@ -39,6 +39,9 @@ from fastface_trt.stages import Stages
 
 FaceInput: TypeAlias = PictureSource | Face
 """A picture with a face (path, bytes, PIL, RGB array), or a face that was analysed before."""
+
+OnPicture: TypeAlias = Callable[[int, Image.Image, Mapping[str, Any]], None]
+"""Is given the index of a request, its picture (RGB) and what `write_picture` stores in it."""
 
 
 class FastFace(Closing):
@@ -209,13 +212,15 @@ class FastFace(Closing):
         channel_order: ChannelOrder = "bgr",
         max_rows: int | None = None,
         on_step: OnStep | None = None,
+        on_picture: OnPicture | None = None,
         timeline: Timeline = NO_TIMELINE,
     ) -> GenerationResult:
         """Run requests with their faces, one each, in one batch; settings may all differ.
 
         `max_rows` bounds the rows of a UNet call (memory). `on_step` is called after every step of
-        every request and may return False to cancel (`Cancelled`). `timeline` is told the stages
-        of this call: see `runtime.timeline`.
+        every request and may return False to cancel (`Cancelled`). `on_picture` is called with each
+        picture before the next is decoded: handed to a `PictureWriter` there, it becomes a file
+        meanwhile. `timeline` is told the stages of this call: see `runtime.timeline`.
         """
         requests = [request.for_adapter(self.manifest.adapter_kind) for request in requests]
         seconds: dict[str, float] = {}
@@ -240,12 +245,17 @@ class FastFace(Closing):
                     report=report,
                     timeline=timeline,
                 )
+            parameters = [self.parameters(request) for request in requests]
+            images = []
             with self._timed(seconds, "vae"):
-                images = [Image.fromarray(self.stages.decode(one, timeline)) for one in latents]
+                for index, one in enumerate(latents):
+                    images.append(Image.fromarray(self.stages.decode(one, timeline)))
+                    if on_picture is not None:
+                        on_picture(index, images[-1], parameters[index])
         return GenerationResult(
             images,
             requests,
-            [self.parameters(request) for request in requests],
+            parameters,
             seconds,
             sum(report.rows),
             [[step.branches for step in job.guidance] for job in jobs],
@@ -267,7 +277,7 @@ class FastFace(Closing):
         return [analysed[id(face)] for face in faces]
 
     def parameters(self, request: GenerationRequest) -> Mapping[str, Any]:
-        """What `write_png` stores in a picture of this request, as JSON values."""
+        """What `write_picture` stores in a picture of this request, as JSON values."""
         manifest = self.manifest
         return request.to_dict() | {
             "checkpoint": manifest.checkpoint,

@@ -13,7 +13,7 @@ from fastface_trt.runtime.request import GenerationRequest
 class GenerationResult:
     """Pictures of one call, in the order of the requests.
 
-    images: PIL RGB pictures. requests: what made each. parameters: per picture what `write_png`
+    images: PIL RGB pictures. requests: what made each. parameters: per picture what `write_picture`
     stores. seconds: wall-clock time per stage (`face`, `text`, `unet`, `vae`, `total`).
     unet_samples: rows evaluated in all; branches: per picture and step the branches that ran.
     warnings: what was changed or cut, in sentences.

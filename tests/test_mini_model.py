@@ -16,7 +16,7 @@ from fastface_trt.mini import folders
 from fastface_trt.mini.identity import sample_identity
 from fastface_trt.mini.prompts import PLACE_NAMES, STYLE_NAMES, Scene, canonical_prompt
 from fastface_trt.mini.scene import draw_portrait
-from fastface_trt.runtime.png import read_parameters
+from fastface_trt.runtime.picture_file import read_parameters
 
 
 def test_shipped_export_is_complete_and_made_of_the_shipped_weights():

@@ -1,5 +1,6 @@
 """From a face and a prompt to a picture, over the tiny checkpoint and the real engines."""
 
+import shutil
 from dataclasses import replace
 
 import face_models
@@ -9,8 +10,11 @@ import torch
 from PIL import Image
 
 from fastface_trt import FastFace
+from fastface_trt.engines.files import describe_file
+from fastface_trt.engines.manifest import EXPORT_MANIFEST, ExportManifest, read_manifest
 from fastface_trt.errors import (
     Cancelled,
+    EngineFailed,
     ExportIncomplete,
     FaceIndexOutOfRange,
     InvalidRequest,
@@ -18,6 +22,7 @@ from fastface_trt.errors import (
     NoFaceFound,
     UnknownName,
 )
+from fastface_trt.mini import folders
 from fastface_trt.mini.folders import SAMPLE_FACES
 from fastface_trt.runtime.manipulation import AttentionManipulation, PartManipulation
 from fastface_trt.runtime.noise import standard_noise
@@ -103,6 +108,63 @@ def test_a_batch_of_different_requests_equals_single_runs(fastface):
     for request, expected in zip(requests, together, strict=True):
         single = pixels(fastface.generate([request], [FACE]))[0]
         assert np.abs(single - expected).max() <= 1  # one step of 255 is rounding
+
+
+def test_every_picture_is_told_before_the_next_is_decoded(fastface, monkeypatch):
+    happened = []
+    decode = type(fastface.stages).decode
+
+    def decoding(self, *args, **kwargs):
+        happened.append("decode")
+        return decode(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(fastface.stages), "decode", decoding)
+    result = fastface.generate(
+        [fastface.request(PROMPT, seed=seed) for seed in (1, 2)],
+        [FACE] * 2,
+        on_picture=lambda *told: happened.append(told),
+    )
+    assert [one if one == "decode" else one[0] for one in happened] == ["decode", 0, "decode", 1]
+    for index, image, parameters in happened[1::2]:
+        assert image is result.images[index]
+        assert parameters == result.parameters[index]
+
+
+@pytest.mark.parametrize("out", [False, True])
+def test_an_export_without_pixels_gives_the_same_pictures(tmp_path, out):
+    """As versions before wrote it: the host rounds."""
+    onnx = pytest.importorskip("onnx")
+    shutil.copytree(folders.EXPORT, tmp_path / "older")
+    path = tmp_path / "older" / EXPORT_MANIFEST
+    manifest = read_manifest(path, ExportManifest)
+    module = manifest.modules["vae_decoder"]
+    model = onnx.load(path.parent / module.files[0].path)
+    (pixels_,) = (value for value in model.graph.output if value.name == "pixels")
+    model.graph.output.remove(pixels_)
+    onnx.save(model, path.parent / module.files[0].path)
+    older = module.model_copy(
+        update={
+            "outputs": tuple(o for o in module.outputs if o.name != "pixels"),
+            "files": (describe_file(path.parent, path.parent / module.files[0].path),),
+            "probe": None,
+        }
+    )
+    modules = {**manifest.modules, "vae_decoder": older}
+    path.write_text(manifest.model_copy(update={"modules": modules}).model_dump_json())
+    rng = np.random.default_rng(6)
+    latents = rng.standard_normal((4, 24, 32)).astype(np.float32)
+    made = []
+    for export in (folders.EXPORT, path.parent):
+        memory = np.zeros((96, 128, 3), np.uint8) if out else None
+        with FastFace.load(export) as fastface:
+            made.append(fastface.stages.decode(latents, out=memory))
+            assert memory is None or made[-1] is memory
+            broken = np.full_like(latents, np.nan)
+            with pytest.raises(EngineFailed, match="not finite"):
+                fastface.stages.decode(broken, out=memory)
+    np.testing.assert_array_equal(*made)
+    assert made[0].dtype == np.uint8
+    assert np.ptp(made[0]) > 100
 
 
 def test_everything_that_should_change_a_picture_does(fastface):
@@ -205,8 +267,6 @@ def test_unknown_preset_and_backend(fastface, tiny_export):
 
 
 def test_an_unfinished_or_damaged_export_is_refused(tiny_export, tmp_path):
-    import shutil
-
     with pytest.raises(ExportIncomplete):
         FastFace.load(tmp_path)
     copy = tmp_path / "copy"
@@ -221,8 +281,6 @@ def test_an_unfinished_or_damaged_export_is_refused(tiny_export, tmp_path):
 
 
 def test_a_swapped_onnx_file_is_refused(tiny_export, tmp_path):
-    import shutil
-
     copy = tmp_path / "copy"
     shutil.copytree(tiny_export[0], copy)
     shutil.copyfile(copy / "vae_decoder/model.onnx", copy / "unet/model.onnx")

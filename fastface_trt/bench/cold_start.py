@@ -72,7 +72,7 @@ def first_picture(
 
     from fastface_trt.bench.environment import peak_host_bytes
     from fastface_trt.pipeline import FastFace
-    from fastface_trt.runtime.png import write_png
+    from fastface_trt.runtime.picture_file import write_picture
 
     ends = {"imports": time.monotonic()}
     with FastFace.load(**load) as fastface:
@@ -81,7 +81,7 @@ def first_picture(
         request = fastface.request(prompt, preset=preset, **fields)
         result = fastface.generate([request], [Path(face)])
         ends["picture"] = time.monotonic()
-        write_png(out, np.asarray(result.images[0]), parameters=result.parameters[0])
+        write_picture(out, np.asarray(result.images[0]), parameters=result.parameters[0])
         ends["write"] = time.monotonic()
     return ends | {"peak_host_bytes": peak_host_bytes()}
 

@@ -1,13 +1,15 @@
 """Calling the pipeline again and again, with a recorder at its stages."""
 
 import threading
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from math import ceil
 from time import perf_counter
+from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from fastface_trt.bench.report import Case, Distribution, PairedRatio, Stage, Throughput
 from fastface_trt.bench.statistics import median_interval
@@ -15,7 +17,7 @@ from fastface_trt.bench.workload import Setting, Workload
 from fastface_trt.engines.engine import Progress
 from fastface_trt.pipeline import FaceInput, FastFace
 from fastface_trt.runtime.face import Face
-from fastface_trt.runtime.png import encode_png
+from fastface_trt.runtime.picture_file import encode_picture
 from fastface_trt.runtime.timeline import Ranges, Recorder, Span
 
 CALL = "call"
@@ -118,11 +120,21 @@ class Measurement:
         else:
             face = self._known_face()
         recorder = Recorder(self._clock, self._ranges)
-        with recorder.span(CALL):
-            result = fastface.generate(requests, [face] * len(requests), timeline=recorder)
-            for image, parameters in zip(result.images, result.parameters, strict=True):
-                with recorder.span("png"):
-                    encode_png(np.asarray(image), parameters=parameters)
+
+        def encode(image: Image.Image, parameters: Mapping[str, Any]) -> None:
+            with recorder.span("png"):
+                encode_picture(np.asarray(image), parameters=parameters)
+
+        with recorder.span(CALL), ThreadPoolExecutor(1) as encoder:
+            encoded: list[Future[None]] = []
+            result = fastface.generate(
+                requests,
+                [face] * len(requests),
+                timeline=recorder,
+                on_picture=lambda _, *made: encoded.append(encoder.submit(encode, *made)),
+            )
+            for one in encoded:
+                one.result()
         return recorder.spans(), result.unet_samples
 
     def _known_face(self) -> Face:
@@ -135,12 +147,13 @@ def stages(calls: Sequence[Sequence[Span]]) -> list[Stage]:
     """Stages of calls that did the same work, in the order in which they ended, then `other`.
 
     A stage's sample is the sum over the innermost spans of its name and step in that call. `other`
-    is the whole call less all stages, by the host's clock; on a GPU, where the device works while
-    the host queues, it can be negative.
+    is the whole call less all stages, by the host's clock; it can be negative where stages overlap:
+    on a GPU, which works while the host queues, and of several pictures, whose `png` is made while
+    the next one is decoded.
     """
     keys: dict[tuple[str, int | None], list[Span]] = {}
     for span in calls[0]:
-        if span.leaf and span.depth > 0:
+        if span.leaf and span.name != CALL:
             keys.setdefault((span.name, span.attributes.get("step")), []).append(span)
     found = []
     covered = np.zeros(len(calls))

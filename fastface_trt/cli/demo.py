@@ -14,7 +14,7 @@ from fastface_trt.mini.folders import SAMPLE_FACES
 from fastface_trt.pipeline import FastFace
 from fastface_trt.runtime.face import Face
 from fastface_trt.runtime.images import load_picture
-from fastface_trt.runtime.png import write_png
+from fastface_trt.runtime.picture_file import write_picture
 from fastface_trt.runtime.presets import PRESETS
 
 PROMPTS = (
@@ -84,6 +84,6 @@ def _sheet(
     rows = [result.images[at : at + len(columns)] for at in range(0, len(requests), len(columns))]
     sheet = contact_sheet(rows, column_labels=labels, cell=CELL, first_column=people)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_png(path, np.asarray(sheet), parameters={"pictures": list(result.parameters)})
+    write_picture(path, np.asarray(sheet), parameters={"pictures": list(result.parameters)})
     stages = ", ".join(f"{name} {value:.2f} s" for name, value in result.seconds.items())
     line(f"{len(requests)} pictures, {result.unet_samples} UNet samples: {stages}")

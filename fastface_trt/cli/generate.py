@@ -11,7 +11,6 @@ import numpy as np
 from PIL import Image
 
 from fastface_trt.cli.common import (
-    FOLDER,
     backend_options,
     console,
     licence_option,
@@ -26,7 +25,14 @@ from fastface_trt.pipeline import FastFace
 from fastface_trt.runtime.guidance import parse_schedule
 from fastface_trt.runtime.images import load_picture
 from fastface_trt.runtime.manipulation import AttentionManipulation, parse_manipulation
-from fastface_trt.runtime.png import write_png
+from fastface_trt.runtime.picture_file import (
+    FORMATS,
+    QUALITY,
+    PictureFormat,
+    PictureWriter,
+    picture_format,
+    write_picture,
+)
 from fastface_trt.runtime.presets import preset_fields
 from fastface_trt.runtime.result import GenerationResult
 from fastface_trt.runtime.trace import StepTrace
@@ -154,7 +160,22 @@ def request_fields(preset: str, steps: int, given: Mapping[str, Any]) -> dict[st
     show_default=True,
     help="Rows per UNet call; bounds memory.",
 )
-@click.option("--out", type=FOLDER, default=Path("out"), show_default=True, help="Folder.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path("out"),
+    show_default=True,
+    help="Folder, or for a single picture a file: .png, .jpg or .webp.",
+)
+@click.option(
+    "--format",
+    "wanted",
+    type=click.Choice(["png", "jpeg", "webp"]),
+    help="Of the pictures' files [the suffix of --out, or png].",
+)
+@click.option(
+    "--quality", type=click.IntRange(0, 100), help=f"Of JPEG and WebP, 0 to 100 [{QUALITY}]."
+)
 @click.option("--grid", is_flag=True, help="Also write a contact sheet, grid.png.")
 @click.option(
     "--no-ai-mark", is_flag=True, help="Leave out the machine-readable AI-generated mark."
@@ -176,6 +197,8 @@ def generate(
     channel_order: str,
     max_rows: int,
     out: Path,
+    wanted: str | None,
+    quality: int | None,
     grid: bool,
     no_ai_mark: bool,
     no_build: bool,
@@ -186,6 +209,15 @@ def generate(
     """Make pictures of the person in FACE as PROMPT says, for every face, prompt and preset."""
     screen = console()
     line = timed_lines(screen)
+    form = picture_format(out, wanted)
+    if quality is not None and form == "png":
+        raise InvalidRequest("A PNG has no --quality.", "Add --format jpeg or --format webp.")
+    made = len(faces) * len(prompts) * len(presets) * count
+    if out.suffix.lower() in FORMATS and (made > 1 or grid):
+        raise InvalidRequest(
+            f"--out {out} is one file, and {made + grid} pictures are asked for.",
+            "Give a folder.",
+        )
     with (
         passing_phases(screen, line) as phase,
         FastFace.load(
@@ -221,14 +253,29 @@ def generate(
             if trace.job == len(jobs) - 1:
                 phase(f"step {trace.step + 1} of {trace.steps}")
 
-        result = fastface.generate(
-            requests,
-            [found[face] for face, *_ in jobs],
-            channel_order="rgb" if channel_order == "rgb" else "bgr",
-            max_rows=max_rows,
-            on_step=on_step,
-        )
-    files = _write(out, jobs, result, ai_generated=not no_ai_mark)
+        files = _paths(out, jobs, given["seed"], form)
+        with PictureWriter() as writer:
+
+            def on_picture(index: int, image: Image.Image, parameters: Mapping[str, Any]) -> None:
+                path = files[index]
+                with storage_errors(path.parent):
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                writer.write(
+                    path,
+                    np.asarray(image),
+                    parameters=parameters,
+                    ai_generated=not no_ai_mark,
+                    quality=quality,
+                )
+
+            result = fastface.generate(
+                requests,
+                [found[face] for face, *_ in jobs],
+                channel_order="rgb" if channel_order == "rgb" else "bgr",
+                max_rows=max_rows,
+                on_step=on_step,
+                on_picture=on_picture,
+            )
     if grid:
         files.append(_write_grid(out, jobs, pictures, result, not no_ai_mark))
     for warning in result.warnings:
@@ -257,26 +304,21 @@ def _name(text: str, length: int = 40) -> str:
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:length].rstrip("-") or "picture"
 
 
-def _write(
-    out: Path,
-    jobs: list[tuple[str, str, str, int]],
-    result: GenerationResult,
-    *,
-    ai_generated: bool,
+def _paths(
+    out: Path, jobs: list[tuple[str, str, str, int]], seed: int, form: PictureFormat
 ) -> list[Path]:
+    """Where each picture goes."""
+    if out.suffix.lower() in FORMATS:
+        return [out]
+    suffix = next(suffix for suffix, known in FORMATS.items() if known == form)
     files: list[Path] = []
-    with storage_errors(out):
-        out.mkdir(parents=True, exist_ok=True)
-    for (face, prompt, preset, picture), image, parameters in zip(
-        jobs, result.images, result.parameters, strict=True
-    ):
-        stem = f"{_name(Path(face).stem)}_{_name(prompt)}_{preset}_{parameters['seed']}"
-        path = out / f"{stem}{f'-{picture}' if picture else ''}.png"
+    for face, prompt, preset, picture in jobs:
+        stem = f"{_name(Path(face).stem)}_{_name(prompt)}_{preset}_{seed}"
+        path = out / f"{stem}{f'-{picture}' if picture else ''}{suffix}"
         number = 2
         while path in files:  # two prompts may shorten to one name
-            path = out / f"{stem}-{picture}_{number}.png"
+            path = out / f"{stem}-{picture}_{number}{suffix}"
             number += 1
-        write_png(path, np.asarray(image), parameters=parameters, ai_generated=ai_generated)
         files.append(path)
     return files
 
@@ -302,7 +344,7 @@ def _write_grid(
         first_column=[_square(pictures[face]) for face in per_face],
     )
     path = out / "grid.png"
-    write_png(
+    write_picture(
         path,
         np.asarray(sheet),
         parameters={"pictures": list(result.parameters)},

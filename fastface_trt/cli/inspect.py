@@ -17,7 +17,7 @@ from fastface_trt.engines.manifest import (
 )
 from fastface_trt.errors import ExportIncomplete
 from fastface_trt.export_folder import find_export
-from fastface_trt.runtime.png import read_parameters
+from fastface_trt.runtime.picture_file import FORMATS, read_parameters
 
 
 @click.command()
@@ -25,10 +25,10 @@ from fastface_trt.runtime.png import read_parameters
 @click.option("--verify", is_flag=True, help="Check every file against its hash.")
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest or parameters as JSON.")
 def inspect(what: str, verify: bool, as_json: bool) -> None:
-    """Show WHAT: an export's folder (or mini), an engine's folder, or a PNG."""
+    """Show WHAT: an export's folder (or mini), an engine's folder, or a picture."""
     out = Console(highlight=False)
     path = find_export(what)
-    if path.suffix.lower() == ".png":
+    if path.suffix.lower() in FORMATS:
         click.echo(json.dumps(read_parameters(path), indent=2))
     elif (path / ENGINE_MANIFEST).is_file():
         engine = read_manifest(path / ENGINE_MANIFEST, EngineManifest)

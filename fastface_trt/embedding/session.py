@@ -34,7 +34,7 @@ class Output:
     pixels: RGB, uint8 [H, W, 3]: the caller's own memory where `out` was given and lies on the
     host, an array of its own where it was not, None where `out` lies on a GPU or decoding was not
     asked for. latents: the final ones, float32 [C,h,w] on the engines' device, the caller's own.
-    parameters: what `write_png` stores. warnings: what was changed or cut, in sentences.
+    parameters: what `write_picture` stores. warnings: what was changed or cut, in sentences.
     """
 
     pixels: NDArray[np.uint8] | None

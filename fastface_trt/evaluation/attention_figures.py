@@ -23,7 +23,7 @@ from fastface_trt.evaluation.style import (
     new_figure,
     title,
 )
-from fastface_trt.runtime.png import write_png
+from fastface_trt.runtime.picture_file import write_picture
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -159,7 +159,7 @@ def write_attention(run: AttentionRun, out: Path) -> list[Path]:
         arrays[f"{one.block}/step{one.step}/after"] = one.after
     with storage_errors(out):
         out.mkdir(parents=True, exist_ok=True)
-        write_png(out / "picture.png", np.asarray(run.picture), parameters=run.parameters)
+        write_picture(out / "picture.png", np.asarray(run.picture), parameters=run.parameters)
         for name, data in figures.items():
             (out / name).write_bytes(data)
         np.savez_compressed(out / "maps.npz", **arrays)  # type: ignore[arg-type]

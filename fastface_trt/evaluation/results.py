@@ -23,7 +23,7 @@ from fastface_trt.engines.files import storage_errors, write_text_durably
 from fastface_trt.engines.manifest import Strict, first_problem
 from fastface_trt.errors import InvalidRequest
 from fastface_trt.evaluation.judges import Column
-from fastface_trt.runtime.png import write_png
+from fastface_trt.runtime.picture_file import write_picture
 
 RUN, RESULTS, FACES, PICTURES = "run.json", "results.jsonl", "faces", "pictures"
 _FACE_SIDE = 512
@@ -135,7 +135,7 @@ class RunFolder:
         relative = Path(PICTURES) / setting / f"{pair:05d}.png"
         with storage_errors(self.path):
             (self.path / relative).parent.mkdir(parents=True, exist_ok=True)
-        write_png(self.path / relative, picture, parameters=parameters)
+        write_picture(self.path / relative, picture, parameters=parameters)
         return relative.as_posix()
 
     def read_picture(self, setting: str, pair: int) -> NDArray[np.uint8]:
@@ -157,7 +157,7 @@ class RunFolder:
             image = Image.fromarray(pixels)
             image.thumbnail((_FACE_SIDE, _FACE_SIDE))
             path = self.path / FACES / f"{name}.png"
-            write_png(path, np.asarray(image), parameters={}, ai_generated=False)
+            write_picture(path, np.asarray(image), parameters={}, ai_generated=False)
 
     def _must_agree(self, before: RunRecord) -> None:
         now, then = self.record.model_dump(mode="json"), before.model_dump(mode="json")

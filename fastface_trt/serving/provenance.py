@@ -1,9 +1,9 @@
 """Signed provenance: a C2PA manifest in every picture, which says that a model made it.
 
-It lies in the PNG file beside the mark and the parameters of `runtime.png` and covers them: who
-changes a pixel or a word breaks the signature. Who removes the manifest leaves a picture without
-one, which proves nothing. The claim is the one of the C2PA specification (2.x) for such pictures:
-the action `c2pa.created` with the IPTC's digital source type.
+It lies in the file beside the mark and the parameters of `runtime.picture_file` and covers them:
+who changes a pixel or a word breaks the signature. Who removes the manifest leaves a picture
+without one, which proves nothing. The claim is the one of the C2PA specification (2.x) for such
+pictures: the action `c2pa.created` with the IPTC's digital source type.
 """
 
 import io
@@ -16,7 +16,7 @@ import numpy as np
 
 from fastface_trt import __version__
 from fastface_trt.errors import FastFaceError, InvalidRequest, MissingDependency
-from fastface_trt.runtime.png import DIGITAL_SOURCE_TYPE, encode_png
+from fastface_trt.runtime.picture_file import DIGITAL_SOURCE_TYPE, PictureFormat, encode_picture
 from fastface_trt.serving.settings import ServerSettings
 
 _ALGORITHMS = ("es256", "ps256", "es384", "ps384", "es512", "ps512", "ed25519")
@@ -25,7 +25,6 @@ _SOFTWARE = {"name": "FastFace-TRT", "version": __version__}
 _MANIFEST = json.dumps(
     {
         "claim_generator_info": [_SOFTWARE],
-        "format": "image/png",
         "assertions": [
             {
                 "label": "c2pa.actions.v2",
@@ -57,7 +56,7 @@ class SigningFailed(FastFaceError):
 
 
 class PictureSigner:
-    """Signs PNG files with one certificate; threads may share it. Close it to forget the key."""
+    """Signs pictures with one certificate; threads may share it. Close it to forget the key."""
 
     def __init__(self, c2pa: Any, signer: Any) -> None:
         self._c2pa, self._signer = c2pa, signer
@@ -79,7 +78,7 @@ class PictureSigner:
                 "Run pip install 'fastface-trt[provenance]'.",
             ) from None
         chain, secret = _read(certificate), _read(key)
-        picture = encode_png(np.zeros((16, 16, 3), np.uint8), parameters={})
+        picture = encode_picture(np.zeros((16, 16, 3), np.uint8), parameters={})
         reasons = dict[str, str]()
         for algorithm in _ALGORITHMS:
             try:
@@ -100,8 +99,8 @@ class PictureSigner:
             "Give the PEM chain of a certificate for C2PA, the signer's own first, and its key.",
         )
 
-    def sign(self, png: bytes) -> bytes:
-        """The PNG file with a signed manifest; all else in it stays. Raises `SigningFailed`."""
+    def sign(self, picture: bytes, format: PictureFormat = "png") -> bytes:
+        """The file with a signed manifest; all else in it stays. Raises `SigningFailed`."""
         signed = io.BytesIO()
         try:
             with (
@@ -110,7 +109,7 @@ class PictureSigner:
                 self._c2pa.Context(settings=settings) as context,
                 self._c2pa.Builder(_MANIFEST, context=context) as builder,
             ):
-                builder.sign(self._signer, "image/png", io.BytesIO(png), signed)
+                builder.sign(self._signer, f"image/{format}", io.BytesIO(picture), signed)
         except self._c2pa.C2paError as error:
             raise SigningFailed(
                 "A picture could not be signed.", "Check whether the certificate has expired."

@@ -52,7 +52,7 @@ class StepDone:
 
 @dataclass(frozen=True, slots=True)
 class PictureDone:
-    """A task's picture, what `write_png` stores in it, and where its time went.
+    """A task's picture, what `write_picture` stores in it, and where its time went.
 
     `seconds` has `queue` (until its first UNet call), `denoise` (until its last step) and `decode`.
     """

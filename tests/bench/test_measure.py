@@ -63,7 +63,7 @@ class Double:
     def analyze(self, picture):
         return "a known face"
 
-    def generate(self, requests, faces, timeline):
+    def generate(self, requests, faces, timeline, on_picture):
         if self.fail:
             raise ValueError("no")
         with self.lock:
@@ -72,11 +72,9 @@ class Double:
         with timeline.span("unet", step=0, branches=1, rows=len(requests)):
             self.clock.now += len(requests) * (2 if requests[0].preset == "am1" else 1)
         image = Image.fromarray(np.zeros((2, 2, 3), np.uint8))
-        return SimpleNamespace(
-            images=[image] * len(requests),
-            parameters=[{}] * len(requests),
-            unet_samples=4 * len(requests),
-        )
+        for index in range(len(requests)):
+            on_picture(index, image, {})
+        return SimpleNamespace(unet_samples=4 * len(requests))
 
 
 def workload(**changes):
@@ -98,6 +96,9 @@ def test_every_setting_is_measured_and_warm_up_is_not_counted():
         ("am1, cached, 3 requests", 12),
     ]
     assert [c.seconds.median for c in cases] == [1, 1, 2, 2, 3, 6]
+    # Encoding has a thread of its own, and is a stage of the call all the same.
+    assert [[s.name for s in c.stages] for c in cases] == [["unet", "png", "other"]] * 6
+    assert [stage.calls for stage in cases[-1].stages] == [1, 3, 1]
     assert [c.throughput.pictures_per_second for c in cases] == [1, 1, 0.5, 0.5, 1, 0.5]
     assert {c.seconds.n for c in cases} == {3}
     assert double.forgotten == 2 * 5

@@ -9,7 +9,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 from fastface_trt.cli.main import USER_ERROR, cli
-from fastface_trt.runtime.png import read_parameters
+from fastface_trt.runtime.picture_file import read_parameters
 
 PROMPT = "photo; person in a garden"
 
@@ -111,6 +111,61 @@ def test_options_reach_the_request(tiny_export, face, tmp_path):
     assert values["ip_adapter_scale"] == {"down": 0.5, "up": 0.9}
     assert (values["width"], values["height"]) == (32, 48)
     assert report["unet_samples"] == 12
+
+
+@pytest.mark.parametrize(
+    ("format", "suffix"), [("png", ".png"), ("jpeg", ".jpg"), ("webp", ".webp")]
+)
+def test_formats(tiny_export, face, tmp_path, format, suffix):
+    more = ("--quality", 70) if format != "png" else ()
+    result = generate(
+        tiny_export, face, tmp_path / "folder", "--format", format, "--count", 2, "--json", *more
+    )
+    assert result.exit_code == 0, result.output
+    files = json.loads(result.stdout)["files"]
+    assert [name[-len(suffix) :] for name in files] == [suffix] * 2
+    for picture, file in enumerate(files):
+        with Image.open(file) as image:
+            assert image.format == format.upper()
+        shown = run("inspect", file)
+        assert shown.exit_code == 0, shown.output
+        assert json.loads(shown.stdout)["picture"] == picture
+
+    alone = tmp_path / f"new/me{suffix}"
+    result = generate(tiny_export, face, alone, "--no-ai-mark")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.strip() == str(alone)
+    with Image.open(alone) as image:
+        assert image.format == format.upper()
+    assert read_parameters(alone)["prompt"] == PROMPT
+    assert b"trainedAlgorithmicMedia" not in alone.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("out", "arguments", "says"),
+    [
+        ("a.png", ("--format", "webp"), "a.png says png, and the format asked for is webp"),
+        ("a.jpg", ("--count", "2"), "is one file, and 2 pictures"),
+        ("a.webp", ("--grid",), "is one file, and 2 pictures"),
+        ("out", ("--quality", "80"), "no --quality"),
+        ("a.png", ("--quality", "80"), "no --quality"),
+    ],
+)
+def test_formats_that_contradict(tiny_export, face, tmp_path, out, arguments, says):
+    result = generate(tiny_export, face, tmp_path / out, *arguments)
+    assert result.exit_code == USER_ERROR, result.output
+    error = result.stderr[result.stderr.index("Error:") :]
+    assert says in error
+    assert len(error.strip().splitlines()) == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_picture_that_cannot_be_written_is_told(tiny_export, face, tmp_path):
+    (tmp_path / "me.png").mkdir()
+    result = generate(tiny_export, face, tmp_path / "me.png")
+    assert result.exit_code == USER_ERROR, result.output
+    assert "cannot be written" in result.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["me.png"]
 
 
 def test_presets_can_be_overridden(tiny_export, face, tmp_path):

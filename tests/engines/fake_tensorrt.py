@@ -27,7 +27,13 @@ RTX_ONLY = {
     "cuda_graph_strategy",
     "set_runtime_cache",
 }
-TYPES = {"float32": "FLOAT", "float16": "HALF", "int64": "INT64", "int32": "INT32"}
+TYPES = {
+    "float32": "FLOAT",
+    "float16": "HALF",
+    "int64": "INT64",
+    "int32": "INT32",
+    "uint8": "UINT8",
+}
 SCRATCH_BYTES = 1000
 WEIGHT_BYTES = 4096
 

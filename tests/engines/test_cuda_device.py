@@ -67,6 +67,21 @@ def test_every_operation_is_that_of_numpy(device):
     assert host.copies.to_host == 0
 
 
+def test_a_download_fills_what_it_is_given(device):
+    array = random(3, 4)
+    for at, tensor in ((device, device.upload(array)), (device, array), (HostDevice(), array)):
+        memory = np.zeros((3, 4), np.float32)
+        assert at.download(tensor, memory) is memory
+        np.testing.assert_array_equal(memory, array)
+    for wrong in (
+        np.zeros((4, 3), np.float32),
+        np.zeros((3, 4), np.float64),
+        np.zeros((3, 8), np.float32)[:, ::2],
+    ):
+        with pytest.raises(ValueError, match="is no float32"):
+            device.download(device.upload(array), wrong)
+
+
 def test_a_copy_is_independent(device):
     array = random(4)
     original = device.upload(array)

@@ -1,5 +1,7 @@
 """Half-precision modules: types at their boundaries, float32 inside, and their error."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import onnx
 import onnxruntime
@@ -30,6 +32,7 @@ from fastface_trt.export.precision import (
     keep_group_norms_in_float32,
     stored_type,
 )
+from fastface_trt.verify.modules import run_reference
 
 FEATURES = {torch.float16: "float16", torch.bfloat16: "float32"}
 
@@ -88,6 +91,43 @@ def test_latents_are_float32_and_features_fit_the_next_module(half_unet, tiny, t
     assert given["image_tokens"] == spec.dtype_of(contract.IMAGE_TOKENS) == FEATURES[dtype]
     assert given["clip_embeds"] == given["pixel_values"] == FEATURES[dtype]
     assert given["latents"] == given["picture"] == "float32"
+    assert given["pixels"] == "uint8"
+
+
+def test_pixels_of_a_half_precision_decoder_are_rounded_in_float32(tiny, tmp_path):
+    """Half of float16's values in [0, 1] are coarser than a step of 1/255 rounds at."""
+    *_, export = half_modules(tiny, torch.float16)
+    module = write_module(export, tmp_path)
+    rng = np.random.default_rng(4)
+    latents = rng.standard_normal((2, 4, 8, 12)).astype(np.float32)
+    ours = run_reference(module, tmp_path, {"latents": latents})
+    assert ours["picture"].min() < 0.1
+    assert ours["picture"].max() > 0.9
+    on_the_host = np.rint(ours["picture"] * 255).astype(np.uint8).transpose(0, 2, 3, 1)
+    np.testing.assert_array_equal(ours["pixels"], on_the_host)
+
+
+def test_pixels_are_rounded_half_to_even(tmp_path):
+    """In the graph as by numpy, at every middle between two bytes and on both sides of it."""
+
+    class Decoder(nn.Module):
+        dtype = torch.float32
+        config = SimpleNamespace(scaling_factor=1.0, latent_channels=3)
+
+        def decode(self, latents, return_dict):
+            return (latents * 2 - 1,)
+
+    middles = ((np.arange(256) + 0.5) / 255).astype(np.float32)
+    values = np.stack([np.nextafter(middles, 0), middles, np.nextafter(middles, 2)])
+    latents = np.broadcast_to(values.reshape(1, 1, 3, 256), (2, 3, 3, 256)).copy()
+    latents[1, 0] = [[-5.0], [7.0], [0.5]]
+    export = vae_decoder_export(Decoder(), latent_size=(3, 256), scale_factor=1, fixed_size=False)
+    module = write_module(export, tmp_path)
+    ours = run_reference(module, tmp_path, {"latents": latents})
+    on_the_host = np.rint(ours["picture"] * np.float32(255)).astype(np.uint8)
+    np.testing.assert_array_equal(ours["pixels"], on_the_host.transpose(0, 2, 3, 1))
+    assert len(np.unique(ours["pixels"])) == 256
+    assert ours["pixels"][1, :, 0, 0].tolist() == [0, 255, 128]
 
 
 def test_group_norms_are_float32_in_the_graph(half_unet):

@@ -308,7 +308,7 @@ def test_stdout_and_warnings_stay_clean(folder, monkeypatch, capsys):
 def test_importing_loads_neither_torch_nor_insightface():
     code = (
         "import sys, fastface_trt.runtime.face, fastface_trt.runtime.images, "
-        "fastface_trt.runtime.png, fastface_trt.runtime.tokenizer; "
+        "fastface_trt.runtime.picture_file, fastface_trt.runtime.tokenizer; "
         "print({'torch', 'diffusers', 'transformers', 'insightface'} & set(sys.modules))"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -3,14 +3,23 @@ import io
 
 import numpy as np
 import pytest
-from http_parts import FACE, FACE_BYTES, PROMPT, ask, client_of, error_of, mini_manifest
+from http_parts import (
+    FACE,
+    FACE_BYTES,
+    PROMPT,
+    ask,
+    client_of,
+    error_of,
+    events_of,
+    mini_manifest,
+)
 from PIL import Image
 from scripted_worker import PIXELS, ScriptedWorker
 
 from fastface_trt.requests import request_for
 from fastface_trt.runtime.guidance import NamedSchedule
 from fastface_trt.runtime.manipulation import AttentionManipulation, PartManipulation
-from fastface_trt.runtime.png import DIGITAL_SOURCE_TYPE, read_parameters
+from fastface_trt.runtime.picture_file import DIGITAL_SOURCE_TYPE, read_parameters
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +46,39 @@ def test_a_picture_comes_back_as_a_marked_png(client, tmp_path):
     assert picture["seconds"] == {"queue": 0.25, "denoise": 0.5, "decode": 0.125}
     assert answer["usage"]["pictures"] == 1
     assert answer["usage"]["unet_samples"] == last_request(client).unet_samples
+
+
+@pytest.mark.parametrize("format", ["jpeg", "webp"])
+def test_other_formats_are_marked_too(client, tmp_path, format):
+    sizes = []
+    for quality in (30, None, 100):
+        answer = ask(client, output_format=format, output_compression=quality).json()
+        assert answer["output_format"] == format
+        (picture,) = answer["data"]
+        data = base64.b64decode(picture["b64_json"])
+        sizes.append(len(data))
+        assert DIGITAL_SOURCE_TYPE.encode() in data
+        path = tmp_path / "picture"
+        path.write_bytes(data)
+        assert read_parameters(path) == picture["parameters"]
+        with Image.open(path) as image:
+            assert (image.format, image.size) == (format.upper(), PIXELS.shape[1::-1])
+    assert sizes == sorted(set(sizes))
+    events = events_of(ask(client, stream=True, partial_images=1, output_format=format).text)
+    shown = [data for _, data in events if "b64_json" in data]
+    assert [data["output_format"] for data in shown] == [format] * 2
+    for data in shown:
+        with Image.open(io.BytesIO(base64.b64decode(data["b64_json"]))) as image:
+            assert image.format == format.upper()
+
+
+def test_a_png_takes_the_compression_that_loses_nothing(client):
+    assert ask(client, output_format="png", output_compression=100).status_code == 200
+
+
+def test_parameters_that_no_jpeg_holds_are_refused(client):
+    answer = ask(client, prompt="\U0001f600" * 8000, output_format="jpeg")
+    assert "too long for a JPEG" in error_of(answer, 400, "invalid_request")["message"]
 
 
 def test_without_the_mark_when_the_operator_says_so():

@@ -68,6 +68,8 @@ def test_edit(client, worker):
         prompt=PROMPT,
         n=1,
         size="auto",
+        output_format="webp",
+        output_compression=80,
         extra_body={
             "seed": 6,
             "beta": [1, 3, 3, 1],
@@ -75,6 +77,7 @@ def test_edit(client, worker):
         },
     )
     assert size_of(answer.data[0].b64_json) == PIXELS.shape[1::-1]
+    assert answer.output_format == "webp"
     request = worker.submitted[-1].request
     assert request.seed == 6
     assert request.beta == [1, 3, 3, 1]

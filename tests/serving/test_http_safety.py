@@ -9,7 +9,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID
 from http_parts import FACE, FACE_BYTES, ask, client_of, error_of, events_of
 
 from fastface_trt.errors import InvalidRequest
-from fastface_trt.runtime.png import read_parameters
+from fastface_trt.runtime.picture_file import read_parameters
 from fastface_trt.serving.http.app import create_app
 from fastface_trt.serving.settings import ServerSettings
 

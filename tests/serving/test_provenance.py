@@ -12,12 +12,16 @@ from PIL import Image
 
 from fastface_trt import __version__
 from fastface_trt.errors import InvalidRequest, MissingDependency
-from fastface_trt.runtime.png import DIGITAL_SOURCE_TYPE, encode_png, read_parameters
+from fastface_trt.runtime.picture_file import DIGITAL_SOURCE_TYPE, encode_picture, read_parameters
 from fastface_trt.serving.provenance import PictureSigner, SigningFailed, open_signer
 from fastface_trt.serving.settings import ServerSettings
 
 PIXELS = np.random.default_rng(5).integers(0, 256, (32, 48, 3)).astype(np.uint8)
-PNG = encode_png(PIXELS, parameters={"prompt": "a person", "seed": 3})
+FILES = {
+    format: encode_picture(PIXELS, parameters={"prompt": "a person", "seed": 3}, format=format)
+    for format in ("png", "jpeg", "webp")
+}
+PNG = FILES["png"]
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +49,7 @@ def signer(credentials):
     signer.close()
 
 
-def report(data, anchors=None):
+def report(data, anchors=None, format="png"):
     """What a verifier that trusts `anchors` (PEM) finds."""
     import c2pa
 
@@ -54,14 +58,15 @@ def report(data, anchors=None):
         settings["trust"] = {"user_anchors": anchors.decode()}
     with (
         c2pa.Context.from_dict(settings) as context,
-        c2pa.Reader("image/png", io.BytesIO(data), context=context) as reader,
+        c2pa.Reader(f"image/{format}", io.BytesIO(data), context=context) as reader,
     ):
         return reader.get_validation_state(), json.loads(reader.json())
 
 
-def test_a_signed_picture_says_who_made_it_and_how(signer, authority):
-    signed = signer.sign(PNG)
-    state, found = report(signed, authority.pem)
+@pytest.mark.parametrize("format", ["png", "jpeg", "webp"])
+def test_a_signed_picture_says_who_made_it_and_how(signer, authority, format):
+    signed = signer.sign(FILES[format], format)
+    state, found = report(signed, authority.pem, format)
     assert state == "Trusted"
     manifest = found["manifests"][found["active_manifest"]]
     (action,) = [
@@ -74,24 +79,27 @@ def test_a_signed_picture_says_who_made_it_and_how(signer, authority):
     assert action["digitalSourceType"] == DIGITAL_SOURCE_TYPE
     assert action["softwareAgent"] == {"name": "FastFace-TRT", "version": __version__}
     assert manifest["signature_info"]["common_name"] == "A signer"
-    assert report(signed, Authority("Another").pem)[0] != "Trusted"
+    assert report(signed, Authority("Another").pem, format)[0] != "Trusted"
 
 
-def test_pixels_mark_and_parameters_stay(signer, tmp_path):
-    path = tmp_path / "signed.png"
-    path.write_bytes(signer.sign(PNG))
+@pytest.mark.parametrize("format", ["png", "jpeg", "webp"])
+def test_pixels_mark_and_parameters_stay(signer, tmp_path, format):
+    path = tmp_path / "signed"
+    path.write_bytes(signer.sign(FILES[format], format))
     assert read_parameters(path) == {"prompt": "a person", "seed": 3}
-    with Image.open(path) as image, Image.open(io.BytesIO(PNG)) as before:
-        np.testing.assert_array_equal(np.asarray(image), PIXELS)
-        assert DIGITAL_SOURCE_TYPE in image.info["XML:com.adobe.xmp"]
+    with Image.open(path) as image, Image.open(io.BytesIO(FILES[format])) as before:
+        np.testing.assert_array_equal(np.asarray(image), np.asarray(before))
+        xmp = image.info["XML:com.adobe.xmp" if format == "png" else "xmp"]
+        assert DIGITAL_SOURCE_TYPE in str(xmp)
         assert {**image.info} == {**before.info}
 
 
-def test_a_change_breaks_the_signature(signer):
-    signed = signer.sign(PNG)
+@pytest.mark.parametrize("format", ["png", "jpeg", "webp"])
+def test_a_change_breaks_the_signature(signer, format):
+    signed = signer.sign(FILES[format], format)
     changed = signed.replace(b"a person", b"a parson")
     assert changed != signed
-    assert report(changed)[0] == "Invalid"
+    assert report(changed, format=format)[0] == "Invalid"
 
 
 def test_no_prompt_or_path_of_this_machine_is_in_the_manifest(signer, credentials):

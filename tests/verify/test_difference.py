@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from fastface_trt.engines.probe import relative_errors
 from fastface_trt.errors import UnknownName
 from fastface_trt.verify.difference import compare
 from fastface_trt.verify.tolerances import TOLERANCES, tolerance_for
@@ -49,6 +50,15 @@ def test_not_finite_misshapen_and_empty(ours, reference, agrees):
     one = compare(np.float32(ours), np.float32(reference))
     assert one.exceeds(1.0) is not agrees
     json.dumps(one.as_json(), allow_nan=False)
+
+
+def test_a_step_of_rounding_is_no_difference():
+    ours, reference = np.uint8([1, 255, 7, 0]), np.uint8([2, 254, 7, 4])
+    one = compare(ours, reference)
+    assert (one.max_abs, one.relative_l2) == (3.0, 3 / np.linalg.norm([2, 254, 7, 4]))
+    assert compare(ours[:3], reference[:3]).relative_l2 == 0
+    assert relative_errors({"a": ours}, {"a": reference}) == {"a": one.relative_l2}
+    assert compare(np.int64([1]), np.int64([2])).max_abs == 1  # codes and indices are not rounded
 
 
 def test_tolerances():

@@ -39,6 +39,12 @@ def generation_requests(
         raise InvalidField(
             "partial_images needs a stream.", "Set stream to true.", param="partial_images"
         )
+    if body.output_format in (None, "png") and body.output_compression not in (None, 100):
+        raise InvalidField(
+            "A PNG loses nothing, so it has no output_compression but 100.",
+            "Ask for output_format jpeg or webp.",
+            param="output_compression",
+        )
     fields = _fields(body)
     requests = [
         request_for(

@@ -76,7 +76,7 @@ async def _made(order: WorkOrder) -> ImagesAnswer:
             if not isinstance(done, PictureDone):
                 continue
             pictures[index] = Picture(
-                b64_json=await order.png(done),
+                b64_json=await order.file(done),
                 seed=order.tasks[index].request.seed,
                 parameters=dict(done.parameters),
                 warnings=list(done.warnings),
@@ -86,5 +86,6 @@ async def _made(order: WorkOrder) -> ImagesAnswer:
         created=int(time.time()),
         data=[pictures[index] for index in sorted(pictures)],
         usage=order.usage(),
+        output_format=order.format,
         size=order.size,
     )

@@ -4,6 +4,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field
 
+from fastface_trt.runtime.picture_file import PictureFormat
+
 
 class ErrorDetail(BaseModel):
     """One error, as OpenAI's clients read it."""
@@ -39,7 +41,7 @@ class Usage(BaseModel):
 
 
 class Picture(BaseModel):
-    """One picture: a PNG file, and how it was made."""
+    """One picture: a file of `output_format`, and how it was made."""
 
     b64_json: str
     seed: int
@@ -55,7 +57,7 @@ class ImagesAnswer(BaseModel):
     data: list[Picture]
     usage: Usage
     background: Literal["opaque"] = "opaque"
-    output_format: Literal["png"] = "png"
+    output_format: PictureFormat
     size: str
 
 

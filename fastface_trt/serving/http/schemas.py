@@ -1,6 +1,6 @@
 """What a client may ask for: one closed model for JSON and for multipart forms.
 
-The fields up to `output_format` are OpenAI's, the others are ours. Whatever fits the model is
+The fields up to `output_compression` are OpenAI's, the others are ours. Whatever fits the model is
 checked again where it means something, by `GenerationRequest`.
 """
 
@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from fastface_trt.runtime.guidance import FAMILIES
+from fastface_trt.runtime.picture_file import QUALITY, PictureFormat
 from fastface_trt.runtime.presets import PRESETS
 
 MAX_PROMPT_LENGTH = 8000
@@ -90,7 +91,13 @@ class GenerationBody(Closed):
     partial_images: int | None = Field(
         None, ge=0, le=3, description="With `stream`: previews of each picture at most."
     )
-    output_format: Literal["png"] | None = None
+    output_format: PictureFormat | None = Field(None, description="Of the pictures' files [png].")
+    output_compression: int | None = Field(
+        None,
+        ge=0,
+        le=100,
+        description=f"Quality of JPEG and WebP [{QUALITY}]; a PNG has only 100, which is lossless.",
+    )
 
     face: str | None = Field(
         None, min_length=1, description="A picture with the face: base64, or a data: URL."

@@ -95,7 +95,7 @@ class PictureStream(Response):
                 "partial_image",
                 {
                     **self._like_openai(),
-                    "b64_json": await self.order.preview_png(news.preview),
+                    "b64_json": await self.order.preview_file(news.preview),
                     "partial_image_index": partials[news.step],
                     "index": index,
                     "step": news.step,
@@ -107,7 +107,7 @@ class PictureStream(Response):
         task = self.order.tasks[index]
         return {
             **self._like_openai(),
-            "b64_json": await self.order.png(done),
+            "b64_json": await self.order.file(done),
             "index": index,
             "seed": task.request.seed,
             "parameters": dict(done.parameters),
@@ -120,7 +120,7 @@ class PictureStream(Response):
         return {
             "created_at": int(time.time()),
             "size": self.order.size,
-            "output_format": "png",
+            "output_format": self.order.format,
             "background": "opaque",
             "quality": "auto",
         }

@@ -7,7 +7,7 @@ from typing import Any
 
 from starlette.requests import Request
 
-from fastface_trt.runtime.png import encode_png
+from fastface_trt.runtime.picture_file import PictureFormat, encode_picture
 from fastface_trt.serving.http.context import Context
 from fastface_trt.serving.http.conversion import (
     check_one_face,
@@ -48,8 +48,13 @@ class WorkOrder:
         samples = sum(task.request.unet_samples for task in tasks)
         return Usage(pictures=len(tasks), unet_samples=samples)
 
-    async def png(self, done: PictureDone) -> str:
-        """The picture as the server gives it away: a marked, perhaps signed PNG file in base64.
+    @property
+    def format(self) -> PictureFormat:
+        """Of the files that it is answered with."""
+        return self.body.output_format or "png"
+
+    async def file(self, done: PictureDone) -> str:
+        """The picture as the server gives it away: a marked, perhaps signed file in base64.
 
         Raises `Refused` where a check does not let it out, and `SigningFailed`.
         """
@@ -57,17 +62,24 @@ class WorkOrder:
         self.record.seconds.append(done.seconds)
         return await self._encoded(done.pixels, done.parameters)
 
-    async def preview_png(self, preview: Pixels) -> str:
-        """A preview as a PNG file in base64, marked and signed like a picture."""
+    async def preview_file(self, preview: Pixels) -> str:
+        """A preview as a file in base64, marked and signed like a picture."""
         return await self._encoded(preview, {"preview": True})
 
     async def _encoded(self, pixels: Pixels, parameters: Mapping[str, Any]) -> str:
         context = self.context
 
         def encode() -> str:
-            data = encode_png(pixels, parameters=parameters, ai_generated=context.settings.ai_mark)
+            data = encode_picture(
+                pixels,
+                parameters=parameters,
+                ai_generated=context.settings.ai_mark,
+                format=self.format,
+                # OpenAI's name for it; at 100 nothing is lost that the format can keep.
+                quality=None if self.format == "png" else self.body.output_compression,
+            )
             if context.signer is not None:
-                data = context.signer.sign(data)
+                data = context.signer.sign(data, self.format)
             return base64.b64encode(data).decode("ascii")
 
         return await context.beside(encode)

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from fastface_trt.errors import FastFaceError, InvalidRequest, MissingDependency, Unavailable
 from fastface_trt.runtime.face import Face
-from fastface_trt.runtime.png import write_png
+from fastface_trt.runtime.picture_file import write_picture
 from fastface_trt.serving.triton import tensors
 from fastface_trt.serving.work import Pixels
 
@@ -192,7 +192,7 @@ def main(url: str, face: str, prompt: str, preset: str, seed: int, out: Path) ->
     try:
         with TritonClient(url) as client:
             pixels, facts = client.generate(prompt, face, seed=seed, preset=preset)
-        write_png(out, pixels, parameters=facts["parameters"])
+        write_picture(out, pixels, parameters=facts["parameters"])
     except FastFaceError as error:
         raise click.ClickException(str(error)) from None
     click.echo(str(out))

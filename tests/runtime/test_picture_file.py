@@ -13,7 +13,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from fastface_trt.errors import BadPicture, StorageError
-from fastface_trt.runtime.png import encode_png, read_parameters, write_png
+from fastface_trt.runtime import picture_file
+from fastface_trt.runtime.picture_file import (
+    encode_picture,
+    read_parameters,
+    write_picture,
+)
 
 PICTURE = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
 PARAMETERS = {
@@ -54,15 +59,15 @@ def itxt(data, key):
 
 def test_pixels_and_parameters_come_back(tmp_path):
     path = tmp_path / "out.png"
-    write_png(path, PICTURE, parameters=PARAMETERS)
+    write_picture(path, PICTURE, parameters=PARAMETERS)
     np.testing.assert_array_equal(np.asarray(Image.open(path)), PICTURE)
     assert read_parameters(path) == PARAMETERS
-    assert path.read_bytes() == encode_png(PICTURE, parameters=PARAMETERS)
+    assert path.read_bytes() == encode_picture(PICTURE, parameters=PARAMETERS)
     assert json.loads(itxt(path.read_bytes(), "fastface-trt")[0]) == PARAMETERS
 
 
 def test_text_that_other_tools_read():
-    with Image.open(io.BytesIO(encode_png(PICTURE, parameters=PARAMETERS))) as image:
+    with Image.open(io.BytesIO(encode_picture(PICTURE, parameters=PARAMETERS))) as image:
         text = image.info["parameters"]
         assert image.info["Software"].startswith("FastFace-TRT ")
     prompt, negative, settings_line = text.split("\n")
@@ -74,7 +79,7 @@ def test_text_that_other_tools_read():
 
 
 def test_mark_of_provenance_is_well_formed_xmp():
-    (packet,) = itxt(encode_png(PICTURE, parameters={}), "XML:com.adobe.xmp")
+    (packet,) = itxt(encode_picture(PICTURE, parameters={}), "XML:com.adobe.xmp")
     namespace = "{http://iptc.org/std/Iptc4xmpExt/2008-02-29/}"
     (mark,) = ET.fromstring(packet).iter(f"{namespace}DigitalSourceType")
     expected = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
@@ -82,11 +87,13 @@ def test_mark_of_provenance_is_well_formed_xmp():
 
 
 def test_mark_can_be_left_out():
-    assert itxt(encode_png(PICTURE, parameters={}, ai_generated=False), "XML:com.adobe.xmp") == []
+    assert (
+        itxt(encode_picture(PICTURE, parameters={}, ai_generated=False), "XML:com.adobe.xmp") == []
+    )
 
 
 def test_nothing_but_the_parameters_is_stored():
-    names = [n for n, _ in chunks(encode_png(PICTURE, parameters={"seed": 1}))]
+    names = [n for n, _ in chunks(encode_picture(PICTURE, parameters={"seed": 1}))]
     assert sorted(set(names)) == [b"IDAT", b"IEND", b"IHDR", b"iTXt", b"tEXt"]
     assert names.count(b"iTXt") == 2
     assert names.count(b"tEXt") == 2
@@ -110,19 +117,19 @@ def test_nothing_but_the_parameters_is_stored():
 )
 def test_any_json_survives(tmp_path_factory, parameters):
     path = tmp_path_factory.mktemp("any") / "a.png"
-    write_png(path, PICTURE, parameters=parameters)
+    write_picture(path, PICTURE, parameters=parameters)
     assert read_parameters(path) == parameters
 
 
 def test_prompt_with_half_a_surrogate_pair_and_null_is_written(tmp_path):
     parameters = {"prompt": "a\ud800b\0c"}
-    write_png(tmp_path / "a.png", PICTURE, parameters=parameters)
+    write_picture(tmp_path / "a.png", PICTURE, parameters=parameters)
     assert read_parameters(tmp_path / "a.png") == parameters
     assert Image.open(tmp_path / "a.png").info["parameters"].startswith("a?bc\n")
 
 
 def test_numpy_values_become_plain_and_others_are_refused():
-    data = encode_png(
+    data = encode_picture(
         PICTURE, parameters={"s": np.float32(1.5), "d": np.arange(3), "n": np.int64(4), "t": (1, 2)}
     )
     assert json.loads(itxt(data, "fastface-trt")[0]) == {
@@ -132,20 +139,20 @@ def test_numpy_values_become_plain_and_others_are_refused():
         "t": [1, 2],
     }
     with pytest.raises(ValueError, match="JSON compliant"):
-        encode_png(PICTURE, parameters={"s": float("nan")})
+        encode_picture(PICTURE, parameters={"s": float("nan")})
     with pytest.raises(TypeError, match="cannot be stored"):
-        encode_png(PICTURE, parameters={"s": object()})
+        encode_picture(PICTURE, parameters={"s": object()})
 
 
 @pytest.mark.parametrize("wrong", [PICTURE.astype(np.float32), PICTURE[:, :, 0], PICTURE[:, :, :2]])
 def test_other_arrays_are_refused(wrong):
     with pytest.raises(ValueError, match="not uint8"):
-        encode_png(wrong, parameters={})
+        encode_picture(wrong, parameters={})
 
 
 def test_missing_folder_is_a_storage_error(tmp_path):
     with pytest.raises(StorageError, match="cannot be written") as caught:
-        write_png(tmp_path / "none" / "a.png", PICTURE, parameters={})
+        write_picture(tmp_path / "none" / "a.png", PICTURE, parameters={})
     assert caught.value.mend
 
 
@@ -155,7 +162,7 @@ def test_missing_folder_is_a_storage_error(tmp_path):
 )
 def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, moment, error):
     path = tmp_path / "a.png"
-    write_png(path, PICTURE, parameters={"seed": 1})
+    write_picture(path, PICTURE, parameters={"seed": 1})
 
     def fail(*_args, **_kwargs):
         raise error
@@ -178,7 +185,7 @@ def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, m
         monkeypatch.setattr(type(path), "open", open_full)
     expected = StorageError if isinstance(error, OSError) else KeyboardInterrupt
     with pytest.raises(expected):
-        write_png(path, PICTURE, parameters={"seed": 2})
+        write_picture(path, PICTURE, parameters={"seed": 2})
     monkeypatch.undo()
     assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
     assert read_parameters(path) == {"seed": 1}
@@ -202,14 +209,14 @@ class _Full:
 
 
 def test_file_has_the_usual_rights(tmp_path):
-    write_png(tmp_path / "a.png", PICTURE, parameters={})
+    write_picture(tmp_path / "a.png", PICTURE, parameters={})
     (tmp_path / "b").write_bytes(b"")
     assert (tmp_path / "a.png").stat().st_mode == (tmp_path / "b").stat().st_mode
 
 
 def test_name_as_long_as_the_file_system_allows(tmp_path):
     path = tmp_path / ("a" * 251 + ".png")
-    write_png(path, PICTURE, parameters={"seed": 1})
+    write_picture(path, PICTURE, parameters={"seed": 1})
     assert read_parameters(path)["seed"] == 1
 
 
@@ -217,9 +224,13 @@ def test_files_without_parameters(tmp_path):
     Image.fromarray(PICTURE).save(tmp_path / "bare.png")
     with pytest.raises(BadPicture, match="no generation parameters"):
         read_parameters(tmp_path / "bare.png")
-    Image.fromarray(PICTURE).save(tmp_path / "other.jpg")
-    for name in ["other.jpg", "none.png", "."]:
-        with pytest.raises(BadPicture, match="cannot be read as PNG") as caught:
+    for name in ["other.jpg", "other.webp"]:
+        Image.fromarray(PICTURE).save(tmp_path / name)
+        with pytest.raises(BadPicture, match="no generation parameters"):
+            read_parameters(tmp_path / name)
+    Image.fromarray(PICTURE).save(tmp_path / "other.bmp")
+    for name in ["other.bmp", "none.png", "."]:
+        with pytest.raises(BadPicture, match="cannot be read") as caught:
             read_parameters(tmp_path / name)
         assert caught.value.mend
 
@@ -236,7 +247,46 @@ def test_broken_parameters(tmp_path, stored):
 
 
 def test_truncated_png(tmp_path):
-    data = encode_png(PICTURE, parameters=PARAMETERS)
+    data = encode_picture(PICTURE, parameters=PARAMETERS)
     (tmp_path / "a.png").write_bytes(data[: len(data) // 2])
     with pytest.raises(BadPicture):
         read_parameters(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize(
+    "size",
+    [(1, 1), (1, 7), (127, 3), (128, 2), (129, 5), (300, 31)],
+    ids=lambda s: f"{s[0]}x{s[1]}",
+)
+@pytest.mark.parametrize("cores", [1, 3])
+def test_two_other_decoders_find_the_pixels_of_a_png(monkeypatch, size, cores):
+    """Noise, one colour, steep and slow changes: each takes another filter, across strips."""
+    cv2 = pytest.importorskip("cv2")
+    monkeypatch.setattr(picture_file, "usable_cores", lambda: cores)
+    rng = np.random.default_rng(1)
+    noise = rng.integers(0, 256, (*size, 3))
+    for values in (noise, noise * 0 + 200, np.cumsum(noise, 0), np.cumsum(noise % 3, 1)):
+        picture = values.astype(np.uint8)
+        data = encode_picture(picture, parameters={})
+        with Image.open(io.BytesIO(data)) as image:
+            assert image.mode == "RGB"
+            np.testing.assert_array_equal(np.asarray(image), picture)
+        again = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+        np.testing.assert_array_equal(again[:, :, ::-1], picture)
+        compressed = b"".join(body for name, body in chunks(data) if name == b"IDAT")
+        assert len(zlib.decompress(compressed)) == size[0] * (1 + 3 * size[1])
+
+
+def test_a_png_is_the_same_on_machines_with_other_cores(monkeypatch):
+    picture = np.random.default_rng(2).integers(0, 256, (500, 20, 3), dtype=np.uint8)
+    files = set()
+    for cores in (1, 2, 16):
+        monkeypatch.setattr(picture_file, "usable_cores", lambda cores=cores: cores)
+        files.add(encode_picture(picture, parameters=PARAMETERS))
+    assert len(files) == 1
+
+
+def test_a_view_with_strides_is_a_picture_too():
+    turned = PICTURE[::-1, ::-1]
+    with Image.open(io.BytesIO(encode_picture(turned, parameters={}))) as image:
+        np.testing.assert_array_equal(np.asarray(image), turned)
