@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from fastface_trt.engines.manifest import ModuleSpec
-from fastface_trt.engines.onnxruntime_gpu import ProviderOptions
+from fastface_trt.engines.onnxruntime_options import ProviderOptions
 from fastface_trt.errors import BackendUnavailable
 
 Provider = Literal["cpu", "cuda", "tensorrt", "nv-tensorrt-rtx"]

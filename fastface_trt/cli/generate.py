@@ -14,9 +14,11 @@ from fastface_trt.cli.common import (
     FOLDER,
     backend_options,
     console,
+    engine_options,
     licence_option,
     parse_size,
     passing_phases,
+    provider_option,
     timed_lines,
 )
 from fastface_trt.engines.files import storage_errors
@@ -82,6 +84,7 @@ def request_fields(preset: str, steps: int, given: Mapping[str, Any]) -> dict[st
 
 @click.command()
 @backend_options
+@provider_option
 @click.option(
     "--face",
     "faces",
@@ -167,6 +170,7 @@ def generate(
     backend: str,
     cache: Path | None,
     threads: int | None,
+    provider_options: dict[str, str] | None,
     faces: tuple[str, ...],
     prompts: tuple[str, ...],
     presets: tuple[str, ...],
@@ -193,6 +197,7 @@ def generate(
             backend=backend,
             cache=cache,
             threads=threads,
+            engine_options=engine_options(provider_options),
             build=not no_build,
             licence_acknowledged=accept_licence,
             progress=phase,
