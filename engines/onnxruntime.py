@@ -24,7 +24,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from fastface_trt.engines import host_attention
 from fastface_trt.engines.closing import Closing
 from fastface_trt.engines.cuda.device import SharedDevice
 from fastface_trt.engines.device import Device, HostDevice, Tensor
@@ -147,10 +146,10 @@ class OnnxRuntimeBuilder:
             "provider": PROVIDERS[self.provider],
             "optimization": self.optimization,
         }
-        if self.provider == "cpu":
-            options["attention_form"] = host_attention.VERSION
+        if self.provider not in _COMPILES:
+            options["form"] = forms.VERSION
         if self.provider == "cuda":
-            options |= {"form": forms.VERSION, **build_options(self.provider_options)}
+            options |= build_options(self.provider_options)
             if image_tokens(module) is not None:
                 options |= operator_identity(available=operator)
         return {
@@ -362,8 +361,8 @@ class OnnxRuntimeBuilder:
             model, warnings = self._cuda_form(module, path, target, progress)
             register_operator(options, target)
         elif self.provider == "cpu" and tokens is not None:
-            with OnnxFile(path) as onnx:
-                model = host_attention.host_form(onnx, tokens)
+            form = forms.cpu_form(path, tokens)
+            model = None if form is None else form.model
         if model is None:
             return path, warnings
         options.add_session_config_entry(
