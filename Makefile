@@ -7,7 +7,7 @@ INSTALLED := build/installed
 TORCH ?= torch==2.13.0
 
 .PHONY: setup demo test test-long test-engines test-serving bench bench-full-width sizing evaluate evaluate-quantized mini-export \
-	full-size full-size-engines clean
+	full-size full-size-engines operator-library clean
 
 # The light runtime: no torch, no diffusers.
 $(VENV)/.runtime: pyproject.toml
@@ -94,6 +94,13 @@ full-size: setup
 # writes benchmarks/results/full-size-build.json.
 full-size-engines: setup
 	$(BIN)/python -m benchmarks.full_size_build
+
+# The ONNX Runtime operator as the package ships it: library for glibc 2.28, kernels by NVRTC 12, whose
+# code drivers of CUDA 12 and 13 take. Three minutes; needs neither a GPU nor a C++ compiler.
+operator-library:
+	test -d build/operator || $(PYTHON) -m venv build/operator
+	build/operator/bin/pip install --quiet cuda-bindings==12.9.10 nvidia-cuda-nvrtc-cu12==12.9.86 ziglang==0.15.2
+	PYTHONPATH=. build/operator/bin/python -m fastface_trt.engines.kernels.operator_library
 
 clean:
 	rm -rf $(VENV) out build *.egg-info

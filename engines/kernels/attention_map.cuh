@@ -8,6 +8,9 @@
 #ifndef FLOAT32
 #define FLOAT32 0
 #endif
+#ifndef HEADS_LAST
+#define HEADS_LAST 0
+#endif
 
 constexpr int T = 4;
 constexpr int D = HEAD_SIZE;
@@ -83,12 +86,22 @@ struct Lane {
   __device__ int owned() const { return chunk * STRIDE + group; }
 };
 
-// This lane's chunk of the T rows of a k or v of [T, D].
-__device__ inline void load_tokens(const Scalar* tokens, const Lane& lane, float (&x)[T][CHUNK]) {
+// Where one (b, h) lies in a tensor of `count` positions or tokens: its first element, and how many
+// elements there are from one position to the next.
+__device__ inline long long first_element(int head_row, int heads, int count) {
+  if (!HEADS_LAST) return (long long)head_row * count * D;
+  return ((long long)(head_row / heads) * count * heads + head_row % heads) * D;
+}
+
+__device__ inline int pitch_of(int heads) { return HEADS_LAST ? heads * D : D; }
+
+// This lane's chunk of the T rows of one (b, h) of k or v.
+__device__ inline void load_tokens(const Scalar* tokens, int pitch, const Lane& lane,
+                                   float (&x)[T][CHUNK]) {
 #pragma unroll
   for (int t = 0; t < T; ++t) {
     if (lane.holds) {
-      load_chunk(tokens + t * D + lane.chunk * CHUNK, x[t]);
+      load_chunk(tokens + t * pitch + lane.chunk * CHUNK, x[t]);
     } else {
       for (int j = 0; j < CHUNK; ++j) x[t][j] = 0.0f;
     }
@@ -114,14 +127,14 @@ __device__ inline void reduce_scatter(float (&partial)[LANES][T], int chunk) {
 
 // Softmax over tokens of the position that this lane owns in the tile that starts at `first`.
 // Positions beyond the last repeat it: every lane of the warp takes part in the shuffles.
-__device__ inline void attention_map(const Scalar* q, const float (&k)[T][CHUNK], const Lane& lane,
-                                     int first, int positions, float (&a)[T]) {
+__device__ inline void attention_map(const Scalar* q, int pitch, const float (&k)[T][CHUNK],
+                                     const Lane& lane, int first, int positions, float (&a)[T]) {
   float partial[LANES][T];
 #pragma unroll
   for (int step = 0; step < LANES; ++step) {
     const int n = min(first + step * STRIDE + lane.group, positions - 1);
     float x[CHUNK] = {};
-    if (lane.holds) load_chunk(q + (long long)n * D + lane.chunk * CHUNK, x);
+    if (lane.holds) load_chunk(q + n * pitch + lane.chunk * CHUNK, x);
 #pragma unroll
     for (int t = 0; t < T; ++t) {
       float sum = 0.0f;

@@ -17,8 +17,8 @@ from typing import Any, Final, Literal
 
 from fastface_trt.errors import BuildFailed, InvalidRequest, MissingDependency
 
-ARCHITECTURES: Final = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_120")
-"""Ampere (A100, RTX 30), Ada, Hopper, Blackwell RTX: what the tests compile for."""
+ARCHITECTURES: Final = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
+"""Ampere (A100, RTX 30), Ada, Hopper, Blackwell (B200, RTX 50): what tests compile and we ship."""
 
 DTYPES: Final = ("float16", "float32")
 """Element types of q, k, v and the output that a compilation can choose."""
@@ -48,11 +48,17 @@ class CompiledKernels:
 
 
 def compile_kernels(
-    architecture: str, head_size: int = 64, dtype: str = "float16", target: Target = "ptx"
+    architecture: str,
+    head_size: int = 64,
+    dtype: str = "float16",
+    target: Target = "ptx",
+    *,
+    heads_last: bool = False,
 ) -> CompiledKernels:
     """Compile the decoupled-attention kernels; takes about a second, keeps nothing on disk.
 
-    `head_size` is D, a multiple of 8 from 8 to 128; `dtype` one of `DTYPES`. Raises
+    `head_size` is D, a multiple of 8 from 8 to 128; `dtype` one of `DTYPES`; with `heads_last` q is
+    [B,N,H·D] and the output may be added to another tensor, else q is [B,H,N,D]. Raises
     `InvalidRequest` for other values, `MissingDependency` without NVRTC, and `BuildFailed` with the
     compiler's log when it refuses the source or does not know the architecture.
     """
@@ -71,6 +77,7 @@ def compile_kernels(
         "--std=c++17",
         f"--define-macro=HEAD_SIZE={head_size}",
         f"--define-macro=FLOAT32={int(dtype == 'float32')}",
+        f"--define-macro=HEADS_LAST={int(heads_last)}",
     ]
     if target == "cubin":
         options.append("--ptxas-options=-v")  # registers and spills, into the log

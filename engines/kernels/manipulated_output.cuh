@@ -103,10 +103,11 @@ __device__ inline float lanes_sum(float x) {
   return x;
 }
 
-// f V' of a tile, whose positions' f (and untouched a) lie in the lanes that own them. `v` is centred
-// per token, so that the deviations from the mean over D come out without cancellation.
+// base + lambda f V' of a tile, whose positions' f (and untouched a) lie in the lanes that own them.
+// `v` is centred per token, so that the deviations from the mean over D come out without cancellation.
 template <bool MATCHED>
-__device__ inline void write_tile(Scalar* out, const float (&v)[T][CHUNK], const float (&mean_v)[T],
+__device__ inline void write_tile(Scalar* out, const Scalar* base, int pitch,
+                                  const float (&v)[T][CHUNK], const float (&mean_v)[T],
                                   const float (&f)[T], const float (&a)[T], float weight, float ip_scale,
                                   const Lane& lane, int first, int positions) {
 #pragma unroll 2  // more would only cost registers
@@ -136,16 +137,31 @@ __device__ inline void write_tile(Scalar* out, const float (&v)[T][CHUNK], const
       mean = weight * mean + (1.0f - weight) * mean_untouched;
     }
     for (int j = 0; j < CHUNK; ++j) x[j] = ip_scale * fmaf(x[j], gain, mean);
-    if (lane.holds && n < positions) store_chunk(out + (long long)n * D + lane.chunk * CHUNK, x);
+    if (lane.holds && n < positions) {
+      const int at = n * pitch + lane.chunk * CHUNK;
+      if (base) {
+        float addend[CHUNK];
+        load_chunk(base + at, addend);
+        for (int j = 0; j < CHUNK; ++j) x[j] += addend[j];
+      }
+      store_chunk(out + at, x);
+    }
   }
 }
+
+// The second launch of [B, N, H * D] tensors may have something to add its result to; null is nothing.
+#if HEADS_LAST
+#define ADDEND , const Scalar* __restrict__ base
+#else
+#define ADDEND
+#endif
 
 extern "C" __global__ void __launch_bounds__(OUTPUT_THREADS, D > 64 ? 1 : 2)
     decoupled_attention(const Scalar* __restrict__ q, const Scalar* __restrict__ k,
                         const Scalar* __restrict__ v, const float* __restrict__ manipulation,
                         const float* __restrict__ ip_scale, const float4* __restrict__ maps,
                         const float4* __restrict__ statistics, int requests, int rows, int heads,
-                        int positions, Scalar* __restrict__ out) {
+                        int positions, Scalar* __restrict__ out ADDEND) {
   const int head_row = blockIdx.y;
   const int count = rows / requests * heads, request = head_row / count;
   const float* row = manipulation + request * COLUMNS;
@@ -153,7 +169,7 @@ extern "C" __global__ void __launch_bounds__(OUTPUT_THREADS, D > 64 ? 1 : 2)
   const Lane lane;
 
   float values[T][CHUNK], mean[T], f[T], a[T];
-  load_tokens(v + (long long)head_row * T * D, lane, values);
+  load_tokens(v + first_element(head_row, heads, T), pitch_of(heads), lane, values);
 #pragma unroll
   for (int t = 0; t < T; ++t) {
     float sum = 0.0f;
@@ -161,7 +177,13 @@ extern "C" __global__ void __launch_bounds__(OUTPUT_THREADS, D > 64 ? 1 : 2)
     mean[t] = lanes_sum(sum) / D;
     for (int j = 0; j < CHUNK; ++j) values[t][j] = lane.holds ? values[t][j] - mean[t] : 0.0f;
   }
-  Scalar* mine = out + (long long)head_row * positions * D;
+  const long long at = first_element(head_row, heads, positions);
+  Scalar* mine = out + at;
+#if HEADS_LAST
+  const Scalar* addend = base ? base + at : nullptr;
+#else
+  constexpr Scalar* addend = nullptr;
+#endif
   const int start = blockIdx.x * OUTPUT_POSITIONS + threadIdx.x / TILE * TILE;
   const int stop = min((int)(blockIdx.x + 1) * OUTPUT_POSITIONS, positions);
 
@@ -178,25 +200,28 @@ extern "C" __global__ void __launch_bounds__(OUTPUT_THREADS, D > 64 ? 1 : 2)
       for (int t = 0; t < T; ++t) f[t] = softmask.mask(entering(a[t], t, invert), t);
       if (invert) f[0] = softmask.first_peak - f[0];
       if (weight == 1.0f) {
-        write_tile<false>(mine, values, mean, f, a, weight, ip_scale[request], lane, first, positions);
+        write_tile<false>(mine, addend, pitch_of(heads), values, mean, f, a, weight, ip_scale[request], lane, first,
+                          positions);
       } else {
         match_tokens(f, a, weight);
-        write_tile<true>(mine, values, mean, f, a, weight, ip_scale[request], lane, first, positions);
+        write_tile<true>(mine, addend, pitch_of(heads), values, mean, f, a, weight, ip_scale[request], lane, first,
+                          positions);
       }
     }
     return;
   }
 
   float keys[T][CHUNK];
-  load_tokens(k + (long long)head_row * T * D, lane, keys);
-  const Scalar* query = q + (long long)head_row * positions * D;
+  load_tokens(k + first_element(head_row, heads, T), pitch_of(heads), lane, keys);
+  const Scalar* query = q + first_element(head_row, heads, positions);
   for (int first = start; first < stop; first += OUTPUT_THREADS) {
-    attention_map(query, keys, lane, first, positions, a);
+    attention_map(query, pitch_of(heads), keys, lane, first, positions, a);
 #pragma unroll
     for (int t = 0; t < T; ++t) {
       const bool is_power = row[KIND] == SCALE_POWER_KIND;
       f[t] = is_power ? fminf(row[SCALE] * powf(a[t], row[POWER]), row[UPPER_BOUND]) : a[t];
     }
-    write_tile<false>(mine, values, mean, f, a, weight, ip_scale[request], lane, first, positions);
+    write_tile<false>(mine, addend, pitch_of(heads), values, mean, f, a, weight, ip_scale[request], lane, first,
+                          positions);
   }
 }

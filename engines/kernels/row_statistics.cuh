@@ -89,10 +89,10 @@ extern "C" __global__ void __launch_bounds__(STATISTICS_THREADS)
   for (int t = 0; t < T; ++t) minimum[t] = negated[t] = LARGEST;
   {
     float chunk[T][CHUNK], a[T];
-    load_tokens(k + (long long)head_row * T * D, lane, chunk);
-    const Scalar* query = q + (long long)head_row * positions * D;
+    load_tokens(k + first_element(head_row, heads, T), pitch_of(heads), lane, chunk);
+    const Scalar* query = q + first_element(head_row, heads, positions);
     for (int first = warp * TILE; first < positions; first += STATISTICS_THREADS) {
-      attention_map(query, chunk, lane, first, positions, a);
+      attention_map(query, pitch_of(heads), chunk, lane, first, positions, a);
       const int n = first + lane.owned();
       if (n < positions) map[n] = make_float4(a[0], a[1], a[2], a[3]);
 #pragma unroll

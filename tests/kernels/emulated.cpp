@@ -6,7 +6,8 @@
 // 0 when both launches ran, 1 or 2 for the launch whose threads waited for each other for ever.
 extern "C" int run(const Scalar* q, const Scalar* k, const Scalar* v, const float* manipulation,
                    const float* ip_scale, int requests, int rows, int heads, int positions,
-                   float4* maps, float4* statistics, Scalar* out, int reversed) {
+                   float4* maps, float4* statistics, Scalar* out, const Scalar* base, int reversed) {
+  (void)base;  // only where heads come last
   const unsigned head_rows = rows * heads;
   const unsigned blocks = (positions + OUTPUT_POSITIONS - 1) / OUTPUT_POSITIONS;
   if (!emulation::emulate(decoupled_attention_statistics, {head_rows, 1, 1}, STATISTICS_THREADS,
@@ -16,7 +17,11 @@ extern "C" int run(const Scalar* q, const Scalar* k, const Scalar* v, const floa
   }
   return emulation::emulate(decoupled_attention, {blocks, head_rows, 1}, OUTPUT_THREADS, reversed, q,
                             k, v, manipulation, ip_scale, maps, statistics, requests, rows, heads,
+#if HEADS_LAST
+                            positions, out, base)
+#else
                             positions, out)
+#endif
              ? 0
              : 2;
 }

@@ -12,15 +12,27 @@ SOURCES = HERE.parent.parent / "engines" / "kernels"
 COMPILER = shutil.which("g++")
 
 
-def build(folder, head_size, dtype):
-    """Compile for one head size and dtype; returns the function of `emulated.cpp`."""
-    library = folder / f"emulated-{head_size}-{np.dtype(dtype).name}.so"
+def build(folder, head_size, dtype, heads_last=False, source="emulated.cpp"):
+    """Compile `source` for one head size, dtype and layout; the loaded library."""
+    library = folder / f"{source}-{head_size}-{np.dtype(dtype).name}-{int(heads_last)}.so"
     command = [COMPILER, "-std=c++20", "-O1", "-ffp-contract=off", "-shared", "-fPIC"]
     command += [f"-DHEAD_SIZE={head_size}", f"-DFLOAT32={int(dtype == np.float32)}"]
-    command += [f"-I{SOURCES}", f"-I{HERE}", str(HERE / "emulated.cpp"), "-o", str(library)]
+    command += [f"-DHEADS_LAST={int(heads_last)}"]
+    command += [f"-I{SOURCES}", f"-I{HERE}", str(HERE / source), "-o", str(library), "-ldl"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return ctypes.CDLL(str(library)).run
+    return ctypes.CDLL(str(library))
+
+
+def heads_inside(x_BHND):
+    """[B,N,H·D] of [B,H,N,D]."""
+    rows, _, positions, _ = x_BHND.shape
+    return np.ascontiguousarray(x_BHND.swapaxes(1, 2)).reshape(rows, positions, -1)
+
+
+def heads_outside(x_BNC, heads):
+    """[B,H,N,D] of [B,N,H·D]."""
+    return x_BNC.reshape(*x_BNC.shape[:2], heads, -1).swapaxes(1, 2)
 
 
 def aligned(shape, dtype, fill=0):
@@ -34,15 +46,21 @@ def aligned(shape, dtype, fill=0):
 
 
 class EmulatedAttention:
-    """`fastface::DecoupledAttention` by the two launches, fibre by fibre."""
+    """The two launches, fibre by fibre: [B,H,N,D] in and out, whatever the layout in memory."""
 
-    def __init__(self, folder, dtype=np.float16):
-        self.folder, self.dtype, self.built = folder, dtype, {}
+    def __init__(self, folder, dtype=np.float16, heads_last=False):
+        self.folder, self.dtype, self.heads_last, self.built = folder, dtype, heads_last, {}
 
-    def __call__(self, q, k, v, manipulation, ip_scale, reverse=False):
+    def __call__(self, q, k, v, manipulation, ip_scale, reverse=False, base=None):
         rows, heads, positions, size = q.shape
         if size not in self.built:
-            self.built[size] = build(self.folder, size, self.dtype)
+            self.built[size] = build(self.folder, size, self.dtype, self.heads_last).run
+        addend = None
+        if self.heads_last:
+            q, k, v = map(heads_inside, (q, k, v))
+        if base is not None:
+            addend = aligned(q.shape, self.dtype)
+            addend[...] = heads_inside(base)
         inputs = []
         kinds = (self.dtype,) * 3 + (np.float32,) * 2
         for x, dtype in zip((q, k, v, manipulation, ip_scale), kinds, strict=True):
@@ -53,11 +71,11 @@ class EmulatedAttention:
         statistics = aligned((rows, heads, 3, 4), np.float32, np.nan)
         out = aligned(q.shape, self.dtype, np.nan)
         sizes = (len(inputs[3]), rows, heads, positions)
-        buffers = (*inputs, *sizes, maps, statistics, out, int(reverse))
+        buffers = (*inputs, *sizes, maps, statistics, out, addend, int(reverse))
         arguments = [
             ctypes.c_void_p(x.ctypes.data) if isinstance(x, np.ndarray) else x for x in buffers
         ]
         stuck = self.built[size](*arguments)
         assert stuck == 0, f"threads of launch {stuck} wait for each other"
         self.maps, self.statistics = maps, statistics
-        return out
+        return heads_outside(out, heads) if self.heads_last else out

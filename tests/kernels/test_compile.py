@@ -28,11 +28,12 @@ def test_ptx_for_every_architecture(architecture, dtype):
     assert len(loads) > 20  # q, k, v and the maps, all as 16-byte vectors
 
 
+@pytest.mark.parametrize("heads_last", [False, True])
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 @pytest.mark.parametrize("head_size", [8, 64])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_no_register_is_spilled(architecture, head_size, dtype):
-    compiled = compile_kernels(architecture, head_size, dtype, "cubin")
+def test_no_register_is_spilled(architecture, head_size, dtype, heads_last):
+    compiled = compile_kernels(architecture, head_size, dtype, "cubin", heads_last=heads_last)
     assert compiled.code[:4] == b"\x7fELF"
     spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", compiled.log)
     assert spills == [("0", "0")] * 2, compiled.log

@@ -21,6 +21,12 @@ def single(tmp_path_factory):
     return EmulatedAttention(tmp_path_factory.mktemp("single"), np.float32)
 
 
+@pytest.fixture(scope="module")
+def heads_last(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("heads_last")
+    return {dtype: EmulatedAttention(folder, dtype, True) for dtype in (np.float16, np.float32)}
+
+
 def test_goldens(golden, single):
     cases, recorded = golden("am")
     assert cases
@@ -72,6 +78,30 @@ def test_fp16_is_the_float32_result_rounded_once(half, settings, shape):
     ours = half(q, k, v, [row(**settings)], [0.8])
     assert ours.dtype == np.float16
     # Half a unit in the last place of fp16 everywhere, and float32's own error beside it.
+    scale = np.abs(expected).max()
+    assert (np.abs(ours - expected) <= 2.0**-11 * np.abs(expected) + 3e-5 * scale).all()
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_heads_last_with_an_addend(single, heads_last, settings, shape):
+    """[B,N,H·D] gives the bits of [B,H,N,D]; what it is added to is added in float32."""
+    rows, heads, positions, size = shape
+    q, k, v = tensors(positions, rows, heads, positions, size)
+    parameters = (np.float32([row(**settings)]), np.float32([0.8]))
+    alone = heads_last[np.float32](q, k, v, *parameters)
+    assert np.array_equal(alone, single(q, k, v, *parameters))
+    base = tensors(1, rows, heads, positions, size)[0]
+    added = heads_last[np.float32](q, k, v, *parameters, base=base)
+    assert np.array_equal(added, alone + base)
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_heads_last_in_fp16_is_rounded_once(heads_last, settings):
+    q, k, v = (x.astype(np.float16) for x in tensors(5, 3, 2, 61, 16))
+    base = tensors(6, 3, 2, 61, 16)[0].astype(np.float16)
+    ours = heads_last[np.float16](q, k, v, [row(**settings)], [0.8], base=base)
+    expected = base + reference(q, k, v, ip_scale=0.8, **settings)
     scale = np.abs(expected).max()
     assert (np.abs(ours - expected) <= 2.0**-11 * np.abs(expected) + 3e-5 * scale).all()
 

@@ -97,7 +97,8 @@ def parameters(launch):
         "output": ("manipulated_output.cuh", OUTPUT_KERNEL),
     }[launch]
     found = re.search(rf"\b{kernel}\((.*?)\)\s*{{", (SOURCES / file).read_text(), re.S)
-    declared = [" ".join(one.split()) for one in found.group(1).split(",")]
+    inside = found.group(1).removesuffix(" ADDEND")  # a parameter of the other layout
+    declared = [" ".join(one.split()) for one in inside.split(",")]
     return [one.split()[-1] for one in declared], declared
 
 
