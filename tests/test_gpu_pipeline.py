@@ -17,7 +17,7 @@ import pytest
 from gpu_double import Session, simulated_gpu, simulated_onnxruntime
 
 from fastface_trt import FastFace
-from fastface_trt.engines import onnxruntime as onnxruntime_builder
+from fastface_trt.engines.kernels import operator_library
 from fastface_trt.engines.manifest import EXPORT_MANIFEST, ExportManifest, read_manifest
 from fastface_trt.errors import Cancelled, EngineFailed, ExportIncomplete, InvalidRequest
 from fastface_trt.mini import folders
@@ -68,12 +68,16 @@ def loaded(backend, export, cache):
         assert cuda.leaks() == []
 
 
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """An engine cache for what takes its time to build: the attention kernels are compiled."""
+    return tmp_path_factory.mktemp("built")
+
+
 @pytest.fixture(params=["tensorrt", "tensorrt-rtx", "onnxruntime-cuda"])
-def simulated(request, export, tmp_path, monkeypatch):
-    # The CUDA form has operators that only the CUDA provider has; the engine cannot tell.
-    monkeypatch.setattr(onnxruntime_builder.forms, "cuda_form", lambda *_: None)
-    monkeypatch.setattr(onnxruntime_builder, "has_operator", lambda folder: True)
-    with loaded(request.param, export, tmp_path / "cache") as opened:
+def simulated(request, export, tmp_path, built):
+    cache = built if request.param == "onnxruntime-cuda" else tmp_path / "cache"
+    with loaded(request.param, export, cache) as opened:
         yield opened
 
 
@@ -103,6 +107,18 @@ def test_the_picture_is_the_cpus(simulated, cpu, face, preset):
         same(pixels(ours), pixels(cpu(PROMPT, face, preset=preset, seed=seed)))
     assert ours.unet_samples == {"plain": 4, "am1+dcg": 10, "am2+dcg": 12}[preset]
     assert set(ours.seconds) == {"total", "face", "text", "unet", "vae"}
+
+
+def test_without_the_attention_kernels_the_picture_is_the_same(
+    export, cpu, face, tmp_path, monkeypatch
+):
+    """The UNet has branches then, and is told to be slower."""
+    none = operator_library.LibraryStatus(False, "", "")
+    monkeypatch.setattr(operator_library, "library_status", lambda: none)
+    with loaded("onnxruntime-cuda", export, tmp_path / "cache") as (gpu, _, _):
+        with pytest.warns(RuntimeWarning, match="No CUDA graph of unet"):
+            ours = gpu(PROMPT, face, preset="am2+dcg")
+        same(pixels(ours), pixels(cpu(PROMPT, face, preset="am2+dcg")))
 
 
 def test_no_tensor_crosses_to_the_host_inside_a_picture(simulated, face):
@@ -148,6 +164,7 @@ def test_a_change_of_rows_launches_and_binds_nothing_anew(simulated, face):
     presets = ("am1+dcg", "plain", "am2+dcg")
     for preset in presets:
         gpu(PROMPT, face, preset=preset)
+    assert gpu._modules["unet"].captures
     sessions = [one for one in Session.made if one.records]
     assert {len(one.graphs) for one in sessions} == {1, 3}  # the UNet and its step: 1, 2, 3 rows
     made = [(len(one.runs), len(one.bindings)) for one in sessions]

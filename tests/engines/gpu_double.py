@@ -7,7 +7,7 @@ stream gets there; what it is called with is checked against the signatures of t
 import inspect
 import sys
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from math import prod
 
 import numpy as np
@@ -15,11 +15,15 @@ import onnxruntime
 import pytest
 from fake_cuda import FakeCuda
 from fake_tensorrt import FakeTensorRT, write_stand_in
+from spelled_out import spelled_out
 
 from fastface_trt.engines import hardware
 from fastface_trt.engines.onnxruntime import OnnxRuntimeBuilder
 from fastface_trt.engines.onnxruntime_session import PROVIDERS
 from fastface_trt.engines.tensorrt.builder import TensorRTBuilder
+
+with suppress(ImportError):  # while the simulated driver is in place of the real, it does not
+    import cuda.bindings.nvrtc  # noqa: F401
 
 
 @contextmanager
@@ -177,7 +181,10 @@ class EitherSession:
 
 @contextmanager
 def simulated_onnxruntime(cuda):
-    """ONNX Runtime's GPU providers on the simulated GPU; graphs are optimised for the CPU."""
+    """ONNX Runtime's GPU providers on the simulated GPU.
+
+    Graphs are optimised for the CPU, with its operators in place of those that only CUDA has.
+    """
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {"cuda": cuda, "made": (), "refusal": ""}.items():
             patch.setattr(Session, name, value)
@@ -188,7 +195,7 @@ def simulated_onnxruntime(cuda):
 
 
 def _optimise(builder, graph, options):
-    model = graph if isinstance(graph, bytes) else str(graph)
+    model = spelled_out(graph) if isinstance(graph, bytes) else str(graph)
     return REAL_SESSION(model, options, providers=["CPUExecutionProvider"])
 
 

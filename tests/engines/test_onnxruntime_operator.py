@@ -4,7 +4,6 @@ The library is the real one and computes on the CPU here; the GPU and its provid
 """
 
 import gc
-from contextlib import suppress
 
 import numpy as np
 import onnx
@@ -28,9 +27,6 @@ from fastface_trt.engines.onnx import forms
 from fastface_trt.engines.onnx.forms import Form
 from fastface_trt.engines.onnxruntime import OnnxRuntimeBuilder
 from fastface_trt.errors import BuildFailed, EngineMismatch, MissingDependency
-
-with suppress(ImportError):  # while the simulated driver is in its place, it does not import
-    import cuda.bindings.nvrtc  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("quick_collections")
 
