@@ -220,9 +220,12 @@ class Graph:
         self.append(made, place)
         return outputs[0]
 
-    def describe(self, tensor: str, other: str) -> None:
-        """Say that a new tensor has the type and shape of another one."""
-        self._types[tensor] = self._types[other]
+    def describe(self, tensor: str, like: str, order: Sequence[int] | None = None) -> None:
+        """Say that a new tensor has the type of `like`, and its shape, in another order of axes."""
+        shape = self.shape(like)
+        if shape is not None and order is not None:
+            shape = tuple(shape[axis] for axis in order)
+        self._types[tensor] = self.dtype(like), shape
 
     def constant(self, name: str, values: object, dtype: type[np.generic]) -> str:
         """A constant called `name`; equal names mean equal values."""

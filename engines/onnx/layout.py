@@ -89,7 +89,6 @@ class _Pass:
             "Reshape": self._reshape,
             "Concat": self._concat,
             "Resize": self._resize,
-            "Shape": self._shape,
         }
         self.rules |= dict.fromkeys(_ELEMENTWISE, self._elementwise)
 
@@ -105,11 +104,12 @@ class _Pass:
         if tensor in self.last and perm == _PERMUTATIONS.get(len(perm)):
             self.graph.replace(output, self.last[tensor])
         elif perm == TO_FIRST:
-            self.last[output] = tensor
+            self._note(output, tensor)
         elif perm == (0, 2, 1):  # of either meaning: each is the other's twin
-            self.last[output], self.last[tensor] = tensor, output
+            self._note(output, tensor)
+            self._note(tensor, output)
         elif perm == TO_LAST:
-            self.last[tensor] = output
+            self._note(tensor, output)
 
     def _elementwise(self, node: Node) -> None:
         shape = self.graph.shape(node.output[0])
@@ -145,18 +145,6 @@ class _Pass:
         elif sizes and (permuted := self._permuted_sizes(sizes, TO_LAST)) is not None:
             self._move(node, [self.last[tensor], "", "", permuted], shape)
 
-    def _shape(self, node: Node) -> None:
-        """The shape of a twin, in the other order."""
-        tensor, shape = node.input[0], self.graph.shape(node.input[0])
-        if tensor not in self.last or shape is None:
-            return
-        first, end = attribute(node, "start", 0), attribute(node, "end")
-        order = list(_BACK[len(shape)])[first:end]
-        whole = self.graph.add("Shape", [self.last[tensor]], f"{node.output[0]}.last")
-        name = "form.axes." + ".".join(map(str, order))
-        axes = self.graph.constant(name, order, np.int64)
-        self.graph.add("Gather", [whole, axes], node.output[0], axis=0)
-
     def _reshape(self, node: Node) -> None:
         """Pictures to positions, [B,C,H,W] to [B,C,L], and back."""
         tensor, output = node.input[0], node.output[0]
@@ -169,13 +157,13 @@ class _Pass:
         twin = f"{output}.last"
         if (len(before), len(after)) == (4, 3):
             flat = self.graph.constant(f"form.flat.{channels}", [0, -1, channels], np.int64)
-            self.last[output] = self.graph.add("Reshape", [self.last[tensor], flat], twin)
+            self._note(output, self.graph.add("Reshape", [self.last[tensor], flat], twin))
         elif (len(before), len(after)) == (3, 4):
             sizes = self._permuted_sizes(node.input[1], TO_LAST)
             if sizes is not None:
                 allow = attribute(node, "allowzero", 0)
                 inputs = [self.last[tensor], sizes]
-                self.last[output] = self.graph.add("Reshape", inputs, twin, allowzero=allow)
+                self._note(output, self.graph.add("Reshape", inputs, twin, allowzero=allow))
         if output in self.last:
             self.graph.add("Transpose", [twin], output, perm=_BACK[len(after)])
 
@@ -199,7 +187,14 @@ class _Pass:
         twin = f"{output}.last"
         self.graph.add(node.op_type, inputs, twin, **kept)
         self.graph.add("Transpose", [twin], output, perm=_BACK[len(shape)])
-        self.last[output] = twin
+        self._note(output, twin)
+
+    def _note(self, tensor: str, twin: str) -> None:
+        """Remember a twin, and say what is known of it."""
+        self.last[tensor] = twin
+        rank = len(self.graph.shape(tensor) or ())
+        if rank in _PERMUTATIONS and self.graph.shape(twin) is None:
+            self.graph.describe(twin, tensor, _PERMUTATIONS[rank])
 
     def _operand(self, name: str, shape: Shape) -> Callable[[], str] | None:
         """How to make an operand of a result of `shape` fit its twin, None where it cannot."""
@@ -228,5 +223,5 @@ class _Pass:
         if name not in self.last:
             twin = f"{name}.last"
             perm = _PERMUTATIONS[len(shape)]
-            self.last[name] = self.graph.add("Transpose", [name], twin, perm=perm)
+            self._note(name, self.graph.add("Transpose", [name], twin, perm=perm))
         return self.last[name]

@@ -1,9 +1,11 @@
 """What follows a linear layer, in one operator of ONNX Runtime's CUDA provider: bias and the rest.
 
-Shape legend: B rows, N positions, C channels.
+Shape legend: B rows, N positions of an H × W picture, C channels.
 """
 
 from typing import Final
+
+import numpy as np
 
 from fastface_trt.engines.onnx.graph import FLOAT16, FLOAT32, MICROSOFT, Graph, Node, attribute
 
@@ -83,13 +85,18 @@ def skip_layer_norms(graph: Graph) -> int:
 def bias_adds(graph: Graph) -> int:
     """BiasAdd for x + bias + residual that no norm follows; returns their number.
 
-    Takes [B,N,C] with C of 320, 640 or 1280: the kernel refuses others. Comes after
-    `skip_layer_norms`, which does more with the same pattern.
+    Takes [B,N,C] with C of 320, 640 or 1280: the kernel refuses others. Where x + bias is reshaped
+    to a picture before it is added to one [B,H,W,C], the residual becomes [B,N,C] instead. Comes
+    after `skip_layer_norms`, which does more with the same pattern, and after
+    `layout.channels_last`, which makes such pictures.
     """
     count = 0
     for total in graph.of_type("Add"):
         shape = graph.shape(total.output[0]) or ()
-        if len(shape) != 3 or shape[2] not in _BIAS_WIDTHS or not _is_residual_sum(graph, total):
+        if not shape or shape[-1] not in _BIAS_WIDTHS or not _is_residual_sum(graph, total):
+            continue
+        if len(shape) == 4:
+            count += _bias_of_a_picture(graph, total, int(shape[-1]))
             continue
         biased, residual = _biased_and_residual(graph, total)
         if len(biased) == 2:
@@ -97,6 +104,24 @@ def bias_adds(graph: Graph) -> int:
             count += 1
     graph.prune()
     return count
+
+
+def _bias_of_a_picture(graph: Graph, total: Node, channels: int) -> bool:
+    output = total.output[0]
+    for one, residual in (tuple(total.input), tuple(total.input)[::-1]):
+        reshape = graph.made_by(one, "Reshape")
+        if reshape is None or graph.only_use(one) is None:
+            continue
+        biased = _biased(graph, reshape.input[0])
+        if biased is None or graph.shape(biased[1]) != (channels,):
+            continue
+        flat = graph.constant(f"form.flat.{channels}", [0, -1, channels], np.int64)
+        positions = graph.add("Reshape", [residual, flat], f"{output}.residual")
+        added = graph.add("BiasAdd", [*biased, positions], f"{output}.positions", MICROSOFT)
+        allow = attribute(reshape, "allowzero", 0)
+        graph.add("Reshape", [added, reshape.input[1]], output, allowzero=allow)
+        return True
+    return False
 
 
 def _biased_and_residual(graph: Graph, total: Node) -> tuple[list[str], str]:
@@ -123,12 +148,13 @@ def _biased(graph: Graph, tensor: str) -> list[str] | None:
 
 
 def _is_residual_sum(graph: Graph, total: Node) -> bool:
-    """Whether two tensors [B,N,C] of one shape are added, in a type that the kernels take.
+    """Whether two tensors [B,N,C] or [B,H,W,C] of one shape are added, in a type kernels take.
 
     Sizes that only a run knows count as equal: an exporter spells a broadcast as a size of 1.
     """
     one, other = (graph.shape(name) or () for name in total.input)
-    if len(one) != 3 or len(other) != 3 or graph.dtype(total.output[0]) not in (FLOAT32, FLOAT16):
+    taken = len(one) == len(other) and len(one) in (3, 4)
+    if not taken or graph.dtype(total.output[0]) not in (FLOAT32, FLOAT16):
         return False
     pairs = zip(one, other, strict=True)
-    return one[2] == other[2] and all(a == b or 1 not in (a, b) for a, b in pairs)
+    return one[-1] == other[-1] and all(a == b or 1 not in (a, b) for a, b in pairs)

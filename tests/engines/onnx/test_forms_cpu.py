@@ -106,7 +106,9 @@ def test_a_tensor_that_is_an_output_keeps_its_attention(tmp_path):
     softmax = next(node for node in model.graph.node if node.op_type == "Softmax")
     model.graph.output.append(onnx.helper.make_tensor_value_info(softmax.output[0], 1, None))
     onnx.save(model, tmp_path / "model.onnx")
-    after = onnx.load_from_string(cpu_form(tmp_path / "model.onnx", TOKENS).model)
+    form = cpu_form(tmp_path / "model.onnx", TOKENS)
+    assert form.counts["attention"] == 13
+    after = onnx.load_from_string(form.model)
     assert sum(node.op_type == "Softmax" for node in after.graph.node) == 1
 
 

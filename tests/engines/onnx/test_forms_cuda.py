@@ -183,7 +183,7 @@ def test_a_unet_as_wide_as_the_kernels_want(wide_unets, precision, manipulation)
         "convolution": had["Conv"],
         "split_gelu": blocks,
         "skip_layer_norm": 2 * blocks,
-        "bias_add": blocks,
+        "bias_add": 2 * blocks,
     }
     has = nodes_of(form)
     assert has["InstanceNormalization"] == has["Conv"] == has["Gelu"] == has["Softmax"] == 0
