@@ -38,6 +38,7 @@ from fastface_trt.engines.onnxruntime_operator import (
     has_operator,
     image_tokens,
     operator_identity,
+    operator_problem,
     place_operator,
     register_operator,
 )
@@ -297,19 +298,21 @@ class OnnxRuntimeBuilder:
             device,
             load_onnxruntime().RunOptions,
             lambda provider_options: self._open_session(manifest, graph, provider_options),
-            captures=not compiles and self._can_capture(module, folder, device.warn),
+            captures=not compiles and self._can_capture(manifest, folder, device.warn),
         )
 
-    def _can_capture(self, module: ModuleSpec, folder: Path, warn: Callable[[str], None]) -> bool:
+    def _can_capture(
+        self, manifest: EngineManifest, folder: Path, warn: Callable[[str], None]
+    ) -> bool:
         """Whether runs are worth recording as CUDA graphs; tells where the engine is in the way."""
         if self.provider_options.get("enable_cuda_graph") == "0":
             return False
-        if image_tokens(module) is None or has_operator(folder):
+        if image_tokens(manifest.module) is None or has_operator(folder):
             return True
+        why = " ".join(manifest.report.warnings) or operator_problem()
         warn(
-            f"No CUDA graph of {module.name}, launching kernels one by one: its attention "
-            "manipulation is a branch of the graph. With the attention kernels it is none; "
-            "`fastface-trt doctor` says what they lack."
+            f"No CUDA graph of {manifest.module.name}, launching kernels one by one: without the "
+            f"attention kernels its attention manipulation is a branch of the graph. {why}".strip()
         )
         return False
 

@@ -34,6 +34,12 @@ def operator_identity(*, available: bool | None = None) -> dict[str, str]:
     return {"manipulation": "operator", "operator": operator_library.LIBRARY_VERSION}
 
 
+def operator_problem() -> str:
+    """Why the operator's library cannot be had here, and the mend; empty where it can."""
+    status = operator_library.library_status()
+    return "" if status.available else f"{status.detail} {status.mend}".strip()
+
+
 def place_operator(model: bytes, tokens: int, folder: Path) -> None:
     """Put into `folder` the library for the operators of a serialised model.
 
