@@ -32,9 +32,9 @@ from fastface_trt.engines.onnxruntime_gpu import BoundEngine, ProviderOptions
 from fastface_trt.engines.onnxruntime_session import (
     PROVIDERS,
     Provider,
+    check_provider,
     interface_problem,
     lacks_a_kernel,
-    lacks_provider,
     load_onnxruntime,
     open_session,
     short_message,
@@ -112,9 +112,7 @@ class OnnxRuntimeBuilder:
 
     def check_runs_here(self) -> None:
         """See `EngineBuilder`."""
-        available = load_onnxruntime().get_available_providers()
-        if PROVIDERS[self.provider] not in available:
-            raise lacks_provider(self.provider, available)
+        check_provider(self.provider)
 
     def takes(self, manifest: EngineManifest) -> bool:
         """Only what it would make: a build takes seconds, and options change speed and memory."""
@@ -129,8 +127,8 @@ class OnnxRuntimeBuilder:
         `BuildFailed` with ONNX Runtime's own message, `BackendUnavailable` when the provider does
         not run here. Needs memory for the optimised weights once.
         """
+        self.check_runs_here()
         if self.provider in _COMPILES:
-            self.check_runs_here()
             for file in module.files:
                 shutil.copyfile(source / file.path, target / Path(file.path).name)
             return BuildReport()
