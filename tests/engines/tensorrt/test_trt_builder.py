@@ -133,7 +133,7 @@ def test_a_gpu_that_tensorrt_rtx_refuses_is_told_before_a_build(tmp_path, monkey
     monkeypatch.setattr(builder_module, "cuda_hardware", lambda: old)
     tensorrt = TensorRTBuilder("tensorrt")
     monkeypatch.setattr(type(tensorrt.flavour), "module", lambda self: FakeBinding)
-    with pytest.raises(BackendUnavailable, match="TensorRT 11.4 does not take NVIDIA V100"):
+    with pytest.raises(BackendUnavailable, match=r"TensorRT 11\.4 does not take NVIDIA V100"):
         build(tensorrt)
 
 
