@@ -110,7 +110,7 @@ def run_cell(cell: Cell, wheel: Path, folder: Path) -> None:
         _run(python, "-m", "venv", folder / "venv")
         bin = folder / "venv" / ("Scripts" if os.name == "nt" else "bin")
         _run(
-            *(bin / "python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check"),
+            *(bin / "python", "-m", "pip", "install", "--quiet", "--no-compile"),
             *(wheel, f"onnxruntime=={cell.onnxruntime}", *filter(None, [cell.beside])),
         )
         cell.versions = _versions(bin / "python")

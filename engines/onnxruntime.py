@@ -19,7 +19,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from fastface_trt.engines import host_attention
 from fastface_trt.engines.closing import Closing
 from fastface_trt.engines.contract import IMAGE_TOKENS
 from fastface_trt.engines.cuda.device import SharedDevice
@@ -27,6 +26,7 @@ from fastface_trt.engines.device import Device, HostDevice, Tensor
 from fastface_trt.engines.engine import Progress, check_inputs, host_arrays
 from fastface_trt.engines.hardware import cpu_hardware, cuda_hardware
 from fastface_trt.engines.manifest import BuildReport, EngineManifest, ModuleSpec
+from fastface_trt.engines.onnx import forms
 from fastface_trt.engines.onnx_file import OnnxFile
 from fastface_trt.engines.onnxruntime_gpu import BoundEngine, ProviderOptions
 from fastface_trt.engines.onnxruntime_session import (
@@ -106,7 +106,7 @@ class OnnxRuntimeBuilder:
             "backend": self.backend,
             "backend_version": str(load_onnxruntime().__version__),
             "options": {"provider": PROVIDERS[self.provider], "optimization": self.optimization}
-            | ({"attention_form": host_attention.VERSION} if self.provider == "cpu" else {}),
+            | ({"attention_form": forms.VERSION} if self.provider == "cpu" else {}),
             "hardware": cpu_hardware() if self.provider == "cpu" else cuda_hardware(),
         }
 
@@ -263,19 +263,18 @@ class OnnxRuntimeBuilder:
         return session
 
     def _model(self, module: ModuleSpec, source: Path, options: Any) -> Path | bytes:
-        """What is optimised: the export's graph, on a CPU with its attentions in host form."""
+        """What is optimised: the export's graph, on a CPU in its form."""
         path = source / module.files[0].path
         tokens = [spec.shape[1] for spec in module.inputs if spec.name == IMAGE_TOKENS]
         if self.provider != "cpu" or not tokens:
             return path
-        with OnnxFile(path) as onnx:
-            model = host_attention.host_form(onnx, int(tokens[0]))
-        if model is None:
+        form = forms.cpu_form(path, int(tokens[0]))
+        if form is None:
             return path
         options.add_session_config_entry(
             "session.model_external_initializers_file_folder_path", str(path.parent)
         )
-        return model
+        return form.model
 
     def _optimise(self, graph: Path | bytes, options: Any) -> Any:
         """A session on the export's graph, which writes the optimised graph when it is made."""

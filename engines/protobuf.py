@@ -1,4 +1,4 @@
-"""The wire format of protocol buffers: walking the fields of a message, and writing a few.
+"""The wire format of protocol buffers: walking the fields of a message.
 
 ONNX files are protobuf messages. What engines need of them is little, and the onnx package, which
 brings a compiler's worth of code, is not needed to run an engine.
@@ -13,7 +13,7 @@ _FIXED64, _FIXED32 = 1, 5
 
 
 class Field(NamedTuple):
-    """A field of a message: its number, its value, and all its bytes with the tag.
+    """A field of a message: its number and its value.
 
     The value is an int for a number, a view for bytes, text or a message; fixed-width numbers come
     as their bytes.
@@ -21,19 +21,17 @@ class Field(NamedTuple):
 
     number: int
     value: int | memoryview
-    whole: memoryview
 
 
 def fields(message: memoryview) -> Iterator[Field]:
     """The fields of a serialised message in order; raises `ValueError` when it is cut."""
     at, end = 0, len(message)
     while at < end:
-        start = at
         tag, at = read_varint(message, at)
         kind = tag & 7
         if kind == VARINT:
             number, at = read_varint(message, at)
-            yield Field(tag >> 3, number, message[start:at])
+            yield Field(tag >> 3, number)
             continue
         if kind == BYTES:
             size, at = read_varint(message, at)
@@ -43,7 +41,7 @@ def fields(message: memoryview) -> Iterator[Field]:
             raise ValueError(f"unknown wire type {kind}")
         if at + size > end:
             raise ValueError("it is cut")
-        yield Field(tag >> 3, message[at : at + size], message[start : at + size])
+        yield Field(tag >> 3, message[at : at + size])
         at += size
 
 
@@ -73,23 +71,3 @@ def varints(message: memoryview) -> list[int]:
 def text(message: memoryview) -> str:
     """A field's bytes as text; what is not UTF-8 is replaced."""
     return bytes(message).decode("utf-8", errors="replace")
-
-
-def bytes_field(number: int, content: bytes) -> bytes:
-    """A field of bytes, text or a message, serialised."""
-    return write_varint(number << 3 | BYTES) + write_varint(len(content)) + content
-
-
-def number_field(number: int, value: int) -> bytes:
-    """A field that is a number of at least 0, serialised."""
-    return write_varint(number << 3 | VARINT) + write_varint(value)
-
-
-def write_varint(value: int) -> bytes:
-    """A number of at least 0 in base 128, serialised."""
-    out = bytearray()
-    while value >= 0x80:
-        out.append(value & 0x7F | 0x80)
-        value >>= 7
-    out.append(value)
-    return bytes(out)
