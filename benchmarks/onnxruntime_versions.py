@@ -1,10 +1,10 @@
-"""Which versions of ONNX Runtime and Python make the golden pictures: one environment for each.
+"""Which versions of ONNX Runtime and Python make the golden pictures, in fresh environments.
 
-`make test-onnxruntime-versions`, or `python -m benchmarks.onnxruntime_versions --only 1.20.1`. Each
-environment gets the wheel of this tree and one version of `onnxruntime`, nothing else of ours, and
-makes a picture per preset with `fastface-trt generate`, engines built from scratch. Pictures are
-compared with those of eager PyTorch in tests/golden/pictures. A Python that this machine lacks is
-said to be missing, and is no failure.
+`make test-onnxruntime-versions`, or `python -m benchmarks.onnxruntime_versions --only 1.20.1`. An
+environment of each Python gets the wheel of this tree, nothing else of ours, and one version of
+`onnxruntime` after the other, and makes a picture per preset with `fastface-trt generate`, engines
+built from scratch. Pictures are compared with those of eager PyTorch in tests/golden/pictures. A
+Python that this machine lacks is said to be missing, and is no failure.
 """
 
 import json
@@ -99,25 +99,31 @@ def find_python(version: str) -> Path | None:
 
 
 def run_cell(cell: Cell, wheel: Path, folder: Path) -> None:
-    """Fill in `cell`: make its environment in `folder`, its pictures, and compare them."""
+    """Fill in `cell`: put its versions into the environment of its Python, make and compare.
+
+    Environments lie in `folder`, one per Python; all but the packages of the cell stay from cell to
+    cell, since they are the same and take minutes.
+    """
     python = find_python(cell.python)
     if python is None:
         cell.reason = f"no Python {cell.python} here"
         return
     cell.ran = True
+    bin = folder / cell.python / ("Scripts" if os.name == "nt" else "bin")
     started = perf_counter()
     try:
-        _run(python, "-m", "venv", folder / "venv")
-        bin = folder / "venv" / ("Scripts" if os.name == "nt" else "bin")
+        if not bin.exists():
+            _run(python, "-m", "venv", folder / cell.python)
         _run(
             *(bin / "python", "-m", "pip", "install", "--quiet", "--no-compile"),
-            *(wheel, f"onnxruntime=={cell.onnxruntime}", *filter(None, [cell.beside])),
+            *(wheel, f"onnxruntime=={cell.onnxruntime}", cell.beside or "onnx"),
         )
         cell.versions = _versions(bin / "python")
         cell.seconds["install"] = round(perf_counter() - started, 1)
         started = perf_counter()
-        for preset in PRESETS:
-            cell.pictures[preset] = _picture(bin, folder, preset)
+        with tempfile.TemporaryDirectory(dir=folder) as outputs:
+            for preset in PRESETS:
+                cell.pictures[preset] = _picture(bin, Path(outputs), preset)
         cell.seconds["pictures"] = round(perf_counter() - started, 1)
         cell.passed = all(is_close(**numbers) for numbers in cell.pictures.values())
         if not cell.passed:
@@ -210,17 +216,20 @@ def table_of(cells: Sequence[Cell]) -> Table:
     type=click.Path(path_type=Path, dir_okay=False),
     help="Write the results as JSON to this file [all of them: benchmarks/results].",
 )
-def main(only: tuple[str, ...], bounds: bool, out: Path | None) -> None:
+@click.option(
+    "--environments",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Keep the environments in this folder, for the next run [made anew].",
+)
+def main(only: tuple[str, ...], bounds: bool, out: Path | None, environments: Path | None) -> None:
     """Make the golden pictures with several versions of ONNX Runtime; exits with 1 if one fails."""
     chosen = [cell for cell in (BOUNDS if bounds else MATRIX) if not only or cell[1] in only]
     console = Console(stderr=True, highlight=False)
     cells = [Cell(*versions) for versions in chosen]
     with tempfile.TemporaryDirectory(prefix="onnxruntime-versions-") as temporary:
         wheel = build_wheel(Path(temporary))
-        for number, cell in enumerate(cells):
-            folder = Path(temporary) / str(number)
-            run_cell(cell, wheel, folder)
-            shutil.rmtree(folder, ignore_errors=True)  # half a gigabyte
+        for cell in cells:
+            run_cell(cell, wheel, Path(environments or temporary).absolute())
             state = "passed" if cell.passed else f"failed: {cell.reason}" if cell.ran else "not run"
             console.print(f"Python {cell.python}, onnxruntime {cell.onnxruntime}: {state}")
     if out is None and len(cells) == len(MATRIX):
