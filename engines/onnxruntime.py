@@ -27,6 +27,7 @@ from fastface_trt.engines.engine import Progress, check_inputs, host_arrays
 from fastface_trt.engines.hardware import cpu_hardware, cuda_hardware
 from fastface_trt.engines.manifest import BuildReport, EngineManifest, ModuleSpec
 from fastface_trt.engines.onnx import forms
+from fastface_trt.engines.onnx.saved_graph import drop_repeated_initializers
 from fastface_trt.engines.onnx_file import OnnxFile
 from fastface_trt.engines.onnxruntime_gpu import BoundEngine, ProviderOptions
 from fastface_trt.engines.onnxruntime_session import (
@@ -147,6 +148,7 @@ class OnnxRuntimeBuilder:
             session = self._optimise(self._model(module, source, options), options)
             problem = interface_problem(session, module)
             del session  # its memory is needed again
+            drop_repeated_initializers(graph)
             if problem is None:
                 # A graph that still refers to the export's data, or was cut, shows here.
                 self._session(graph, self._options("off", prepack=False))
