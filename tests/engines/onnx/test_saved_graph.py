@@ -1,4 +1,4 @@
-"""Graphs with their branches' initialisers written twice, as ONNX Runtime 1.22 to 1.30 save them."""
+"""Graphs whose branches have initialisers twice, as ONNX Runtime 1.22 to 1.30 save them."""
 
 import numpy as np
 import onnx
