@@ -32,6 +32,7 @@ from fastface_trt.engines.hardware import cpu_hardware, cuda_hardware
 from fastface_trt.engines.identity import identity_of
 from fastface_trt.engines.manifest import BuildReport, EngineManifest, ModuleSpec
 from fastface_trt.engines.onnx import forms
+from fastface_trt.engines.onnx.saved_graph import drop_repeated_initializers
 from fastface_trt.engines.onnx_file import OnnxFile
 from fastface_trt.engines.onnxruntime_gpu import BoundEngine
 from fastface_trt.engines.onnxruntime_operator import (
@@ -51,9 +52,9 @@ from fastface_trt.engines.onnxruntime_options import (
 from fastface_trt.engines.onnxruntime_session import (
     PROVIDERS,
     Provider,
+    check_provider,
     interface_problem,
     lacks_a_kernel,
-    lacks_provider,
     load_onnxruntime,
     open_session,
     short_message,
@@ -168,9 +169,7 @@ class OnnxRuntimeBuilder:
 
     def check_runs_here(self) -> None:
         """See `EngineBuilder`."""
-        available = load_onnxruntime().get_available_providers()
-        if PROVIDERS[self.provider] not in available:
-            raise lacks_provider(self.provider, available)
+        check_provider(self.provider)
 
     def takes(self, manifest: EngineManifest) -> bool:
         """Only what it would make, since a build takes seconds, and one with attention kernels.
@@ -188,8 +187,8 @@ class OnnxRuntimeBuilder:
         `BuildFailed` with ONNX Runtime's own message, `BackendUnavailable` when the provider does
         not run here. Needs memory for the optimised weights once.
         """
+        self.check_runs_here()
         if self.provider in _COMPILES:
-            self.check_runs_here()
             for file in module.files:
                 shutil.copyfile(source / file.path, target / Path(file.path).name)
             return BuildReport()
@@ -210,6 +209,7 @@ class OnnxRuntimeBuilder:
             session = self._optimise(model, options)
             problem = interface_problem(session, module)
             del session  # its memory is needed again
+            drop_repeated_initializers(graph)
             if problem is None:
                 # A graph that still refers to the export's data, or was cut, shows here.
                 self._session(graph, self._options("off", prepack=False, engine=target))
