@@ -6,8 +6,9 @@ INSTALLED := build/installed
 # A CPU build of torch is enough for export and tests; the range for users is in pyproject.toml.
 TORCH ?= torch==2.13.0
 
-.PHONY: setup demo test test-long test-engines test-serving bench bench-full-width sizing evaluate evaluate-quantized mini-export \
-	full-size full-size-engines operator-library clean
+.PHONY: setup demo test test-long test-engines test-serving \
+	test-onnxruntime-versions test-onnxruntime-bounds bench bench-full-width sizing evaluate \
+	evaluate-quantized mini-export full-size full-size-engines operator-library clean
 
 # The light runtime: no torch, no diffusers.
 $(VENV)/.runtime: pyproject.toml
@@ -43,6 +44,15 @@ test-long: setup
 # them (fp16, fp8, int8); no GPU needed.
 test-engines: setup
 	$(BIN)/pytest -m engines
+
+# The golden pictures by every second minor version of onnxruntime, in environments of their own, on
+# Python 3.10, 3.11 and 3.13 where they are: writes benchmarks/results/onnxruntime-versions.json.
+# Ten minutes; the oldest and the newest alone, which CI runs, two.
+test-onnxruntime-versions: setup
+	$(BIN)/python -m benchmarks.onnxruntime_versions
+
+test-onnxruntime-bounds: setup
+	$(BIN)/python -m benchmarks.onnxruntime_versions --bounds
 
 # Load, faults and fuzz against whole servers; the page in a headless Chromium, where there is one.
 test-serving: setup

@@ -9,10 +9,20 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
+
 from fastface_trt.engines.engine import EngineBuilder
-from fastface_trt.engines.hardware import cpu_hardware, cuda_hardware
+from fastface_trt.engines.hardware import cpu_hardware, cuda_hardware, why_no_gpu
 from fastface_trt.engines.onnxruntime import OnnxRuntimeBuilder
-from fastface_trt.engines.onnxruntime_session import PROVIDERS, REINSTALL, Provider, open_session
+from fastface_trt.engines.onnxruntime_session import (
+    PROVIDERS,
+    REINSTALL,
+    Provider,
+    check_provider,
+    open_session,
+    provider_source,
+    short_message,
+)
 from fastface_trt.engines.tensorrt.builder import TensorRTBuilder
 from fastface_trt.engines.tensorrt.flavour import FlavourName, find_flavour
 from fastface_trt.errors import BackendUnavailable, UnknownName
@@ -57,36 +67,48 @@ def probe_backends() -> list[BackendStatus]:
     return [backend.probe() for backend in BACKENDS.values()]
 
 
-_IDENTITY_MODEL = bytes.fromhex(
-    "08083a370a100a017812017922084964656e746974791201675a0f0a0178120a0a08080112040a020801"
-    "620f0a0179120a0a08080112040a02080142040a001011"
+_SQUARE_MODEL = bytes.fromhex(
+    "08083a350a0e0a01780a017812017922034d756c1201675a0f0a0178120a0a08080112040a020801620f0a0179"
+    "120a0a08080112040a02080142040a001011"
 )
-"""An ONNX model of one Identity, float32 [1] → [1]: the only honest test of a provider."""
+"""An ONNX model of one Mul, float32 [1] → [1], y = x·x: opening it shows whether a provider starts,
+running it whether there is a kernel for this GPU in it."""
 
 
 def _probe_onnxruntime(name: str, provider: Provider) -> BackendStatus:
     installed = _installed("onnxruntime")
-    packages = ", ".join(f"{package} {version}" for package, version in installed.items())
     version = next(iter(installed.values()), "")
     try:
         import onnxruntime
 
         version = str(onnxruntime.__version__)
+        source = provider_source(provider)
+        check_provider(provider)
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4  # a library that is missing is said below, in one sentence
-        open_session(_IDENTITY_MODEL, options, provider)
+        session = open_session(_SQUARE_MODEL, options, provider)
+        if provider in ("cpu", "cuda"):  # the others compile first, for seconds
+            (square,) = session.run(None, {"x": np.array([3], dtype=np.float32)})
+            if square.tolist() != [9]:
+                raise RuntimeError(f"3 times 3 is {square.tolist()} there")
     except BackendUnavailable as error:
         return BackendStatus(name, False, version, error.message, error.mend)
     except Exception as error:  # whatever a broken installation throws
-        detail = f"{PROVIDERS[provider]} does not start: {error}"
-        return BackendStatus(name, False, version, detail, REINSTALL)
+        detail = f"{PROVIDERS[provider]} does not work: {short_message(error)}"
+        return BackendStatus(name, False, version, detail, _mend(str(error)))
     hardware = cpu_hardware() if provider == "cpu" else cuda_hardware()
-    detail = f"{PROVIDERS[provider]} on {' '.join(hardware.values())}"
-    if len(installed) < 2:
-        return BackendStatus(name, True, version, detail)
-    # It works by luck: the next install or upgrade of either changes which one is imported.
-    detail += f"; installed over each other: {packages}"
-    return BackendStatus(name, True, version, detail, REINSTALL)
+    detail = f"{PROVIDERS[provider]} ({source}) on {' '.join(hardware.values())}"
+    if len(installed) > 1:
+        # The next install or upgrade of either changes which one is imported.
+        packages = ", ".join(f"{package} {number}" for package, number in installed.items())
+        detail += f"; installed over each other: {packages}"
+    return BackendStatus(name, True, version, detail)
+
+
+def _mend(reason: str) -> str:
+    if "no kernel image" in reason or "NoKernelImage" in reason:
+        return "This onnxruntime-gpu has no kernels for this GPU: try its newest, or tensorrt."
+    return REINSTALL
 
 
 def _probe_tensorrt(name: FlavourName) -> BackendStatus:
@@ -100,11 +122,16 @@ def _probe_tensorrt(name: FlavourName) -> BackendStatus:
         return BackendStatus(name, False, version, error.message, error.mend)
     gpu = cuda_hardware()
     if gpu["gpu"] == "unknown":
+        why, mend = why_no_gpu()
         builds = "builds_without_gpu" in flavour.supports
-        detail = "no NVIDIA GPU and driver; " + (
+        detail = f"{flavour.label}: {why}; " + (
             "it builds engines here" if builds else "it needs one to build, too"
         )
-        return BackendStatus(name, False, version, detail, f"It runs on {flavour.gpus}.")
+        return BackendStatus(name, False, version, detail, f"{mend} It runs on {flavour.gpus}.")
+    try:
+        flavour.check_gpu(gpu)
+    except BackendUnavailable as error:
+        return BackendStatus(name, False, version, error.message, error.mend)
     return BackendStatus(name, True, version, f"{flavour.label} on {' '.join(gpu.values())}")
 
 

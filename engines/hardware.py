@@ -3,7 +3,9 @@
 import importlib
 import platform
 import re
+from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -80,3 +82,66 @@ def cuda_driver() -> dict[str, str]:
         if int(error) == 0:
             return {"driver": f"{version // 1000}.{version % 1000 // 10}"}
     return {}
+
+
+Capability = tuple[int, int]
+"""A compute capability, such as (9, 0)."""
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """Compute capabilities that a library takes: each of `listed`, and everything from `since`."""
+
+    since: Capability
+    listed: frozenset[Capability] = frozenset()
+
+    def __contains__(self, capability: object) -> bool:
+        return isinstance(capability, tuple) and (
+            capability >= self.since or capability in self.listed
+        )
+
+    def __str__(self) -> str:
+        names = [f"{major}.{minor}" for major, minor in sorted(self.listed)]
+        since = f"{self.since[0]}.{self.since[1]} or later"
+        return f"{', '.join(names)} and {since}" if names else since
+
+
+FROM_TURING = Capabilities((7, 5))
+"""What CUDA 13 and TensorRT 11 compile for."""
+
+RTX = Capabilities((12, 0), frozenset({(7, 5), (8, 0), (8, 6), (8, 9)}))
+"""TensorRT-RTX 1.7: neither Hopper (9.0: refused when a plan is opened) nor the Blackwell of data
+centres (10.x)."""
+
+
+def why_no_gpu() -> tuple[str, str]:
+    """Why `cuda_hardware` knows no GPU, as the end of a sentence, and the mend."""
+    try:
+        importlib.import_module("cuda.bindings.driver")
+    except (ImportError, OSError) as error:
+        return (
+            f"cuda-python, which finds the GPU, cannot be imported ({error})",
+            "pip install 'fastface-trt[gpu]' (it brings cuda-python).",
+        )
+    if not cuda_driver():
+        return (
+            "there is no NVIDIA driver, and so no GPU, here",
+            "Install NVIDIA's driver (nvidia-smi shows it), or use the backend onnxruntime.",
+        )
+    return (
+        "the driver finds no NVIDIA GPU here",
+        "See what nvidia-smi and CUDA_VISIBLE_DEVICES say; a container needs the GPU passed in.",
+    )
+
+
+def refused_gpu(takes: Capabilities, gpu: Mapping[str, str]) -> str | None:
+    """`gpu` (what `cuda_hardware` gives) in words if `takes` does not hold it, None if it does."""
+    if capability_of(gpu["compute_capability"]) in takes:
+        return None
+    return f"{gpu['gpu']} (compute capability {gpu['compute_capability']})"
+
+
+def capability_of(text: str) -> Capability | None:
+    """A compute capability from its text, such as "9.0"; None for "unknown"."""
+    major, _, minor = text.partition(".")
+    return (int(major), int(minor)) if major.isdigit() and minor.isdigit() else None

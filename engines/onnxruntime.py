@@ -9,32 +9,52 @@ about twice as fast. A build takes memory for the engine once, a running session
 copies of its weights. With "extended" or "basic" the weights stay float16 and are mapped from the
 file: opening takes next to no memory, and every run casts them again.
 
+For the CUDA provider a module is brought into a form of its own first (`engines.onnx.forms`), with
+the attention kernels as a custom operator where its library is at hand; see `onnxruntime_gpu` for
+how it is run. Its weights lie outside of the arena, and the arena is not laid out anew for every
+set of shapes, so that one session serves them all with the memory that the largest needs.
+
 The providers `tensorrt` and `nv-tensorrt-rtx` compile the module whenever it is opened: what they
 would keep on the disk is loaded without being verified, so it is not kept. The backends `tensorrt`
 and `tensorrt-rtx` build once.
 """
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from fastface_trt.engines.closing import Closing
-from fastface_trt.engines.contract import IMAGE_TOKENS
 from fastface_trt.engines.cuda.device import SharedDevice
 from fastface_trt.engines.device import Device, HostDevice, Tensor
 from fastface_trt.engines.engine import Progress, check_inputs, host_arrays
 from fastface_trt.engines.hardware import cpu_hardware, cuda_hardware
+from fastface_trt.engines.identity import identity_of
 from fastface_trt.engines.manifest import BuildReport, EngineManifest, ModuleSpec
 from fastface_trt.engines.onnx import forms
+from fastface_trt.engines.onnx.saved_graph import drop_repeated_initializers
 from fastface_trt.engines.onnx_file import OnnxFile
-from fastface_trt.engines.onnxruntime_gpu import BoundEngine, ProviderOptions
+from fastface_trt.engines.onnxruntime_gpu import BoundEngine
+from fastface_trt.engines.onnxruntime_operator import (
+    has_operator,
+    image_tokens,
+    operator_identity,
+    operator_problem,
+    place_operator,
+    register_operator,
+)
+from fastface_trt.engines.onnxruntime_options import (
+    DEFAULTS,
+    ProviderOptions,
+    build_options,
+    checked_options,
+)
 from fastface_trt.engines.onnxruntime_session import (
     PROVIDERS,
     Provider,
+    check_provider,
     interface_problem,
     lacks_a_kernel,
-    lacks_provider,
     load_onnxruntime,
     open_session,
     short_message,
@@ -43,7 +63,6 @@ from fastface_trt.engines.onnxruntime_weights import find_weights, replace_weigh
 from fastface_trt.engines.probe import read_probe
 from fastface_trt.engines.threads import (
     LARGEST_BYTES,
-    THREADS_FILE,
     Run,
     fastest_threads,
     read_threads,
@@ -51,13 +70,21 @@ from fastface_trt.engines.threads import (
     write_threads,
 )
 from fastface_trt.engines.weight_map import (
+    WEIGHT_MAP,
     Change,
     digest_weights,
     find_change,
     make_map,
     read_map,
 )
-from fastface_trt.errors import BackendUnavailable, BuildFailed, EngineFailed, EngineMismatch
+from fastface_trt.errors import (
+    BackendUnavailable,
+    BuildFailed,
+    EngineFailed,
+    EngineMismatch,
+    FastFaceError,
+    InvalidRequest,
+)
 
 Optimization = Literal["all", "extended", "basic"]
 
@@ -78,7 +105,11 @@ class OnnxRuntimeBuilder:
     """Builds and opens ONNX Runtime engines for one execution provider.
 
     `threads` is the number of threads per operator (None: what was fastest when the engine was
-    built, one per core for large modules); it changes no engine.
+    built, one per core for large modules); it changes no engine. `provider_options` are those of
+    the CUDA provider, see `onnxruntime_options`; all but the few that change the saved graph take
+    effect when an engine is opened, so engines that were built with others serve.
+
+    Raises `UnknownName` and `InvalidRequest` for provider options that there are not.
     """
 
     def __init__(
@@ -86,11 +117,18 @@ class OnnxRuntimeBuilder:
         provider: Provider = "cpu",
         threads: int | None = None,
         optimization: Optimization = "all",
+        provider_options: Mapping[str, object] | None = None,
     ) -> None:
         self.provider: Provider = provider
         self.threads = threads
         self.optimization = optimization
         self.backend = "onnxruntime" if provider == "cpu" else f"onnxruntime-{provider}"
+        if provider_options and provider != "cuda":
+            raise InvalidRequest(
+                f"The backend {self.backend} takes no provider options.",
+                "They are for onnxruntime-cuda.",
+            )
+        self.provider_options = checked_options(provider_options or {})
         self._host, self._gpu = HostDevice(), SharedDevice()
 
     def device(self) -> Device:
@@ -98,27 +136,47 @@ class OnnxRuntimeBuilder:
         return self._host if self.provider == "cpu" else self._gpu.get()
 
     def identity(self, module: ModuleSpec) -> Mapping[str, Any]:
-        """Backend, ONNX Runtime's version, provider, optimisation, and the hardware.
+        """Backend, ONNX Runtime's version, provider, optimisation, form, and the hardware.
 
-        The hardware counts because the saved graph holds layouts and fusions chosen for it.
+        The hardware counts because the saved graph holds layouts and fusions chosen for it. For the
+        CUDA provider a UNet's says whether its attention kernels are here.
         """
+        return self._identity(module)
+
+    def _identity(self, module: ModuleSpec, *, operator: bool | None = None) -> dict[str, Any]:
+        options: dict[str, Any] = {
+            "provider": PROVIDERS[self.provider],
+            "optimization": self.optimization,
+        }
+        if self.provider not in _COMPILES:
+            options["form"] = forms.VERSION
+        if self.provider == "cuda":
+            options |= build_options(self.provider_options)
+            if image_tokens(module) is not None:
+                options |= operator_identity(available=operator)
         return {
             "backend": self.backend,
             "backend_version": str(load_onnxruntime().__version__),
-            "options": {"provider": PROVIDERS[self.provider], "optimization": self.optimization}
-            | ({"attention_form": forms.VERSION} if self.provider == "cpu" else {}),
+            "options": options,
             "hardware": cpu_hardware() if self.provider == "cpu" else cuda_hardware(),
         }
 
+    def _identity_with_operator(self, module: ModuleSpec) -> dict[str, Any] | None:
+        """That of an engine that holds its attention kernels, whether or not more can be made."""
+        if self.provider != "cuda" or image_tokens(module) is None:
+            return None
+        return self._identity(module, operator=True)
+
     def check_runs_here(self) -> None:
         """See `EngineBuilder`."""
-        available = load_onnxruntime().get_available_providers()
-        if PROVIDERS[self.provider] not in available:
-            raise lacks_provider(self.provider, available)
+        check_provider(self.provider)
 
     def takes(self, manifest: EngineManifest) -> bool:
-        """Only what it would make: a build takes seconds, and options change speed and memory."""
-        return False
+        """Only what it would make, since a build takes seconds, and one with attention kernels.
+
+        Those lie in the engine, so that it serves where the compiler for them is gone.
+        """
+        return identity_of(manifest) == self._identity_with_operator(manifest.module)
 
     def build(
         self, module: ModuleSpec, source: Path, target: Path, progress: Progress
@@ -129,11 +187,12 @@ class OnnxRuntimeBuilder:
         `BuildFailed` with ONNX Runtime's own message, `BackendUnavailable` when the provider does
         not run here. Needs memory for the optimised weights once.
         """
+        self.check_runs_here()
         if self.provider in _COMPILES:
-            self.check_runs_here()
             for file in module.files:
                 shutil.copyfile(source / file.path, target / Path(file.path).name)
             return BuildReport()
+        self._gpu.enter_thread()  # a build allocates, and an engine may be recording a graph
         graph = target / _GRAPH
         options = self._options(self.optimization, prepack=False)
         options.optimized_model_filepath = str(graph)
@@ -146,13 +205,15 @@ class OnnxRuntimeBuilder:
         )
         progress(f"Optimising {module.name} with ONNX Runtime")
         try:
-            session = self._optimise(self._model(module, source, options), options)
+            model, warnings = self._model(module, source, target, options, progress)
+            session = self._optimise(model, options)
             problem = interface_problem(session, module)
             del session  # its memory is needed again
+            drop_repeated_initializers(graph)
             if problem is None:
                 # A graph that still refers to the export's data, or was cut, shows here.
-                self._session(graph, self._options("off", prepack=False))
-        except BackendUnavailable:
+                self._session(graph, self._options("off", prepack=False, engine=target))
+        except FastFaceError:
             raise
         except Exception as error:
             raise BuildFailed(
@@ -174,7 +235,7 @@ class OnnxRuntimeBuilder:
             weights = digest_weights(onnx)
             make_map(onnx, weights, find_weights(onnx, weights, engine)).write(target)
         self._measure_threads(module, source, target)
-        return BuildReport()
+        return BuildReport(warnings=warnings)
 
     def _measure_threads(self, module: ModuleSpec, source: Path, target: Path) -> None:
         """Keep beside the engine with how many threads its probe runs fastest, unless told."""
@@ -202,9 +263,10 @@ class OnnxRuntimeBuilder:
         differs, or a weight is not where it can be replaced.
         """
         built = read_map(donor, folder)
+        beside = (file.path for file in donor.files if file.path not in (_GRAPH, WEIGHT_MAP))
         with OnnxFile(source / module.files[0].path) as onnx:
             change = find_change(module, built, onnx)
-            replace_weights(folder, target, (_GRAPH, _WEIGHTS, THREADS_FILE), change, onnx)
+            replace_weights(folder, target, (_GRAPH, *beside), change, onnx)
         built.with_weights(change.weights).write(target)
         return change
 
@@ -214,14 +276,15 @@ class OnnxRuntimeBuilder:
         Raises `EngineMismatch` when it was built for another backend, version or machine, or
         cannot be loaded; `BackendUnavailable` when the provider does not run here.
         """
-        for field, here in self.identity(manifest.module).items():
-            built = getattr(manifest, field)
-            if built != here:
-                raise EngineMismatch(
-                    f"The engine of {manifest.module.name} was built with {field} {built}, "
-                    f"here it is {here}.",
-                    "Build it again on this machine: fastface-trt build.",
-                )
+        if not self.takes(manifest):
+            for field, here in self.identity(manifest.module).items():
+                built = getattr(manifest, field)
+                if built != here:
+                    raise EngineMismatch(
+                        f"The engine of {manifest.module.name} was built with {field} {built}, "
+                        f"here it is {here}.",
+                        "Build it again on this machine: fastface-trt build.",
+                    )
         self.check_runs_here()
         module = manifest.module
         if self.provider == "cpu":
@@ -229,17 +292,39 @@ class OnnxRuntimeBuilder:
             return OnnxRuntimeEngine(module, session, self._host)
         compiles = self.provider in _COMPILES
         graph = folder / (Path(module.files[0].path).name if compiles else _GRAPH)
+        device = self._gpu.get()
         return BoundEngine(
             module,
-            self._gpu.get(),
-            load_onnxruntime().RunOptions(),
+            device,
+            load_onnxruntime().RunOptions,
             lambda provider_options: self._open_session(manifest, graph, provider_options),
+            captures=not compiles and self._can_capture(manifest, folder, device.warn),
         )
+
+    def _can_capture(
+        self, manifest: EngineManifest, folder: Path, warn: Callable[[str], None]
+    ) -> bool:
+        """Whether runs are worth recording as CUDA graphs; tells where the engine is in the way."""
+        if self.provider_options.get("enable_cuda_graph") == "0":
+            return False
+        if image_tokens(manifest.module) is None or has_operator(folder):
+            return True
+        why = " ".join(manifest.report.warnings) or operator_problem()
+        warn(
+            f"No CUDA graph of {manifest.module.name}, launching kernels one by one: without the "
+            f"attention kernels its attention manipulation is a branch of the graph. {why}".strip()
+        )
+        return False
 
     def _open_session(
         self, manifest: EngineManifest, graph: Path, provider_options: ProviderOptions
     ) -> Any:
-        options = self._options("off", prepack=True)
+        options = self._options("off", prepack=True, engine=graph.parent)
+        if provider_options.get("enable_cuda_graph") == "1":
+            options.log_severity_level = 4  # a refusal to record is told by the engine
+        if self.provider == "cuda":
+            chosen = {k: v for k, v in self.provider_options.items() if k != "enable_cuda_graph"}
+            provider_options = {**DEFAULTS, **chosen, **provider_options}
         measured = read_threads(graph.parent)
         if self.threads is None and measured is not None:
             options.intra_op_num_threads = measured
@@ -264,19 +349,48 @@ class OnnxRuntimeBuilder:
             )
         return session
 
-    def _model(self, module: ModuleSpec, source: Path, options: Any) -> Path | bytes:
-        """What is optimised: the export's graph, on a CPU in its form."""
+    def _model(
+        self, module: ModuleSpec, source: Path, target: Path, options: Any, progress: Progress
+    ) -> tuple[Path | bytes, tuple[str, ...]]:
+        """What is optimised, and what to say about it: the export's graph, or a form of it.
+
+        For the CUDA provider the library of its operators is in `target` then.
+        """
         path = source / module.files[0].path
-        tokens = [spec.shape[1] for spec in module.inputs if spec.name == IMAGE_TOKENS]
-        if self.provider != "cpu" or not tokens:
-            return path
-        form = forms.cpu_form(path, int(tokens[0]))
-        if form is None:
-            return path
+        tokens = image_tokens(module)
+        model: bytes | None = None
+        warnings: tuple[str, ...] = ()
+        if self.provider == "cuda":
+            model, warnings = self._cuda_form(module, path, target, progress)
+            register_operator(options, target)
+        elif self.provider == "cpu" and tokens is not None:
+            form = forms.cpu_form(path, tokens)
+            model = None if form is None else form.model
+        if model is None:
+            return path, warnings
         options.add_session_config_entry(
             "session.model_external_initializers_file_folder_path", str(path.parent)
         )
-        return form.model
+        return model, warnings
+
+    def _cuda_form(
+        self, module: ModuleSpec, path: Path, target: Path, progress: Progress
+    ) -> tuple[bytes | None, tuple[str, ...]]:
+        """The form with the attention kernels where they can be had, else the one with branches."""
+        tokens = image_tokens(module)
+        warnings: tuple[str, ...] = ()
+        if tokens is not None and "operator" in operator_identity():
+            form = forms.cuda_form(path, tokens, "operator")
+            if form is not None and form.counts.get("decoupled_attention"):
+                try:
+                    place_operator(form.model, tokens, target)
+                except FastFaceError as error:
+                    warnings = (f"{error.message} {error.mend}".strip(),)
+                    progress(f"Without the attention kernels: {warnings[0]}")
+                else:
+                    return form.model, ()
+        form = forms.cuda_form(path, tokens, "branches")
+        return (None if form is None else form.model), warnings
 
     def _optimise(self, graph: Path | bytes, options: Any) -> Any:
         """A session on the export's graph, which writes the optimised graph when it is made."""
@@ -290,7 +404,8 @@ class OnnxRuntimeBuilder:
         options.add_session_config_entry("session.disable_quant_qdq", "1")
         return self._session(graph, options)
 
-    def _options(self, level: str, prepack: bool) -> Any:
+    def _options(self, level: str, prepack: bool, engine: Path | None = None) -> Any:
+        """Session options; `engine` is the folder of one whose custom operator is needed."""
         ort = load_onnxruntime()
         options = ort.SessionOptions()
         options.log_severity_level = 3
@@ -300,6 +415,14 @@ class OnnxRuntimeBuilder:
         # Several sessions live in one process and run one after the other. Idle threads of one must
         # not spin on the cores that the next one needs; within a run spinning stays, it is faster.
         options.add_session_config_entry("session.force_spinning_stop", "1")
+        if self.provider == "cuda":
+            # Weights of their exact size, beside the arena, which only holds activations then. They
+            # share what it has, whatever the shapes; laid out anew for each set of shapes they
+            # would take a block for each.
+            options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
+            options.enable_mem_pattern = False
+            if engine is not None:
+                register_operator(options, engine)
         if not prepack:
             # Packed copies of the weights serve only runs; a build makes none.
             options.add_session_config_entry("session.disable_prepacking", "1")
@@ -307,7 +430,7 @@ class OnnxRuntimeBuilder:
 
     def _session(self, graph: Path | bytes, options: Any) -> Any:
         model = graph if isinstance(graph, bytes) else str(graph)
-        return open_session(model, options, self.provider)
+        return open_session(model, options, self.provider, build_options(self.provider_options))
 
 
 class OnnxRuntimeEngine(Closing):

@@ -26,9 +26,10 @@ def make_builder(
     """The builder of `backend` for an export's engines.
 
     `threads` is for ONNX Runtime on the CPU. `options` are those of the backend: `optimization` for
-    ONNX Runtime, the fields of `TensorRTOptions` for TensorRT and TensorRT-RTX, whose latent sizes
-    default to the export's own. Without options a TensorRT engine that was built with others serves
-    too. `cache` is where TensorRT's timing cache lies. Raises `UnknownName`, `InvalidRequest`.
+    ONNX Runtime, `provider_options` for its CUDA provider, the fields of `TensorRTOptions` for
+    TensorRT and TensorRT-RTX, whose latent sizes default to the export's own. Without options a
+    TensorRT engine that was built with others serves too. `cache` is where TensorRT's timing cache
+    lies. Raises `UnknownName`, `InvalidRequest`.
     """
     given = dict(options or {})
     if backend not in FLAVOURS:

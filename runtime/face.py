@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from fastface_trt.engines.onnxruntime_libraries import open_libraries
 from fastface_trt.errors import (
     BackendUnavailable,
     EngineFailed,
@@ -259,6 +260,8 @@ def _open_models(model: str, providers: Sequence[str]) -> Any:
             "Install insightface; OpenCV may also need the system libraries libgl1 and libglib2.0.",
         ) from error
     _check_providers(providers, onnxruntime.get_available_providers(), "This machine")
+    if "CUDAExecutionProvider" in providers:  # this may be the process's first session on a GPU
+        open_libraries(onnxruntime, "cuda")
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     # Their idle threads would spin on the cores that the UNet runs on next: half its speed, seen.

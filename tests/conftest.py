@@ -9,7 +9,18 @@ import pytest
 
 TESTS = Path(__file__).parent
 GOLDEN = TESTS / "golden"
-FOLDERS = ("", "..", "bench", "runtime", "engines", "export", "verify", "serving", "fuzz")
+FOLDERS = (
+    "",
+    "..",
+    "bench",
+    "runtime",
+    "engines",
+    "engines/onnx",
+    "export",
+    "verify",
+    "serving",
+    "fuzz",
+)
 sys.path[:0] = [str(TESTS / name) for name in FOLDERS]
 
 

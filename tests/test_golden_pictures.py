@@ -9,17 +9,14 @@ import json
 import numpy as np
 import pytest
 from conftest import GOLDEN
-from PIL import Image
-from skimage.metrics import structural_similarity
 
+from benchmarks.onnxruntime_versions import distance as distance_to_golden
+from benchmarks.onnxruntime_versions import is_close
 from fastface_trt import FastFace
 from fastface_trt.mini.folders import SAMPLE_FACES
 
 PICTURES = GOLDEN / "pictures"
 CASES = json.loads((PICTURES / "cases.json").read_text())
-SSIM, MEAN_ABSOLUTE = 0.9995, 0.1
-"""Thresholds: similarity of 1 is equality; the difference is in 8-bit steps. ONNX Runtime is at
-0.99998 and 0.004; φ = 0.7 instead of 0.75 is at 0.9998 and 0.14."""
 
 
 @pytest.fixture(scope="module")
@@ -37,14 +34,7 @@ def distance(fastface, name, **changed):
         seed=case["seed"],
         **changed,
     )
-    made = np.asarray(result.images[0])
-    golden = np.asarray(Image.open(PICTURES / f"{name}.png"))
-    similarity = structural_similarity(made, golden, channel_axis=2, data_range=255)
-    return similarity, np.abs(made.astype(int) - golden).mean()
-
-
-def is_close(similarity, difference):
-    return similarity >= SSIM and difference <= MEAN_ABSOLUTE
+    return distance_to_golden(np.asarray(result.images[0]), name)
 
 
 @pytest.mark.parametrize("name", CASES)

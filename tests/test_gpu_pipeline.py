@@ -9,13 +9,15 @@ import gc
 import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
 import numpy as np
 import pytest
-from gpu_double import simulated_gpu
+from gpu_double import Session, simulated_gpu, simulated_onnxruntime
 
 from fastface_trt import FastFace
+from fastface_trt.engines.kernels import operator_library
 from fastface_trt.engines.manifest import EXPORT_MANIFEST, ExportManifest, read_manifest
 from fastface_trt.errors import Cancelled, EngineFailed, ExportIncomplete, InvalidRequest
 from fastface_trt.mini import folders
@@ -52,16 +54,34 @@ def cpu(export):
         yield loaded
 
 
-@pytest.fixture(params=["tensorrt", "tensorrt-rtx"])
-def simulated(request, export, tmp_path):
-    with simulated_gpu(request.param) as (cuda, trt):
-        gpu = FastFace.load(
-            export, backend=request.param, cache=tmp_path / "cache", engine_options=OPTIONS
-        )
+@contextmanager
+def loaded(backend, export, cache):
+    tensorrt = backend.startswith("tensorrt")
+    with simulated_gpu(backend if tensorrt else "tensorrt") as (cuda, trt), ExitStack() as stack:
+        if not tensorrt:
+            stack.enter_context(simulated_onnxruntime(cuda))
+        options = OPTIONS if tensorrt else None
+        gpu = FastFace.load(export, backend=backend, cache=cache, engine_options=options)
         yield gpu, cuda, trt
         gpu.close()
         gc.collect()
         assert cuda.leaks() == []
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """An engine cache for what takes its time to build: the attention kernels are compiled."""
+    return tmp_path_factory.mktemp("built")
+
+
+@pytest.fixture(params=["tensorrt", "tensorrt-rtx", "onnxruntime-cuda"])
+def simulated(request, export, tmp_path, built):
+    cache = built if request.param == "onnxruntime-cuda" else tmp_path / "cache"
+    with loaded(request.param, export, cache) as opened:
+        yield opened
+
+
+only_tensorrt = pytest.mark.parametrize("simulated", ["tensorrt", "tensorrt-rtx"], indirect=True)
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +107,18 @@ def test_the_picture_is_the_cpus(simulated, cpu, face, preset):
         same(pixels(ours), pixels(cpu(PROMPT, face, preset=preset, seed=seed)))
     assert ours.unet_samples == {"plain": 4, "am1+dcg": 10, "am2+dcg": 12}[preset]
     assert set(ours.seconds) == {"total", "face", "text", "unet", "vae"}
+
+
+def test_without_the_attention_kernels_the_picture_is_the_same(
+    export, cpu, face, tmp_path, monkeypatch
+):
+    """The UNet has branches then, and is told to be slower."""
+    none = operator_library.LibraryStatus(False, "", "")
+    monkeypatch.setattr(operator_library, "library_status", lambda: none)
+    with loaded("onnxruntime-cuda", export, tmp_path / "cache") as (gpu, _, _):
+        with pytest.warns(RuntimeWarning, match="No CUDA graph of unet"):
+            ours = gpu(PROMPT, face, preset="am2+dcg")
+        same(pixels(ours), pixels(cpu(PROMPT, face, preset="am2+dcg")))
 
 
 def test_no_tensor_crosses_to_the_host_inside_a_picture(simulated, face):
@@ -125,6 +157,30 @@ def test_nothing_is_waited_for_between_two_unet_calls(simulated, face):
     assert not {"cuStreamSynchronize", "cuMemcpyDtoHAsync"} & set(between)
 
 
+@pytest.mark.parametrize("simulated", ["onnxruntime-cuda"], indirect=True)
+def test_a_change_of_rows_launches_and_binds_nothing_anew(simulated, face):
+    """Every run of every module is a replay, whatever preset came before."""
+    gpu, cuda, _ = simulated
+    presets = ("am1+dcg", "plain", "am2+dcg")
+    for preset in presets:
+        gpu(PROMPT, face, preset=preset)
+    assert gpu._modules["unet"].captures
+    sessions = [one for one in Session.made if one.records]
+    assert {len(one.graphs) for one in sessions} == {1, 3}  # the UNet and its step: 1, 2, 3 rows
+    made = [(len(one.runs), len(one.bindings)) for one in sessions]
+    start = len(cuda.calls)
+    for preset in presets:
+        gpu(PROMPT, face, preset=preset, seed=1)
+    assert made == [(len(one.runs), len(one.bindings)) for one in sessions]
+    names = [name for _, name, _ in cuda.calls[start:]]
+    calls = 3 * (4 + 4 + 1)  # UNet, guidance step, VAE
+    assert names.count("cuStreamWaitEvent") == 2 * calls
+    # The clock of five stages, and the downloads of the picture and of the last latents.
+    assert names.count("cuStreamSynchronize") == 3 * (5 + 2)
+    assert not {"cuMemAlloc", "cuMemFree", "cuMemAllocHost", "cuMemFreeHost"} & set(names)
+
+
+@only_tensorrt
 def test_stages_are_timed_by_events_of_the_threads_own_stream(simulated, face):
     """Timing adds events to the stream and nothing else: no copy, no wait before the end."""
     gpu, cuda, _ = simulated
@@ -159,6 +215,7 @@ def test_stages_are_timed_by_events_of_the_threads_own_stream(simulated, face):
     assert all(end <= begin + 1e-9 for end, begin in zip(ends, starts[1:], strict=False))
 
 
+@only_tensorrt
 def test_every_threads_stages_lie_on_its_own_stream(simulated, face):
     gpu, cuda, _ = simulated
     gpu(PROMPT, face)
@@ -282,6 +339,7 @@ def test_an_export_without_a_guidance_step_says_so(tmp_path, face):
     assert "export the model again" in caught.value.mend
 
 
+@only_tensorrt
 def test_a_size_that_was_not_built_is_refused_with_the_command(simulated, face):
     gpu, _, _ = simulated
     with pytest.raises(InvalidRequest, match="does not run sample") as caught:

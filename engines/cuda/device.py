@@ -53,7 +53,7 @@ class CudaDevice:
             "driver": str(self.driver.version()),
         }
         self._context = self.driver.retain_context(self._device)
-        self.driver.use_context(self._context)
+        self.enter_thread()
         self._pool = self.driver.pool_create(ordinal)
         self._events = TimingEvents(self.driver, self._context)
         self._ordinal = ordinal
@@ -191,13 +191,21 @@ class CudaDevice:
 
     # What engines call besides
 
+    def enter_thread(self) -> None:
+        """Make the GPU's context the calling thread's, for one that needs no stream of its own.
+
+        What the thread allocates then breaks no CUDA graph that another one records meanwhile.
+        """
+        self.driver.use_context(self._context)
+        self.driver.ignore_captures_elsewhere()
+
     def stream(self) -> Stream:
         """The calling thread's stream; makes the GPU's context this thread's on its first call."""
         if self.closed:
             raise EngineFailed(f"The device {self.name} is closed.", "Load the model again.")
         stream: Stream | None = getattr(self._here, "stream", None)
         if stream is None:
-            self.driver.use_context(self._context)
+            self.enter_thread()
             stream = self._here.stream = self._stream_for(threading.current_thread())
         return stream
 
@@ -274,6 +282,12 @@ class SharedDevice:
             if self._device is None or self._device.closed:
                 self._device = CudaDevice()
             return self._device
+
+    def enter_thread(self) -> None:
+        """Let this thread use the GPU beside the open device, if any; see `CudaDevice`."""
+        with self._lock:
+            if self._device is not None and not self._device.closed:
+                self._device.enter_thread()
 
 
 def _number(handle: Any) -> int:

@@ -101,6 +101,15 @@ class Driver:
         finally:
             self._call("cuCtxPopCurrent")
 
+    def ignore_captures_elsewhere(self) -> None:
+        """Let this thread allocate while another thread records a CUDA graph.
+
+        A recording in the strictest mode, such as ONNX Runtime's, forbids it to all threads that
+        have not asked for this, and breaks when one of them allocates all the same.
+        """
+        mode = self._cuda.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
+        self._call("cuThreadExchangeStreamCaptureMode", mode)
+
     # Streams
 
     def stream(self, number: int) -> Handle:

@@ -72,9 +72,12 @@ class TensorRTBuilder:
         }
 
     def check_runs_here(self) -> None:
-        """Raise `BackendUnavailable` without the binding, or without a GPU and its driver."""
+        """Raise `BackendUnavailable` without the binding, or without a GPU that it takes."""
         self.flavour.module()
-        if cuda_hardware()["gpu"] == "unknown":
+        gpu = cuda_hardware()
+        if gpu["gpu"] != "unknown":
+            self.flavour.check_gpu(gpu)
+        else:
             builds = "builds_without_gpu" in self.flavour.supports
             raise BackendUnavailable(
                 f"{self.flavour.label} finds no NVIDIA GPU and driver here.",
@@ -101,6 +104,8 @@ class TensorRTBuilder:
         """
         if "builds_without_gpu" not in self.flavour.supports:
             self.check_runs_here()
+        elif cuda_hardware()["gpu"] != "unknown" and not self.options.targets:
+            self.flavour.check_gpu(cuda_hardware())  # an engine for this GPU would never open
         for dtype in {tensor.dtype for tensor in (*module.inputs, *module.outputs)}:
             if dtype == "bfloat16":
                 raise BuildFailed(

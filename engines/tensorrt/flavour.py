@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Literal
 
+from fastface_trt.engines.hardware import FROM_TURING, RTX, Capabilities, refused_gpu
 from fastface_trt.errors import BackendUnavailable, InvalidRequest, UnknownName
 
 FlavourName = Literal["tensorrt", "tensorrt-rtx"]
@@ -33,7 +34,8 @@ CAPABILITIES: Mapping[str, str] = MappingProxyType(
 class Flavour:
     """One flavour: its import name, the oldest major version it is written for, what it can do.
 
-    `gpus` says in words which GPUs it runs on, for messages and tables.
+    `gpus` says in words which GPUs it runs on, for messages and tables, `takes` by their compute
+    capabilities.
     """
 
     name: FlavourName
@@ -42,6 +44,7 @@ class Flavour:
     oldest: tuple[int, int]
     supports: frozenset[str]
     gpus: str
+    takes: Capabilities
 
     def module(self) -> Any:
         """The imported binding; raises `BackendUnavailable` when it is missing or too old."""
@@ -64,6 +67,20 @@ class Flavour:
     def version(self) -> str:
         """The binding's version; raises `BackendUnavailable` without one."""
         return str(self.module().__version__)
+
+    def check_gpu(self, gpu: Mapping[str, str]) -> None:
+        """Raise `BackendUnavailable` if `gpu`, known to `cuda_hardware`, is none that it takes."""
+        refused = refused_gpu(self.takes, gpu)
+        if refused is not None:
+            elsewhere = (
+                "; `fastface-trt build --target` builds for others"
+                if "compute_capabilities" in self.supports
+                else ""
+            )
+            raise BackendUnavailable(
+                f"{self.label} {self.version()} does not take {refused}; it takes {self.takes}.",
+                f"Use the backend onnxruntime-cuda on this GPU{elsewhere}.",
+            )
 
     def require(self, capability: str) -> None:
         """Raise `InvalidRequest` unless this flavour has `capability`."""
@@ -93,6 +110,7 @@ FLAVOURS: Mapping[str, Flavour] = MappingProxyType(
                     ("hardware_compatibility", "plugins", "timing_cache", "version_compatibility")
                 ),
                 "data-centre and workstation GPUs from Turing on, and Jetson",
+                FROM_TURING,
             ),
             Flavour(
                 "tensorrt-rtx",
@@ -108,6 +126,7 @@ FLAVOURS: Mapping[str, Flavour] = MappingProxyType(
                     )
                 ),
                 "RTX GPUs: Turing, Ampere, Ada and Blackwell",
+                RTX,
             ),
         )
     }

@@ -129,7 +129,12 @@ def _with_roofline(report: BenchReport, load: Mapping[str, Any], progress: Progr
     case = [one for one in report.cases if one.requests == one.concurrency == 1][-1]
     export = find_export(load["export"])
     manifest = read_manifest(export / EXPORT_MANIFEST, ExportManifest)
-    builder = make_builder(manifest, load["backend"], threads=load.get("threads"))
+    builder = make_builder(
+        manifest,
+        load["backend"],
+        threads=load.get("threads"),
+        options=load.get("engine_options"),
+    )
     on_host = isinstance(builder.device(), HostDevice)
     progress("Measuring what the machine can do at best")
     try:

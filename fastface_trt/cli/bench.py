@@ -21,8 +21,10 @@ from fastface_trt.cli.common import (
     Counts,
     backend_options,
     console,
+    engine_options,
     licence_option,
     parse_size,
+    provider_option,
     timed_lines,
 )
 from fastface_trt.cli.sizing import sizing
@@ -38,6 +40,7 @@ SCHEMA_FILE = Path("benchmarks/bench.schema.json")
 
 @click.group(invoke_without_command=True)
 @backend_options
+@provider_option
 @click.option(
     "--preset",
     "presets",
@@ -118,6 +121,7 @@ def _bench(
     backend: str,
     cache: Path | None,
     threads: int | None,
+    provider_options: dict[str, str] | None,
     presets: tuple[str, ...],
     size: str | None,
     plan: Literal["exact", "full", "lean"],
@@ -151,6 +155,7 @@ def _bench(
         "backend": backend,
         "cache": None if cache is None else str(cache.absolute()),
         "threads": threads,
+        "engine_options": engine_options(provider_options),
         "build": not no_build,
         "licence_acknowledged": accept_licence,
     }

@@ -14,6 +14,7 @@ from fastface_trt.cli.common import (
     backend_options,
     console,
     parse_size,
+    provider_option,
     timed_lines,
 )
 from fastface_trt.engines.cache import EngineCache
@@ -26,6 +27,7 @@ from fastface_trt.export_folder import find_export
 
 @click.command()
 @backend_options
+@provider_option
 @click.option("--module", "modules", multiple=True, help="Only this module (repeatable).")
 @click.option(
     "--optimization",

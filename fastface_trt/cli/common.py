@@ -95,6 +95,34 @@ def backend_options(command: Command) -> Command:
     return command
 
 
+def provider_option(command: Command) -> Command:
+    """`--provider-option KEY=VALUE`, as a dict in `provider_options`; None without any."""
+
+    def pairs(context: Any, parameter: Any, values: tuple[str, ...]) -> dict[str, str] | None:
+        for value in values:
+            if "=" not in value:
+                raise InvalidRequest(
+                    f"--provider-option is {value!r}.",
+                    "Write KEY=VALUE, e.g. cudnn_conv_algo_search=EXHAUSTIVE.",
+                )
+        return dict(value.split("=", 1) for value in values) or None
+
+    return click.option(
+        "--provider-option",
+        "provider_options",
+        multiple=True,
+        metavar="KEY=VALUE",
+        callback=pairs,
+        help="onnxruntime-cuda: an option of ONNX Runtime's CUDA provider, such as use_tf32=1 "
+        "(repeatable).",
+    )(command)
+
+
+def engine_options(provider_options: dict[str, str] | None) -> dict[str, Any] | None:
+    """What `FastFace.load` takes for what `provider_option` gave."""
+    return None if provider_options is None else {"provider_options": provider_options}
+
+
 def licence_option(command: Command) -> Command:
     """`--accept-licence`."""
     return click.option(

@@ -4,11 +4,13 @@ import importlib.metadata
 import importlib.util
 import json
 import platform
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
 import click
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from fastface_trt import __version__
@@ -16,6 +18,8 @@ from fastface_trt.cli.common import FILE, FOLDER, console, timed_lines
 from fastface_trt.engines.backends import BACKENDS, BackendStatus, probe_backends
 from fastface_trt.engines.cache import EngineCache
 from fastface_trt.engines.files import storage_errors, write_text_durably
+from fastface_trt.engines.hardware import cuda_driver, cuda_hardware, why_no_gpu
+from fastface_trt.engines.onnxruntime_session import libraries_status
 from fastface_trt.errors import BackendUnavailable, UnknownName
 from fastface_trt.self_test import REFERENCE, Check, SelfTest, require_export_extra
 
@@ -27,7 +31,7 @@ EXTRAS = {
     "kernels": ("nvidia-cuda-nvrtc", "cuda-core"),
     "quantize": ("nvidia-modelopt",),
 }
-RUNTIME = ("numpy", "onnxruntime", "insightface", "tokenizers", "pillow", "safetensors")
+RUNTIME = ("numpy", "onnxruntime", "onnx", "insightface", "tokenizers", "pillow", "safetensors")
 
 
 def _version(package: str) -> str | None:
@@ -89,6 +93,7 @@ def doctor(
             "runtime": {p: _version(p) for p in RUNTIME},
             "extras": _extras(),
             "backends": [asdict(status) for status in backends],
+            "facts": _facts(),
             "cache": str(EngineCache().root),
         }
         click.echo(json.dumps(report, indent=2))
@@ -106,7 +111,24 @@ def doctor(
         lack = [p for p, v in packages.items() if not v]
         table.add_row(name, ", ".join(have) or "-", ", ".join(lack) or "-")
     out.print(table)
-    out.print(f"Engine cache: {EngineCache().root}")
+    for name, fact in _facts().items():
+        out.print(f"{name}: {fact}", markup=False, soft_wrap=True)
+    out.print(f"Engine cache: {EngineCache().root}", markup=False, soft_wrap=True)
+
+
+def _facts() -> dict[str, str]:
+    """Single lines about this machine, in the order in which they are printed."""
+    gpu, driver = cuda_hardware(), cuda_driver().get("driver", "unknown")
+    if gpu["gpu"] == "unknown":
+        facts = {"GPU": f"none: {why_no_gpu()[0]}"}
+    else:
+        capability = gpu["compute_capability"]
+        card = f"{gpu['gpu']}, compute capability {capability}, driver for CUDA {driver}"
+        facts = {"GPU": card}
+    with suppress(BackendUnavailable):  # the table has said what is wrong with ONNX Runtime
+        if libraries := libraries_status():
+            facts["CUDA libraries of ONNX Runtime"] = libraries
+    return facts
 
 
 def _on_gpu(backends: list[BackendStatus]) -> list[str]:
@@ -146,15 +168,21 @@ def _print_checks(out: Console, checks: list[Check]) -> None:
         table.add_column(heading, overflow="fold")
     for check in checks:
         passed = "[green]yes[/green]" if check.passed else "[red]no[/red]"
-        table.add_row(check.backend, check.name, passed, check.detail)
+        table.add_row(check.backend, check.name, passed, escape(check.detail))
     out.print(table)
 
 
 def _print_backends(out: Console, backends: list[BackendStatus]) -> None:
     table = Table(title="Backends", show_lines=True)
-    for heading in ("backend", "works", "what", "mend"):
+    for heading in ("backend", "works", "what"):
         table.add_column(heading, overflow="fold")
+    mends: dict[str, list[str]] = {}
     for status in backends:
         works = "[green]yes[/green]" if status.works else "[red]no[/red]"
-        table.add_row(status.name, works, status.detail, status.mend or "-")
+        table.add_row(status.name, works, escape(status.detail))
+        if status.mend:
+            mends.setdefault(status.mend, []).append(status.name)
     out.print(table)
+    # Below the table, and never wrapped, so that a command can be copied.
+    for mend, names in mends.items():
+        out.print(f"{', '.join(names)}: {mend}", markup=False, soft_wrap=True)

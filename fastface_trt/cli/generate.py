@@ -13,9 +13,11 @@ from PIL import Image
 from fastface_trt.cli.common import (
     backend_options,
     console,
+    engine_options,
     licence_option,
     parse_size,
     passing_phases,
+    provider_option,
     timed_lines,
 )
 from fastface_trt.engines.files import storage_errors
@@ -88,6 +90,7 @@ def request_fields(preset: str, steps: int, given: Mapping[str, Any]) -> dict[st
 
 @click.command()
 @backend_options
+@provider_option
 @click.option(
     "--face",
     "faces",
@@ -188,6 +191,7 @@ def generate(
     backend: str,
     cache: Path | None,
     threads: int | None,
+    provider_options: dict[str, str] | None,
     faces: tuple[str, ...],
     prompts: tuple[str, ...],
     presets: tuple[str, ...],
@@ -225,6 +229,7 @@ def generate(
             backend=backend,
             cache=cache,
             threads=threads,
+            engine_options=engine_options(provider_options),
             build=not no_build,
             licence_acknowledged=accept_licence,
             progress=phase,

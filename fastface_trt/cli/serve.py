@@ -14,7 +14,9 @@ from fastface_trt.cli.common import (
     Command,
     backend_options,
     console,
+    engine_options,
     licence_option,
+    provider_option,
     timed_lines,
 )
 from fastface_trt.cli.ray_options import ray_options, serve_on_ray
@@ -82,6 +84,7 @@ def api_keys(file: Path | None, variable: str) -> tuple[str, ...]:
 
 @click.command()
 @backend_options
+@provider_option
 @click.option("--schedule-of", metavar="NAME", help="Sampler and steps of another checkpoint.")
 @click.option("--workers", type=_COUNT, help="Processes with engines [one per GPU, or one].")
 @_limit(
@@ -165,6 +168,7 @@ def serve(
     export_folder: str,
     accept_licence: bool,
     workers: int | None,
+    provider_options: dict[str, str] | None,
     api_keys_file: Path | None,
     allow_anonymous: bool,
     no_ai_mark: bool,
@@ -179,6 +183,7 @@ def serve(
     """
     given |= {
         "export": export_folder,
+        "engine_options": engine_options(provider_options),
         "licence_acknowledged": accept_licence,
         "api_keys": api_keys(api_keys_file, os.environ.get(KEYS_VARIABLE, "")),
         "ai_mark": not no_ai_mark,

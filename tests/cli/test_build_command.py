@@ -9,6 +9,7 @@ from fastface_trt.cli.build import build_options
 from fastface_trt.cli.main import USER_ERROR, cli
 from fastface_trt.engines.tensorrt.options import DynamicProfile
 from fastface_trt.errors import InvalidRequest
+from fastface_trt.mini import folders
 
 NOTHING = dict.fromkeys(("sizes", "dynamic", "max_requests", "requests", "targets"))
 
@@ -50,6 +51,8 @@ def test_sizes_that_do_not_read(given, message):
         (("--backend", "tensorrt", "--target", "sm89"), "does not offer"),
         (("--backend", "tensorrt-rtx", "--target", "sm1"), "targets.0 is not valid"),
         (("--module", "unett"), "Did you mean 'unet'"),
+        (("--provider-option", "use_tf32"), "Write KEY=VALUE"),
+        (("--provider-option", "use_tf32=1"), "onnxruntime takes no provider options"),
     ],
 )
 def test_options_that_do_not_fit_are_one_sentence(tmp_path, arguments, message):
@@ -57,6 +60,17 @@ def test_options_that_do_not_fit_are_one_sentence(tmp_path, arguments, message):
     assert result.exit_code == USER_ERROR
     assert message in result.output
     assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize("command", ["build", "generate", "bench"])
+def test_provider_options_reach_the_builder(tmp_path, command):
+    """Which refuses them before anything is built, or a GPU is looked for."""
+    needed = {"generate": ("--face", folders.SAMPLE_FACES / "ada.png", "--prompt", "a person")}
+    where = ("--backend", "onnxruntime-cuda", "--cache", tmp_path, "--provider-option", "use_tf3=1")
+    result = run(command, *where, *needed.get(command, ()))
+    assert result.exit_code == USER_ERROR
+    assert "Did you mean 'use_tf32'" in result.output
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_log_holds_every_event(tiny_export, tmp_path):

@@ -18,6 +18,8 @@ from cuda.bindings import driver as real_driver
 from fake_cuda_handles import FakeStream, Handle, documented_values
 from simulated_memory import Cuda, SimulatedMemory
 
+_GLOBAL = real_driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_GLOBAL
+
 
 class FakeCuda(SimulatedMemory):
     """Put it into `sys.modules["cuda.bindings.driver"]`. `memory` is the GPU's, in bytes."""
@@ -116,9 +118,12 @@ class FakeCuda(SimulatedMemory):
             raise Cuda("CUDA_ERROR_INVALID_CONTEXT")
 
     def _not_recording(self):
-        """Calls that break a recording of the calling thread."""
+        """Calls that break a recording of the calling thread, or a strict one of any thread."""
+        strict = getattr(self._current, "capture_mode", _GLOBAL) == _GLOBAL
         for stream in self._handles.values():
-            if isinstance(stream, FakeStream) and stream.recorder == threading.get_ident():
+            if not isinstance(stream, FakeStream) or stream.recorder is None:
+                continue
+            if stream.recorder == threading.get_ident() or (strict and stream.strict):
                 stream.broken = True
                 raise Cuda("CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED")
 
@@ -184,6 +189,11 @@ class FakeCuda(SimulatedMemory):
         popped = self._current.context
         *self._current.stack, self._current.context = self._current.stack
         return popped
+
+    def _cuThreadExchangeStreamCaptureMode(self, mode):
+        before = getattr(self._current, "capture_mode", _GLOBAL)
+        self._current.capture_mode = mode
+        return before
 
     # Streams and events
 
@@ -350,6 +360,11 @@ class FakeCuda(SimulatedMemory):
 
     def _cuStreamBeginCapture(self, stream, mode):
         assert mode == real_driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
+        self.record(stream, strict=False)
+
+    def record(self, stream, *, strict):
+        """Begin a recording; a strict one is what `CU_STREAM_CAPTURE_MODE_GLOBAL` makes."""
+        stream.strict = strict
         stream.recording, stream.broken = [], False
         stream.recorder = threading.get_ident()
 

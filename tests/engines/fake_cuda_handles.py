@@ -31,6 +31,7 @@ class FakeStream(Handle):
     done: int = 0
     recording: list | None = None
     recorder: int | None = None
+    strict: bool = False
     broken: bool = False
 
     def __post_init__(self):

@@ -32,3 +32,28 @@ def test_cuda_without_cuda_python_is_unknown(monkeypatch):
         "gpu": "unknown",
         "compute_capability": "unknown",
     }
+    why, mend = hardware.why_no_gpu()
+    assert "cuda-python" in why
+    assert "fastface-trt[gpu]" in mend
+
+
+@pytest.mark.parametrize(
+    ("takes", "inside", "outside"),
+    [
+        (hardware.RTX, "7.5 8.0 8.6 8.9 12.0 12.1 13.0", "7.0 8.7 9.0 10.0 10.3 11.0 unknown"),
+        (hardware.FROM_TURING, "7.5 8.0 9.0 10.0 12.0", "6.1 7.0 7.2 unknown"),
+    ],
+)
+def test_which_gpus_a_library_takes(takes, inside, outside):
+    for texts, expected in ((inside, True), (outside, False)):
+        for text in texts.split():
+            gpu = {"gpu": "Some GPU", "compute_capability": text}
+            assert (hardware.refused_gpu(takes, gpu) is None) is expected, text
+    assert hardware.refused_gpu(takes, gpu) == "Some GPU (compute capability unknown)"
+
+
+def test_why_there_is_no_gpu(monkeypatch):
+    monkeypatch.setattr(hardware, "cuda_driver", lambda: {})
+    assert "no NVIDIA driver" in hardware.why_no_gpu()[0]
+    monkeypatch.setattr(hardware, "cuda_driver", lambda: {"driver": "13.0"})
+    assert "finds no NVIDIA GPU" in hardware.why_no_gpu()[0]

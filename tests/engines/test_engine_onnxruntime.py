@@ -11,6 +11,7 @@ import onnxruntime
 import pytest
 from tiny_models import OUT, WIDTH, expected, tree, write_module
 
+from fastface_trt.engines import onnxruntime_session
 from fastface_trt.engines.cache import EngineCache
 from fastface_trt.engines.files import describe_file
 from fastface_trt.engines.manifest import TensorSpec
@@ -132,6 +133,8 @@ def test_onnxruntime_falling_back_to_the_cpu_is_noticed(tmp_path, monkeypatch):
     builder = OnnxRuntimeBuilder("cuda")
     listed = ["CUDAExecutionProvider", "CPUExecutionProvider"]
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: listed)
+    gpu = {"gpu": "NVIDIA H100", "compute_capability": "9.0"}
+    monkeypatch.setattr(onnxruntime_session, "cuda_hardware", lambda: gpu)
     target = tmp_path / "target"
     target.mkdir()
     with pytest.raises(BackendUnavailable, match=r"asked for CUDA.* and took CPU") as caught:

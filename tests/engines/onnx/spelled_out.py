@@ -108,14 +108,17 @@ OPERATORS = {
 
 
 def spelled_out(form, functions=()):
-    """The bytes of a form without operators that a CPU lacks; `functions` are the export's."""
+    """The bytes of a form without operators that a CPU lacks.
+
+    `functions` are the export's; without them the custom operator stays, whose library is needed.
+    """
     model = onnx.load_from_string(form)
     plain = _Plain(model)
     for node in model.graph.node:
         attributes = {one.name: helper.get_attribute_value(one) for one in node.attribute}
         if node.domain == "com.microsoft" and node.op_type in OPERATORS:
             OPERATORS[node.op_type](plain, node, attributes)
-        elif node.domain == KERNEL_DOMAIN:
+        elif node.domain == KERNEL_DOMAIN and functions:
             plain.decoupled_attention(node, attributes)
         else:
             plain.nodes.append(node)

@@ -114,6 +114,33 @@ def test_what_needs_a_gpu_says_so(store, tmp_path, monkeypatch):
         store.open(module, tmp_path / "export", small())
 
 
+def test_a_gpu_that_tensorrt_rtx_refuses_is_told_before_a_build(tmp_path, monkeypatch):
+    monkeypatch.setattr(builder_module, "cuda_hardware", lambda: HOPPER)
+    monkeypatch.setattr(builder_module, "run_in_child", lambda job, tell: {})
+    module = write_module(tmp_path / "export")
+
+    def build(builder):
+        builder.build(module, tmp_path / "export", tmp_path, print)
+
+    for act in (lambda: build(small()), small().check_runs_here):
+        with pytest.raises(BackendUnavailable, match=r"does not take NVIDIA H100 .*9\.0") as caught:
+            act()
+        assert "--target" in caught.value.mend
+    build(small(targets=("sm89",)))  # for another machine
+    monkeypatch.setattr(builder_module, "cuda_hardware", lambda: NOWHERE)
+    build(small())
+    old = {"gpu": "NVIDIA V100", "compute_capability": "7.0"}
+    monkeypatch.setattr(builder_module, "cuda_hardware", lambda: old)
+    tensorrt = TensorRTBuilder("tensorrt")
+    monkeypatch.setattr(type(tensorrt.flavour), "module", lambda self: FakeBinding)
+    with pytest.raises(BackendUnavailable, match=r"TensorRT 11\.4 does not take NVIDIA V100"):
+        build(tensorrt)
+
+
+class FakeBinding:
+    __version__ = "11.4"
+
+
 def test_bfloat16_at_the_boundary_is_refused(tmp_path):
     module = write_module(tmp_path / "export")
     odd = module.model_copy(
