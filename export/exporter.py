@@ -172,6 +172,7 @@ class _Makers:
             latent_size=self._options.latent_size(factor, 1),
             scale_factor=factor,
             fixed_size=self._options.fixed_size,
+            operators=self._options.operators,
         )
 
     def _unet(self) -> ModuleExport:
@@ -187,6 +188,7 @@ class _Makers:
             tokens=self.facts["image_token_count"],
             latent_size=self._options.latent_size(self.facts["vae_scale_factor"], levels),
             fixed_size=self._options.fixed_size,
+            operators=self._options.operators,
         )
         return replace(export, quantization=plan)
 
@@ -244,6 +246,8 @@ def _manifest(
         orthogonal=weights.orthogonal,
         precision=options.precision,
         weight_storage=options.stored,
+        attention_operator=options.attention_operator,
+        group_norm=options.group_norm,
         modules=specs,
         extra_files=tuple(extra),
         sources=tuple(weights.sources),

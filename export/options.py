@@ -8,6 +8,7 @@ import torch
 from fastface_trt.engines.manifest import Orthogonal
 from fastface_trt.errors import InvalidRequest
 from fastface_trt.export.checkpoints import ADAPTERS, Checkpoint, HubItem
+from fastface_trt.export.operators import Operators, Spelling
 from fastface_trt.export.precision import (
     QUANTIZED_FORMATS,
     Precision,
@@ -30,7 +31,8 @@ class ExportOptions:
     LoRA, fused. zero_tokens, orthogonal, face_parser: of a PuLID adapter, see
     `fastface_trt.export.pulid`, `fastface_trt.export.orthogonal` and
     `fastface_trt.runtime.portrait`. random_weights: full-size SDXL without downloads.
-    calibration: what the UNet of an fp8 or int8 export is run on. Raises `InvalidRequest`.
+    calibration: what the UNet of an fp8 or int8 export is run on. attention_operator, group_norm:
+    see `fastface_trt.export.operators`. Raises `InvalidRequest`.
     """
 
     checkpoint: Checkpoint
@@ -53,6 +55,8 @@ class ExportOptions:
     distillation_lora_scale: float | None = None
     random_weights: bool = False
     calibration: Calibration | None = None
+    attention_operator: Spelling = "spelled"
+    group_norm: Spelling = "spelled"
 
     def __post_init__(self) -> None:
         allowed = self.checkpoint.allowed_steps
@@ -94,6 +98,11 @@ class ExportOptions:
     def dtype(self) -> torch.dtype:
         """The torch type that everything computes in which is not quantised."""
         return compute_dtype(self.precision)
+
+    @property
+    def operators(self) -> Operators:
+        """How attention and group norms are written."""
+        return Operators(self.attention_operator, self.group_norm)
 
     @property
     def quantized(self) -> QuantizedFormat | None:

@@ -67,6 +67,20 @@ from fastface_trt.errors import InvalidRequest, LicenceNotAcknowledged, MissingD
     type=click.Choice(["fp32", "fp16"]),
     help="What the files hold: fp16 halves an fp32 export.",
 )
+@click.option(
+    "--attention-operator",
+    type=click.Choice(["spelled", "onnx"]),
+    default="spelled",
+    show_default=True,
+    help="onnx: the UNet's attention as ONNX Attention (opset 23), to compare on a card.",
+)
+@click.option(
+    "--group-norm",
+    type=click.Choice(["spelled", "onnx"]),
+    default="spelled",
+    show_default=True,
+    help="onnx: group norms as ONNX GroupNormalization (opset 21), to compare on a card.",
+)
 @click.option("--height", type=int, help="Picture height in pixels.")
 @click.option("--width", type=int, help="Picture width in pixels.")
 @click.option("--fixed-size", is_flag=True, help="Export for this size only.")
