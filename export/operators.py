@@ -11,7 +11,7 @@ a later opset it would also rewrite what was not asked for.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import onnx_ir as ir
 import torch
@@ -80,7 +80,7 @@ def use_onnx_operators(model: ir.Model) -> None:
     model.opset_imports.pop(_DOMAIN, None)
 
 
-def _symbolic(name: str, inputs: Sequence[Tensor], attributes: dict[str, int | float]) -> Tensor:
+def _symbolic(name: str, inputs: Sequence[Tensor], attributes: dict[str, Any]) -> Tensor:
     like = inputs[0]
     return torch.onnx.ops.symbolic(
         f"{_DOMAIN}::{name}", inputs, attributes, dtype=like.dtype, shape=like.shape, version=1

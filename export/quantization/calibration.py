@@ -18,8 +18,10 @@ class Calibration(Protocol):
     description: str
     """One line for the manifest: what the inputs were."""
 
-    latents: Sequence[NDArray[np.float32]]
-    """The latents [C,h,w] of every picture of the last run, for the VAE."""
+    @property
+    def latents(self) -> Sequence[NDArray[np.float32]]:
+        """The latents [C,h,w] of every picture of the last run, for the VAE."""
+        ...
 
     def run(self, unet: Engine, manifest: ExportManifest, folder: Path, progress: Progress) -> int:
         """Call `unet` on every input and return the number of rows.
