@@ -1,5 +1,7 @@
 """What 8 bits cost: the mini model in fp16, fp8 and int8 before the same judges, pair by pair.
 
+fp8 comes as its layers alone, with attention's products as well, and with the VAE in int8 beside.
+
 `make evaluate-quantized`, or `python -m benchmarks.quantized_quality --pairs 64`. Exports that are
 missing in the folder are made first. ONNX Runtime on a CPU computes Q/DQ graphs by their meaning
 (codes are exact, products may be wider than a GPU's), so this shows what quantisation does to
@@ -27,7 +29,13 @@ from fastface_trt.evaluation.statistics import Interval
 from fastface_trt.runtime.trace import StepTrace
 
 REFERENCE = "fp16"
-PRECISIONS = (REFERENCE, "fp8", "int8")
+PRECISIONS = {
+    REFERENCE: ("--precision", "fp16"),
+    "fp8": ("--precision", "fp8"),
+    "fp8-attention": ("--precision", "fp8", "--quantize-attention"),
+    "fp8-attention-vae": ("--precision", "fp8", "--quantize-attention", "--quantize-vae", "int8"),
+    "int8": ("--precision", "int8"),
+}
 PRESET = "am1+dcg"
 BATCH = 24
 RESULTS = Path(__file__).parent / "results" / "quantized-quality.json"
@@ -64,7 +72,7 @@ def ensure_export(folder: Path, precision: str) -> Path:
     """The mini model's export in `precision` below `folder`, made if it is not there."""
     target = folder / precision
     if not (target / "manifest.json").is_file():
-        arguments = ["export", "--checkpoint", "mini", "--precision", precision, str(target)]
+        arguments = ["export", "--checkpoint", "mini", *PRECISIONS[precision], str(target)]
         cli(arguments, standalone_mode=False)
     return target
 

@@ -123,7 +123,10 @@ class LoraFused(Strict):
 
 
 class Quantization(Strict):
-    """How a UNet came to compute in 8 bits: layers by PyTorch name, and what was kept and why."""
+    """How a module came to compute in 8 bits: layers by PyTorch name, and what was kept and why.
+
+    attention: the attentions whose products are in 8 bits too, q, k, v and softmax.
+    """
 
     format: Literal["fp8", "int8"]
     method: str
@@ -131,14 +134,17 @@ class Quantization(Strict):
     calibration: str
     calibration_rows: int = Field(ge=1)
     layers: tuple[str, ...]
+    attention: tuple[str, ...] = ()
     excluded: dict[str, tuple[str, ...]] = {}
 
 
 class ExportManifest(Strict):
     """Everything about an export that the runtime or a builder needs; see the module docstring.
 
+    quantization: of the UNet; vae_quantization: of the VAE's decoder.
     orthogonal, zero_tokens: PuLID's trade between likeness and editing; the image tokens that are
-    counted include the zero ones. face_parser: the ONNX file that finds the background around a
+    counted include the zero ones. attention_operator, group_norm: spelled out, or as ONNX's own
+    operators of opset 23 and 21. face_parser: the ONNX file that finds the background around a
     face for PuLID. image_*: side in pixels and normalisation of the image encoder's input, None
     where the adapter has no image encoder and the export no such module.
     """
@@ -153,6 +159,9 @@ class ExportManifest(Strict):
     precision: Literal["fp32", "fp16", "bf16", "fp8", "int8"]
     weight_storage: Literal["fp32", "fp16", "bf16"]
     quantization: Quantization | None = None
+    vae_quantization: Quantization | None = None
+    attention_operator: Literal["spelled", "onnx"] = "spelled"
+    group_norm: Literal["spelled", "onnx"] = "spelled"
     modules: dict[str, ModuleSpec]
     extra_files: tuple[FileEntry, ...] = ()
     sources: tuple[Source, ...] = ()

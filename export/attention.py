@@ -19,6 +19,7 @@ from fastface_trt.engines.contract import (
 )
 from fastface_trt.engines.manifest import Orthogonal
 from fastface_trt.export.model import Model
+from fastface_trt.export.operators import Spelling, onnx_attention
 from fastface_trt.export.orthogonal import orthogonalize
 
 Row = dict[str, Tensor]
@@ -98,7 +99,7 @@ def _heads(x: Tensor, heads: int) -> Tensor:
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
-def _attend(q_BHND: Tensor, k_BHLD: Tensor, v_BHLD: Tensor) -> Tensor:
+def _attend(q_BHND: Tensor, k_BHLD: Tensor, v_BHLD: Tensor, operator: Spelling) -> Tensor:
     """softmax(Q Kᵀ / √D) V, [B,H,N,D].
 
     The exporter would put √(1/√D) on Q and on K and turn K by way of three reshapes. Builders fuse
@@ -106,12 +107,16 @@ def _attend(q_BHND: Tensor, k_BHLD: Tensor, v_BHLD: Tensor) -> Tensor:
     """
     if not torch.onnx.is_in_onnx_export():
         return functional.scaled_dot_product_attention(q_BHND, k_BHLD, v_BHLD)
+    if operator == "onnx":
+        return onnx_attention(q_BHND, k_BHLD, v_BHLD)
     scaled = q_BHND * q_BHND.shape[-1] ** -0.5
     return torch.softmax(scaled @ k_BHLD.transpose(-2, -1), dim=-1) @ v_BHLD
 
 
 class SelfAttentionProcessor:
     """Plain attention over the picture; takes and ignores what the decoupled blocks need."""
+
+    attention_operator: Spelling = "spelled"
 
     def __call__(
         self,
@@ -135,7 +140,7 @@ class SelfAttentionProcessor:
                 (attn.to_v, context),
             )
         )
-        attended = _attend(q_BHND, k_BHLD, v_BHLD)
+        attended = _attend(q_BHND, k_BHLD, v_BHLD, self.attention_operator)
         return attn.to_out[0](attended.transpose(1, 2).flatten(2))
 
 
@@ -145,6 +150,8 @@ class DecoupledAttentionProcessor(nn.Module):
     `part` is the part of the UNet that the block lies in, which selects the column of the two
     parameter inputs. `orthogonal` is PuLID's, see `fastface_trt.export.orthogonal`.
     """
+
+    attention_operator: Spelling = "spelled"
 
     def __init__(
         self, part: str, channels: int, text_width: int, orthogonal: Orthogonal = "off"
@@ -171,7 +178,7 @@ class DecoupledAttentionProcessor(nn.Module):
         q_BHND = _heads(attn.to_q(hidden_states), attn.heads)
         k_BHLD = _heads(attn.to_k(encoder_hidden_states), attn.heads)
         v_BHLD = _heads(attn.to_v(encoder_hidden_states), attn.heads)
-        text = _attend(q_BHND, k_BHLD, v_BHLD)
+        text = _attend(q_BHND, k_BHLD, v_BHLD, self.attention_operator)
 
         inputs = (
             q_BHND,

@@ -29,9 +29,10 @@ from fastface_trt.export.model import Model
 from fastface_trt.export.modules import ModuleExport
 from fastface_trt.export.onnx_writer import MODEL_FILE, write_module
 from fastface_trt.export.options import ExportOptions
+from fastface_trt.export.oracle import TorchUNet
 from fastface_trt.export.probe import write_probe
-from fastface_trt.export.quantization.ranges import modelopt_version
-from fastface_trt.export.quantization.unet import quantize_unet
+from fastface_trt.export.quantization.modules import quantize_unet, quantize_vae
+from fastface_trt.export.quantization.ranges import calibration_twin, modelopt_version
 from fastface_trt.export.weights import CheckpointWeights, RandomWeights, Weights
 
 _PACKAGES = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "fastface-trt")
@@ -45,7 +46,7 @@ def run_export(options: ExportOptions, out: Path, progress: Progress) -> ExportM
     Raises `WeightsError`, `InvalidRequest` or `StorageError`; then nothing is left at `out` that
     was not there before. `progress` is told every phase with its seconds and the peak memory.
     """
-    if options.quantized:
+    if options.quantized or options.quantize_vae:
         modelopt_version()  # not after an hour of exporting
     with finished_folder(out, EXPORT_MANIFEST) as draft:
         weights = RandomWeights(options) if options.random_weights else CheckpointWeights(options)
@@ -103,8 +104,10 @@ def _write(
     spec = write_module(export, folder, fp16_storage=compress)
     progress(f"{name}: computing a probe")
     # What is not quantised in a quantised export is fp16.
-    half = compress or (options.quantized is not None and export.quantization is None)
-    probe = write_probe(export, folder, "fp16" if half else options.precision)
+    precision = "fp16" if compress or options.quantized else options.precision
+    if export.quantization is not None:
+        precision = export.quantization.form
+    probe = write_probe(export, folder, precision)
     spec = spec.model_copy(update={"probe": probe})
     del export
     gc.collect()  # modules and their graphs hold each other in cycles
@@ -124,6 +127,7 @@ class _Makers:
         self._weights = weights
         self._calibrate = calibrate
         self._clip_positions: int | str = "positions"
+        self._vae_kept: Model | None = None
         self.facts: dict[str, Any] = {}
 
     def in_order(self) -> dict[str, Callable[[], ModuleExport]]:
@@ -137,6 +141,10 @@ class _Makers:
         }
         if self._weights.adapter_kind == "faceid":
             del makers["image_encoder"]
+        if self._options.quantize_vae:  # on latents of the UNet
+            del makers["vae_decoder"]
+            makers["unet"] = self._unet_before_vae
+            makers["vae_decoder"] = self._vae_decoder
         return makers
 
     def _text_encoder(self, name: str) -> ModuleExport:
@@ -160,19 +168,35 @@ class _Makers:
         self.facts["zero_tokens"] = getattr(projection, "zero_tokens", 0)
         return face_modules.face_projection_export(projection, self._clip_positions)
 
-    def _vae_decoder(self) -> ModuleExport:
-        vae = self._weights.vae()
-        factor = vae_scale_factor(vae)
+    def _vae(self) -> Model:
+        vae = self._vae_kept or self._weights.vae()
         self.facts |= {
-            "vae_scale_factor": factor,
+            "vae_scale_factor": vae_scale_factor(vae),
             "latent_channels": vae.config.latent_channels,
         }
-        return modules.vae_decoder_export(
+        return vae
+
+    def _unet_before_vae(self) -> ModuleExport:
+        self._vae_kept = self._vae()  # its sizes; loaded once, for what it says of its source
+        return self._unet()
+
+    def _vae_decoder(self) -> ModuleExport:
+        vae = self._vae()
+        factor = self.facts["vae_scale_factor"]
+        plan = None
+        if self._options.quantize_vae:
+            assert self._options.calibration is not None
+            plan, self.facts["vae_quantization"] = quantize_vae(
+                vae, self._options, self._options.calibration.latents
+            )
+        export = modules.vae_decoder_export(
             vae,
             latent_size=self._options.latent_size(factor, 1),
             scale_factor=factor,
             fixed_size=self._options.fixed_size,
+            operators=self._options.operators,
         )
+        return replace(export, quantization=plan)
 
     def _unet(self) -> ModuleExport:
         unet = self._weights.unet()
@@ -182,11 +206,15 @@ class _Makers:
             plan, self.facts["quantization"] = quantize_unet(
                 unet, self._options, self.facts["image_token_count"], self._calibrate
             )
+        elif self._options.quantize_vae:
+            twin = calibration_twin(unet)
+            self._calibrate(TorchUNet(twin, self.facts["image_token_count"]))
         export = modules.unet_export(
             unet,
             tokens=self.facts["image_token_count"],
             latent_size=self._options.latent_size(self.facts["vae_scale_factor"], levels),
             fixed_size=self._options.fixed_size,
+            operators=self._options.operators,
         )
         return replace(export, quantization=plan)
 
@@ -244,6 +272,8 @@ def _manifest(
         orthogonal=weights.orthogonal,
         precision=options.precision,
         weight_storage=options.stored,
+        attention_operator=options.attention_operator,
+        group_norm=options.group_norm,
         modules=specs,
         extra_files=tuple(extra),
         sources=tuple(weights.sources),

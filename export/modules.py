@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fastface_trt.engines import contract
 from fastface_trt.engines.manifest import Dimension
 from fastface_trt.export.model import Model
+from fastface_trt.export.operators import SPELLED, Operators
 from fastface_trt.export.precision import boundary_dtype, keep_group_norms_in_float32
 from fastface_trt.export.quantization.graph import QuantizationPlan
 
@@ -158,9 +159,15 @@ def text_encoder_export(name: str, encoder: Model) -> ModuleExport:
 
 
 def unet_export(
-    unet: Model, *, tokens: int, latent_size: tuple[int, int], fixed_size: bool
+    unet: Model,
+    *,
+    tokens: int,
+    latent_size: tuple[int, int],
+    fixed_size: bool,
+    operators: Operators = SPELLED,
 ) -> ModuleExport:
     """The UNet with its adapter attached; `latent_size` is (h, w), fixed or only the example's."""
+    operators.apply(unet)
     config, dtype, rows = unet.config, boundary_dtype(unet.dtype), EXAMPLE_ROWS
     text_width = config.cross_attention_dim
     pooled_width = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
@@ -198,9 +205,15 @@ def unet_export(
 
 
 def vae_decoder_export(
-    vae: Model, *, latent_size: tuple[int, int], scale_factor: int, fixed_size: bool
+    vae: Model,
+    *,
+    latent_size: tuple[int, int],
+    scale_factor: int,
+    fixed_size: bool,
+    operators: Operators = SPELLED,
 ) -> ModuleExport:
     """The VAE's decoder (AutoencoderKL or the tiny one)."""
+    operators.apply(vae)
     channels = vae.config.latent_channels
     size: tuple[Dimension, Dimension] = latent_size if fixed_size else ("height", "width")
     picture: tuple[Dimension, Dimension] = (

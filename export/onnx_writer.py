@@ -15,6 +15,7 @@ from fastface_trt.engines.files import describe_file
 from fastface_trt.engines.manifest import DType, ModuleSpec, TensorSpec
 from fastface_trt.export.functions import OPSET, attention_functions
 from fastface_trt.export.modules import ModuleExport
+from fastface_trt.export.operators import use_onnx_operators
 from fastface_trt.export.quantization.graph import quantize_graph
 from fastface_trt.export.scopes import keep_only_modules
 
@@ -139,6 +140,7 @@ def write_module(export: ModuleExport, folder: Path, *, fp16_storage: bool = Fal
     assert program is not None  # torch returns one whenever dynamo=True
     model = program.model
     keep_only_modules(model)
+    use_onnx_operators(model)
     _attach_functions(model)
     if export.quantization is not None:
         quantize_graph(model, export.quantization)

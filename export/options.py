@@ -8,6 +8,7 @@ import torch
 from fastface_trt.engines.manifest import Orthogonal
 from fastface_trt.errors import InvalidRequest
 from fastface_trt.export.checkpoints import ADAPTERS, Checkpoint, HubItem
+from fastface_trt.export.operators import Operators, Spelling
 from fastface_trt.export.precision import (
     QUANTIZED_FORMATS,
     Precision,
@@ -30,7 +31,10 @@ class ExportOptions:
     LoRA, fused. zero_tokens, orthogonal, face_parser: of a PuLID adapter, see
     `fastface_trt.export.pulid`, `fastface_trt.export.orthogonal` and
     `fastface_trt.runtime.portrait`. random_weights: full-size SDXL without downloads.
-    calibration: what the UNet of an fp8 or int8 export is run on. Raises `InvalidRequest`.
+    calibration: what the modules to quantise are run on. quantize_attention: q, k, v and softmax
+    of an fp8 UNet in fp8 too; quantize_vae: the 8-bit format of the VAE's convolutions.
+    attention_operator, group_norm:
+    see `fastface_trt.export.operators`. Raises `InvalidRequest`.
     """
 
     checkpoint: Checkpoint
@@ -53,6 +57,10 @@ class ExportOptions:
     distillation_lora_scale: float | None = None
     random_weights: bool = False
     calibration: Calibration | None = None
+    quantize_attention: bool = False
+    quantize_vae: QuantizedFormat | None = None
+    attention_operator: Spelling = "spelled"
+    group_norm: Spelling = "spelled"
 
     def __post_init__(self) -> None:
         allowed = self.checkpoint.allowed_steps
@@ -72,9 +80,24 @@ class ExportOptions:
             raise InvalidRequest(
                 f"{self.zero_tokens} zero tokens are asked for.", "Give 0 or more, PuLID uses 20."
             )
-        if self.quantized and self.calibration is None:
+        if self.quantize_attention and self.precision != "fp8":
             raise InvalidRequest(
-                f"A {self.precision} export needs something to calibrate on.",
+                f"A {self.precision} export does not quantise its attention.",
+                "Leave out --quantize-attention, or add --precision fp8.",
+            )
+        if self.quantize_attention and self.attention_operator == "onnx":
+            raise InvalidRequest(
+                "The softmax inside an ONNX Attention node cannot be quantised.",
+                "Leave out --quantize-attention or --attention-operator onnx.",
+            )
+        if self.quantize_vae and (self.precision == "bf16" or self.tiny_vae):
+            raise InvalidRequest(
+                f"A {'tiny' if self.tiny_vae else 'bf16'} VAE is not quantised.",
+                "Leave out --quantize-vae, or take another VAE or precision.",
+            )
+        if (self.quantized or self.quantize_vae) and self.calibration is None:
+            raise InvalidRequest(
+                f"A {self.quantized or self.quantize_vae} export needs something to calibrate on.",
                 "Give `calibration`, or use fastface-trt export, which runs prompts and faces.",
             )
         adapter = None if self.adapter in ADAPTERS.values() else self.adapter
@@ -94,6 +117,11 @@ class ExportOptions:
     def dtype(self) -> torch.dtype:
         """The torch type that everything computes in which is not quantised."""
         return compute_dtype(self.precision)
+
+    @property
+    def operators(self) -> Operators:
+        """How attention and group norms are written."""
+        return Operators(self.attention_operator, self.group_norm)
 
     @property
     def quantized(self) -> QuantizedFormat | None:

@@ -9,7 +9,7 @@ from fastface_trt.engines.cache import EngineCache
 from fastface_trt.engines.engine import EngineBuilder
 from fastface_trt.engines.manifest import ExportManifest
 from fastface_trt.engines.tensorrt.flavour import FLAVOURS, find_flavour
-from fastface_trt.engines.tensorrt.options import TensorRTOptions
+from fastface_trt.engines.tensorrt.options import RUNTIME_OPTIONS, TensorRTOptions
 from fastface_trt.engines.tensorrt.plan import Event
 from fastface_trt.errors import InvalidRequest
 
@@ -48,7 +48,7 @@ def make_builder(
     return builder_for(
         backend,
         options=TensorRTOptions.checked(flavour, **(sizes | given)),
-        exact=bool(given),
+        exact=not RUNTIME_OPTIONS.issuperset(given),
         timing_cache=None if cache is None else timing_cache_file(cache, backend),
         on_event=on_event,
     )

@@ -7,6 +7,9 @@ a guided or manipulated run takes the UNet where a plain one does not.
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from fastface_trt.engines.backends import builder_for
 from fastface_trt.engines.cache import EngineCache
 from fastface_trt.engines.engine import Engine, Progress
@@ -99,17 +102,19 @@ class PipelineCalibration:
     ) -> None:
         self._prompts, self._faces, self._pictures = prompts, faces, pictures
         self._licence_acknowledged = licence_acknowledged
+        self.latents: list[NDArray[np.float32]] = []
         self.description = (
             f"{pictures} pictures of {min(len(faces), pictures)} faces "
             f"and {min(len(prompts), pictures)} prompts, presets {', '.join(PRESETS)}"
         )
 
     def run(self, unet: Engine, manifest: ExportManifest, folder: Path, progress: Progress) -> int:
-        """Denoise every picture with `unet` and return its rows; the VAE is not needed.
+        """Denoise every picture with `unet`, keep its latents and return its rows.
 
         Raises `InvalidRequest` for a picture without a face, and what the pipeline raises.
         """
         report = DenoiseReport()
+        self.latents = []
         with ModuleSet(
             folder, builder_for("onnxruntime"), EngineCache(), progress, manifest=manifest
         ) as modules:
@@ -133,7 +138,8 @@ class PipelineCalibration:
                     conditions,
                     (manifest.latent_channels, request.height // factor, request.width // factor),
                 )
-                denoise(unet, [job], report=report)
+                (final,) = denoise(unet, [job], report=report)
+                self.latents.append(unet.device.download(final))
         return sum(report.rows)
 
     def _analyse(self, manifest: ExportManifest, folder: Path) -> list[Face]:

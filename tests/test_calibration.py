@@ -52,6 +52,7 @@ def calibrated():
 def test_every_branch_step_and_manipulation_is_run(calibrated):
     calls, rows, manifest, run = calibrated
     assert rows == sum(len(call[contract.SAMPLE]) for call in calls)
+    assert [latents.shape for latents in run.latents] == [(4, 24, 24)] * 6
     assert rows == 2 * (4 + 10 + 12)  # each preset twice, README's table
     assert len({float(call[contract.TIMESTEP][0]) for call in calls}) == manifest.steps
     assert {len(call[contract.SAMPLE]) for call in calls} == {1, 2, 3}

@@ -60,8 +60,9 @@ class TensorRTBuilder:
     def identity(self, module: ModuleSpec) -> Mapping[str, Any]:
         """Flavour, its version, the module's profiles, the options, and the GPU it is tied to.
 
-        A TensorRT plan belongs to one GPU model, or with `hardware_compatible` to everything from
-        Ampere on; a TensorRT-RTX plan to the generations that were chosen.
+        A TensorRT plan belongs to one GPU model, with `same_compute_capability` to all of its
+        compute capability, with `hardware_compatible` to everything from Ampere on; a TensorRT-RTX
+        plan to the generations that were chosen.
         """
         profiles = [one.model_dump(mode="json") for one in make_profiles(module, self.options)]
         return {
@@ -168,7 +169,9 @@ class TensorRTBuilder:
             )
         from fastface_trt.engines.tensorrt.engine import TensorRTEngine
 
-        return TensorRTEngine.open(self.flavour, manifest, folder, self.device())
+        return TensorRTEngine.open(
+            self.flavour, manifest, folder, self.device(), self.options.kernel_specialization
+        )
 
     def _check(self, manifest: EngineManifest) -> None:
         """Raise unless an engine of this manifest can be opened on this machine."""
@@ -215,7 +218,11 @@ class TensorRTBuilder:
     def _hardware(self) -> dict[str, str]:
         if "compute_capabilities" in self.flavour.supports:
             return {"targets": " ".join(self.options.targets) or ANY_TARGET}
-        return {} if self.options.hardware_compatible else cuda_hardware()
+        if self.options.hardware_compatible:
+            return {}
+        gpu = cuda_hardware()
+        fields = ("compute_capability",) if self.options.same_compute_capability else tuple(gpu)
+        return {field: gpu[field] for field in fields}
 
 
 def _stripped(manifest: EngineManifest) -> bool:

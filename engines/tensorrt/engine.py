@@ -19,6 +19,7 @@ from fastface_trt.engines.manifest import EngineManifest, ModuleSpec
 from fastface_trt.engines.tensorrt.context import ProfileContext
 from fastface_trt.engines.tensorrt.flavour import Flavour
 from fastface_trt.engines.tensorrt.network import MessageLog
+from fastface_trt.engines.tensorrt.options import KernelSpecialization
 from fastface_trt.engines.tensorrt.plan import PLAN
 from fastface_trt.engines.tensorrt.profiles import (
     Shape,
@@ -53,9 +54,14 @@ class TensorRTEngine(Closing):
 
     @classmethod
     def open(
-        cls, flavour: Flavour, manifest: EngineManifest, folder: Path, device: CudaDevice
+        cls,
+        flavour: Flavour,
+        manifest: EngineManifest,
+        folder: Path,
+        device: CudaDevice,
+        kernel_specialization: KernelSpecialization | None = None,
     ) -> "TensorRTEngine":
-        """Load the verified plan in `folder` onto `device`.
+        """Load the verified plan in `folder` onto `device`; the last is of `TensorRTOptions`.
 
         Raises `OutOfMemory` before anything is loaded when the GPU has too little memory left,
         `EngineMismatch` when TensorRT refuses the plan or it does not fit its manifest.
@@ -68,7 +74,7 @@ class TensorRTEngine(Closing):
             device.require(plan_file.stat().st_size, f"The engine of {name}", _LESS_MEMORY)
         # Engines may carry code for the host, which runtimes run only if they are told to. Ours are
         # not told: `engine_host_code_allowed` stays False.
-        runtime = binding.Runtime(log.logger)
+        runtime = log.attach(binding.Runtime(log.logger))
         plan = _deserialize(runtime, plan_file)
         if plan is None:
             raise EngineMismatch(
@@ -84,7 +90,7 @@ class TensorRTEngine(Closing):
             plan.weight_streaming_budget_v2 = plan.get_weight_streaming_automatic_budget()
         growth = device.stream().scratch.growth(int(plan.device_memory_size_v2))
         device.require(growth, f"The engine of {name}", _LESS_MEMORY)
-        return cls(flavour, manifest, folder, device, runtime, plan, log)
+        return cls(flavour, manifest, folder, device, runtime, plan, log, kernel_specialization)
 
     def __init__(
         self,
@@ -95,6 +101,7 @@ class TensorRTEngine(Closing):
         runtime: Any,
         plan: Any,
         log: MessageLog,
+        kernel_specialization: KernelSpecialization | None,
     ) -> None:
         self.spec: ModuleSpec = manifest.module
         self.device = device
@@ -116,6 +123,10 @@ class TensorRTEngine(Closing):
         self._captures = "cuda_graph_strategy" not in flavour.supports
         if not self._captures:
             self._config.cuda_graph_strategy = binding.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+        if kernel_specialization is not None:
+            strategies = binding.DynamicShapesKernelSpecializationStrategy
+            chosen = getattr(strategies, kernel_specialization.upper())
+            self._config.dynamic_shapes_kernel_specialization_strategy = chosen
         self._kernels: RuntimeCacheFile | None = None
         if "runtime_cache" in flavour.supports:
             cache = self._config.create_runtime_cache()

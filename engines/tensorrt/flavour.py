@@ -18,10 +18,12 @@ FlavourName = Literal["tensorrt", "tensorrt-rtx"]
 
 CAPABILITIES: Mapping[str, str] = MappingProxyType(
     {
+        "build_routes": "build routes",
         "builds_without_gpu": "building an engine on a machine without a GPU",
         "compute_capabilities": "choosing the GPU generations that an engine is built for",
         "cuda_graph_strategy": "capturing CUDA graphs inside the execution context",
         "hardware_compatibility": "engines that run on other GPU generations",
+        "kernel_specialization": "choosing when kernels are compiled for a shape",
         "plugins": "plugins",
         "runtime_cache": "keeping kernels that were compiled at run time",
         "timing_cache": "a timing cache",
@@ -107,7 +109,13 @@ FLAVOURS: Mapping[str, Flavour] = MappingProxyType(
                 "TensorRT",
                 (11, 0),
                 frozenset(
-                    ("hardware_compatibility", "plugins", "timing_cache", "version_compatibility")
+                    (
+                        "build_routes",
+                        "hardware_compatibility",
+                        "plugins",
+                        "timing_cache",
+                        "version_compatibility",
+                    )
                 ),
                 "data-centre and workstation GPUs from Turing on, and Jetson",
                 FROM_TURING,
@@ -122,6 +130,7 @@ FLAVOURS: Mapping[str, Flavour] = MappingProxyType(
                         "builds_without_gpu",
                         "compute_capabilities",
                         "cuda_graph_strategy",
+                        "kernel_specialization",
                         "runtime_cache",
                     )
                 ),

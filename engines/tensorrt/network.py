@@ -1,6 +1,7 @@
 """From an ONNX module to a TensorRT network, without a second copy of its weights."""
 
 import re
+import weakref
 from math import prod
 from typing import Any
 
@@ -17,14 +18,52 @@ from fastface_trt.errors import BuildFailed
 _DUPLICATE_NAME = re.compile(r"A node named \S+ already exists")
 """Every call of a function repeats the names of its body's nodes; TensorRT renames them."""
 
+_MOST_RECORDED = 64
+
+_RECORDERS: list[Any] = []
+"""Every recorder that was given away, for good: what its object made uses it to the end, and the
+binding keeps it alive for that object alone."""
+
 
 class MessageLog:
-    """TensorRT's warnings and errors of one build, in order; `logger` is what TensorRT takes."""
+    """TensorRT's warnings and errors of one build or engine, in order.
+
+    TensorRT takes `logger` for everything and, by `attach`, `recorder` for the errors of an object
+    and of all that it makes, which then reach no log.
+    """
 
     def __init__(self, binding: Any) -> None:
         self.warnings: list[str] = []
         self.errors: list[str] = []
         log = self
+        living = weakref.ref(self)
+        recorded: list[tuple[Any, str]] = []
+
+        class Recorder(binding.IErrorRecorder):  # type: ignore[misc]
+            def __init__(self) -> None:
+                binding.IErrorRecorder.__init__(self)
+
+            def report_error(self, code: Any, description: str) -> bool:
+                if len(recorded) < _MOST_RECORDED:
+                    recorded.append((code, description))
+                if (heard := living()) is not None:
+                    heard.note(True, binding.ILogger.ERROR, description)
+                return True
+
+            def num_errors(self) -> int:
+                return len(recorded)
+
+            def get_error_code(self, index: int) -> Any:
+                return recorded[index][0]
+
+            def get_error_desc(self, index: int) -> str:
+                return recorded[index][1]
+
+            def has_overflowed(self) -> bool:
+                return len(recorded) == _MOST_RECORDED
+
+            def clear(self) -> None:
+                recorded.clear()
 
         class Logger(binding.ILogger):  # type: ignore[misc]
             def __init__(self) -> None:
@@ -35,6 +74,13 @@ class MessageLog:
 
         self._warning = binding.ILogger.WARNING
         self.logger = Logger()
+        self.recorder = Recorder()
+
+    def attach(self, maker: Any) -> Any:
+        """Record the errors of a builder, runtime or refitter, and of what it makes; returns it."""
+        _RECORDERS.append(self.recorder)
+        maker.error_recorder = self.recorder
+        return maker
 
     def note(self, is_error: bool, severity: Any, message: str) -> None:
         """Keep a message that says something; called by TensorRT, from any of its threads."""
@@ -90,6 +136,8 @@ def parse(
             f"{flavour.label} cannot parse {module.name}: {reason}",
             "Export the module again; if that does not help, report the message.",
         )
+    if any(node.op_type == "Attention" for node in onnx.nodes):
+        _let_attention_decompose(binding, network)
     for side, count, get, wanted in (
         ("inputs", network.num_inputs, network.get_input, module.inputs),
         ("outputs", network.num_outputs, network.get_output, module.outputs),
@@ -102,6 +150,19 @@ def parse(
                 "Export the module again.",
             )
     return network, parser
+
+
+def _let_attention_decompose(binding: Any, network: Any) -> None:
+    """Allow several kernels for an `Attention` node where no fused one exists.
+
+    TensorRT otherwise refuses the whole network: fused kernels want half precision and head sizes
+    that are multiples of 16.
+    """
+    for index in range(network.num_layers):
+        layer = network.get_layer(index)
+        if layer.type == binding.LayerType.ATTENTION_INPUT:
+            layer.__class__ = binding.IAttentionInputLayer  # how the binding casts a layer
+            layer.attention.decomposable = True
 
 
 def name_weights(binding: Any, network: Any, log: MessageLog, onnx: OnnxFile) -> list[EngineWeight]:

@@ -59,13 +59,18 @@ def build_plan(
             onnx,
             attention_plugin=options.attention_plugin,
         )
+        # Not earlier: a parser puts a recorder of its own into the network, and with two of them
+        # the network's destructor crashes.
+        log.attach(builder)
         if options.refittable or options.strip_weights:
             named = name_weights(binding, network, log, onnx)
             make_map(onnx, digest_weights(onnx), named).write(target)
         layers = network.num_layers
         on_event({"event": "parsed", "layers": layers, "seconds": perf_counter() - began})
         config = _configure(flavour, binding, builder, network, options, module, log)
-        cache = _load_timing_cache(flavour, config, timing_cache)
+        cache_file = None if timing_cache is None else measurements(timing_cache, options)
+        cache = _load_timing_cache(flavour, config, cache_file)
+        _fix_tactics(binding, cache, options, log)
         monitor = _monitor(binding, on_event)
         config.progress_monitor = monitor
         # Not build_serialized_network_to_stream: the binding hands its writer one Python bytes of
@@ -77,7 +82,8 @@ def build_plan(
             )
         with open(target / PLAN, "wb", buffering=0) as file:
             write_all(file, memoryview(plan))
-        _save_timing_cache(cache, timing_cache)
+        if not options.tactics:  # they are of this engine alone
+            _save_timing_cache(cache, cache_file)
         del parser  # it owns what the network refers to, and must go last
     return {
         "layers": layers,
@@ -104,11 +110,29 @@ def _configure(
         (options.strip_weights, flags.STRIP_PLAN),
         (options.version_compatible, flags.VERSION_COMPATIBLE),
         (options.tf32, flags.TF32),
+        (options.editable_timing_cache or options.tactics, flags.EDITABLE_TIMING_CACHE),
     ):
         # Cleared as well as set: TF32 is on unless someone says otherwise.
         (config.set_flag if chosen else config.clear_flag)(flag)
     if options.hardware_compatible:
         config.hardware_compatibility_level = binding.HardwareCompatibilityLevel.AMPERE_PLUS
+    if options.same_compute_capability:
+        level = binding.HardwareCompatibilityLevel.SAME_COMPUTE_CAPABILITY
+        config.hardware_compatibility_level = level
+    if options.max_tactics is not None:
+        config.max_num_tactics = options.max_tactics
+    if options.l2_limit_mb is not None:
+        config.l2_limit_for_tiling = int(options.l2_limit_mb * 2**20)
+    if options.max_aux_streams is not None:
+        config.max_aux_streams = options.max_aux_streams
+    if options.build_route:
+        config.build_route = options.build_route
+        if config.build_route != options.build_route:  # it says why only in its log
+            raise BuildFailed(
+                f"{flavour.label} does not take the build route {options.build_route!r}: "
+                f"{log.reason()}",
+                "Give settings that it lists, as -name=value with spaces between them.",
+            )
     if options.optimization_level is not None:
         config.builder_optimization_level = options.optimization_level
     config.tiling_optimization_level = getattr(
@@ -181,6 +205,55 @@ def write_all(file: RawIOBase, content: memoryview) -> None:
     done = 0
     while done < len(content):
         done += file.write(content[done : done + _PIECE]) or 0
+
+
+def measurements(file: Path, options: TensorRTOptions) -> Path:
+    """The timing cache's file; an editable one has keys of its own and lies beside `file`."""
+    editable = options.editable_timing_cache or options.tactics
+    return file.with_suffix(".editable.cache") if editable else file
+
+
+def read_tactics(flavour: Flavour, file: Path) -> list[tuple[str, str, float]]:
+    """Key, hash of the tactic, and milliseconds of every entry of an editable timing cache.
+
+    Raises `InvalidRequest` for a flavour without timing caches, `BackendUnavailable` without a GPU.
+    Not run on a GPU: TensorRT-RTX, the flavour that was run, keeps no timings.
+    """
+    flavour.require("timing_cache")
+    binding = flavour.module()
+    log = MessageLog(binding)
+    builder = binding.Builder(log.logger)
+    if builder is None:
+        raise BackendUnavailable(f"{flavour.label} has no builder here: {log.reason()}", "")
+    config = builder.create_builder_config()
+    config.set_flag(binding.BuilderFlag.EDITABLE_TIMING_CACHE)
+    cache = _load_timing_cache(flavour, config, file)
+    found = []
+    for key in cache.queryKeys():
+        timing = cache.query(key)
+        found.append((str(key), hex(timing.tacticHash), float(timing.timingMSec)))
+    return found
+
+
+def _fix_tactics(binding: Any, cache: Any, options: TensorRTOptions, log: MessageLog) -> None:
+    """Replace the measured tactic of each key by the wanted one, which TensorRT then builds."""
+    if options.tactics and cache is None:
+        raise BuildFailed(
+            "Tactics are fixed in a timing cache, and this build has none.",
+            "Build into an engine cache, or give the builder the file `timing_cache`.",
+        )
+    for tactic in options.tactics:
+        name, _, wanted = tactic.partition("=")
+        key = binding.TimingCacheKey.parse(name)
+        timing = cache.query(key)
+        fixed = binding.TimingCacheValue(int(wanted, 16), timing.timingMSec)
+        # A key that is not there has a time of -1; one that is not a number would take it out.
+        if not timing.timingMSec >= 0 or not cache.update(key, fixed):
+            raise BuildFailed(
+                f"The timing cache does not take the tactic {wanted} for {name}: {log.reason()}",
+                "Build with --editable-timing-cache first; `fastface-trt cache tactics` lists "
+                "its keys.",
+            )
 
 
 def _load_timing_cache(flavour: Flavour, config: Any, file: Path | None) -> Any:

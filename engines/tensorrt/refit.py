@@ -47,7 +47,7 @@ def refit_plan(
             f"The engine of {module.name} was built without the option refittable.",
             "Build it with --refittable.",
         )
-    refitter = binding.Refitter(engine, log.logger)
+    refitter = log.attach(binding.Refitter(engine, log.logger))
     known = set(refitter.get_all_weights())
     wanted = known if stripped else {one.name for one in change.engine}
     refused = sorted(wanted - known) or sorted(wanted - onnx.initializers.keys())
@@ -79,7 +79,7 @@ def refit_plan(
 def _deserialize(
     flavour: Flavour, binding: Any, log: MessageLog, module: ModuleSpec, plan: Path
 ) -> Any:
-    runtime = binding.Runtime(log.logger)
+    runtime = log.attach(binding.Runtime(log.logger))
     runtime.engine_host_code_allowed = False
     with (
         open(plan, "rb") as file,

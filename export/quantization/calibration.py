@@ -1,9 +1,11 @@
 """What a UNet is run on while its ranges are measured."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fastface_trt.engines import contract
 from fastface_trt.engines.engine import Engine, Progress
@@ -15,6 +17,11 @@ class Calibration(Protocol):
 
     description: str
     """One line for the manifest: what the inputs were."""
+
+    @property
+    def latents(self) -> Sequence[NDArray[np.float32]]:
+        """The latents [C,h,w] of every picture of the last run, for the VAE."""
+        ...
 
     def run(self, unet: Engine, manifest: ExportManifest, folder: Path, progress: Progress) -> int:
         """Call `unet` on every input and return the number of rows.
@@ -32,10 +39,12 @@ class RandomCalibration:
 
     def __init__(self, calls: int = 4, rows: int = 3, side: int = 16) -> None:
         self._calls, self._rows, self._side = calls, rows, side
+        self.latents: list[NDArray[np.float32]] = []
 
     def run(self, unet: Engine, manifest: ExportManifest, folder: Path, progress: Progress) -> int:
         """See `Calibration`."""
         generator = np.random.default_rng(0)
+        self.latents = []
         sizes = {
             "batch": self._rows,
             "requests": 1,
@@ -50,6 +59,7 @@ class RandomCalibration:
                 ).astype(tensor.dtype)
                 for tensor in unet.spec.inputs
             }
+            self.latents += list(inputs[contract.SAMPLE].astype(np.float32))
             inputs[contract.TIMESTEP][:] = generator.integers(0, 1000)
             inputs[contract.TIME_IDS][:] = [
                 manifest.height,

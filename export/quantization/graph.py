@@ -6,10 +6,13 @@ so the file halves. Scales have the compute type: in a strongly typed network th
 the type that DequantizeLinear returns. Codes are computed with the scale as it is stored, so its
 rounding costs nothing. With SmoothQuant x is first multiplied by a factor per channel, and W
 divided by it.
+
+The attention softmax(Q Kᵀ / √D) V of a block takes its scaled queries, turned keys, softmax and
+values as DQ(Q(x)) next to its two products, where TensorRT's fused fp8 attention looks for them.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import ml_dtypes
 import numpy as np
@@ -18,7 +21,7 @@ from numpy.typing import NDArray
 
 from fastface_trt.engines.onnx_file import MODULE_KEY
 from fastface_trt.export.precision import QuantizedFormat
-from fastface_trt.export.quantization.ranges import LayerRange
+from fastface_trt.export.quantization.ranges import AttentionRange, LayerRange
 
 LARGEST: Mapping[QuantizedFormat, float] = {"fp8": 448.0, "int8": 127.0}
 _CODES: dict[QuantizedFormat, type] = {"fp8": ml_dtypes.float8_e4m3fn, "int8": np.int8}
@@ -30,10 +33,11 @@ Codes = NDArray[np.generic]
 
 @dataclass(frozen=True)
 class QuantizationPlan:
-    """The ranges of the layers to quantise, by PyTorch name below `root`."""
+    """The ranges of the layers and attentions to quantise, by PyTorch name below `root`."""
 
     form: QuantizedFormat
     ranges: Mapping[str, LayerRange]
+    attention: Mapping[str, AttentionRange] = field(default_factory=dict)
     root: str = "unet"
 
 
@@ -52,21 +56,29 @@ def encode(values: Floats, scale: Floats, form: QuantizedFormat) -> Codes:
 
 
 def quantize_graph(model: ir.Model, plan: QuantizationPlan) -> None:
-    """Quantise the layers of `plan` in `model`, in place.
+    """Quantise the layers and attentions of `plan` in `model`, in place.
 
-    Raises `LookupError` when a layer of the plan is not in the graph exactly once.
+    Raises `LookupError` when one of the plan is not in the graph exactly once.
     """
     writer = _Writer(model, plan.form)
     found: set[str] = set()
+
+    def first(name: str) -> None:
+        if name in found:
+            raise LookupError(f"{name} is more than once in the graph.")
+        found.add(name)
+
     for node in list(model.graph):
         name = _layer_name(node, plan.root)
-        if name is None or name not in plan.ranges:
-            continue
-        if name in found:
-            raise LookupError(f"The layer {name} is more than once in the graph.")
-        found.add(name)
-        writer.quantize(node, name, plan.ranges[name])
-    missing = plan.ranges.keys() - found
+        if name is not None and name in plan.ranges:
+            first(name)
+            writer.quantize(node, name, plan.ranges[name])
+        attention = _attention_name(node, plan.root)
+        if attention is not None and attention in plan.attention:
+            first(attention)
+            writer.quantize_attention(node, attention, plan.attention[attention])
+    missing = plan.ranges.keys() | plan.attention.keys()
+    missing -= found
     if missing:
         raise LookupError(f"Not in the graph: {', '.join(sorted(missing)[:5])}.")
     writer.drop_unused_weights()
@@ -78,6 +90,21 @@ def _layer_name(node: ir.Node, root: str) -> str | None:
         return None
     if node.inputs[1].const_value is None:
         return None  # a product of two activations
+    return _below(root, node)
+
+
+def _attention_name(node: ir.Node, root: str) -> str | None:
+    """The PyTorch name of the attention whose first product this node is: (scaled Q) Kᵀ."""
+    if node.op_type != "MatMul":
+        return None
+    q, users = node.inputs[0], list(node.outputs[0].uses())
+    scaled = q is not None and q.producer() is not None and q.producer().op_type == "Mul"
+    if not scaled or len(users) != 1 or users[0].node.op_type != "Softmax":
+        return None
+    return _below(root, node)
+
+
+def _below(root: str, node: ir.Node) -> str | None:
     module = node.metadata_props.get(MODULE_KEY, "")
     return module.removeprefix(f"{root}.") if module.startswith(f"{root}.") else None
 
@@ -106,15 +133,30 @@ class _Writer:
             x = self._node(node, "Mul", [x, self._initializer(f"{name}.smoothing", factors)], x)
             values = values.astype(np.float32) / _along(factors, inputs, values.ndim)
         scale = scale_of(ranges.input_amax, self._form, dtype)
-        node.replace_input_with(0, self._input(node, name, x, scale))
+        node.replace_input_with(0, self._input(node, f"{name}.input", x, scale))
         node.replace_input_with(1, self._weight(node, name, weight, values, outputs, dtype))
         self._replaced.append(weight)
+
+    def quantize_attention(self, scores: ir.Node, name: str, ranges: AttentionRange) -> None:
+        softmax = next(iter(scores.outputs[0].uses())).node
+        (use,) = softmax.outputs[0].uses()
+        for node, at, part, amax in (
+            (scores, 0, "q", ranges.q_amax),
+            (scores, 1, "k", ranges.k_amax),
+            (use.node, 0, "softmax", 1.0),  # no more than 1 by its meaning, so not measured
+            (use.node, 1, "v", ranges.v_amax),
+        ):
+            x = node.inputs[at]
+            assert x is not None
+            assert softmax.outputs[0].dtype is not None
+            scale = scale_of(amax, self._form, softmax.outputs[0].dtype.numpy())
+            node.replace_input_with(at, self._input(node, f"{name}.{part}", x, scale))
 
     def _input(self, node: ir.Node, name: str, x: ir.Value, scale: Floats) -> ir.Value:
         """DQ(Q(x)); layers with the same input and range (q, k and v) share it."""
         key = (str(x.name), float(scale))
         if key not in self._shared:
-            held = self._initializer(f"{name}.input_scale", scale)
+            held = self._initializer(f"{name}_scale", scale)
             codes = self._node(node, "QuantizeLinear", [x, held, self._zero], x)
             codes.type = self._zero.type
             self._shared[key] = self._node(node, "DequantizeLinear", [codes, held, self._zero], x)

@@ -61,6 +61,31 @@ from fastface_trt.export_folder import find_export
     "--hardware-compatible", is_flag=True, default=None, help="For every GPU from Ampere on."
 )
 @click.option(
+    "--same-compute-capability",
+    is_flag=True,
+    default=None,
+    help="TensorRT: for every GPU of this one's compute capability.",
+)
+@click.option("--max-tactics", type=int, help="Kernels to time where there is a choice.")
+@click.option("--l2-limit-mb", type=float, help="L2 cache that --tiling may count on, in MB.")
+@click.option("--max-aux-streams", type=int, help="Streams beside the caller's; 0 for none.")
+@click.option(
+    "--build-route", metavar="SETTINGS", help="TensorRT: -name=value settings of its compiler."
+)
+@click.option(
+    "--editable-timing-cache",
+    is_flag=True,
+    default=None,
+    help="TensorRT: measure by keys that `cache tactics` lists (not run on a GPU so far).",
+)
+@click.option(
+    "--tactic",
+    "tactics",
+    multiple=True,
+    metavar="KEY=HASH",
+    help="TensorRT: build this tactic for that key of the editable timing cache, repeatable.",
+)
+@click.option(
     "--weight-streaming", is_flag=True, default=None, help="Weights may stay in host memory."
 )
 @click.option("--tf32", is_flag=True, default=None, help="Round float32 products to TF32.")

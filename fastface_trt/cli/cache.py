@@ -8,9 +8,13 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from fastface_trt.builders import timing_cache_file
 from fastface_trt.cli.common import FOLDER
 from fastface_trt.engines.backends import BACKENDS
 from fastface_trt.engines.cache import CacheEntry, EngineCache
+from fastface_trt.engines.tensorrt.flavour import find_flavour
+from fastface_trt.engines.tensorrt.options import TensorRTOptions
+from fastface_trt.engines.tensorrt.plan import measurements, read_tactics
 from fastface_trt.errors import EngineMismatch, FastFaceError
 
 _DAY_SECONDS = 24 * 3600
@@ -103,6 +107,28 @@ def prune(
     if not dry_run:
         freed += store.sweep()
     click.echo(f"{'Would free' if dry_run else 'Freed'} {freed / 2**20:.1f} MB.")
+
+
+@cache.command()
+@_cache_option
+@click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
+def tactics(cache: Path | None, as_json: bool) -> None:
+    """List what TensorRT measured for --editable-timing-cache: key, tactic, milliseconds.
+
+    `build --tactic KEY=HASH` then builds another tactic for a key. Not run on a GPU so far.
+    """
+    file = measurements(
+        timing_cache_file(EngineCache(cache), "tensorrt"),
+        TensorRTOptions(editable_timing_cache=True),
+    )
+    found = read_tactics(find_flavour("tensorrt"), file) if file.is_file() else []
+    if as_json:
+        rows = [{"key": key, "tactic": tactic, "ms": ms} for key, tactic, ms in found]
+        click.echo(json.dumps(rows, indent=2))
+    elif not found:
+        click.echo(f"{file} holds no measurements; build with --editable-timing-cache first.")
+    else:
+        click.echo("\n".join(f"{key}={tactic}  {ms:.4f} ms" for key, tactic, ms in found))
 
 
 def _reason(

@@ -67,13 +67,37 @@ from fastface_trt.errors import InvalidRequest, LicenceNotAcknowledged, MissingD
     type=click.Choice(["fp32", "fp16"]),
     help="What the files hold: fp16 halves an fp32 export.",
 )
+@click.option(
+    "--quantize-attention",
+    is_flag=True,
+    help="With fp8: q, k, v and softmax of the UNet's self and text attention in fp8 as well.",
+)
+@click.option(
+    "--quantize-vae",
+    type=click.Choice(["fp8", "int8"]),
+    help="The VAE's convolutions in 8 bits, but the first, the last and shortcuts.",
+)
+@click.option(
+    "--attention-operator",
+    type=click.Choice(["spelled", "onnx"]),
+    default="spelled",
+    show_default=True,
+    help="onnx: the UNet's attention as ONNX Attention (opset 23), to compare on a card.",
+)
+@click.option(
+    "--group-norm",
+    type=click.Choice(["spelled", "onnx"]),
+    default="spelled",
+    show_default=True,
+    help="onnx: group norms as ONNX GroupNormalization (opset 21), to compare on a card.",
+)
 @click.option("--height", type=int, help="Picture height in pixels.")
 @click.option("--width", type=int, help="Picture width in pixels.")
 @click.option("--fixed-size", is_flag=True, help="Export for this size only.")
 @click.option(
     "--calibration-prompts",
     type=FILE,
-    help="Text file, one prompt a line, that fp8 and int8 are calibrated on [the mini model's].",
+    help="Text file, one prompt a line, that 8 bits are calibrated on [the mini model's].",
 )
 @click.option(
     "--calibration-faces",
@@ -139,7 +163,7 @@ def export(
             f"{entry.base.location}: {entry.base.licence}).",
             "Read their licences, then add --accept-licence.",
         )
-    if options["precision"] not in QUANTIZED_FORMATS:
+    if options["precision"] not in QUANTIZED_FORMATS and not options["quantize_vae"]:
         if calibration_prompts or calibration_faces:
             raise InvalidRequest(
                 f"--precision {options['precision']} is not calibrated.",
@@ -150,8 +174,8 @@ def export(
     else:
         if calibration_faces is None and checkpoint != "mini":
             raise InvalidRequest(
-                f"--precision {options['precision']} is calibrated on faces, and the drawn ones of "
-                f"the mini model do not suit {checkpoint}.",
+                "8 bits are calibrated on faces, and the drawn ones of the mini model do not suit "
+                f"{checkpoint}.",
                 "Give a folder with photographs: --calibration-faces FOLDER.",
             )
         options["calibration"] = PipelineCalibration(

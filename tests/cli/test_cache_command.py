@@ -86,3 +86,21 @@ def test_prune_by_age_and_all(store):
     assert len(store.entries()) == 2
     assert run("cache", "prune", "--cache", store.root, "--all").exit_code == 0
     assert store.entries() == []
+
+
+def test_tactics_are_listed_from_the_editable_timing_cache(tmp_path, monkeypatch):
+    from fastface_trt.cli import cache as command
+
+    result = run("cache", "tactics", "--cache", tmp_path)
+    assert result.exit_code == 0
+    assert "--editable-timing-cache" in result.output
+    file = tmp_path / "timing" / "tensorrt.editable.cache"
+    file.parent.mkdir(parents=True)
+    file.write_bytes(b"measured")
+    key = f"0x{'a' * 32}"
+    monkeypatch.setattr(
+        command, "read_tactics", lambda flavour, path: [(key, "0x1f", 0.25)] * (path == file)
+    )
+    assert f"{key}=0x1f  0.2500 ms" in run("cache", "tactics", "--cache", tmp_path).output
+    rows = json.loads(run("cache", "tactics", "--cache", tmp_path, "--json").output)
+    assert rows == [{"key": key, "tactic": "0x1f", "ms": 0.25}]

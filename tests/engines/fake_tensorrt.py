@@ -22,9 +22,11 @@ from fastface_trt.engines.tensorrt.profiles import make_profiles
 
 RTX_ONLY = {
     "CudaGraphStrategy",
+    "DynamicShapesKernelSpecializationStrategy",
     "IRuntimeCache",
     "create_runtime_cache",
     "cuda_graph_strategy",
+    "dynamic_shapes_kernel_specialization_strategy",
     "set_runtime_cache",
 }
 TYPES = {

@@ -18,7 +18,7 @@ from fastface_trt.engines.onnx_file import MODULE_KEY
 from fastface_trt.errors import InvalidRequest, MissingDependency, WeightsError
 from fastface_trt.export.adapter import attach_adapter, read_adapter
 from fastface_trt.export.exporter import run_export
-from fastface_trt.export.modules import unet_export
+from fastface_trt.export.modules import unet_export, vae_decoder_export
 from fastface_trt.export.onnx_writer import write_module
 from fastface_trt.export.options import ExportOptions
 from fastface_trt.export.oracle import TorchUNet
@@ -31,6 +31,7 @@ from fastface_trt.export.quantization.graph import (
     scale_of,
 )
 from fastface_trt.export.quantization.layers import choose_layers
+from fastface_trt.export.quantization.modules import quantize_vae
 from fastface_trt.export.quantization.ranges import measure_ranges
 
 pytest.importorskip("modelopt")
@@ -69,7 +70,7 @@ class Quantized:
 
     def __init__(self, tiny, form, folder):
         self.form, self.unet = form, adapted_unet(tiny)
-        self.choice = choose_layers(self.unet, form)
+        self.choice = choose_layers(self.unet, form, attention=form == "fp8")
         calls = [random_inputs(TorchUNet(self.unet).spec, seed) for seed in range(3)]
         self.input_amax = self._watch(calls)
         twins = []
@@ -79,9 +80,9 @@ class Quantized:
             for call in calls:
                 TorchUNet(twin)(**call)
 
-        ranges = measure_ranges(self.unet, form, self.choice, run)
+        ranges, attention = measure_ranges(self.unet, form, self.choice, run)
         self.simulation = TorchUNet(twins[0])
-        self.plan = QuantizationPlan(form, ranges)
+        self.plan = QuantizationPlan(form, ranges, attention)
         # In float32, so that what differs is quantisation and not float16.
         export = unet_export(self.unet, tokens=4, latent_size=(16, 16), fixed_size=False)
         spec = write_module(replace(export, quantization=self.plan), folder / form)
@@ -220,7 +221,71 @@ def test_scales_are_the_largest_magnitudes_over_the_largest_code(quantized):
         )
 
 
-def test_numbers_are_those_of_modelopts_simulation(quantized):
+def test_attention_quantises_what_enters_its_two_products(quantized):
+    if quantized.form == "int8":
+        assert quantized.choice.attention == ()
+        return
+    _, made, held = quantized.layers()
+    nodes = quantized.model.graph.node
+    found = 0
+    for softmax in [node for node in nodes if node.op_type == "Softmax"]:
+        name = next(p.value for p in softmax.metadata_props if p.key == MODULE_KEY)
+        range_ = quantized.plan.attention[name.removeprefix("unet.")]
+        scores = made[softmax.input[0]]
+        codes = [n for n in nodes if softmax.output[0] in n.input]
+        assert [n.op_type for n in codes] == ["QuantizeLinear"]
+        (dequantize,) = [n for n in nodes if codes[0].output[0] in n.input]
+        (product,) = [n for n in nodes if dequantize.output[0] in n.input]
+        assert (scores.op_type, product.op_type) == ("MatMul", "MatMul")
+        inputs = [*scores.input, *product.input]
+        amaxes = (range_.q_amax, range_.k_amax, 1.0, range_.v_amax)
+        for value, amax, before in zip(
+            inputs, amaxes, ("Mul", "Transpose", "Softmax", "Transpose"), strict=True
+        ):
+            quantize = made[made[value].input[0]]
+            assert (made[value].op_type, quantize.op_type) == ("DequantizeLinear", "QuantizeLinear")
+            assert made[quantize.input[0]].op_type == before
+            scale = float(numpy_helper.to_array(held[quantize.input[1]]))
+            assert scale == pytest.approx(amax / 448, rel=1e-4)
+            assert held[quantize.input[2]].data_type == CODE_TYPES["fp8"]
+        found += 1
+    assert found == len(quantized.choice.attention) == len(quantized.unet.attn_processors)
+
+
+def test_attention_ranges_are_the_largest_magnitudes(quantized, monkeypatch):
+    """Of q, k and v as attention gets them, seen by a wrapper of our own."""
+    if quantized.form == "int8":
+        pytest.skip("fp8 alone quantises attention")
+    seen = []
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    def watch(q, k, v):
+        scaled = q / q.shape[-1] ** 0.5
+        seen.append([float(x.abs().max()) for x in (scaled, k, v)])
+        return attend(q, k, v)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watch)
+    unet = TorchUNet(quantized.unet)
+    for seed in range(3):
+        unet(**random_inputs(unet.spec, seed))
+    ranges = quantized.plan.attention.values()
+    measured = sorted((r.q_amax, r.k_amax, r.v_amax) for r in ranges)
+    calls = np.asarray(seen).reshape(3, len(measured), 3).max(0)
+    np.testing.assert_allclose(measured, sorted(map(tuple, calls)), rtol=0.1)
+
+
+def fp8_softmax_attention(q, k, v, **rest):
+    """softmax(Q Kᵀ / √D) V with the softmax rounded to E4M3 at the scale 1/448."""
+    shares = torch.softmax(q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5, dim=-1)
+    return (shares * 448).to(torch.float8_e4m3fn).to(q.dtype) / 448 @ v
+
+
+def test_numbers_are_those_of_modelopts_simulation(quantized, monkeypatch):
+    from modelopt.torch.quantization.plugins.diffusion import diffusers as simulated
+
+    if quantized.form == "fp8":  # ModelOpt leaves the softmax to its exporter
+        name = "original_scaled_dot_product_attention"
+        monkeypatch.setattr(simulated, name, fp8_softmax_attention)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     # Q/DQ as written: no fusing into integer kernels, no moving of float8 through a Reshape.
@@ -278,14 +343,14 @@ def test_scales_never_become_zero():
 def test_fp16_graph_passes_the_tensorrt_parser_and_is_half_as_large(tiny, form, tmp_path):
     trt = pytest.importorskip("tensorrt_rtx")
     unet = adapted_unet(tiny)
-    choice = choose_layers(unet, form)
+    choice = choose_layers(unet, form, attention=form == "fp8")
     run = RandomCalibration(calls=1)
     manifest = ExportManifest.model_construct(height=32, width=32)
-    ranges = measure_ranges(
+    ranges, attention = measure_ranges(
         unet, form, choice, lambda twin: run.run(TorchUNet(twin), manifest, tmp_path, quiet)
     )
     export = unet_export(unet.half(), tokens=4, latent_size=(16, 16), fixed_size=False)
-    plan = QuantizationPlan(form, ranges)
+    plan = QuantizationPlan(form, ranges, attention)
     spec = write_module(replace(export, quantization=plan), tmp_path)
     path = tmp_path / spec.files[0].path
     logger = trt.Logger(trt.Logger.ERROR)
@@ -295,7 +360,7 @@ def test_fp16_graph_passes_the_tensorrt_parser_and_is_half_as_large(tiny, form, 
         str(parser.get_error(i)) for i in range(parser.num_errors)
     ]
     kinds = [network.get_layer(i).type for i in range(network.num_layers)]
-    assert kinds.count(trt.LayerType.DEQUANTIZE) > len(choice.quantized)
+    assert kinds.count(trt.LayerType.DEQUANTIZE) > len(choice.quantized) + 4 * len(choice.attention)
     held = onnx.load(path).graph.initializer
     codes = sum(np.prod(i.dims) for i in held if i.data_type == CODE_TYPES[form] and i.dims)
     weights = sum(unet.get_submodule(n).weight.numel() for n in choice.quantized)
@@ -307,7 +372,12 @@ def test_fp16_graph_passes_the_tensorrt_parser_and_is_half_as_large(tiny, form, 
 
 @pytest.mark.engines
 def test_export_records_what_was_quantised(tiny_entry, tmp_path):
-    options = ExportOptions(tiny_entry, precision="int8", calibration=RandomCalibration(calls=1))
+    options = ExportOptions(
+        tiny_entry,
+        precision="int8",
+        quantize_vae="int8",
+        calibration=RandomCalibration(calls=1),
+    )
     manifest = run_export(options, tmp_path / "out", quiet)
     assert read_manifest(tmp_path / "out" / EXPORT_MANIFEST, ExportManifest) == manifest
     record = manifest.quantization
@@ -317,8 +387,83 @@ def test_export_records_what_was_quantised(tiny_entry, tmp_path):
     assert record.calibration_rows == 3
     assert len(record.layers) > 20
     assert "image branch" in record.excluded
+    vae = manifest.vae_quantization
+    assert vae is not None
+    assert (vae.format, vae.calibration_rows, vae.attention) == ("int8", 3, ())
+    assert "last convolution" in vae.excluded
     assert manifest.modules["unet"].dtype_of(contract.SAMPLE) == "float32"
     assert manifest.modules["unet"].dtype_of(contract.IMAGE_TOKENS) == "float16"
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_vae_in_8_bits(tiny, form, tmp_path):
+    from diffusers import AutoencoderKL
+
+    vae = AutoencoderKL.from_pretrained(tiny / "checkpoint" / "vae").eval()
+    generator = np.random.default_rng(0)
+    latents = [generator.standard_normal((4, 8, 8)).astype(np.float32) for _ in range(3)]
+    options = ExportOptions.__new__(ExportOptions)
+    object.__setattr__(options, "quantize_vae", form)
+    object.__setattr__(options, "calibration", RandomCalibration())
+    plan, record = quantize_vae(vae, options, latents)
+    assert record.calibration_rows == 3
+    assert record.layers == tuple(plan.ranges)
+    excluded = {name for names in record.excluded.values() for name in names}
+    assert {"decoder.conv_in", "decoder.conv_out", "post_quant_conv"} <= excluded
+    decoder = {
+        name
+        for name, module in vae.named_modules()
+        if isinstance(module, torch.nn.Conv2d | torch.nn.Linear)
+        and name.startswith(("decoder.", "post_quant_conv"))
+    }
+    assert {*record.layers, *excluded} == decoder
+    assert not excluded & {*record.layers}
+    seen, handles = {}, []
+    for name in record.layers:
+
+        def watch(module, inputs, name=name):
+            seen[name] = max(seen.get(name, 0), float(inputs[0].abs().max()))
+
+        handles.append(vae.get_submodule(name).register_forward_pre_hook(watch))
+    with torch.no_grad():
+        for one in latents:
+            vae.decode(torch.from_numpy(one)[None] / vae.config.scaling_factor)
+    for handle in handles:
+        handle.remove()
+    for name, amax in seen.items():
+        assert plan.ranges[name].input_amax == pytest.approx(amax, rel=1e-4)
+    export = vae_decoder_export(vae, latent_size=(8, 8), scale_factor=2, fixed_size=False)
+    with torch.no_grad():
+        plain = export.module(torch.from_numpy(np.stack(latents)))
+    spec = write_module(replace(export, quantization=plan), tmp_path)
+    path = tmp_path / spec.files[0].path
+    nodes = onnx.load(path).graph.node
+    codes = [n for n in nodes if n.op_type == "QuantizeLinear"]
+    assert 0 < len(codes) <= len(record.layers)
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    ours = session.run([spec.outputs[0].name], {"latents": np.stack(latents)})[0]
+    plain = (plain[0] if isinstance(plain, tuple) else plain).numpy()
+    error = np.linalg.norm(ours - plain) / np.linalg.norm(plain)
+    assert 1e-4 < error < 5e-2
+
+
+@pytest.mark.parametrize(
+    ("values", "mend"),
+    [
+        ({"precision": "fp16", "quantize_attention": True}, "--precision fp8"),
+        (
+            {"precision": "fp8", "quantize_attention": True, "attention_operator": "onnx"},
+            "--attention-operator",
+        ),
+        ({"precision": "bf16", "quantize_vae": "int8"}, "--quantize-vae"),
+        ({"precision": "fp16", "tiny_vae": True, "quantize_vae": "int8"}, "--quantize-vae"),
+        ({"precision": "fp32", "quantize_vae": "int8", "calibration": None}, "calibration"),
+    ],
+)
+def test_quantisation_that_cannot_be_is_refused(tiny_entry, values, mend):
+    with pytest.raises(InvalidRequest) as caught:
+        ExportOptions(tiny_entry, **({"calibration": RandomCalibration()} | values))
+    assert mend in caught.value.mend
 
 
 def test_missing_modelopt_is_said_before_anything_is_written(tiny_entry, tmp_path, monkeypatch):

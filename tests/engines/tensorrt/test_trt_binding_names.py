@@ -34,6 +34,9 @@ RECEIVERS = {
     "error": ("ParserError",),
     "refitter": ("Refitter",),
     "flags": ("BuilderFlag",),
+    "timing": ("TimingCacheValue",),
+    "layer": ("IAttentionInputLayer",),
+    "maker": ("Builder", "Runtime", "Refitter"),
 }
 """What the code calls TensorRT's objects, and the classes that they may be."""
 
@@ -43,6 +46,10 @@ NOT_TENSORRT = {"error": {"errno", "errors", "filename", "mend", "message", "str
 RTX_ONLY = {
     "runtime_cache": {"create_runtime_cache", "deserialize", "set_runtime_cache"},
     "cuda_graph_strategy": {"cuda_graph_strategy", "CudaGraphStrategy", "WHOLE_GRAPH_CAPTURE"},
+    "kernel_specialization": {
+        "dynamic_shapes_kernel_specialization_strategy",
+        "DynamicShapesKernelSpecializationStrategy",
+    },
     "compute_capabilities": {
         "ComputeCapability",
         "num_compute_capabilities",

@@ -15,6 +15,7 @@ import pytest
 from onnx import TensorProto, helper
 from tiny_models import tree, write_module
 
+from fastface_trt.builders import make_builder
 from fastface_trt.engines.cache import EngineCache
 from fastface_trt.engines.files import describe_file
 from fastface_trt.engines.manifest import EngineManifest, ModuleSpec, TensorSpec
@@ -192,6 +193,14 @@ def test_targets_and_compatible_engines_fit_other_gpus(tmp_path, monkeypatch):
     assert builder._misfit(manifest_of(module, builder, **built), HOPPER) is None
     turing = {"gpu": "T4", "compute_capability": "7.5"}
     assert builder._misfit(manifest_of(module, builder, **built), turing)[0] == "compute_capability"
+    monkeypatch.setattr(builder_module.Flavour, "version", lambda flavour: "11.4")
+    monkeypatch.setattr(builder_module, "cuda_hardware", lambda: ADA)
+    same = TensorRTBuilder("tensorrt", TensorRTOptions(same_compute_capability=True))
+    mine = manifest_of(module, same)
+    assert mine.hardware == {"compute_capability": "8.9"}
+    assert same._misfit(mine, ADA | {"gpu": "NVIDIA L4"}) is None
+    assert same._misfit(mine, HOPPER)[0] == "compute_capability"
+    monkeypatch.undo()
     older = {"backend_version": "1.0", "options": {"version_compatible": True, "profiles": []}}
     assert builder._misfit(manifest_of(module, builder, **older), ADA) is None
     newer = older | {"backend_version": "99.0"}
@@ -205,6 +214,18 @@ def test_an_engine_with_more_profiles_serves_where_none_were_asked_for(store, tm
     assert store.get(module, tmp_path / "export", default, build=False)[1] == folder
     with pytest.raises(EngineMismatch, match="optimization_level 0, here none"):
         store.get(module, tmp_path / "export", small(), build=False)
+
+
+def test_an_option_of_the_run_builds_nothing_anew(store, tmp_path):
+    from types import SimpleNamespace
+
+    module = write_module(tmp_path / "export")
+    _, folder = store.get(module, tmp_path / "export", small())
+    export = SimpleNamespace(height=1024, width=1024, vae_scale_factor=8)
+    for strategy in ("lazy", "eager", "none"):
+        options = {"kernel_specialization": strategy}
+        builder = make_builder(export, "tensorrt-rtx", options=options)
+        assert store.get(module, tmp_path / "export", builder, build=False)[1] == folder
 
 
 def test_a_changed_onnx_says_so(store, tmp_path):

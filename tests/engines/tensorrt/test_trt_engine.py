@@ -124,6 +124,22 @@ def test_tensorrt_rtx_records_its_own_graph(rtx):
     assert "cuStreamBeginCapture" not in rtx.cuda.names()
 
 
+def test_kernels_are_specialised_as_the_builder_was_told(rtx):
+    name = "IRuntimeConfig.dynamic_shapes_kernel_specialization_strategy ="
+    with rtx.open():
+        assert name not in rtx.trt.counts()
+    rtx.builder.options = TensorRTOptions(kernel_specialization="eager")
+    with rtx.open() as engine:
+        np.testing.assert_allclose(run(engine, rows()), expected(rows()), rtol=1e-5)
+    strategies = rtx.trt.DynamicShapesKernelSpecializationStrategy
+    assert [a for called, a in rtx.trt.calls if called == name] == [(strategies.EAGER,)]
+
+
+def test_every_runtime_has_an_error_recorder(bench):
+    with bench.open():
+        assert bench.trt.counts()["Runtime.error_recorder ="] == 1
+
+
 def test_a_run_that_cannot_be_recorded_is_launched_plainly_and_said_once(datacentre):
     datacentre.trt.refuse_capture = True
     with datacentre.open() as engine:

@@ -95,6 +95,11 @@ def test_a_size_that_no_option_gives():
         ({"targets": ("sm10",)}, "targets"),
         ({"workspace_gb": -1}, "workspace_gb"),
         ({"colour": "red"}, "colour"),
+        ({"max_tactics": 0}, "max_tactics"),
+        ({"max_aux_streams": -1}, "max_aux_streams"),
+        ({"l2_limit_mb": 4.0}, "l2-limit-mb"),
+        ({"tactics": ("0x12=0x5",)}, "tactics"),
+        ({"kernel_specialization": "soon"}, "kernel_specialization"),
     ],
 )
 def test_options_that_are_not_valid_name_the_option(values, where):
@@ -108,6 +113,11 @@ def test_options_that_are_not_valid_name_the_option(values, where):
         (TENSORRT, {"targets": ("sm89",)}, "TensorRT-RTX"),
         (RTX, {"version_compatible": True}, "TensorRT"),
         (RTX, {"hardware_compatible": True}, "TensorRT"),
+        (RTX, {"same_compute_capability": True}, "TensorRT"),
+        (RTX, {"build_route": "-a=b"}, "TensorRT"),
+        (RTX, {"editable_timing_cache": True}, "TensorRT"),
+        (RTX, {"tactics": (f"0x{'1' * 32}=0x5",)}, "TensorRT"),
+        (TENSORRT, {"kernel_specialization": "eager"}, "TensorRT-RTX"),
     ],
 )
 def test_options_of_the_other_flavour_are_refused(flavour, values, other):
@@ -123,6 +133,31 @@ def test_only_what_differs_from_the_defaults_is_part_of_the_identity():
         "optimization_level": 0,
         "targets": ["sm89"],
     }
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"hardware_compatible": True, "same_compute_capability": True},
+        {"tactics": (f"0x{'1' * 32}=0x5", f"0x{'1' * 32}=0x6")},
+    ],
+)
+def test_options_that_exclude_another_are_refused(values):
+    with pytest.raises(InvalidRequest):
+        TensorRTOptions.checked(TENSORRT, **values)
+
+
+def test_what_is_of_the_run_is_no_part_of_the_identity():
+    assert TensorRTOptions(kernel_specialization="eager").engine_options() == {}
+    build = TensorRTOptions(max_tactics=4, max_aux_streams=0, tiling="fast", l2_limit_mb=4)
+    assert build.engine_options() == {
+        "max_tactics": 4,
+        "max_aux_streams": 0,
+        "tiling": "fast",
+        "l2_limit_mb": 4,
+    }
+    for one in ({"build_route": "-a=b"}, {"tactics": (f"0x{'1' * 32}=0x5",)}):
+        assert list(TensorRTOptions(**one).engine_options()) == list(one)
 
 
 def test_unknown_flavour():
