@@ -9,8 +9,10 @@ import pytest
 
 TESTS = Path(__file__).parent
 GOLDEN = TESTS / "golden"
-FOLDERS = ("", "..", "bench", "runtime", "engines", "export", "verify", "serving", "fuzz")
+FOLDERS = ("", "bench", "runtime", "engines", "export", "verify", "serving", "fuzz")
 sys.path[:0] = [str(TESTS / name) for name in FOLDERS]
+# Last, for `benchmarks`: the package itself may be installed, or put together by links, elsewhere.
+sys.path.append(str(TESTS.parent))
 
 
 @pytest.fixture(scope="session", autouse=True)

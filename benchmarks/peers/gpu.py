@@ -96,7 +96,7 @@ def machine_facts(device: str) -> dict[str, Any]:
     from fastface_trt.bench.environment import describe_machine
     from fastface_trt.engines.hardware import cuda_driver, cuda_hardware
 
-    facts = describe_machine() | cuda_hardware() | cuda_driver()
-    if device == "cuda":
-        facts["gpu"] = torch.cuda.get_device_name()
-    return facts
+    if device != "cuda":
+        return describe_machine()
+    gpu = {"gpu": torch.cuda.get_device_name()}
+    return describe_machine() | cuda_hardware() | cuda_driver() | gpu

@@ -38,7 +38,7 @@ def load_weights(model: nn.Module, graph: Path) -> int:
         if values.size != parameter.numel():
             raise EngineMismatch(f"{graph} is the graph of another model than its {name}.", "")
         with torch.no_grad():
-            parameter.copy_(torch.from_numpy(values).reshape(parameter.shape))
+            parameter.copy_(torch.tensor(values).reshape(parameter.shape))
         filled.add(name)
     return len(filled)
 
@@ -60,4 +60,4 @@ def _weights(graph: Path) -> Iterator[tuple[str, NDArray[np.generic]]]:
         turned = node.op_type == "MatMul"
         if turned or tensors[node.input[1]].dims[1:] in ([1], [1, 1]):
             found = values(node.input[1])
-            yield f"{layers[0]}.{_UNNAMED[node.op_type]}", found.T.copy() if turned else found
+            yield f"{layers[0]}.{_UNNAMED[node.op_type]}", found.T if turned else found
