@@ -19,6 +19,10 @@ IP_ADAPTER_SCALE = "ip_adapter_scale"  # [R, parts] float32, λ of Eq. 1
 MANIPULATION = "attention_manipulation"  # [R, parts, columns] float32
 NOISE_PREDICTION = "noise_prediction"  # [B, 4, h, w]
 
+# Module vae_decoder: it takes latents and gives the same picture twice.
+PICTURE = "picture"  # [B, 3, H, W] float32 in [0, 1]
+PIXELS = "pixels"  # [B, H, W, 3] uint8, rounded half to even; exports of older versions lack it
+
 PARTS = ("down", "mid", "up")
 """Parts of the UNet, in the order of the second axis of the two parameter inputs."""
 

@@ -195,8 +195,11 @@ class Device(Protocol):
         """The array on this device; the array may be changed as soon as this returns."""
         ...
 
-    def download(self, tensor: Tensor) -> Array:
-        """The tensor as a numpy array, after all earlier work of this thread has finished."""
+    def download(self, tensor: Tensor, out: Array | None = None) -> Array:
+        """The tensor as a numpy array, after all earlier work of this thread has finished.
+
+        `out`, of its shape and dtype and row-major, is filled and returned where it is given.
+        """
         ...
 
     def copy(self, tensor: Tensor) -> Tensor:
@@ -274,9 +277,12 @@ class HostDevice:
         """The array itself, which must not be changed afterwards."""
         return array
 
-    def download(self, tensor: Tensor) -> Array:
-        """The array itself."""
-        return _on_host(tensor)
+    def download(self, tensor: Tensor, out: Array | None = None) -> Array:
+        """The array itself, or `out` with its values."""
+        if out is None:
+            return _on_host(tensor)
+        self.write(out, _on_host(tensor))
+        return out
 
     def copy(self, tensor: Tensor) -> Array:
         """A copy, as `numpy.copy`."""

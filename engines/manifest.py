@@ -34,7 +34,7 @@ embedding and a picture, FaceID the embedding alone, PuLID both, with id tokens 
 Orthogonal = Literal["off", "v1", "v2"]
 """Which of PuLID's ways frees the id attention's result from what the text attention says."""
 
-DType = Literal["float32", "float16", "bfloat16", "int64", "int32"]
+DType = Literal["float32", "float16", "bfloat16", "int64", "int32", "uint8"]
 Dimension = int | str
 """A fixed size, or the name of a dynamic one: batch, requests, branches, and height and width in
 latent pixels."""

@@ -88,6 +88,7 @@ _TYPES = {
     "tensor(bfloat16)": "bfloat16",
     "tensor(int64)": "int64",
     "tensor(int32)": "int32",
+    "tensor(uint8)": "uint8",
 }
 
 

@@ -117,19 +117,24 @@ class UNetModule(nn.Module):
 
 
 class VaeDecoderModule(nn.Module):
-    """Scheduler latents [B,4,h,w] to a picture [B,3,H,W] in [0, 1], both float32."""
+    """Scheduler latents [B,4,h,w] to a picture in [0, 1], float32 [B,3,H,W], and to its pixels.
+
+    Pixels are uint8 [B,H,W,3], computed in float32 in whatever type the VAE computes.
+    """
 
     def __init__(self, vae: Model) -> None:
         super().__init__()
         keep_group_norms_in_float32(vae)
         self.vae = vae
 
-    def forward(self, latents: Tensor) -> Tensor:
-        """Undo the VAE's scaling, decode, and map [−1, 1] to [0, 1]."""
+    def forward(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """Undo the VAE's scaling, decode, map [−1, 1] to [0, 1], and round that to bytes."""
         shift = getattr(self.vae.config, "shift_factor", None) or 0.0
         latents = latents / self.vae.config.scaling_factor + shift
         picture = self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0]
-        return (picture.float() / 2 + 0.5).clamp(0, 1)
+        picture = (picture.float() / 2 + 0.5).clamp(0, 1)
+        # The cast comes last of all: TensorRT takes uint8 nowhere but at an output.
+        return picture, (picture * 255).round().permute(0, 2, 3, 1).to(torch.uint8)
 
 
 def text_encoder_export(name: str, encoder: Model) -> ModuleExport:
@@ -206,7 +211,11 @@ def vae_decoder_export(
     return ModuleExport(
         "vae_decoder",
         VaeDecoderModule(vae),
-        {"latents": torch.zeros(EXAMPLE_REQUESTS, channels, *latent_size)},
-        ("picture",),
-        {"latents": ("batch", channels, *size), "picture": ("batch", 3, *picture)},
+        {contract.LATENTS: torch.zeros(EXAMPLE_REQUESTS, channels, *latent_size)},
+        (contract.PICTURE, contract.PIXELS),
+        {
+            contract.LATENTS: ("batch", channels, *size),
+            contract.PICTURE: ("batch", 3, *picture),
+            contract.PIXELS: ("batch", *picture, 3),
+        },
     )

@@ -34,6 +34,7 @@ _DTYPES: dict[ir.DataType, DType] = {
     ir.DataType.FLOAT16: "float16",
     ir.DataType.BFLOAT16: "bfloat16",
     ir.DataType.INT64: "int64",
+    ir.DataType.UINT8: "uint8",
 }
 
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from fastface_trt.engines import contract
 from fastface_trt.engines.device import Device, HostDevice, Tensor
 from fastface_trt.requests import check_size
 from fastface_trt.runtime.advance import EngineGuidance, Guidance, HostGuidance
@@ -96,11 +97,13 @@ class Stages:
         """
         device, decoder = self.device, self._modules["vae_decoder"]
         with timeline.span("vae_decoder", device):
-            picture = decoder(latents=device.stack([latents]))["picture"]
+            decoded = decoder(**{contract.LATENTS: device.stack([latents])})
         with timeline.span("picture", device):
-            picture_3HW = device.download(picture[0])
             # The picture cannot tell: its clamp to [0, 1] may swallow what is not a number.
             require_finite(device, latents)
+            if contract.PIXELS in decoded:
+                return device.download(decoded[contract.PIXELS][0], out)
+            picture_3HW = device.download(decoded[contract.PICTURE][0])
             rounded = np.rint(picture_3HW.astype(np.float32) * 255).clip(0, 255)
             pixels = np.empty((*rounded.shape[1:], 3), np.uint8) if out is None else out
             np.copyto(pixels, rounded.transpose(1, 2, 0), casting="unsafe")

@@ -114,7 +114,7 @@ class OnnxRuntimePlainPeer:
         scheduler = self._models.pipeline.scheduler
         noise = torch.from_numpy(work.initial_noise())
         latents = denoise(predict, work.request, self._conditions(work), noise, scheduler)
-        (picture,) = _run(self._sessions["vae_decoder"], latents)
+        picture, _ = _run(self._sessions["vae_decoder"], latents)
         pixels = (picture[0].numpy() * 255).round().astype(np.uint8).transpose(1, 2, 0)
         return Made(Image.fromarray(pixels), latents[0].numpy())
 

@@ -22,6 +22,7 @@ from fastface_trt.engines.cuda.events import Event, TimingEvents
 from fastface_trt.engines.cuda.lent import LentMemory
 from fastface_trt.engines.cuda.stream import Stream
 from fastface_trt.engines.device import (
+    HostDevice,
     ITEM_BYTES,
     Array,
     Copies,
@@ -79,11 +80,14 @@ class CudaDevice:
         self.copy_into(tensor, array)
         return tensor
 
-    def download(self, tensor: Tensor) -> Array:
-        """The tensor as a new numpy array; waits for this thread's work."""
+    def download(self, tensor: Tensor, out: Array | None = None) -> Array:
+        """The tensor as a new numpy array, or in `out`; waits for this thread's work."""
         if not isinstance(tensor, DeviceTensor):
-            return np.asarray(tensor)
-        array = np.empty(tensor.shape, dtype=tensor.dtype)
+            return HostDevice().download(tensor, out)
+        array = np.empty(tensor.shape, dtype=tensor.dtype) if out is None else out
+        fits = (array.shape, array.dtype) == (tensor.shape, np.dtype(tensor.dtype))
+        if not fits or not array.flags.c_contiguous:
+            raise ValueError(f"{array.dtype} {array.shape} is no {tensor.dtype} {tensor.shape}")
         stream = self.stream()
         stream.reads(tensor.memory)
         stream.to_host(tensor.address, array)

@@ -35,6 +35,7 @@ _TYPES = {
     "BF16": "bfloat16",
     "INT64": "int64",
     "INT32": "int32",
+    "UINT8": "uint8",
 }
 _BUILD_AGAIN = "Build it again: fastface-trt build."
 _LESS_MEMORY = (

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fastface_trt.engines.probe import beyond_rounding
+
 Array = NDArray[Any]
 
 
@@ -48,7 +50,11 @@ _INFINITE = Difference(inf, inf, inf, 0.0)
 
 
 def compare(ours: Array, reference: Array, operands: Iterable[Array] = ()) -> Difference:
-    """The difference of two arrays, computed in float64; `operands` as for `Difference.scale`."""
+    """The difference of two arrays, computed in float64; `operands` as for `Difference.scale`.
+
+    Of unsigned numbers, which are rounded ones, a step of 1 is none.
+    """
+    rounded = reference.dtype.kind == "u"
     ours, reference = ours.astype(np.float64), reference.astype(np.float64)
     if ours.shape != reference.shape:
         return _INFINITE
@@ -59,6 +65,8 @@ def compare(ours: Array, reference: Array, operands: Iterable[Array] = ()) -> Di
     ):
         return _INFINITE
     error = ours[finite] - reference[finite]
+    if rounded:
+        error = beyond_rounding(error)
     if not error.size:
         return Difference(0.0, 0.0, 0.0, 0.0)
     error_norm = float(np.linalg.norm(error))

@@ -112,7 +112,7 @@ def find_layer(
     threads: int | None = None,
     progress: Progress = lambda line: None,
 ) -> LayerReport | None:
-    """Search the module of a `verdict` that does not agree; None when it does.
+    """Search the module of a `verdict` that does not agree; None when its floats do.
 
     `marks` tensors are compared per build: more need fewer builds, and memory for the outputs.
     `float64` evaluates the tensor that was found, from the module's inputs on, on one CPU: minutes
@@ -126,9 +126,11 @@ def find_layer(
     inputs = module_inputs(module, manifest, folder, seed=seed)
     both = _BothSides(inputs, builder, threads, progress)
     graph = markable(module, folder)
-    name, difference = next(
-        (name, d) for name, d in verdict.differences.items() if d.exceeds(verdict.tolerance)
-    )
+    for name, difference in verdict.differences.items():
+        if name in graph.names and difference.exceeds(verdict.tolerance):
+            break
+    else:  # rounding to whole numbers is all that differs
+        return None
     search = Search(graph, both.measuring(graph), verdict.tolerance, marks=marks)
     found = search.run(name, difference)
     builds, searched, tensors = search.builds, len(search.known), len(graph.names)
