@@ -62,7 +62,9 @@ def without_weights(model: onnx.ModelProto, folder: Path, data: str) -> tuple[Re
     kinds: dict[tuple[str, float], list[onnx.TensorProto]] = {}
     for tensor in model.graph.initializer:
         values = numpy_helper.to_array(tensor, str(folder))
-        mean = drawn_mean(values) if values.size > LARGEST_KEPT and values.dtype.kind == "f" else None
+        mean = (
+            drawn_mean(values) if values.size > LARGEST_KEPT and values.dtype.kind == "f" else None
+        )
         if mean is not None:
             kinds.setdefault((_TYPES[tensor.data_type], mean), []).append(tensor)
         elif tensor.data_location == TensorProto.EXTERNAL:
@@ -90,7 +92,7 @@ def _refer(tensor: onnx.TensorProto, data: str, offset: int, length: int) -> Non
 
 
 def pack(spec: ModuleSpec, export: Path, target: Path) -> tuple[ModuleSpec, tuple[Region, ...]]:
-    """Write the graph of a module to folder `target`; returns its new manifest entry and regions."""
+    """Write a module's graph to folder `target`; returns its new manifest entry and regions."""
     source = export / spec.files[0].path
     model = onnx.load(source, load_external_data=False)
     regions = without_weights(model, source.parent, f"{source.name}.data")
@@ -111,7 +113,7 @@ def pack(spec: ModuleSpec, export: Path, target: Path) -> tuple[ModuleSpec, tupl
 
 
 def pack_export(export: Path, target: Path, only: Iterable[str] = ()) -> None:
-    """Write graphs and template of an export to folder `target`, or renew those of modules `only`."""
+    """Write graphs and template of an export to folder `target`, or renew modules `only`."""
     manifest = read_manifest(export / EXPORT_MANIFEST, ExportManifest)
     target.mkdir(parents=True, exist_ok=True)
     only = set(only)
@@ -130,7 +132,9 @@ def pack_export(export: Path, target: Path, only: Iterable[str] = ()) -> None:
 @click.command(help=__doc__)
 @click.argument("export", type=click.Path(path_type=Path, exists=True, file_okay=False))
 @click.option("--module", "modules", multiple=True, help="Only this module (repeatable).")
-@click.option("--out", type=click.Path(path_type=Path), default=GRAPHS, help="Folder [the package].")
+@click.option(
+    "--out", type=click.Path(path_type=Path), default=GRAPHS, help="Folder [the package]."
+)
 def main(export: Path, modules: tuple[str, ...], out: Path) -> None:
     """Write the graphs of an export, without weights."""
     pack_export(export, out, modules)

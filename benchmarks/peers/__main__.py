@@ -141,7 +141,7 @@ def report(
 @click.option("--gpu", is_flag=True, help="Full-size SDXL on a GPU, random weights in float16.")
 @click.option("--mini", is_flag=True, help="With --gpu: the mini model.")
 @click.option("--backend", default="onnxruntime-cuda", show_default=True, help="With --gpu: ours.")
-@click.option("--device", default="cuda", show_default=True, help="With --gpu: PyTorch's; cuda, cpu.")
+@click.option("--device", default="cuda", show_default=True, help="With --gpu: of PyTorch.")
 @click.option("--cache", type=click.Path(path_type=Path), help="With --gpu: the engine cache.")
 def main(
     rounds: int,

@@ -186,7 +186,7 @@ class DiffusersPeer(PyTorchPeer):
 class DiffusersAdapterPeer(DiffusersPeer):
     """The same with the attention processor that diffusers itself gives an IP-Adapter.
 
-    The projection is this package's, as above; what diffusers calls image embeddings are its tokens.
+    The projection is this package's, as above; diffusers calls its tokens image embeddings.
     """
 
     name = "diffusers-ip-adapter"
@@ -201,7 +201,7 @@ class DiffusersAdapterPeer(DiffusersPeer):
         return None
 
     def before(self) -> None:
-        """Nothing: processors are exchanged and put back within a call, which takes a millisecond."""
+        """Nothing: a call itself exchanges processors and puts them back, in a millisecond."""
 
     def _run(self, work: Work, output: str) -> Any:
         unet, config = self.unet, self.unet.config
@@ -230,7 +230,10 @@ class DiffusersAdapterPeer(DiffusersPeer):
             if isinstance(own, attention.ImageAttention):
                 hidden, text = own.to_k_ip.out_features, own.to_k_ip.in_features
                 made = IPAdapterAttnProcessor2_0(hidden, text, (4,), [float(scales[own.part])])
-                made.to_k_ip, made.to_v_ip = nn.ModuleList([own.to_k_ip]), nn.ModuleList([own.to_v_ip])
+                made.to_k_ip, made.to_v_ip = (
+                    nn.ModuleList([own.to_k_ip]),
+                    nn.ModuleList([own.to_v_ip]),
+                )
                 processors[name] = made
         return processors
 

@@ -62,9 +62,7 @@ def _drawn(checkpoint: str, place: Path, kind: str, progress: Progress) -> Path:
         return folder
     shape = read_template().manifest
     with finished_folder(folder, EXPORT_MANIFEST) as draft:
-        others = [
-            other for other in place.glob(f"*-{kind}") if (other / EXPORT_MANIFEST).is_file()
-        ]
+        others = [other for other in place.glob(f"*-{kind}") if (other / EXPORT_MANIFEST).is_file()]
         for name, spec in shape.modules.items():
             size = sum(file.bytes for file in spec.files)
             progress(f"{name}: drawing {size / 1e6:,.0f} MB of random weights")

@@ -47,8 +47,8 @@ def run_benchmark(
 
     `load` are arguments of `FastFace.load`, as JSON values. The folder holds `bench.json`,
     `stages.csv`, `report.md`, `plots/` and with `trace` `trace.json`; an earlier report there is
-    replaced. Engines that are missing are built first. `first` is told the first number. Raises what `FastFace` raises,
-    `StorageError`, and `InvalidRequest` when `out` holds something else.
+    replaced. Engines that are missing are built first. `first` is told the first number. Raises
+    what `FastFace` raises, `StorageError`, and `InvalidRequest` when `out` holds something else.
     """
     with finished_folder(out, BENCH_FILE) as draft:
         report, measurement = _measure(load, workload, progress, ranges, first)
@@ -134,7 +134,12 @@ def _with_roofline(report: BenchReport, load: Mapping[str, Any], progress: Progr
     case = [one for one in report.cases if one.requests == one.concurrency == 1][-1]
     export = find_export(load["export"])
     manifest = read_manifest(export / EXPORT_MANIFEST, ExportManifest)
-    builder = make_builder(manifest, load["backend"], threads=load.get("threads"))
+    builder = make_builder(
+        manifest,
+        load["backend"],
+        threads=load.get("threads"),
+        options=load.get("engine_options"),
+    )
     on_host = isinstance(builder.device(), HostDevice)
     progress("Measuring what the machine can do at best")
     try:

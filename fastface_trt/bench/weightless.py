@@ -91,7 +91,7 @@ def draw_weights(path: Path, regions: tuple[Region, ...], threads: int | None = 
         stream, offset, count, region = piece
         with open(path, "r+b", buffering=0) as file:
             file.seek(offset)
-            rest = memoryview(_values(stream, count, region).view(np.uint8))
+            rest = memoryview(_values(stream, count, region).tobytes())
             while rest:
                 rest = rest[file.write(rest) :]
 

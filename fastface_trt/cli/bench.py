@@ -162,9 +162,9 @@ def _bench(
         "backend": backend,
         "cache": None if cache is None else str(cache.absolute()),
         "threads": threads,
+        "engine_options": None if optimization is None else {"optimization": optimization},
         "build": not no_build,
         "licence_acknowledged": accept_licence,
-        "engine_options": None if optimization is None else {"optimization": optimization},
     }
 
     def first(case: str, seconds: float) -> None:

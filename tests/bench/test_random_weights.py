@@ -83,13 +83,15 @@ def test_every_weight_of_the_graphs_lies_in_its_file(name):
     template, graph = read_template(), onnx.load_from_string(read_graph(name))
     regions = template.regions[name]
     size = sum(region.bytes for region in regions)
-    assert [file.bytes for file in template.manifest.modules[name].files[1:]] == [size][: bool(size)]
+    _, *data = template.manifest.modules[name].files
+    assert [file.bytes for file in data] == [size] * bool(regions)
     pieces = []
     for tensor in graph.graph.initializer:
         where = {entry.key: entry.value for entry in tensor.external_data}
         if not where:
             held = numpy_helper.to_array(tensor)
-            assert held.size <= LARGEST_KEPT or held.dtype.kind != "f" or held.size < 512, tensor.name
+            # Frequencies of the embedding of timesteps and sizes are no weights.
+            assert held.dtype.kind != "f" or held.size <= max(LARGEST_KEPT, 160)
             continue
         assert where["location"] == "model.onnx.data"
         item = {onnx.TensorProto.FLOAT16: 2, onnx.TensorProto.FLOAT: 4}[tensor.data_type]

@@ -8,8 +8,8 @@ import torch
 from click.testing import CliRunner
 from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0
 
-from benchmarks.peers.__main__ import make_work
 from benchmarks.peers.__main__ import main as compare
+from benchmarks.peers.__main__ import make_work
 from benchmarks.peers.equality import HALF_TOLERANCE, difference
 from benchmarks.peers.graph_weights import load_weights
 from benchmarks.peers.models import TorchModels
@@ -75,7 +75,7 @@ def test_half_precision_models_make_nearly_the_same_picture():
     assert (half.dtype, single.dtype) == (torch.float16, torch.float32)
     for peer in (PyTorchPeer, DiffusersPeer, DiffusersAdapterPeer):
         apart = difference(peer(half).made(work), peer(single).made(work))
-        assert 1e-5 < apart.latents
+        assert apart.latents > 1e-5
         assert apart.problem("am1+dcg", HALF_TOLERANCE) is None
         assert "latents differ" in apart.problem("am1+dcg", 1e-6)
 

@@ -1,4 +1,4 @@
-"""The mini model's pictures on the GPU: as on the CPU, alone or in company, in whose memory ever."""
+"""The mini model's pictures on the GPU: as on the CPU, alone or in company, in any memory."""
 
 import gc
 from concurrent.futures import ThreadPoolExecutor
