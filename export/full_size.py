@@ -2,11 +2,11 @@
 
 Shapes are those of SDXL base 1.0, its two text encoders, and the published adapters for SDXL with
 their image encoders.
-Weights are normal with std 0.02 (so activations stay finite in fp16), norms are the identity.
+Weights and biases are normal with std 0.02 (so activations stay finite in fp16), norms scale by
+about 1. Nothing is zero or exactly 1: an exporter drops what such numbers make needless, and a time
+would be that of a smaller graph.
 """
 
-import json
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,13 +14,13 @@ from torch import nn
 
 from fastface_trt.engines.manifest import AdapterKind, Orthogonal
 from fastface_trt.export.attention import attach_processors
+from fastface_trt.export.byte_tokenizer import VOCABULARY
 from fastface_trt.export.eva_clip import EvaVisionTower
 from fastface_trt.export.model import Model
 from fastface_trt.export.projection import FaceIdProjection, FaceProjection
 from fastface_trt.export.pulid import IDFormer
 
-VOCABULARY = 49408
-START_TOKEN, END_TOKEN = "<|startoftext|>", "<|endoftext|>"
+WEIGHT_STD = 0.02
 
 UNET_CONFIG: dict[str, Any] = {
     "sample_size": 128,
@@ -93,12 +93,9 @@ def randomize(module: nn.Module, dtype: torch.dtype, seed: int = 0) -> Model:
         is_norm = isinstance(owner, nn.LayerNorm | nn.GroupNorm)
         for name, parameter in list(owner.named_parameters(recurse=False)):
             value = torch.empty(parameter.shape, dtype=dtype)
-            if name == "bias" or parameter.ndim == 0:
-                value.zero_()
-            elif is_norm:
-                value.fill_(1.0)
-            else:
-                value.normal_(0, 0.02, generator=generator)
+            value.normal_(0, WEIGHT_STD, generator=generator)
+            if is_norm and name == "weight":
+                value.add_(1)
             setattr(owner, name, nn.Parameter(value, requires_grad=False))
     return module.eval()
 
@@ -170,24 +167,3 @@ def random_image_encoder(dtype: torch.dtype) -> Model:
     with init_empty_weights(include_buffers=False):
         encoder = CLIPVisionModelWithProjection(CLIPVisionConfig(**IMAGE_ENCODER_CONFIG))
     return randomize(encoder, dtype)
-
-
-def write_byte_tokenizer(folder: Path, pad_token: str) -> None:
-    """A CLIP tokenizer without merges: one token per byte, special tokens at CLIP's numbers.
-
-    Random weights make nothing of words, but the number of tokens and the path are the real ones.
-    """
-    from tokenizers.pre_tokenizers import ByteLevel
-
-    folder.mkdir(parents=True)
-    alphabet = sorted(ByteLevel.alphabet())
-    words = [*alphabet, *(f"{ch}</w>" for ch in alphabet)]
-    vocabulary = {word: index for index, word in enumerate(words)}
-    vocabulary |= {START_TOKEN: VOCABULARY - 2, END_TOKEN: VOCABULARY - 1}
-    (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
-    (folder / "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")
-    special = {"bos_token": START_TOKEN, "eos_token": END_TOKEN, "unk_token": END_TOKEN}
-    (folder / "special_tokens_map.json").write_text(json.dumps({**special, "pad_token": pad_token}))
-    (folder / "tokenizer_config.json").write_text(
-        json.dumps({**special, "pad_token": pad_token, "model_max_length": 77})
-    )

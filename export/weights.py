@@ -15,6 +15,7 @@ from fastface_trt.engines.manifest import AdapterKind, LoraFused, Orthogonal, So
 from fastface_trt.errors import InvalidRequest
 from fastface_trt.export import full_size
 from fastface_trt.export.adapter import attach_adapter, load_projection, read_adapter
+from fastface_trt.export.byte_tokenizer import PAD_TOKENS, write_byte_tokenizer
 from fastface_trt.export.checkpoints import (
     ADAPTERS,
     EVA02_CLIP_L,
@@ -37,7 +38,6 @@ from fastface_trt.mini.folders import FACE_MODEL
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-PAD_TOKENS = {"tokenizer": "<|endoftext|>", "tokenizer_2": "!"}
 _TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
@@ -252,4 +252,4 @@ class RandomWeights:
 
     def copy_tokenizer(self, name: str, folder: Path) -> None:
         """See `Weights`."""
-        full_size.write_byte_tokenizer(folder, PAD_TOKENS[name])
+        write_byte_tokenizer(folder, PAD_TOKENS[name])

@@ -11,7 +11,6 @@ TESTS = Path(__file__).parent
 GOLDEN = TESTS / "golden"
 FOLDERS = (
     "",
-    "..",
     "bench",
     "runtime",
     "engines",
@@ -22,6 +21,8 @@ FOLDERS = (
     "fuzz",
 )
 sys.path[:0] = [str(TESTS / name) for name in FOLDERS]
+# Last, for `benchmarks`: the package itself may be installed, or put together by links, elsewhere.
+sys.path.append(str(TESTS.parent))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from fastface_trt.export import full_size
 from fastface_trt.export.attention import attach_processors
+from fastface_trt.export.byte_tokenizer import PAD_TOKENS, VOCABULARY, write_byte_tokenizer
 from fastface_trt.export.projection import FaceIdProjection, FaceProjection
 
 TEXT_WIDTHS = (16, 24)
@@ -117,9 +117,9 @@ def write_tiny_sdxl(root: Path) -> Path:
         "num_hidden_layers": 2,
         "num_attention_heads": 2,
         "intermediate_size": 32,
-        "vocab_size": full_size.VOCABULARY,
-        "bos_token_id": full_size.VOCABULARY - 2,
-        "eos_token_id": full_size.VOCABULARY - 1,
+        "vocab_size": VOCABULARY,
+        "bos_token_id": VOCABULARY - 2,
+        "eos_token_id": VOCABULARY - 1,
     }
     for name, cls, width in (
         ("text_encoder", CLIPTextModel, TEXT_WIDTHS[0]),
@@ -127,8 +127,8 @@ def write_tiny_sdxl(root: Path) -> Path:
     ):
         config = CLIPTextConfig(hidden_size=width, projection_dim=POOLED, **common)
         cls(config).save_pretrained(checkpoint / name)
-    full_size.write_byte_tokenizer(checkpoint / "tokenizer", "<|endoftext|>")
-    full_size.write_byte_tokenizer(checkpoint / "tokenizer_2", "!")
+    for name, pad_token in PAD_TOKENS.items():
+        write_byte_tokenizer(checkpoint / name, pad_token)
     CLIPVisionModelWithProjection(
         CLIPVisionConfig(
             hidden_size=CLIP_WIDTH,

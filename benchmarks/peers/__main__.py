@@ -1,7 +1,8 @@
 """The mini model's picture by every peer, in one run.
 
 `python -m benchmarks.peers` writes benchmarks/results/peers-mini.json, .md and .png. With
-`--full-width` it times one UNet step of full-size SDXL instead: see `full_width`.
+`--full-width` it times one UNet step of full-size SDXL instead: see `full_width`. With `--gpu` it
+makes pictures of full-size SDXL on a GPU, with `--mini` of the mini model there: see `gpu`.
 """
 
 import json
@@ -59,16 +60,23 @@ def make_peers(fastface: FastFace, folder: Path, only: Sequence[str] = ()) -> li
         FastFacePeer(fastface, "exact", "fresh"),
         FastFacePeer(fastface, "exact", "cached"),
     ]
+    return chosen(peers, only)
+
+
+def chosen(peers: Sequence[Peer], only: Sequence[str]) -> list[Peer]:
+    """The first peer and those named in `only`; all without names."""
     unknown = set(only) - {peer.name for peer in peers}
     if unknown:
         names = ", ".join(peer.name for peer in peers)
         raise click.BadParameter(f"{', '.join(sorted(unknown))} is none of: {names}.")
-    return [peer for peer in peers if not only or peer.name in (*only, PyTorchPeer.name)]
+    return [peer for peer in peers if not only or peer.name in (*only, peers[0].name)]
 
 
-def make_work(fastface: FastFace, preset: str) -> Work:
+def make_work(fastface: FastFace, preset: str, **fields: Any) -> Work:
     """The picture that is asked for, its face already analysed."""
-    request = fastface.request(PROMPT, preset=preset, seed=SEED, negative_prompt=NEGATIVE_PROMPT)
+    request = fastface.request(
+        PROMPT, preset=preset, seed=SEED, negative_prompt=NEGATIVE_PROMPT, **fields
+    )
     manifest = fastface.manifest
     factor = manifest.vae_scale_factor
     shape = (manifest.latent_channels, request.height // factor, request.width // factor)
@@ -94,20 +102,26 @@ def face_analysis_seconds(fastface: FastFace, rounds: int) -> float:
 
 
 def report(
-    tables: dict[str, list[PeerResult]], out: Path, console: Console, facts: dict[str, Any]
+    tables: dict[str, list[PeerResult]],
+    out: Path,
+    console: Console,
+    facts: dict[str, Any],
+    model: str = "mini model, 96×96 pixels, 4 steps",
 ) -> None:
     """Print the tables and write JSON, Markdown and the plot beside each other."""
     for preset, results in tables.items():
         console.print(rich_table(preset, results))
     machine = facts["machine"]
     named = f"{machine['processor']}, {machine['cores']} cores"
+    if "gpu" in machine:
+        named = f"{machine['gpu']}; {named}"
     presets = {preset: [r.to_dict() for r in results] for preset, results in tables.items()}
     out.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(facts | {"presets": presets}, indent=2, ensure_ascii=False)
     out.write_text(text + "\n", encoding="utf-8")
-    what = "Mini model, 96×96, one picture end to end without face analysis."
+    what = f"One picture end to end without face analysis; {model}."
     out.with_suffix(".md").write_text(markdown(tables, f"{named}.", what), encoding="utf-8")
-    subtitle = f"mini model, 96×96 pixels, 4 steps; {named}"
+    subtitle = f"{model}; {named}"
     busy = facts.get("load_average_before") or 0
     if busy > BUSY:
         warning = f"Other programs ran beside this (load {busy}): measure on a quiet machine."
@@ -120,28 +134,39 @@ def report(
 @click.option("--rounds", default=15, show_default=True, type=click.IntRange(min=1))
 @click.option("--preset", "presets", multiple=True, help="Default: am1+dcg, am2+dcg and plain.")
 @click.option("--peer", "names", multiple=True, help="Only this one beside eager PyTorch; repeat.")
-@click.option("--out", type=click.Path(path_type=Path), default=RESULTS / "peers-mini.json")
+@click.option("--out", type=click.Path(path_type=Path), help="File [by what is compared].")
 @click.option("--full-width", is_flag=True, help="One UNet step of full-size SDXL instead.")
 @click.option("--int8", type=click.Path(path_type=Path), help="A Q/DQ export to add (full width).")
 @click.option("--repeats", default=5, show_default=True, help="Of the full-width step.")
+@click.option("--gpu", is_flag=True, help="Full-size SDXL on a GPU, random weights in float16.")
+@click.option("--mini", is_flag=True, help="With --gpu: the mini model.")
+@click.option("--backend", default="onnxruntime-cuda", show_default=True, help="With --gpu: ours.")
+@click.option("--device", default="cuda", show_default=True, help="With --gpu: of PyTorch.")
+@click.option("--cache", type=click.Path(path_type=Path), help="With --gpu: the engine cache.")
 def main(
     rounds: int,
     presets: tuple[str, ...],
     names: tuple[str, ...],
-    out: Path,
+    out: Path | None,
     full_width: bool,
     int8: Path | None,
     repeats: int,
+    gpu: bool,
+    **on_gpu: Any,
 ) -> None:
     """Time the peers and write the tables and the plot."""
     console = Console()
     try:
-        if full_width:
+        if gpu:
+            run_gpu(out, console, rounds=rounds, presets=presets or PRESETS, names=names, **on_gpu)
+        elif full_width:
             from benchmarks.peers.full_width import run_full_width
 
-            run_full_width(RESULTS / "peers-full-width.json", console, repeats=repeats, int8=int8)
+            target = out or RESULTS / "peers-full-width.json"
+            run_full_width(target, console, repeats=repeats, int8=int8)
         else:
-            run_mini(out, console, rounds=rounds, presets=presets or PRESETS, names=names)
+            target = out or RESULTS / "peers-mini.json"
+            run_mini(target, console, rounds=rounds, presets=presets or PRESETS, names=names)
     except FastFaceError as error:
         raise click.ClickException(str(error)) from None
 
@@ -176,6 +201,69 @@ def run_mini(
             "face_analysis_seconds": face_analysis_seconds(fastface, rounds),
         }
     report(tables, out, console, facts)
+    return tables
+
+
+def run_gpu(
+    out: Path | None,
+    console: Console,
+    *,
+    rounds: int,
+    presets: Sequence[str],
+    names: Sequence[str],
+    mini: bool,
+    backend: str,
+    device: str,
+    cache: Path | None,
+    **fields: Any,
+) -> dict[str, list[PeerResult]]:
+    """Compare the peers on a GPU, once per preset; `fields` are further fields of the request.
+
+    Raises `BackendUnavailable` without a GPU.
+    """
+    from benchmarks.peers import gpu
+    from benchmarks.peers.equality import HALF_TOLERANCE
+    from fastface_trt.bench.random_weights import random_export
+    from fastface_trt.engines.cache import EngineCache
+    from fastface_trt.export.quiet import quiet_libraries
+
+    gpu.require(device)
+    quiet_libraries()
+    store, say = EngineCache(cache), console.print
+    export = folders.EXPORT if mini else random_export("hyper", "fp16", None, store, say)
+    with (
+        FastFace.load(export, backend=backend, cache=store.root, progress=say) as fastface,
+        tempfile.TemporaryDirectory() as folder,
+    ):
+        fastface.warm_up()
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder  # compiled anew: see `run_mini`
+        models = gpu.make_models(fastface.manifest, export, device)
+        peers = chosen(gpu.make_peers(fastface, models), names)
+        works = {preset: make_work(fastface, preset, **fields) for preset in presets}
+        tables = {
+            preset: compare_peers(
+                peers_for(peers, work),
+                work,
+                rounds=rounds,
+                tolerance=None if fastface.manifest.precision == "fp32" else HALF_TOLERANCE,
+                progress=say,
+            )
+            for preset, work in works.items()
+        }
+        request = next(iter(works.values())).request
+        facts = {
+            "what": "one picture by every peer: same weights, noise, prompt and analysed face",
+            "machine": gpu.machine_facts(device),
+            "versions": versions(("fastface-trt", "torch", "diffusers", "transformers", "numpy")),
+            "python": sys.version.split()[0],
+            "backend": backend,
+            "rounds": rounds,
+            "request": request.to_dict(),
+        }
+    size = f"{request.width}×{request.height} pixels, {request.steps} steps"
+    model = f"{'mini model' if mini else 'full-size SDXL, random weights, float16'}, {size}"
+    name = f"peers-{device}{'-mini' if mini else ''}.json".replace("cuda", "gpu")
+    report(tables, out or RESULTS / name, console, facts, f"{model}, {backend}")
     return tables
 
 

@@ -52,8 +52,10 @@ def denoise(
     latents: Tensor,
     scheduler: Any,
 ) -> Tensor:
-    """From noise to the final latents, both [1,C,h,w]; `scheduler` has no timesteps set yet."""
-    scheduler.set_timesteps(request.steps)
+    """From noise to the final latents, both [1,C,h,w] in float32 on the device that everything runs
+    on; `scheduler` has no timesteps set yet.
+    """
+    scheduler.set_timesteps(request.steps, device=latents.device)
     alphas = resolve_schedule("alpha", request.alpha, request.steps)
     betas = resolve_schedule("beta", request.beta, request.steps)
     branches = len(conditions.text)
@@ -61,6 +63,7 @@ def denoise(
     for step, timestep in enumerate(scheduler.timesteps):
         sample = scheduler.scale_model_input(latents, timestep).expand(branches, -1, -1, -1)
         numbers = torch.from_numpy(request.manipulation.rows(step, request.steps))
+        numbers = numbers.to(latents.device)
         prediction = predict(sample, timestep, conditions, numbers)
         noise = guided(prediction, alphas[step], betas[step], request.rescale)
         latents = scheduler.step(noise, timestep, latents, return_dict=False)[0]

@@ -112,11 +112,13 @@ def compare_peers(
     rounds: int,
     pause: float = PAUSE,
     warm_up: int = WARM_UP,
+    tolerance: float | None = None,
     progress: Callable[[str], None] = lambda line: None,
 ) -> list[PeerResult]:
     """Check that all peers make the first one's picture, then time those that do.
 
     A peer that cannot do all of the work is compared with what the first makes of what it does do.
+    `tolerance` of the latents replaces the preset's own.
     """
     reference = peers[0]
     expected: dict[str, Made] = {}
@@ -135,7 +137,7 @@ def compare_peers(
         if does.preset not in expected:
             expected[does.preset] = reference.made(does)
         differences[peer.name] = found = difference(peer.made(work), expected[does.preset])
-        problem = found.problem(does.preset)
+        problem = found.problem(does.preset, tolerance)
         problems[peer.name] = None if problem is None else f"not timed: {problem}"
     alive = [peer for peer in peers if problems[peer.name] is None]
     progress(f"{work.preset}: {rounds} rounds of {len(alive)} peers")

@@ -7,8 +7,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import StableDiffusionXLPipeline
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import CLIPTokenizer
 
@@ -22,12 +24,16 @@ from fastface_trt.runtime.face import Face, clip_pixels
 class TorchModels:
     """A StableDiffusionXLPipeline, CLIP image encoder and face projection of one set of weights.
 
-    `scheduler` is a manifest's configuration of it, with its class name under `class`.
+    `scheduler` is a manifest's configuration of it, with its class name under `class`. The models
+    compute on `device` in the type of the weights; latents are float32.
     """
 
-    def __init__(self, weights: Weights, scheduler: dict[str, Any]) -> None:
+    def __init__(
+        self, weights: Weights, scheduler: dict[str, Any], device: torch.device | str = "cpu"
+    ) -> None:
         import diffusers
 
+        self.device = torch.device(device)
         unet = weights.unet()
         attention.attach(unet)
         tokenizers = {}
@@ -58,14 +64,19 @@ class TorchModels:
             self.image_encoder,
             self.projection,
         ):
-            model.eval().requires_grad_(False)
+            model.eval().requires_grad_(False).to(self.device)
+        self.dtype: torch.dtype = unet.dtype
+
+    def tensor(self, array: NDArray[np.float32]) -> Tensor:
+        """An array as a tensor on the device, in the type that the models compute in."""
+        return torch.from_numpy(array).to(self.device, self.dtype)
 
     def face_inputs(self, face: Face, *, unconditional: bool) -> tuple[Tensor, Tensor]:
         """Embeddings [n,512] and CLIP pixels [n,3,S,S]: of no face first where `unconditional`."""
         mean, std = self.normalisation
         size = self.image_encoder.config.image_size
-        pixels = torch.from_numpy(clip_pixels(face.crop_bgr, size=size, mean=mean, std=std))[None]
-        embedding = torch.from_numpy(face.embedding)[None]
+        pixels = self.tensor(clip_pixels(face.crop_bgr, size=size, mean=mean, std=std))[None]
+        embedding = self.tensor(face.embedding)[None]
         if unconditional:
             embedding = torch.cat((torch.zeros_like(embedding), embedding))
             pixels = torch.cat((torch.zeros_like(pixels), pixels))
@@ -83,6 +94,7 @@ class TorchModels:
         text, negative, pooled, negative_pooled = self.pipeline.encode_prompt(
             request.prompt,
             negative_prompt=request.negative_prompt or None,
+            device=self.device,
             do_classifier_free_guidance=work.guided,
         )
         tokens = self.image_tokens(work.face, unconditional=work.guided)
@@ -100,7 +112,7 @@ def branches(
     """The branches' conditions from texts [1,L,C] and [1,P] and image tokens [n,T,C]."""
     request = work.request
     size = [float(request.height), float(request.width)]
-    time_ids = torch.tensor([[*size, 0.0, 0.0, *size]])
+    time_ids = torch.tensor([[*size, 0.0, 0.0, *size]], device=text.device)
     if negative is None or negative_pooled is None:
         return Conditions(text, pooled, time_ids, tokens)
     return Conditions(

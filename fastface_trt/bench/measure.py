@@ -6,7 +6,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from math import ceil
 from time import perf_counter
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from PIL import Image
@@ -19,6 +19,9 @@ from fastface_trt.pipeline import FaceInput, FastFace
 from fastface_trt.runtime.face import Face
 from fastface_trt.runtime.picture_file import encode_picture
 from fastface_trt.runtime.timeline import Ranges, Recorder, Span
+
+First: TypeAlias = Callable[[str, float], None]
+"""Told which case the first call was, a warm-up or not, and its seconds."""
 
 CALL = "call"
 """The span around everything from the call to the bytes of its PNGs."""
@@ -47,11 +50,13 @@ class Measurement:
         *,
         clock: Callable[[], float] = perf_counter,
         ranges: Ranges | None = None,
+        first: First = lambda case, seconds: None,
     ) -> None:
         self.last_spans: dict[str, list[Span]] = {}
         self._fastface, self._workload = fastface, workload
         self._progress, self._clock, self._ranges = progress, clock, ranges
         self._face: Face | None = None
+        self._first: First | None = first
 
     def cases(self) -> list[Case]:
         """Measure every setting."""
@@ -135,6 +140,9 @@ class Measurement:
             )
             for one in encoded:
                 one.result()
+        if self._first is not None:
+            tell, self._first = self._first, None
+            tell(f"{setting.preset}, {setting.features} features", recorder.spans()[-1].seconds)
         return recorder.spans(), result.unet_samples
 
     def _known_face(self) -> Face:

@@ -10,7 +10,7 @@ from fastface_trt.bench import gpu, plots, tables
 from fastface_trt.bench.cold_start import measure_cold_starts
 from fastface_trt.bench.environment import describe_environment, machine_state, peak_host_bytes
 from fastface_trt.bench.floors import stage_floors
-from fastface_trt.bench.measure import Measurement, paired_ratios
+from fastface_trt.bench.measure import First, Measurement, paired_ratios
 from fastface_trt.bench.notes import notes
 from fastface_trt.bench.profilers import chrome_trace
 from fastface_trt.bench.report import (
@@ -41,16 +41,17 @@ def run_benchmark(
     *,
     trace: bool = False,
     ranges: Ranges | None = None,
+    first: First = lambda case, seconds: None,
 ) -> BenchReport:
     """Measure `workload` and write folder `out`, which appears complete or not at all.
 
     `load` are arguments of `FastFace.load`, as JSON values. The folder holds `bench.json`,
     `stages.csv`, `report.md`, `plots/` and with `trace` `trace.json`; an earlier report there is
-    replaced. Engines that are missing are built first. Raises what `FastFace` raises,
-    `StorageError`, and `InvalidRequest` when `out` holds something else.
+    replaced. Engines that are missing are built first. `first` is told the first number. Raises
+    what `FastFace` raises, `StorageError`, and `InvalidRequest` when `out` holds something else.
     """
     with finished_folder(out, BENCH_FILE) as draft:
-        report, measurement = _measure(load, workload, progress, ranges)
+        report, measurement = _measure(load, workload, progress, ranges, first)
         report = _with_roofline(report, load, progress)
         pictures: list[str] = []
         try:
@@ -78,14 +79,18 @@ def write_schema(path: Path, text: str) -> None:
 
 
 def _measure(
-    load: Mapping[str, Any], workload: Workload, progress: Progress, ranges: Ranges | None
+    load: Mapping[str, Any],
+    workload: Workload,
+    progress: Progress,
+    ranges: Ranges | None,
+    first: First,
 ) -> tuple[BenchReport, Measurement]:
     with FastFace.load(**load, progress=progress) as fastface:
         work, plans = workload.work(fastface), workload.branch_plans(fastface)
         fastface.warm_up()
         facts = fastface.engines()
         start = machine_state()
-        measurement = Measurement(fastface, workload, progress, ranges=ranges)
+        measurement = Measurement(fastface, workload, progress, ranges=ranges, first=first)
         cases = measurement.cases()
         end = machine_state()
         memory = Memory(host_peak_bytes=peak_host_bytes(), device_bytes=gpu.held_bytes())

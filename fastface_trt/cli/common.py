@@ -118,9 +118,9 @@ def provider_option(command: Command) -> Command:
     )(command)
 
 
-def engine_options(provider_options: dict[str, str] | None) -> dict[str, Any] | None:
-    """What `FastFace.load` takes for what `provider_option` gave."""
-    return None if provider_options is None else {"provider_options": provider_options}
+def engine_options(**given: Any) -> dict[str, Any] | None:
+    """What `FastFace.load` takes for the options that were given; None where none was."""
+    return {name: value for name, value in given.items() if value is not None} or None
 
 
 def licence_option(command: Command) -> Command:

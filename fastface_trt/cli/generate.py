@@ -229,7 +229,7 @@ def generate(
             backend=backend,
             cache=cache,
             threads=threads,
-            engine_options=engine_options(provider_options),
+            engine_options=engine_options(provider_options=provider_options),
             build=not no_build,
             licence_acknowledged=accept_licence,
             progress=phase,

@@ -183,7 +183,7 @@ def serve(
     """
     given |= {
         "export": export_folder,
-        "engine_options": engine_options(provider_options),
+        "engine_options": engine_options(provider_options=provider_options),
         "licence_acknowledged": accept_licence,
         "api_keys": api_keys(api_keys_file, os.environ.get(KEYS_VARIABLE, "")),
         "ai_mark": not no_ai_mark,

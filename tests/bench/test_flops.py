@@ -1,15 +1,14 @@
 """Operation counts: known figures of full-size SDXL, PyTorch's own counter, and small graphs."""
 
-import lzma
 from functools import cache
 
 import numpy as np
 import onnx
 import pytest
-from conftest import GOLDEN
 from onnx import TensorProto, helper, numpy_helper, parser
 
 from fastface_trt.bench.flops import count_module
+from fastface_trt.bench.weightless import read_graph
 from fastface_trt.errors import InvalidRequest
 from fastface_trt.mini import folders
 
@@ -19,13 +18,12 @@ TERA = 1e12
 
 @pytest.fixture(scope="module")
 def full_size(tmp_path_factory):
-    """Counts of the modules of full-size SDXL, whose graphs are kept without weights."""
+    """Counts of the modules of full-size SDXL, whose graphs ship without weights."""
     folder = tmp_path_factory.mktemp("graphs")
 
     @cache
     def count(name, **sizes):
-        packed = GOLDEN / "full-size-graphs" / f"{name}.onnx.xz"
-        (folder / f"{name}.onnx").write_bytes(lzma.decompress(packed.read_bytes()))
+        (folder / f"{name}.onnx").write_bytes(read_graph(name))
         return count_module(folder / f"{name}.onnx", FULL_SIZE | sizes)
 
     return count

@@ -223,12 +223,14 @@ def test_without_nvtx_or_the_export_extra_it_says_what_to_install(tmp_path, monk
     assert result.exit_code == USER_ERROR
     assert "fastface-trt[bench]" in result.stderr
     monkeypatch.setitem(__import__("sys").modules, "fastface_trt.export.exporter", None)
-    result = run("--random-weights", "--out", tmp_path / "out", "--cache", tmp_path / "cache")
+    fp8 = ("--random-weights", "--precision", "fp8")
+    result = run(*fp8, "--out", tmp_path / "out", "--cache", tmp_path / "cache")
     assert result.exit_code == USER_ERROR
     assert "fastface-trt[export]" in result.stderr
+    assert "fp16 need nothing" in result.stderr
 
 
-def test_random_weights_are_exported_once_into_the_cache(tmp_path, monkeypatch):
+def test_other_precisions_are_exported_once_into_the_cache(tmp_path, monkeypatch):
     from fastface_trt.bench.random_weights import random_export
     from fastface_trt.engines.cache import EngineCache
     from fastface_trt.export import exporter
@@ -242,8 +244,8 @@ def test_random_weights_are_exported_once_into_the_cache(tmp_path, monkeypatch):
 
     monkeypatch.setattr(exporter, "run_export", export)
     cache = EngineCache(tmp_path)
-    folders = {random_export("hyper", "fp16", None, cache, print) for _ in range(2)}
-    assert exported == [("hyper", "fp16", True)]
+    folders = {random_export("hyper", "bf16", None, cache, print) for _ in range(2)}
+    assert exported == [("hyper", "bf16", True)]
     folders.add(random_export("hyper", "fp8", 8, cache, print))
     assert len(exported) == len(folders) == 2
     assert all(folder.is_relative_to(cache.root) for folder in folders)

@@ -1,0 +1,1 @@
+"""What a real GPU can show: `make test-gpu`."""
