@@ -22,7 +22,6 @@ from fastface_trt.engines.cuda.events import Event, TimingEvents
 from fastface_trt.engines.cuda.lent import LentMemory
 from fastface_trt.engines.cuda.stream import Stream
 from fastface_trt.engines.device import (
-    HostDevice,
     ITEM_BYTES,
     Array,
     Copies,

@@ -166,7 +166,9 @@ def _bench(
         "backend": backend,
         "cache": None if cache is None else str(cache.absolute()),
         "threads": threads,
-        "engine_options": engine_options(provider_options=provider_options, optimization=optimization),
+        "engine_options": engine_options(
+            provider_options=provider_options, optimization=optimization
+        ),
         "build": not no_build,
         "licence_acknowledged": accept_licence,
     }
