@@ -4,7 +4,7 @@
     options.register_custom_ops_library(str(library_in(engine_folder)))
 
 The library (`ort_operator.cpp`) looks for GPU code in its own folder, so that an engine carries a
-cubin of its GPU and PTX for newer ones, a quarter of a megabyte, where code for all GPUs inside the
+cubin of its GPU and PTX for newer ones (0.36 MB a head size and dtype), where all inside the
 library would be four. Both are shipped for the head sizes of SDXL and of the mini model, as one
 archive of half a megabyte. NVRTC compiles other head sizes, and the machine's C++ compiler the
 library where the shipped one does not fit. The shipped code is made by NVRTC 12, because drivers of
