@@ -200,12 +200,12 @@ extern "C" __global__ void __launch_bounds__(OUTPUT_THREADS, D > 64 ? 1 : 2)
       for (int t = 0; t < T; ++t) f[t] = softmask.mask(entering(a[t], t, invert), t);
       if (invert) f[0] = softmask.first_peak - f[0];
       if (weight == 1.0f) {
-        write_tile<false>(mine, addend, pitch_of(heads), values, mean, f, a, weight, ip_scale[request], lane, first,
-                          positions);
+        write_tile<false>(mine, addend, pitch_of(heads), values, mean, f, a, weight,
+                          ip_scale[request], lane, first, positions);
       } else {
         match_tokens(f, a, weight);
-        write_tile<true>(mine, addend, pitch_of(heads), values, mean, f, a, weight, ip_scale[request], lane, first,
-                          positions);
+        write_tile<true>(mine, addend, pitch_of(heads), values, mean, f, a, weight,
+                         ip_scale[request], lane, first, positions);
       }
     }
     return;
@@ -221,7 +221,7 @@ extern "C" __global__ void __launch_bounds__(OUTPUT_THREADS, D > 64 ? 1 : 2)
       const bool is_power = row[KIND] == SCALE_POWER_KIND;
       f[t] = is_power ? fminf(row[SCALE] * powf(a[t], row[POWER]), row[UPPER_BOUND]) : a[t];
     }
-    write_tile<false>(mine, addend, pitch_of(heads), values, mean, f, a, weight, ip_scale[request], lane, first,
-                          positions);
+    write_tile<false>(mine, addend, pitch_of(heads), values, mean, f, a, weight,
+                      ip_scale[request], lane, first, positions);
   }
 }

@@ -4,14 +4,14 @@
     options.register_custom_ops_library(str(library_in(engine_folder)))
 
 The library (`ort_operator.cpp`) looks for GPU code in its own folder, so that an engine carries a
-cubin of its GPU and PTX for newer ones: a quarter megabyte, where code for all GPUs inside the library
-would be four. Both are shipped for the head sizes of SDXL and of the mini model, as one archive of
-half a megabyte; NVRTC compiles other head sizes, and the machine's C++ compiler the library, where
-what is shipped does not fit. The shipped code is compiled by NVRTC 12, since drivers of CUDA 12 refuse
-what NVRTC 13 makes, and drivers of CUDA 13 take both; the library wants glibc 2.28 and nothing else.
+cubin of its GPU and PTX for newer ones, a quarter of a megabyte, where code for all GPUs inside the
+library would be four. Both are shipped for the head sizes of SDXL and of the mini model, as one
+archive of half a megabyte. NVRTC compiles other head sizes, and the machine's C++ compiler the
+library where the shipped one does not fit. The shipped code is made by NVRTC 12, because drivers of
+CUDA 12 refuse what NVRTC 13 makes, and the library wants glibc 2.28 and nothing else.
 
-Its CPU version is tested; its CUDA version ran on an H100 as a prototype of the same two kernels and
-launches, and is executed here on the CPU, thread by thread. Not run on a GPU in this form so far.
+The CPU version is tested as it is. The same kernels and launches ran on an H100 in a prototype;
+this library's CUDA version was executed on the CPU, thread by thread, and not run on a GPU.
 """
 
 import hashlib
@@ -76,7 +76,7 @@ class LibraryStatus:
 
 
 def supports(tokens: int, head_size: int, dtype: str) -> bool:
-    """Whether there are kernels for T image tokens, heads of D elements, and dtype of q, k and v."""
+    """Whether there are kernels for T image tokens, heads of D elements, and q, k, v of `dtype`."""
     try:
         check_head_size(head_size)
     except InvalidRequest:
@@ -128,8 +128,8 @@ def place_library(
 
     Code is machine code for `architecture` (`sm_90`; None is this machine's GPU, or every one that
     is known where there is none) and PTX that newer GPUs' drivers compile. Raises `InvalidRequest`
-    for head sizes and dtypes without a kernel, `MissingDependency` where neither a shipped file nor
-    a compiler fits, and `BuildFailed` where a compiler refuses or the GPU is too old.
+    for head sizes and dtypes without a kernel, `MissingDependency` where `library_status` says no
+    or NVRTC is wanted and missing, and `BuildFailed` where a compiler refuses.
     """
     status = library_status(architecture)
     if not status.available:

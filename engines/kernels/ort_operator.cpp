@@ -1,14 +1,16 @@
-// fastface.kernels::DecoupledAttention for ONNX Runtime: base + lambda f(A) V' of Eq. 1 and 6 to 10.
+// fastface.kernels::DecoupledAttention for ONNX Runtime: base + lambda f(A) V' of Eq. 1 and 6
+// to 10.
 //
-//   q, base, output [B, N, H * D]   k, v [B, T, H * D]   all float16 or all float32; base is optional
-//   manipulation    [R, 8] float32   ip_scale [R] float32   attribute num_heads = H;   T = 4
-// Legend: `decoupled_attention.cu`, whose two kernels are the version for the CUDA provider: they go
-// onto the provider's stream, and nothing is allocated or waited for while the stream is captured.
-// The version for the CPU provider evaluates the equations in double and rounds once.
+//   q, base, output [B, N, H * D]   k, v [B, T, H * D]   all float16 or all float32; base is
+//   optional manipulation    [R, 8] float32   ip_scale [R] float32   attribute num_heads = H;   T =
+//   4
+// Legend: `decoupled_attention.cu`, whose two kernels are the version for the CUDA provider: they
+// go onto the provider's stream, and nothing is allocated or waited for while the stream is
+// captured. The version for the CPU provider evaluates the equations in double and rounds once.
 //
 // Neither ONNX Runtime's header nor CUDA's is needed. What is used of their interfaces is declared
-// here; the driver is opened at the first call, so the library loads on machines without one. Kernel
-// code lies in files beside the library, so that an engine carries only what its GPU takes.
+// here; the driver is opened at the first call, so the library loads on machines without one.
+// Kernel code lies in files beside the library, so that an engine carries only what its GPU takes.
 #include <dlfcn.h>
 
 #include <algorithm>
@@ -35,9 +37,10 @@ extern "C" __attribute__((visibility("default"), used)) const char fastface_kern
 
 namespace fastface_operator {
 
-// ---- ONNX Runtime's C interface ------------------------------------------------------------------
-// OrtApi is a table of pointers that only ever grows. The indices were read from the headers of API
-// versions 16 to 29 (ONNX Runtime 1.16 to 1.29), which agree; the layout of OrtCustomOp from 1.29's.
+// ---- ONNX Runtime's C interface
+// ------------------------------------------------------------------ OrtApi is a table of pointers
+// that only ever grows. The indices were read from the headers of API versions 16 to 29 (ONNX
+// Runtime 1.16 to 1.29), which agree; the layout of OrtCustomOp from 1.29's.
 
 struct Status;        // OrtStatus
 struct Value;         // OrtValue
@@ -50,9 +53,9 @@ struct Options;       // OrtSessionOptions
 struct CustomOp;
 
 constexpr uint32_t API_VERSION = 18;
-constexpr int FLOAT = 1, FLOAT16 = 10;            // ONNXTensorElementDataType
-constexpr int REQUIRED = 0, OPTIONAL = 1;         // OrtCustomOpInputOutputCharacteristic
-constexpr int FAIL = 1, INVALID_ARGUMENT = 2;     // OrtErrorCode
+constexpr int FLOAT = 1, FLOAT16 = 10;         // ONNXTensorElementDataType
+constexpr int REQUIRED = 0, OPTIONAL = 1;      // OrtCustomOpInputOutputCharacteristic
+constexpr int FAIL = 1, INVALID_ARGUMENT = 2;  // OrtErrorCode
 
 struct ApiBase {  // OrtApiBase
   void* const* (*GetApi)(uint32_t version) noexcept;
@@ -149,7 +152,8 @@ Status* guarded(Body body) noexcept {  // no exception crosses into ONNX Runtime
   }
 }
 
-// ---- One call --------------------------------------------------------------------------------------
+// ---- One call
+// --------------------------------------------------------------------------------------
 
 constexpr int TOKENS = 4, COLUMNS = 8;
 constexpr int STATISTICS_THREADS = 512, OUTPUT_THREADS = 256, OUTPUT_POSITIONS = 512;
@@ -201,12 +205,13 @@ void expect(const char* name, const Tensor& tensor, const Shape& shape) {
 
 // The inputs of a call, checked; false where there is nothing to compute.
 bool read(Context* context, int64_t heads, Call& call) {
-  Tensor* const inputs[] = {&call.q, &call.k, &call.v, &call.manipulation, &call.ip_scale, &call.base};
+  Tensor* const inputs[] = {&call.q,        &call.k,   &call.v, &call.manipulation,
+                            &call.ip_scale, &call.base};
   for (size_t i = 0; i < 6; ++i) *inputs[i] = input(context, i);
   const Shape& q = call.q.shape;
   if (q.size() != 3 || q[2] % heads) {
-    throw Failure{"q is " + text(q) + " and has to be [B, N, H * D] with H = " + std::to_string(heads) +
-                      " heads.",
+    throw Failure{"q is " + text(q) +
+                      " and has to be [B, N, H * D] with H = " + std::to_string(heads) + " heads.",
                   INVALID_ARGUMENT};
   }
   const int64_t requests = call.ip_scale.shape.empty() ? 0 : call.ip_scale.shape[0];
@@ -227,7 +232,8 @@ bool read(Context* context, int64_t heads, Call& call) {
   return q[0] && q[1] && q[2];
 }
 
-// ---- CPU ---------------------------------------------------------------------------------------------
+// ---- CPU
+// ---------------------------------------------------------------------------------------------
 
 struct Half {
   uint16_t bits;
@@ -270,14 +276,17 @@ void match(double* x, const double* a, int64_t count, double weight) {
   for (int64_t i = 0; i < count; ++i) {
     square_x += (x[i] - mean_x) * (x[i] - mean_x), square_a += (a[i] - mean_a) * (a[i] - mean_a);
   }
-  const double gain = std::sqrt(square_a / (count - 1)) / (std::sqrt(square_x / (count - 1)) + 1e-6);
+  const double gain =
+      std::sqrt(square_a / (count - 1)) / (std::sqrt(square_x / (count - 1)) + 1e-6);
   for (int64_t i = 0; i < count; ++i) {
     x[i] = weight * x[i] + (1 - weight) * ((x[i] - mean_x) * gain + mean_a);
   }
 }
 
 // x to the place in [low, high] where it lies; 0 where there is no extent.
-double share(double x, double low, double high) { return high > low ? (x - low) / (high - low) : 0; }
+double share(double x, double low, double high) {
+  return high > low ? (x - low) / (high - low) : 0;
+}
 
 // The quantile of Eq. 8, interpolated as numpy does; `x` is left in another order.
 double quantile(std::vector<double>& x, double level) {
@@ -350,13 +359,15 @@ void on_host(const Call& call) {
           for (int t = 0; t < TOKENS; ++t) sums[t] += element * tokens[t * D + j];
         }
         const double peak = *std::max_element(sums, sums + TOKENS);
-        for (int t = 0; t < TOKENS; ++t) total += map[t] = std::exp((sums[t] - peak) / std::sqrt(D));
+        for (int t = 0; t < TOKENS; ++t)
+          total += map[t] = std::exp((sums[t] - peak) / std::sqrt(D));
         for (int t = 0; t < TOKENS; ++t) map[t] /= total;
       }
     }
     if (is_softmask) softmask(a.data(), f.data(), head_rows, N, row);
     for (size_t i = 0; i < f.size() && !is_softmask; ++i) {
-      f[i] = is_power ? std::min((double)row[1] * std::pow(a[i], (double)row[2]), (double)row[7]) : a[i];
+      f[i] = is_power ? std::min((double)row[1] * std::pow(a[i], (double)row[2]), (double)row[7])
+                      : a[i];
     }
     const bool matched = is_softmask && row[5] != 1.0f;
     for (int64_t i = 0; i < head_rows; ++i) {
@@ -383,7 +394,8 @@ void on_host(const Call& call) {
   }
 }
 
-// ---- CUDA ----------------------------------------------------------------------------------------------
+// ---- CUDA
+// ----------------------------------------------------------------------------------------------
 
 using Address = unsigned long long;  // CUdeviceptr
 using Handle = void*;                // CUcontext, CUstream, CUmodule, CUfunction
@@ -493,12 +505,12 @@ struct Code : Owned {  // both kernels
   }
 };
 
-// What nodes and sessions share. Nodes own it: it is given back when the last session that used it is
-// closed. A block that became too small stays as long, because captured graphs hold its address.
+// What nodes and sessions share. Nodes own it: it is given back when the last session that used it
+// is closed. A block that became too small stays as long, because captured graphs hold its address.
 struct Shared {
   std::mutex guard;
-  std::map<std::pair<Handle, Handle>, std::weak_ptr<Scratch>> scratch;       // context, stream
-  std::map<std::tuple<Handle, int, int64_t>, std::weak_ptr<Code>> code;      // context, type, D
+  std::map<std::pair<Handle, Handle>, std::weak_ptr<Scratch>> scratch;   // context, stream
+  std::map<std::tuple<Handle, int, int64_t>, std::weak_ptr<Code>> code;  // context, type, D
 };
 
 Shared& shared() {
@@ -565,13 +577,14 @@ std::shared_ptr<Code> load(Handle context, int type, int64_t head_size) {
       result = cuda.cuModuleGetFunction(&code->statistics, code->module,
                                         "decoupled_attention_statistics");
     }
-    if (!result) result = cuda.cuModuleGetFunction(&code->output, code->module, "decoupled_attention");
+    if (!result)
+      result = cuda.cuModuleGetFunction(&code->output, code->module, "decoupled_attention");
     if (!result) return code;
     refused += " " + name + " is refused with " + error_name(result) + ".";
   }
   throw Failure{"no code for heads of " + variant + " on compute capability " +
-                std::to_string(major) + "." + std::to_string(minor) + " in " + folder() + "." + refused +
-                " Build the engine again on this machine."};
+                std::to_string(major) + "." + std::to_string(minor) + " in " + folder() + "." +
+                refused + " Build the engine again on this machine."};
 }
 
 void on_device(Node& node, int type, const Call& call, Handle stream) {
@@ -581,10 +594,12 @@ void on_device(Node& node, int type, const Call& call, Handle stream) {
     throw Failure{text(call.q.shape) + " is more than one launch takes; send fewer rows.",
                   INVALID_ARGUMENT};
   }
-  for (const void* data : {call.q.data, call.k.data, call.v.data, call.base.data, (void*)call.out}) {
+  for (const void* data :
+       {call.q.data, call.k.data, call.v.data, call.base.data, (void*)call.out}) {
     if (reinterpret_cast<uintptr_t>(data) % 16) {
-      throw Failure{"a tensor lies at an address that is no multiple of 16; bind whole allocations.",
-                    INVALID_ARGUMENT};
+      throw Failure{
+          "a tensor lies at an address that is no multiple of 16; bind whole allocations.",
+          INVALID_ARGUMENT};
     }
   }
   Handle context = nullptr;
@@ -604,7 +619,8 @@ void on_device(Node& node, int type, const Call& call, Handle stream) {
     int capturing = 0;
     check(cuda.cuStreamIsCapturing(stream, &capturing), "cuStreamIsCapturing");
     const auto allowed = [&] {
-      if (capturing) throw Failure{"a capture wants a run of the same size on its stream before it."};
+      if (capturing)
+        throw Failure{"a capture wants a run of the same size on its stream before it."};
     };
     auto& loaded = all.code[{context, type, call.head_size}];
     if (!(code = loaded.lock())) allowed(), loaded = code = load(context, type, call.head_size);
@@ -621,26 +637,28 @@ void on_device(Node& node, int type, const Call& call, Handle stream) {
     }
     node.own(code), node.own(scratch);
   }
-  Address maps = scratch->address, statistics = maps + (Address)head_rows * call.positions * TOKENS * 4;
+  Address maps = scratch->address,
+          statistics = maps + (Address)head_rows * call.positions * TOKENS * 4;
   int requests = (int)call.requests, rows = (int)call.rows, heads = (int)call.heads;
   int positions = (int)call.positions;
   const void *q = call.q.data, *k = call.k.data, *v = call.v.data, *base = call.base.data;
   const void *manipulation = call.manipulation.data, *ip_scale = call.ip_scale.data;
   void* out = call.out;
   void* first[] = {&q, &k, &manipulation, &requests, &rows, &heads, &positions, &maps, &statistics};
-  void* second[] = {&q,    &k,     &v,         &manipulation, &ip_scale, &maps, &statistics, &requests,
-                    &rows, &heads, &positions, &out,          &base};
+  void* second[] = {&q,        &k,    &v,     &manipulation, &ip_scale, &maps, &statistics,
+                    &requests, &rows, &heads, &positions,    &out,      &base};
   const unsigned blocks = (positions + OUTPUT_POSITIONS - 1) / OUTPUT_POSITIONS;
   const std::lock_guard<std::mutex> turn(scratch->turn);
-  check(cuda.cuLaunchKernel(code->statistics, (unsigned)head_rows, 1, 1, STATISTICS_THREADS, 1, 1, 0,
-                            stream, first, nullptr),
+  check(cuda.cuLaunchKernel(code->statistics, (unsigned)head_rows, 1, 1, STATISTICS_THREADS, 1, 1,
+                            0, stream, first, nullptr),
         "launching decoupled_attention_statistics");
-  check(cuda.cuLaunchKernel(code->output, blocks, (unsigned)head_rows, 1, OUTPUT_THREADS, 1, 1, 0, stream,
-                            second, nullptr),
+  check(cuda.cuLaunchKernel(code->output, blocks, (unsigned)head_rows, 1, OUTPUT_THREADS, 1, 1, 0,
+                            stream, second, nullptr),
         "launching decoupled_attention");
 }
 
-// ---- The operator ----------------------------------------------------------------------------------------
+// ---- The operator
+// ----------------------------------------------------------------------------------------
 
 struct Operator : CustomOp {
   bool cuda;
@@ -662,7 +680,8 @@ void compute(Node& node, Context* context) {
   }
 }
 
-// The output has q's shape. A size without a name would come out as the number -1, so it is left open.
+// The output has q's shape. A size without a name would come out as the number -1, so it is left
+// open.
 void infer(ShapeContext* context) {
   TypeAndShape* q;
   ask(api->ShapeInferContext_GetInputTypeShape(context, 0, &q));
@@ -681,7 +700,8 @@ void infer(ShapeContext* context) {
 Operator::Operator(bool cuda, int type) : cuda(cuda), type(type) {
   GetName = [](const CustomOp*) { return "DecoupledAttention"; };
   GetExecutionProviderType = [](const CustomOp* op) {
-    return static_cast<const Operator*>(op)->cuda ? "CUDAExecutionProvider" : "CPUExecutionProvider";
+    return static_cast<const Operator*>(op)->cuda ? "CUDAExecutionProvider"
+                                                  : "CPUExecutionProvider";
   };
   GetInputTypeCount = [](const CustomOp*) -> size_t { return 6; };
   GetInputType = [](const CustomOp* op, size_t index) {
@@ -689,9 +709,13 @@ Operator::Operator(bool cuda, int type) : cuda(cuda), type(type) {
   };
   GetOutputTypeCount = [](const CustomOp*) -> size_t { return 1; };
   GetOutputType = [](const CustomOp* op, size_t) { return static_cast<const Operator*>(op)->type; };
-  GetInputCharacteristic = [](const CustomOp*, size_t index) { return index == 5 ? OPTIONAL : REQUIRED; };
+  GetInputCharacteristic = [](const CustomOp*, size_t index) {
+    return index == 5 ? OPTIONAL : REQUIRED;
+  };
   GetOutputCharacteristic = [](const CustomOp*, size_t) { return REQUIRED; };
-  GetInputMemoryType = [](const CustomOp*, size_t) { return 0; };  // where the provider's tensors lie
+  GetInputMemoryType = [](const CustomOp*, size_t) {
+    return 0;
+  };  // where the provider's tensors lie
   GetVariadicInputMinArity = GetVariadicOutputMinArity = [](const CustomOp*) { return 1; };
   GetVariadicInputHomogeneity = GetVariadicOutputHomogeneity = [](const CustomOp*) { return 1; };
   GetStartVersion = GetEndVersion = [](const CustomOp*) { return 1; };
@@ -700,7 +724,8 @@ Operator::Operator(bool cuda, int type) : cuda(cuda), type(type) {
       int64_t heads = 0;
       Status* missing = api->KernelInfoGetAttribute_int64(info, "num_heads", &heads);
       if (missing) api->ReleaseStatus(missing);
-      if (heads < 1) throw Failure{"attribute num_heads is missing or not positive.", INVALID_ARGUMENT};
+      if (heads < 1)
+        throw Failure{"attribute num_heads is missing or not positive.", INVALID_ARGUMENT};
       *kernel = new Node{heads, static_cast<const Operator*>(op), {}};
     });
   };
@@ -721,13 +746,15 @@ extern "C" __attribute__((visibility("default"))) fastface_operator::Status* Reg
   using namespace fastface_operator;
   void* const* table = runtime->GetApi(API_VERSION);
   if (!table) {
-    const std::string sentence = std::string("fastface.kernels needs ONNX Runtime 1.18 or later, this is ") +
-                                 runtime->GetVersionString() + ".";
+    const std::string sentence =
+        std::string("fastface.kernels needs ONNX Runtime 1.18 or later, this is ") +
+        runtime->GetVersionString() + ".";
     return Api(runtime->GetApi(1)).CreateStatus(FAIL, sentence.c_str());
   }
   static const Api loaded(table);
   api = &loaded;
-  static const Operator operators[] = {{true, FLOAT16}, {true, FLOAT}, {false, FLOAT16}, {false, FLOAT}};
+  static const Operator operators[] = {
+      {true, FLOAT16}, {true, FLOAT}, {false, FLOAT16}, {false, FLOAT}};
   static Domain* domain = nullptr;  // one for the process: options refer to it and do not own it
   static std::mutex guard;
   return guarded([&] {
