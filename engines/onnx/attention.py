@@ -189,7 +189,8 @@ def _attention(graph: Graph, softmax: Node) -> Attention | None:
     if total is not None:
         others = [name for name in total.input if name != result]
         image = graph.made_by(others[0], FUNCTION_NAME) if len(others) == 1 else None
-        if image is None or any(_split(graph, name) is None for name in image.input[:3]):
+        split = [_split(graph, name) for name in image.input[:3]] if image is not None else []
+        if len(split) != 3 or split[0] != q or any(x is None or x.heads != q.heads for x in split):
             return None
         result = total.output[0]
     back = graph.only_use(result, "Transpose")
