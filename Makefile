@@ -47,7 +47,7 @@ test-engines: setup
 
 # The golden pictures by every second minor version of onnxruntime, in environments of their own, on
 # Python 3.10, 3.11 and 3.13 where they are: writes benchmarks/results/onnxruntime-versions.json.
-# Ten minutes; the oldest and the newest alone, which CI runs, two.
+# Most of its minutes are pip's. The second target runs the oldest and the newest alone.
 test-onnxruntime-versions: setup
 	$(BIN)/python -m benchmarks.onnxruntime_versions
 

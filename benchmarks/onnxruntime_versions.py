@@ -112,12 +112,12 @@ def run_cell(cell: Cell, wheel: Path, folder: Path) -> None:
     bin = folder / cell.python / ("Scripts" if os.name == "nt" else "bin")
     started = perf_counter()
     try:
+        pip = (bin / "python", "-m", "pip", "install", "--quiet", "--no-compile")
         if not bin.exists():
             _run(python, "-m", "venv", folder / cell.python)
-        _run(
-            *(bin / "python", "-m", "pip", "install", "--quiet", "--no-compile"),
-            *(wheel, f"onnxruntime=={cell.onnxruntime}", cell.beside or "onnx"),
-        )
+        else:  # pip sees no difference between two wheels of one version
+            _run(*pip, "--force-reinstall", "--no-deps", wheel)
+        _run(*pip, wheel, f"onnxruntime=={cell.onnxruntime}", cell.beside or "onnx")
         cell.versions = _versions(bin / "python")
         cell.seconds["install"] = round(perf_counter() - started, 1)
         started = perf_counter()
