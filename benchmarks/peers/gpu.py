@@ -28,7 +28,7 @@ from fastface_trt.errors import BackendUnavailable
 from fastface_trt.export.checkpoints import find_checkpoint
 from fastface_trt.export.options import ExportOptions
 from fastface_trt.export.weights import CheckpointWeights, RandomWeights
-from fastface_trt.runtime.png import encode_png
+from fastface_trt.runtime.picture_file import encode_picture
 
 
 class WithPng:
@@ -43,7 +43,7 @@ class WithPng:
     def picture(self, work: Work) -> Image.Image:
         """See `Peer`."""
         image = self._peer.picture(work)
-        encode_png(np.asarray(image), parameters={})
+        encode_picture(np.asarray(image), parameters={})
         return image
 
 

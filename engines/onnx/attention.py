@@ -20,7 +20,7 @@ D head size, C = H·D channels.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -162,12 +162,31 @@ def if_branch(tokens: int, single: bool) -> ImageBranch:
         k, v = _image_tokens(graph, call)
         manipulation, ip_scale = call.input[3:5]
         asks = _asks_for_the_softmask(graph, manipulation)
+        own = attention.dtype
+        if single and own != FLOAT32:
+            # Outside of the branches: ONNX Runtime gives the casts that it inserts for the CPU's
+            # kernels one name inside and outside, and then refuses the graph that it saved.
+            q, factor, k, v = (
+                graph.add("Cast", [tensor], f"{prefix}{name}.single", to=FLOAT32)
+                for name, tensor in (
+                    ("q", attention.q.tensor),
+                    ("factor", attention.factor),
+                    ("k", k),
+                    ("v", v),
+                )
+            )
+            attention = replace(
+                attention, q=replace(attention.q, tensor=q), factor=factor, dtype=FLOAT32
+            )
         dtype = attention.dtype
         inputs = (k, v, manipulation, ip_scale)
         exported = _exported(graph, f"{prefix}exported.", attention, call, inputs, dtype)
         lean = _lean(graph, f"{prefix}lean.", attention, inputs, tokens, single, dtype)
         graph.add("If", [asks], f"{prefix}added", then_branch=exported, else_branch=lean)
-        graph.add("Add", [base, f"{prefix}added"], attention.output)
+        added = f"{prefix}added"
+        if own != dtype:
+            added = graph.add("Cast", [added], f"{prefix}typed", to=own)
+        graph.add("Add", [base, added], attention.output)
 
     return write
 

@@ -19,6 +19,7 @@ from fastface_trt.engines.backends import BACKENDS, BackendStatus, probe_backend
 from fastface_trt.engines.cache import EngineCache
 from fastface_trt.engines.files import storage_errors, write_text_durably
 from fastface_trt.engines.hardware import cuda_driver, cuda_hardware, why_no_gpu
+from fastface_trt.engines.kernels.operator_library import library_status
 from fastface_trt.engines.onnxruntime_session import libraries_status
 from fastface_trt.errors import BackendUnavailable, UnknownName
 from fastface_trt.self_test import REFERENCE, Check, SelfTest, require_export_extra
@@ -128,6 +129,8 @@ def _facts() -> dict[str, str]:
     with suppress(BackendUnavailable):  # the table has said what is wrong with ONNX Runtime
         if libraries := libraries_status():
             facts["CUDA libraries of ONNX Runtime"] = libraries
+    operator = library_status()
+    facts["Attention kernels"] = " ".join(filter(None, (operator.detail, operator.mend)))
     return facts
 
 

@@ -10,9 +10,12 @@ import onnxruntime
 import pytest
 from spelled_out import inputs_for
 
+from fastface_trt.engines.cache import EngineCache
 from fastface_trt.engines.contract import MANIPULATION_COLUMNS
 from fastface_trt.engines.onnx.forms import cpu_form, cuda_form
+from fastface_trt.engines.onnxruntime import OnnxRuntimeBuilder
 from fastface_trt.errors import ExportIncomplete
+from fastface_trt.export.probe import TOLERANCES
 from fastface_trt.mini.folders import EXPORT
 
 UNET = EXPORT / "unet" / "model.onnx"
@@ -127,6 +130,21 @@ def test_the_optimised_graph_can_be_read_again(sessions, rewritten, tmp_path, op
     expected = sessions[0].run(None, feed)[0]
     tolerance = 1e-5 * np.abs(expected).max()
     np.testing.assert_allclose(again.run(None, feed)[0], expected, atol=tolerance)
+
+
+@pytest.mark.parametrize("optimization", ["all", "extended", "basic"])
+def test_a_float16_engine_can_be_read_again(tiny_fp16_unet, tmp_path, optimization):
+    """Casts that ONNX Runtime inserts for the CPU get one name inside and outside of an If."""
+    folder, spec = tiny_fp16_unet
+    builder = OnnxRuntimeBuilder(threads=1, optimization=optimization)
+    entry = EngineCache(tmp_path).get(spec, folder, builder)
+    exported = onnxruntime.InferenceSession(folder / spec.files[0].path)
+    for kinds in (("scale_power",), ("softmask",)):
+        feed = inputs_for(exported, kinds, 3)
+        expected = exported.run(None, feed)[0].astype(np.float32)
+        with builder.open(*entry) as engine:
+            actual = engine(**feed)["noise_prediction"].astype(np.float32)
+        assert np.linalg.norm(actual - expected) < TOLERANCES["fp16"] * np.linalg.norm(expected)
 
 
 def test_a_model_without_attention_is_left_alone():

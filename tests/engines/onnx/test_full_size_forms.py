@@ -1,13 +1,12 @@
 """Forms of the full-size graphs, which hold no weights: counts, and what must not be left."""
 
-import lzma
 from collections import Counter
 
 import onnx
 import pytest
-from conftest import GOLDEN
 from test_forms_cuda import nodes_of, transposes
 
+from fastface_trt.bench.weightless import read_graph
 from fastface_trt.engines.contract import FUNCTION_DOMAIN, KERNEL_DOMAIN
 from fastface_trt.engines.onnx.forms import cpu_form, cuda_form
 
@@ -21,8 +20,7 @@ def unpacked(tmp_path_factory):
 
     def unpack(name):
         path = folder / f"{name}.onnx"
-        packed = GOLDEN / "full-size-graphs" / f"{name}.onnx.xz"
-        path.write_bytes(lzma.decompress(packed.read_bytes()))
+        path.write_bytes(read_graph(name))
         return path
 
     return unpack
