@@ -271,8 +271,9 @@ def _png(picture: NDArray[np.uint8], plain: str, readable: str, ai_generated: bo
     if hasattr(cv2, "IMWRITE_PNG_FILTER"):  # from OpenCV 4.12 on; earlier ones filter by Sub
         flags += [cv2.IMWRITE_PNG_FILTER, cv2.IMWRITE_PNG_FILTER_AVG]
     _, encoded = cv2.imencode(".png", picture[:, :, ::-1], [cv2.IMWRITE_PNG_COMPRESSION, 1, *flags])
+    file = encoded.tobytes()
     texts = (_chunk(kind, data) for kind, data, *_ in info.chunks)
-    return b"".join([encoded[:_HEADER_BYTES], *texts, encoded[_HEADER_BYTES:]])
+    return b"".join([file[:_HEADER_BYTES], *texts, file[_HEADER_BYTES:]])
 
 
 def _chunk(kind: bytes, data: bytes) -> bytes:
