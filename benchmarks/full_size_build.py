@@ -18,10 +18,9 @@ from typing import Any
 
 import click
 
-from fastface_trt.bench.environment import GB, describe_machine
-from fastface_trt.builders import make_builder
-from fastface_trt.cli.build_display import build_display
+from fastface_trt.cli.build import build_display
 from fastface_trt.cli.common import console, timed_lines
+from fastface_trt.engines.backends import make_builder
 from fastface_trt.engines.cache import EngineCache
 from fastface_trt.engines.manifest import (
     EXPORT_MANIFEST,
@@ -30,6 +29,7 @@ from fastface_trt.engines.manifest import (
     read_manifest,
 )
 from fastface_trt.engines.tensorrt.flavour import find_flavour
+from fastface_trt.measure.machine import GB, describe_machine
 
 RESULT = Path("benchmarks/results/full-size-build.json")
 

@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 from skimage.metrics import structural_similarity
 
-from fastface_trt.bench.environment import describe_machine
+from fastface_trt.measure.machine import describe_machine
 from fastface_trt.mini.folders import SAMPLE_FACES
 
 ROOT: Final = Path(__file__).parents[1]

@@ -29,7 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from fastface_trt.bench.environment import describe_machine
+from fastface_trt.measure.machine import describe_machine
 from fastface_trt.runtime.picture_file import PictureFormat, encode_picture
 
 Pixels = NDArray[np.uint8]

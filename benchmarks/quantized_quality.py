@@ -23,10 +23,9 @@ from fastface_trt import FastFace
 from fastface_trt.cli.main import cli
 from fastface_trt.evaluation.data import Dataset, Pair
 from fastface_trt.evaluation.judges import Judge, Sample
-from fastface_trt.evaluation.mini_data import mini_dataset
-from fastface_trt.evaluation.mini_judges import mini_judges
-from fastface_trt.evaluation.statistics import Interval
-from fastface_trt.runtime.trace import StepTrace
+from fastface_trt.evaluation.mini import mini_dataset, mini_judges
+from fastface_trt.measure.statistics import Interval
+from fastface_trt.runtime.sampling import StepTrace
 
 REFERENCE = "fp16"
 PRECISIONS = {

@@ -20,7 +20,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, numpy_helper
 
-from fastface_trt.bench.weightless import (
+from fastface_trt.bench.random_weights import (
     GRAPHS,
     TEMPLATE,
     WEIGHT_STD,

@@ -6,39 +6,136 @@
 
 Nothing in an entry is opened before its size and SHA-256 were compared with the manifest, and the
 manifest is compared with its own key.
+
+What an engine is: all that would change it, and the hash of that, which is its name.
+
+Engines that can become the engine of another module by taking its weights.
+
+Engines that are nearly the one that is wanted: what differs, and how long they took to build.
 """
 
+import hashlib
+import json
 import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 from platformdirs import user_cache_path
 
-from fastface_trt.engines.donors import find_donors
 from fastface_trt.engines.engine import Engine, EngineBuilder, Progress
 from fastface_trt.engines.files import (
     describe_file,
     finished_folder,
     storage_errors,
+    sweep,
     verify_files,
 )
-from fastface_trt.engines.identity import engine_key, identity_of, module_content
-from fastface_trt.engines.leftovers import sweep
+from fastface_trt.engines.hardware import topology
 from fastface_trt.engines.manifest import (
     ENGINE_MANIFEST,
+    SCHEMA_VERSION,
     BuildReport,
     EngineManifest,
     ModuleSpec,
     read_manifest,
 )
-from fastface_trt.engines.relatives import find_relatives
+from fastface_trt.engines.onnx.file import OnnxFile
+from fastface_trt.engines.weight_map import has_map, read_map
 from fastface_trt.errors import BuildFailed, EngineMismatch, FastFaceError, UnknownName
+
+
+def module_content(module: ModuleSpec) -> dict[str, Any]:
+    """What a module is, wherever its files lie."""
+    graph, *data = (file.sha256 for file in module.files)
+    return {
+        "module": module.name,
+        "inputs": [tensor.model_dump() for tensor in module.inputs],
+        "outputs": [tensor.model_dump() for tensor in module.outputs],
+        "graph": graph,
+        "data": sorted(data),
+    }
+
+
+def identity_of(manifest: EngineManifest) -> dict[str, Any]:
+    """What `EngineBuilder.identity` said when the engine was built."""
+    return manifest.model_dump(include={"backend", "backend_version", "options", "hardware"})
+
+
+def engine_key(module: ModuleSpec, identity: Mapping[str, Any]) -> str:
+    """The name of a module's engine by a builder's identity: SHA-256, 64 hexadecimal digits."""
+    content = {
+        "schema": SCHEMA_VERSION,
+        **module_content(module),
+        "builder": {"options": {}, "hardware": {}} | dict(identity),
+    }
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+_IDENTITY = {"backend", "backend_version", "options", "hardware"}
+
+
+def find_donors(
+    engines: Iterable[EngineManifest],
+    root: Path,
+    module: ModuleSpec,
+    source: Path,
+    builder: EngineBuilder,
+) -> list[EngineManifest]:
+    """Those of `engines` in cache folder `root` that were built like `module` would be.
+
+    Options and hardware that `builder` accepts, the same inputs and outputs, and the same graph but
+    for its weights; in the order given. Whether every changed weight can be replaced shows later.
+    """
+    alike = [one for one in engines if may_donate(one, module, builder)]
+    if not alike:
+        return []
+    donors = []
+    try:
+        with OnnxFile(source / module.files[0].path) as onnx:
+            wanted = topology(onnx)
+    except FastFaceError:
+        return []  # whoever reads the file next says what is wrong with it
+    for one in alike:
+        try:
+            if read_map(one, root / one.key).topology == wanted:
+                donors.append(one)
+        except FastFaceError:
+            continue
+    return donors
+
+
+def may_donate(donor: EngineManifest, module: ModuleSpec, builder: EngineBuilder) -> bool:
+    """Whether `builder` would use an engine of `module` that is built like `donor`."""
+    same_module = (
+        donor.module.name == module.name
+        and donor.module.inputs == module.inputs
+        and donor.module.outputs == module.outputs
+    )
+    if not same_module or not has_map(donor):
+        return False
+    same_build = {"options": {}, "hardware": {}} | dict(builder.identity(module))
+    return build_identity(donor) == same_build or builder.takes(
+        donor.model_copy(update=build_identity(donor))
+    )
+
+
+def build_identity(donor: EngineManifest) -> dict[str, Any]:
+    """The builder's identity of an engine that a refit makes from `donor`.
+
+    A stripped plan is a full one whose weights are missing, and a refit puts them in.
+    """
+    identity = donor.model_dump(include=_IDENTITY)
+    identity["options"] = {k: v for k, v in donor.options.items() if k != "strip_weights"}
+    return identity
+
 
 _KEY = re.compile("[0-9a-f]{64}")
 _QUARANTINED_AT_MOST = 2
@@ -383,3 +480,90 @@ def _folder_bytes(folder: Path) -> int:
         with suppress(OSError):
             total += path.stat().st_size if path.is_file() else 0
     return total
+
+
+if TYPE_CHECKING:
+    pass
+
+_FIELDS = ("backend_version", "hardware", "options")
+
+
+@dataclass(frozen=True)
+class Relative:
+    """An engine of the same module name and backend, and the fields in which it differs.
+
+    `differences` maps a field (`onnx` for the module itself) to its value there and here.
+    """
+
+    manifest: EngineManifest
+    differences: Mapping[str, tuple[str, str]]
+
+    def words(self) -> str:
+        """One sentence that names the fields."""
+        parts = [
+            f"{field} {there}, here {here}" if there else f"another {field}"
+            for field, (there, here) in self.differences.items()
+        ]
+        name, key = self.manifest.module.name, self.manifest.key[:12]
+        return f"An engine of {name} ({key}) was built with {'; '.join(parts)}."
+
+
+def find_relatives(
+    entries: Iterable["CacheEntry"], module: ModuleSpec, identity: Mapping[str, Any]
+) -> list[Relative]:
+    """Engines of the module called `module.name` for the same backend, the nearest first."""
+    found = [
+        Relative(entry.manifest, _differences(entry.manifest, module, identity))
+        for entry in entries
+        if entry.manifest is not None
+        and entry.manifest.module.name == module.name
+        and entry.manifest.backend == identity["backend"]
+    ]
+    return sorted(found, key=lambda relative: len(relative.differences))
+
+
+def expected_seconds(
+    entries: Iterable["CacheEntry"], module: ModuleSpec, identity: Mapping[str, Any]
+) -> float | None:
+    """How long building `module` will take, judged by an earlier build; None without one.
+
+    The most alike engine's time, scaled by the module's size and the number of profiles, which
+    each are compiled by themselves.
+    """
+    relatives = [
+        one for one in find_relatives(entries, module, identity) if _bytes(one.manifest.module)
+    ]
+    if not relatives:
+        return None
+    like = relatives[0].manifest
+    profiles = [
+        max(1, len(options.get("profiles", ())))
+        for options in (identity.get("options", {}), like.options)
+    ]
+    return like.build_seconds * _bytes(module) / _bytes(like.module) * profiles[0] / profiles[1]
+
+
+def _differences(
+    manifest: EngineManifest, module: ModuleSpec, identity: Mapping[str, Any]
+) -> dict[str, tuple[str, str]]:
+    differences: dict[str, tuple[str, str]] = {}
+    for field in _FIELDS:
+        there, here = getattr(manifest, field), identity.get(field, {})
+        if there == here:
+            continue
+        if not isinstance(there, Mapping):
+            differences[field] = (there, here)
+            continue
+        for name in sorted(there.keys() | here.keys()):
+            if there.get(name) != here.get(name):
+                # Profiles are tables, too long for a sentence.
+                simple = not isinstance(there.get(name, here.get(name)), list | dict)
+                values = (str(there.get(name, "none")), str(here.get(name, "none")))
+                differences[name] = values if simple else ("", "")
+    if [file.sha256 for file in manifest.module.files] != [file.sha256 for file in module.files]:
+        differences["ONNX file"] = ("", "")
+    return differences
+
+
+def _bytes(module: ModuleSpec) -> int:
+    return sum(file.bytes for file in module.files)

@@ -2,14 +2,18 @@
 
 The denoising loop sees only `Engine`, so it cannot tell ONNX Runtime from TensorRT or from the
 PyTorch oracle.
+
+Things that hold resources: closed by hand or by leaving a `with` block.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
 import numpy as np
+from typing_extensions import Self
 
 from fastface_trt.engines.device import Array, Device, DeviceTensor, Tensor, dtype_name
 from fastface_trt.engines.manifest import BuildReport, EngineManifest, ModuleSpec, TensorSpec
@@ -180,3 +184,22 @@ def _cast(spec: ModuleSpec, tensor: TensorSpec, array: Array) -> Array:
         )
     # Not ascontiguousarray, which makes a scalar one-dimensional.
     return np.asarray(array, dtype=dtype, order="C")
+
+
+class Closing(ABC):
+    """A context manager whose exit is `close`."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Free what is held; calling it twice is harmless."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()

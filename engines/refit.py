@@ -12,18 +12,17 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any, Protocol, runtime_checkable
 
-from fastface_trt.engines.cache import EngineCache
-from fastface_trt.engines.donors import build_identity, find_donors, may_donate
+from fastface_trt.engines.cache import EngineCache, build_identity, find_donors, may_donate
 from fastface_trt.engines.engine import EngineBuilder, Progress
+from fastface_trt.engines.hardware import first_difference, topology
 from fastface_trt.engines.manifest import (
     BuildReport,
     EngineManifest,
     FileEntry,
     ModuleSpec,
 )
-from fastface_trt.engines.onnx_file import OnnxFile
+from fastface_trt.engines.onnx.file import OnnxFile
 from fastface_trt.engines.probe import check_probe
-from fastface_trt.engines.topology import first_difference, topology
 from fastface_trt.engines.weight_map import Change, read_map
 from fastface_trt.errors import EngineMismatch
 

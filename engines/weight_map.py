@@ -13,9 +13,9 @@ from typing import Final, Literal
 
 from pydantic import ValidationError
 
+from fastface_trt.engines.hardware import Topology, first_difference, is_weight, topology
 from fastface_trt.engines.manifest import EngineManifest, ModuleSpec, Strict
-from fastface_trt.engines.onnx_file import Initializer, OnnxFile
-from fastface_trt.engines.topology import Topology, first_difference, is_weight, topology
+from fastface_trt.engines.onnx.file import Initializer, OnnxFile
 from fastface_trt.errors import EngineMismatch
 
 WEIGHT_MAP: Final = "weights.json"

@@ -25,11 +25,11 @@ from fastface_trt.engines.manifest import (
 )
 from fastface_trt.errors import InvalidRequest, WeightsError
 from fastface_trt.export import face_modules, guidance_step, modules
-from fastface_trt.export.model import Model
 from fastface_trt.export.modules import ModuleExport
 from fastface_trt.export.onnx_writer import MODEL_FILE, write_module
 from fastface_trt.export.options import ExportOptions
 from fastface_trt.export.oracle import TorchUNet
+from fastface_trt.export.precision import Model
 from fastface_trt.export.probe import write_probe
 from fastface_trt.export.quantization.modules import quantize_unet, quantize_vae
 from fastface_trt.export.quantization.ranges import calibration_twin, modelopt_version

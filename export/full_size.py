@@ -13,12 +13,11 @@ import torch
 from torch import nn
 
 from fastface_trt.engines.manifest import AdapterKind, Orthogonal
+from fastface_trt.export.adapters import FaceIdProjection, FaceProjection, IDFormer
 from fastface_trt.export.attention import attach_processors
 from fastface_trt.export.byte_tokenizer import VOCABULARY
-from fastface_trt.export.eva_clip import EvaVisionTower
-from fastface_trt.export.model import Model
-from fastface_trt.export.projection import FaceIdProjection, FaceProjection
-from fastface_trt.export.pulid import IDFormer
+from fastface_trt.export.face_modules import EvaVisionTower
+from fastface_trt.export.precision import Model
 
 WEIGHT_STD = 0.02
 

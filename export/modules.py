@@ -15,9 +15,8 @@ from torch import Tensor, nn
 
 from fastface_trt.engines import contract
 from fastface_trt.engines.manifest import Dimension
-from fastface_trt.export.model import Model
 from fastface_trt.export.operators import SPELLED, Operators
-from fastface_trt.export.precision import boundary_dtype, keep_group_norms_in_float32
+from fastface_trt.export.precision import Model, boundary_dtype, keep_group_norms_in_float32
 from fastface_trt.export.quantization.graph import QuantizationPlan
 
 TEXT_POSITIONS = 77

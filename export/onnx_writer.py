@@ -1,5 +1,9 @@
-"""Write one module as ONNX: trace it, attach the function bodies, choose how weights are stored."""
+"""Write one module as ONNX: trace it, attach the function bodies, choose how weights are stored.
 
+The PyTorch module that an exported node came from, kept as one short note per node.
+"""
+
+import ast
 import logging
 import warnings
 from pathlib import Path
@@ -13,11 +17,32 @@ from torch import nn
 from fastface_trt.engines.contract import FUNCTION_DOMAIN, FUNCTION_NAME, IMAGE_TOKENS
 from fastface_trt.engines.files import describe_file
 from fastface_trt.engines.manifest import DType, ModuleSpec, TensorSpec
+from fastface_trt.engines.onnx.file import MODULE_KEY
 from fastface_trt.export.functions import OPSET, attention_functions
 from fastface_trt.export.modules import ModuleExport
 from fastface_trt.export.operators import use_onnx_operators
 from fastface_trt.export.quantization.graph import quantize_graph
-from fastface_trt.export.scopes import keep_only_modules
+
+_TORCH_SCOPES = "pkg.torch.onnx.name_scopes"
+"""Where PyTorch's exporter lists the names of the modules around a node, outermost first."""
+
+
+def keep_only_modules(model: ir.Model) -> None:
+    """Replace the exporter's metadata by the name of the innermost PyTorch module of each node.
+
+    Its stack traces hold paths of the machine that exported, and its lists of scopes are a fortieth
+    of a small model. Builders quote the name in errors; quantisation finds layers by it.
+    """
+    for node in model.graph.all_nodes():
+        scopes = node.metadata_props.get(_TORCH_SCOPES)
+        node.metadata_props.clear()
+        # From the whole model ("") inwards; the last entry is the node itself.
+        module = str(ast.literal_eval(scopes)[-2]) if scopes else ""
+        if module and not module.startswith("_"):  # the exporter's own word for "no module"
+            node.metadata_props[MODULE_KEY] = module
+    for value in model.graph.initializers.values():
+        value.metadata_props.clear()
+
 
 MODEL_FILE = "model.onnx"
 

@@ -17,7 +17,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from fastface_trt.export.model import Model
+from fastface_trt.export.precision import Model
 
 Spelling = Literal["spelled", "onnx"]
 

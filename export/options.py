@@ -5,9 +5,9 @@ from pathlib import Path
 
 import torch
 
+from fastface_trt.checkpoints import ADAPTERS, Checkpoint, HubItem
 from fastface_trt.engines.manifest import Orthogonal
 from fastface_trt.errors import InvalidRequest
-from fastface_trt.export.checkpoints import ADAPTERS, Checkpoint, HubItem
 from fastface_trt.export.operators import Operators, Spelling
 from fastface_trt.export.precision import (
     QUANTIZED_FORMATS,
@@ -29,8 +29,8 @@ class ExportOptions:
     height, width: pixels, the
     example's size, or the only one with `fixed_size`. faceid_lora_scale: scale of the adapter's
     LoRA, fused. zero_tokens, orthogonal, face_parser: of a PuLID adapter, see
-    `fastface_trt.export.pulid`, `fastface_trt.export.orthogonal` and
-    `fastface_trt.runtime.portrait`. random_weights: full-size SDXL without downloads.
+    `fastface_trt.export.adapters`, `fastface_trt.export.attention` and
+    `fastface_trt.runtime.face`. random_weights: full-size SDXL without downloads.
     calibration: what the modules to quantise are run on. quantize_attention: q, k, v and softmax
     of an fp8 UNet in fp8 too; quantize_vae: the 8-bit format of the VAE's convolutions.
     attention_operator, group_norm:

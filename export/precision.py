@@ -9,9 +9,11 @@
 
 Latents are float32 everywhere because a scheduler adds small steps to them. Features have the type
 that the module which takes them computes in, so that a tensor goes from engine to engine as it is.
+
+The type of models that come from diffusers and transformers.
 """
 
-from typing import Literal, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 import torch.nn.functional as functional
@@ -77,3 +79,8 @@ def keep_group_norms_in_float32(module: nn.Module) -> None:
             wide = Float32GroupNorm(norm.num_groups, norm.num_channels, norm.eps, device="meta")
             wide.weight, wide.bias = norm.weight, norm.bias
             setattr(owner, name, wide)
+
+
+Model: TypeAlias = Any
+"""A diffusers or transformers module. Their attributes are made at run time from a configuration,
+so a type checker knows none of them; naming the type says at least what is meant."""

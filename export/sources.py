@@ -3,6 +3,8 @@
 Loading is lazy because a full-size export would not fit otherwise: each component is loaded,
 exported and dropped before the next. The hub client's own settings (`HF_HOME`, `HF_HUB_OFFLINE`,
 tokens) apply.
+
+What the libraries print while they load, kept off the terminal of a command.
 """
 
 import hashlib
@@ -14,11 +16,11 @@ from typing import Any
 
 import torch
 
+from fastface_trt.checkpoints import ADAPTERS, HubItem
 from fastface_trt.engines.files import sha256_file
 from fastface_trt.engines.manifest import Source
 from fastface_trt.errors import FastFaceError, WeightsError
-from fastface_trt.export.checkpoints import ADAPTERS, HubItem
-from fastface_trt.export.model import Model
+from fastface_trt.export.precision import Model
 
 _CONFIG_PATTERNS = ["*.json", "*.txt", "tokenizer/*", "tokenizer_2/*"]
 _COMPONENTS = ("unet", "vae", "text_encoder", "text_encoder_2")
@@ -235,7 +237,7 @@ def load_image_encoder(folder: Path, dtype: torch.dtype) -> Model:
 
 def load_unet_weights(unet: Model, item: HubItem) -> Source:
     """Replace a UNet's weights by those of a file (Lightning ships its UNets this way)."""
-    from fastface_trt.export.adapter import read_tensors
+    from fastface_trt.export.adapters import read_tensors
 
     located = locate(item, "unet")
     with weights_errors(f"UNet weights {located.path.name}"):
@@ -257,3 +259,16 @@ def fuse_distillation_lora(unet: Model, item: HubItem, scale: float) -> Source:
         unet.fuse_lora(lora_scale=scale)
         unet.unload_lora()
     return located.source
+
+
+def quiet_libraries() -> None:
+    """Switch off progress bars and notices of diffusers, transformers and the hub client's loader.
+
+    For commands only: it changes the libraries' own settings for the whole process.
+    """
+    import diffusers.utils.logging as diffusers_logging
+    import transformers.utils.logging as transformers_logging
+
+    for library in (diffusers_logging, transformers_logging):
+        library.set_verbosity_error()
+        library.disable_progress_bar()

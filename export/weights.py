@@ -11,21 +11,21 @@ from typing import Protocol
 
 import torch
 
-from fastface_trt.engines.manifest import AdapterKind, LoraFused, Orthogonal, Source
-from fastface_trt.errors import InvalidRequest
-from fastface_trt.export import full_size
-from fastface_trt.export.adapter import attach_adapter, load_projection, read_adapter
-from fastface_trt.export.byte_tokenizer import PAD_TOKENS, write_byte_tokenizer
-from fastface_trt.export.checkpoints import (
+from fastface_trt.checkpoints import (
     ADAPTERS,
     EVA02_CLIP_L,
     FACE_MODELS,
     TINY_VAE,
     HubItem,
 )
-from fastface_trt.export.eva_clip import load_eva_tower
-from fastface_trt.export.model import Model
+from fastface_trt.engines.manifest import AdapterKind, LoraFused, Orthogonal, Source
+from fastface_trt.errors import InvalidRequest
+from fastface_trt.export import full_size
+from fastface_trt.export.adapters import attach_adapter, load_projection, read_adapter
+from fastface_trt.export.byte_tokenizer import PAD_TOKENS, write_byte_tokenizer
+from fastface_trt.export.face_modules import load_eva_tower
 from fastface_trt.export.options import ExportOptions
+from fastface_trt.export.precision import Model
 from fastface_trt.export.sources import (
     CheckpointSource,
     fuse_distillation_lora,

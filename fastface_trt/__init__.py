@@ -12,15 +12,14 @@ __all__ = ["FastFace", "FastFaceError", "GenerationRequest", "GenerationResult",
 
 if TYPE_CHECKING:
     from fastface_trt.errors import FastFaceError
-    from fastface_trt.pipeline import FastFace
+    from fastface_trt.runtime.pipeline import FastFace, GenerationResult
     from fastface_trt.runtime.request import GenerationRequest
-    from fastface_trt.runtime.result import GenerationResult
 
 _HOMES = {
-    "FastFace": "fastface_trt.pipeline",
+    "FastFace": "fastface_trt.runtime.pipeline",
     "FastFaceError": "fastface_trt.errors",
     "GenerationRequest": "fastface_trt.runtime.request",
-    "GenerationResult": "fastface_trt.runtime.result",
+    "GenerationResult": "fastface_trt.runtime.pipeline",
 }
 
 

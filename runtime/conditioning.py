@@ -2,10 +2,15 @@
 
 Shape legend: L = 77 text positions, C text width of the UNet, P pooled width, T image tokens,
 K CLIP width, S CLIP positions.
+
+Keeping what is asked for again: prompts and faces repeat, and detectors and encoders cost.
 """
 
+from collections import OrderedDict
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
+from threading import Lock
+from typing import Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,15 +18,43 @@ from numpy.typing import NDArray
 from fastface_trt.engines.contract import IMAGE_TOKENS
 from fastface_trt.engines.device import Tensor, dtype_name
 from fastface_trt.errors import InvalidRequest
-from fastface_trt.runtime.face import ChannelOrder, Face, clip_pixels
+from fastface_trt.runtime.face import ChannelOrder, Face, FaceParser, clip_pixels, portrait_pixels
 from fastface_trt.runtime.guidance import FACE, TEXT, TEXT_AND_FACE, UNCONDITIONAL
-from fastface_trt.runtime.job import Condition
 from fastface_trt.runtime.modules import ModuleSet
-from fastface_trt.runtime.portrait import FaceParser, portrait_pixels
-from fastface_trt.runtime.recent import Recent
 from fastface_trt.runtime.request import GenerationRequest
+from fastface_trt.runtime.sampling import Condition
 from fastface_trt.runtime.timeline import NO_TIMELINE, Timeline
 from fastface_trt.runtime.tokenizer import ClipTokenizer
+
+Value = TypeVar("Value")
+
+
+class Recent(Generic[Value]):
+    """At most `size` values by key, the most recently used ones; threads may share it."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._values: OrderedDict[Hashable, Value] = OrderedDict()
+        self._lock = Lock()
+
+    def get(self, key: Hashable) -> Value | None:
+        """The value of `key`, None when it is not here or was pushed out."""
+        with self._lock:
+            if key in self._values:
+                self._values.move_to_end(key)
+            return self._values.get(key)
+
+    def put(self, key: Hashable, value: Value) -> None:
+        """Keep a value; the one that was not used for longest makes room."""
+        with self._lock:
+            self._values[key] = value
+            while len(self._values) > self._size:
+                self._values.popitem(last=False)
+
+    def clear(self) -> None:
+        """Let go of everything."""
+        with self._lock:
+            self._values.clear()
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastface_trt.errors import InvalidRequest, UnknownName
-from fastface_trt.runtime.finite import is_number
+from fastface_trt.runtime.manipulation import is_number
 
 Latents = NDArray[np.float32]
 

@@ -2,6 +2,8 @@
 
 `ManipulationSchedule.row(step)` is the row that the UNet module takes, so changing anything here
 needs no export and no build.
+
+What counts as a number in a request.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,7 +16,17 @@ from numpy.typing import NDArray
 from fastface_trt.engines.contract import KINDS, MANIPULATION_COLUMNS, PARTS
 from fastface_trt.engines.manifest import AdapterKind
 from fastface_trt.errors import InvalidRequest, UnknownName
-from fastface_trt.runtime.finite import is_number
+
+_LARGEST = 3.4028234e38
+"""The engines compute in float32: what is beyond becomes infinite there."""
+
+
+def is_number(value: object) -> bool:
+    """Whether `value` is a number that is finite in float32; True and False are none."""
+    if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
+        return False
+    return bool(-_LARGEST <= value <= _LARGEST)
+
 
 PerStep = float | Sequence[float]
 """One value for all steps, or one per step."""

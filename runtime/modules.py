@@ -5,9 +5,8 @@ from pathlib import Path
 from threading import Lock
 
 from fastface_trt.engines.cache import EngineCache
-from fastface_trt.engines.closing import Closing
 from fastface_trt.engines.device import Device
-from fastface_trt.engines.engine import Engine, EngineBuilder, Progress
+from fastface_trt.engines.engine import Closing, Engine, EngineBuilder, Progress
 from fastface_trt.engines.files import verify_files
 from fastface_trt.engines.manifest import (
     EXPORT_MANIFEST,

@@ -71,7 +71,7 @@ def tiny_entry(tiny, tmp_path_factory):
 
     import face_models
 
-    from fastface_trt.export.checkpoints import HubItem, find_checkpoint
+    from fastface_trt.checkpoints import HubItem, find_checkpoint
 
     faces = tmp_path_factory.mktemp("faces") / "model"
     face_models.write(faces)
@@ -163,7 +163,7 @@ def tiny_fp16_unet(tiny, tmp_path_factory):
     """The tiny UNet exported in fp16, folder and spec, for what looks at its graph."""
     from tiny_sdxl import tiny_unet
 
-    from fastface_trt.export.adapter import attach_adapter, read_adapter
+    from fastface_trt.export.adapters import attach_adapter, read_adapter
     from fastface_trt.export.modules import unet_export
     from fastface_trt.export.onnx_writer import write_module
 

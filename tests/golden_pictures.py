@@ -18,8 +18,8 @@ from diffusers import DDIMScheduler
 from PIL import Image
 from transformers import CLIPTokenizer
 
+from fastface_trt.checkpoints import MINI
 from fastface_trt.engines import contract
-from fastface_trt.export.checkpoints import MINI
 from fastface_trt.export.options import ExportOptions
 from fastface_trt.export.oracle import TorchUNet
 from fastface_trt.export.weights import CheckpointWeights

@@ -3,7 +3,11 @@
 import numpy as np
 import pytest
 
-from fastface_trt.calibration import (
+from fastface_trt.engines import contract
+from fastface_trt.engines.device import HostDevice
+from fastface_trt.engines.manifest import EXPORT_MANIFEST, ExportManifest, read_manifest
+from fastface_trt.errors import InvalidRequest
+from fastface_trt.export.quantization.calibration import (
     PRESETS,
     PipelineCalibration,
     default_faces,
@@ -11,10 +15,6 @@ from fastface_trt.calibration import (
     find_faces,
     read_prompts,
 )
-from fastface_trt.engines import contract
-from fastface_trt.engines.device import HostDevice
-from fastface_trt.engines.manifest import EXPORT_MANIFEST, ExportManifest, read_manifest
-from fastface_trt.errors import InvalidRequest
 from fastface_trt.mini import folders
 
 

@@ -9,8 +9,7 @@ from fastface_trt import FastFace
 from fastface_trt.cli.main import cli
 from fastface_trt.engines.files import verify_files
 from fastface_trt.engines.manifest import EXPORT_MANIFEST, ExportManifest, read_manifest
-from fastface_trt.evaluation.mini_data import POPULATION
-from fastface_trt.evaluation.mini_judges import MiniNetworks
+from fastface_trt.evaluation.mini import POPULATION, MiniNetworks
 from fastface_trt.export.sources import sha256_folder
 from fastface_trt.mini import folders
 from fastface_trt.mini.identity import sample_identity

@@ -294,7 +294,7 @@ def test_a_swapped_onnx_file_is_refused(tiny_export, tmp_path):
 def test_another_checkpoints_schedule_on_an_export():
     from diffusers import EulerDiscreteScheduler
 
-    from fastface_trt.export.checkpoints import find_checkpoint
+    from fastface_trt.checkpoints import find_checkpoint
     from fastface_trt.mini.folders import SAMPLE_FACES
 
     face, prompt = SAMPLE_FACES / "ada.png", "photo; person in space, smiling"

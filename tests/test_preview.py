@@ -5,7 +5,7 @@ import pytest
 
 from fastface_trt import FastFace
 from fastface_trt.mini.folders import SAMPLE_FACES
-from fastface_trt.preview import LatentPreview, smooth_latents
+from fastface_trt.runtime.preview import LatentPreview, smooth_latents
 
 PICTURES = (
     ("ada", "photo; person in a garden, smiling"),

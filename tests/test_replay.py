@@ -9,7 +9,7 @@ from conftest import GOLDEN
 from safetensors.numpy import load_file, save_file
 
 from fastface_trt.errors import InvalidRequest, UnknownName, WeightsError
-from fastface_trt.replay import replay
+from fastface_trt.verify.replay import replay
 
 PIPELINE = GOLDEN / "pipeline"
 
@@ -134,7 +134,7 @@ def test_faceid_projects_the_embedding_alone(tmp_path):
     """The golden's adapter without its resampler is a FaceID adapter."""
     import torch
 
-    from fastface_trt.export.adapter import load_projection, read_adapter
+    from fastface_trt.export.adapters import load_projection, read_adapter
 
     model, tensors = tmp_path / "model", tmp_path / "t.safetensors"
     shutil.copytree(PIPELINE / "model", model)

@@ -61,7 +61,7 @@ def test_runtime_imports_without_torch():
     code = (
         "import sys\n"
         "sys.modules.update(dict.fromkeys(('torch', 'diffusers', 'transformers')))\n"
-        "import fastface_trt.runtime, fastface_trt.pipeline, fastface_trt.cli.main\n"
+        "import fastface_trt.runtime, fastface_trt.runtime.pipeline, fastface_trt.cli.main\n"
         "from fastface_trt import FastFace\n"
         "assert all(sys.modules[n] is None for n in ('torch', 'diffusers', 'transformers'))\n"
     )

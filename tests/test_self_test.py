@@ -7,10 +7,10 @@ import pytest
 from click.testing import CliRunner
 from conftest import GOLDEN
 
-from fastface_trt import self_test
 from fastface_trt.cli.main import USER_ERROR, cli
 from fastface_trt.engines.cache import EngineCache
-from fastface_trt.self_test import REFERENCE, SelfTest
+from fastface_trt.verify import self_test
+from fastface_trt.verify.self_test import REFERENCE, SelfTest
 
 
 @pytest.fixture(scope="module")

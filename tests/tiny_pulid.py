@@ -6,9 +6,9 @@ import torch
 from safetensors.torch import save_file
 from tiny_sdxl import TEXT_WIDTHS, tiny_unet
 
+from fastface_trt.export.adapters import IDEncoder, IDFormer
 from fastface_trt.export.attention import attach_processors
-from fastface_trt.export.eva_clip import EvaVisionTower, rotary_angles
-from fastface_trt.export.pulid import IDEncoder, IDFormer
+from fastface_trt.export.face_modules import EvaVisionTower, rotary_angles
 
 SIZE, PATCH, WIDTH, EMBEDDING, HEAD_SIZE, DEPTH = 32, 8, 16, 24, 8, 21
 QUERIES = 6

@@ -6,9 +6,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from fastface_trt.export.adapters import FaceIdProjection, FaceProjection
 from fastface_trt.export.attention import attach_processors
 from fastface_trt.export.byte_tokenizer import PAD_TOKENS, VOCABULARY, write_byte_tokenizer
-from fastface_trt.export.projection import FaceIdProjection, FaceProjection
 
 TEXT_WIDTHS = (16, 24)
 POOLED = 24

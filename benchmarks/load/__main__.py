@@ -11,7 +11,7 @@ from benchmarks.load.requests import pictures
 from benchmarks.load.run import LoadReport, overload
 from benchmarks.load.server import serve
 from fastface_trt import FastFace
-from fastface_trt.bench.environment import describe_machine
+from fastface_trt.measure.machine import describe_machine
 
 RESULTS = Path(__file__).parents[1] / "results" / "load-mini.json"
 

@@ -12,7 +12,7 @@ import numpy as np
 from benchmarks.load.client import Address, Answer, ask, ask_when_due
 from benchmarks.load.metrics import Metrics, read_metrics
 from benchmarks.load.requests import Picture, bodies, face_file
-from fastface_trt.bench.statistics import percentile
+from fastface_trt.measure.statistics import percentile
 
 GENERATE = "/v1/images/generations"
 OUTCOMES = {200: "picture", 429: "busy", 503: "unavailable", 504: "deadline"}

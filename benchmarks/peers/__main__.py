@@ -22,8 +22,8 @@ from benchmarks.peers.measure import PeerResult, compare_peers, load_average
 from benchmarks.peers.report import markdown, plot, rich_table
 from benchmarks.peers.work import Peer, Work, versions
 from fastface_trt import FastFace
-from fastface_trt.bench.environment import describe_machine
 from fastface_trt.errors import FastFaceError
+from fastface_trt.measure.machine import describe_machine
 from fastface_trt.mini import folders
 
 PACKAGES = ("fastface-trt", "torch", "diffusers", "transformers", "onnxruntime", "numpy")
@@ -42,9 +42,9 @@ def make_peers(fastface: FastFace, folder: Path, only: Sequence[str] = ()) -> li
     from benchmarks.peers.onnxruntime_plain import OnnxRuntimePlainPeer
     from benchmarks.peers.ours import FastFacePeer
     from benchmarks.peers.pytorch import CompiledPeer, DiffusersPeer, PyTorchPeer
-    from fastface_trt.export.checkpoints import find_checkpoint
+    from fastface_trt.checkpoints import find_checkpoint
     from fastface_trt.export.options import ExportOptions
-    from fastface_trt.export.quiet import quiet_libraries
+    from fastface_trt.export.sources import quiet_libraries
     from fastface_trt.export.weights import CheckpointWeights
 
     quiet_libraries()
@@ -225,7 +225,7 @@ def run_gpu(
     from benchmarks.peers.equality import HALF_TOLERANCE
     from fastface_trt.bench.random_weights import random_export
     from fastface_trt.engines.cache import EngineCache
-    from fastface_trt.export.quiet import quiet_libraries
+    from fastface_trt.export.sources import quiet_libraries
 
     gpu.require(device)
     quiet_libraries()

@@ -24,8 +24,8 @@ from rich.table import Table
 from benchmarks.peers.measure import RESAMPLES, Ratio, load_average
 from benchmarks.peers.step_jobs import Job
 from benchmarks.peers.work import versions
-from fastface_trt.bench.environment import describe_machine
 from fastface_trt.errors import EngineFailed
+from fastface_trt.measure.machine import describe_machine
 from fastface_trt.runtime.presets import preset_fields
 from fastface_trt.runtime.request import GenerationRequest
 

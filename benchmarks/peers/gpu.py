@@ -23,9 +23,9 @@ from benchmarks.peers.pytorch import (
 )
 from benchmarks.peers.work import Peer, Work
 from fastface_trt import FastFace
+from fastface_trt.checkpoints import find_checkpoint
 from fastface_trt.engines.manifest import ExportManifest
 from fastface_trt.errors import BackendUnavailable
-from fastface_trt.export.checkpoints import find_checkpoint
 from fastface_trt.export.options import ExportOptions
 from fastface_trt.export.weights import CheckpointWeights, RandomWeights
 from fastface_trt.runtime.picture_file import encode_picture
@@ -93,8 +93,8 @@ def make_peers(fastface: FastFace, models: TorchModels) -> list[Peer]:
 
 def machine_facts(device: str) -> dict[str, Any]:
     """The machine with the GPU that PyTorch computes on."""
-    from fastface_trt.bench.environment import describe_machine
     from fastface_trt.engines.hardware import cuda_driver, cuda_hardware
+    from fastface_trt.measure.machine import describe_machine
 
     if device != "cuda":
         return describe_machine()

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 from torch import nn
 
-from fastface_trt.engines.onnx_file import MODULE_KEY
+from fastface_trt.engines.onnx.file import MODULE_KEY
 from fastface_trt.errors import EngineMismatch
 
 _UNNAMED = {"MatMul": "weight", "Mul": "weight", "Add": "bias"}

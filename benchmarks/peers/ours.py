@@ -8,7 +8,7 @@ from PIL import Image
 
 from benchmarks.peers.work import Made, Work
 from fastface_trt import FastFace
-from fastface_trt.runtime.trace import StepTrace
+from fastface_trt.runtime.sampling import StepTrace
 
 Features = Literal["fresh", "cached"]
 

@@ -86,7 +86,7 @@ def make_unet(model: str) -> Any:
     """The UNet in float32, with the export's processors attached."""
     import torch
 
-    from fastface_trt.export.checkpoints import find_checkpoint
+    from fastface_trt.checkpoints import find_checkpoint
     from fastface_trt.export.full_size import random_unet
     from fastface_trt.export.options import ExportOptions
     from fastface_trt.export.weights import CheckpointWeights
@@ -154,7 +154,7 @@ def run_export(job: Job) -> dict[str, Any]:
     from fastface_trt.export.guidance_step import write_guidance_step
     from fastface_trt.export.modules import unet_export
     from fastface_trt.export.onnx_writer import write_module
-    from fastface_trt.export.unet_cache import UNetExport
+    from fastface_trt.export.oracle import UNetExport
 
     target = Path(job.folder) / "unet"
     if (target / EXPORT_MANIFEST).is_file():
@@ -175,7 +175,7 @@ def run_engine(job: Job) -> dict[str, Any]:
     from fastface_trt.engines.backends import builder_for
     from fastface_trt.engines.cache import EngineCache
     from fastface_trt.engines.manifest import EXPORT_MANIFEST, ExportManifest, read_manifest
-    from fastface_trt.export.unet_cache import UNetExport
+    from fastface_trt.export.oracle import UNetExport
 
     folder = Path(job.export) if job.export else Path(job.folder) / "unet"
     if job.export:

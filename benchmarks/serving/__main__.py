@@ -17,9 +17,9 @@ from benchmarks.serving.plots import measured_plot, simulation_plot
 from benchmarks.serving.servers import Limits
 from benchmarks.serving.simulation import Point, report, simulate
 from fastface_trt import FastFace
-from fastface_trt.bench.environment import describe_machine
-from fastface_trt.bench.style import require_matplotlib, save
 from fastface_trt.errors import FastFaceError
+from fastface_trt.measure.machine import describe_machine
+from fastface_trt.measure.style import require_matplotlib, save
 
 RESULTS = Path(__file__).parents[1] / "results"
 BUSY = 0.5

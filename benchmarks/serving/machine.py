@@ -7,7 +7,7 @@ from time import perf_counter
 
 from fastface_trt import FastFace
 from fastface_trt.serving.batching.cost import CostModel
-from fastface_trt.serving.batching.warm_up import blank_face
+from fastface_trt.serving.batching.loop import blank_face
 
 AREA = 1
 """Simulated pictures all have one size."""

@@ -17,7 +17,7 @@ from fastface_trt import FastFace
 from fastface_trt.runtime.face import Face
 from fastface_trt.runtime.request import GenerationRequest
 from fastface_trt.serving.batching import Batcher
-from fastface_trt.serving.batching.warm_up import blank_face
+from fastface_trt.serving.batching.loop import blank_face
 from fastface_trt.serving.settings import WorkerSettings
 from fastface_trt.serving.work import Event, PictureDone, StepDone, Task
 

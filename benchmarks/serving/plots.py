@@ -8,7 +8,7 @@ from benchmarks.serving.machine import Machine
 from benchmarks.serving.measured import Result
 from benchmarks.serving.servers import SERVERS
 from benchmarks.serving.simulation import Point
-from fastface_trt.bench.style import INK, add_legend, colour, name_axes, new_figure
+from fastface_trt.measure.style import INK, add_legend, colour, name_axes, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -5,13 +5,15 @@ import weakref
 from math import prod
 from typing import Any
 
-from fastface_trt.engines.hardware import cuda_hardware
+from fastface_trt.engines.hardware import cuda_hardware, is_weight
 from fastface_trt.engines.manifest import ModuleSpec
-from fastface_trt.engines.onnx_file import OnnxFile
+from fastface_trt.engines.onnx.file import OnnxFile
 from fastface_trt.engines.tensorrt.flavour import Flavour
-from fastface_trt.engines.tensorrt.plugin import register_plugins, require_kernel_tokens
-from fastface_trt.engines.tensorrt.plugin_function import with_plugins
-from fastface_trt.engines.topology import is_weight
+from fastface_trt.engines.tensorrt.plugin import (
+    register_plugins,
+    require_kernel_tokens,
+    with_plugins,
+)
 from fastface_trt.engines.weight_map import EngineWeight
 from fastface_trt.errors import BuildFailed
 

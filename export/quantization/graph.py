@@ -19,7 +19,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from fastface_trt.engines.onnx_file import MODULE_KEY
+from fastface_trt.engines.onnx.file import MODULE_KEY
 from fastface_trt.export.precision import QuantizedFormat
 from fastface_trt.export.quantization.ranges import AttentionRange, LayerRange
 

@@ -8,13 +8,18 @@ from numpy.typing import NDArray
 
 from fastface_trt.engines.engine import Engine
 from fastface_trt.engines.manifest import Quantization
-from fastface_trt.export.model import Model
 from fastface_trt.export.options import ExportOptions
 from fastface_trt.export.oracle import TorchUNet
-from fastface_trt.export.precision import QuantizedFormat
+from fastface_trt.export.precision import Model, QuantizedFormat
 from fastface_trt.export.quantization.graph import QuantizationPlan
-from fastface_trt.export.quantization.layers import LayerChoice, choose_layers, choose_vae_layers
-from fastface_trt.export.quantization.ranges import METHODS, measure_ranges, modelopt_version
+from fastface_trt.export.quantization.ranges import (
+    METHODS,
+    LayerChoice,
+    choose_layers,
+    choose_vae_layers,
+    measure_ranges,
+    modelopt_version,
+)
 
 Latents = NDArray[np.float32]
 

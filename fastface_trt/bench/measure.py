@@ -1,24 +1,133 @@
-"""Calling the pipeline again and again, with a recorder at its stages."""
+"""Calling the pipeline again and again, with a recorder at its stages.
 
+What a benchmark asks of the pipeline, and which ways of calling it are measured.
+
+Spans for other programs: NVTX ranges while they last, and a trace file afterwards.
+"""
+
+import os
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from math import ceil
+from pathlib import Path
 from time import perf_counter
 from typing import Any, TypeAlias
 
 import numpy as np
 from PIL import Image
 
-from fastface_trt.bench.report import Case, Distribution, PairedRatio, Stage, Throughput
-from fastface_trt.bench.statistics import median_interval
-from fastface_trt.bench.workload import Setting, Workload
+from fastface_trt.bench.report import (
+    BranchPlan,
+    Case,
+    Distribution,
+    Features,
+    PairedRatio,
+    Stage,
+    Throughput,
+    Work,
+)
 from fastface_trt.engines.engine import Progress
-from fastface_trt.pipeline import FaceInput, FastFace
+from fastface_trt.errors import MissingDependency
+from fastface_trt.measure.statistics import median_interval
 from fastface_trt.runtime.face import Face
+from fastface_trt.runtime.guidance import BRANCH_PLANS
+from fastface_trt.runtime.guidance import BranchPlan as PlanName
 from fastface_trt.runtime.picture_file import encode_picture
+from fastface_trt.runtime.pipeline import FaceInput, FastFace
+from fastface_trt.runtime.presets import PRESETS
+from fastface_trt.runtime.request import GenerationRequest
 from fastface_trt.runtime.timeline import Ranges, Recorder, Span
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One way to call the pipeline; see `report.Case`."""
+
+    preset: str
+    features: Features
+    requests: int = 1
+    concurrency: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """The options of a benchmark; sizes in pixels, None for the export's own."""
+
+    presets: tuple[str, ...]
+    face: Path
+    prompt: str
+    steps: int | None = None
+    size: tuple[int, int] | None = None
+    plan: PlanName = "exact"
+    requests: tuple[int, ...] = (1,)
+    concurrency: tuple[int, ...] = (1,)
+    runs: int = 20
+    warm_up: int = 3
+    cold_starts: int = 3
+
+    def groups(self) -> Iterator[list[Setting]]:
+        """Settings that are measured in turns, so that what disturbs one disturbs all of them.
+
+        First fresh and kept features of every preset, then more requests, then more threads, both
+        with kept features.
+        """
+        first, *more = self.requests
+        yield [
+            Setting(preset, features, first)
+            for preset in self.presets
+            for features in ("fresh", "cached")
+        ]
+        for requests in more:
+            yield [Setting(preset, "cached", requests) for preset in self.presets]
+        for threads in self.concurrency:
+            if threads > 1:
+                for preset in self.presets:
+                    yield [Setting(preset, "cached", first, threads)]
+
+    def request(self, fastface: FastFace, preset: str, **fields: object) -> GenerationRequest:
+        """A request of this workload; raises `UnknownName` or `InvalidRequest`."""
+        sizes = {} if self.size is None else {"width": self.size[0], "height": self.size[1]}
+        plan = {"plan": self.plan}
+        return fastface.request(
+            self.prompt, preset=preset, steps=self.steps, **(sizes | plan | fields)
+        )
+
+    def work(self, fastface: FastFace) -> Work:
+        """What is done, without how often; raises `InvalidRequest` for what cannot be done."""
+        manifest = fastface.manifest
+        request = self.request(fastface, self.presets[0])
+        fastface.stages.check_size(request)
+        return Work(
+            checkpoint=manifest.checkpoint,
+            adapter=manifest.adapter,
+            precision=manifest.precision,
+            random_weights=manifest.random_weights,
+            scheduler=manifest.scheduler["class"],
+            width=request.width,
+            height=request.height,
+            steps=request.steps,
+            plan=request.plan,
+            presets=self.presets,
+        )
+
+    def branch_plans(self, fastface: FastFace) -> list[BranchPlan]:
+        """Branches per step of every preset there is, under every branch plan."""
+        plans = []
+        for preset in PRESETS:
+            for plan in BRANCH_PLANS:
+                request = self.request(fastface, preset, plan=plan)
+                plans.append(
+                    BranchPlan(
+                        preset=preset,
+                        plan=plan,
+                        branches=tuple(step.branches for step in request.guidance_steps()),
+                        unet_samples=request.unet_samples,
+                    )
+                )
+        return plans
+
 
 First: TypeAlias = Callable[[str, float], None]
 """Told which case the first call was, a warm-up or not, and its seconds."""
@@ -234,3 +343,57 @@ def _case(setting: Setting, warm_up: int, taken: _Taken) -> Case:
             pictures_per_second=pictures / taken.wall_seconds,
         ),
     )
+
+
+def nvtx_ranges() -> Ranges:
+    """Ranges that Nsight Systems shows; raises `MissingDependency` without the package nvtx."""
+    try:
+        import nvtx
+    except ImportError:
+        raise MissingDependency(
+            "NVTX ranges need the package nvtx.", "pip install 'fastface-trt[bench]'."
+        ) from None
+    return lambda label: nvtx.annotate(label, domain="fastface-trt")
+
+
+def chrome_trace(calls: Mapping[str, Sequence[Span]]) -> dict[str, Any]:
+    """Calls by label as Chrome's trace events, which Perfetto (ui.perfetto.dev) opens.
+
+    Each call is a process of its own that starts at 0. Its threads show the host; where work ran on
+    a GPU, a second row shows when it ran there. Times are microseconds.
+    """
+    events: list[dict[str, Any]] = []
+    for process, (label, spans) in enumerate(calls.items(), start=1):
+        events.append(_named("process_name", process, 0, label))
+        origin = min(span.start for span in spans)
+        threads = {thread: at for at, thread in enumerate(dict.fromkeys(s.thread for s in spans))}
+        for span in sorted(spans, key=lambda one: (one.start, one.depth)):
+            row = 2 * threads[span.thread]
+            events.append(_event(span, process, row, span.start - origin, span.seconds))
+            if span.device_start is not None and span.device_seconds is not None:
+                at = span.device_start - origin
+                events.append(_event(span, process, row + 1, at, span.device_seconds))
+        for number in threads.values():
+            events.append(_named("thread_name", process, 2 * number, f"host thread {number}"))
+            events.append(_named("thread_name", process, 2 * number + 1, f"GPU stream {number}"))
+    return {
+        "traceEvents": events,
+        "displayTimeUnit": "ms",
+        "otherData": {"recorded_by": f"fastface-trt bench, process {os.getpid()}"},
+    }
+
+
+def _event(span: Span, process: int, row: int, start: float, seconds: float) -> dict[str, Any]:
+    return {
+        "name": span.name,
+        "ph": "X",
+        "ts": start * 1e6,
+        "dur": seconds * 1e6,
+        "pid": process,
+        "tid": row,
+        "args": span.attributes,
+    }
+
+
+def _named(kind: str, process: int, row: int, name: str) -> dict[str, Any]:
+    return {"name": kind, "ph": "M", "pid": process, "tid": row, "args": {"name": name}}

@@ -10,8 +10,8 @@ from typing import Any, Final, Literal
 
 from pydantic import Field
 
-from fastface_trt.bench import statistics
 from fastface_trt.engines.manifest import Strict
+from fastface_trt.measure import statistics
 
 BENCH_FILE: Final = "bench.json"
 

@@ -5,6 +5,8 @@ operations over the machine's rate of operations, and at least its bytes over th
 Both rates are measured here, with the backend that is benchmarked, so that the floor is one that
 this machine has been seen to reach: products of matrices of several shapes, the best of them, and
 copies of arrays far larger than any cache.
+
+The floor of every stage of a measured call: what its module must compute and move.
 """
 
 import os
@@ -12,18 +14,19 @@ import tempfile
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from time import perf_counter
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, Protocol
 
 import numpy as np
 
-from fastface_trt.bench.flops import OperationCount
+from fastface_trt.bench.flops import OperationCount, count_module
 from fastface_trt.engines.cache import EngineCache
 from fastface_trt.engines.device import Device, HostDevice, Tensor
 from fastface_trt.engines.engine import Engine, EngineBuilder
 from fastface_trt.engines.files import describe_file
-from fastface_trt.engines.manifest import ModuleSpec, TensorSpec
+from fastface_trt.engines.manifest import ExportManifest, ModuleSpec, TensorSpec
 from fastface_trt.errors import MissingDependency
 
 Bound = Literal["operations", "bytes"]
@@ -214,3 +217,69 @@ def _write_product(folder: Path, shape: Shape, dtype: RateType) -> ModuleSpec:
 
 
 __all__ = ["Bound", "Floor", "MachineRates", "floor", "measure_rates", "sum_floors"]
+
+
+class StageWork(Protocol):
+    """What a stage did in one call of the pipeline; modules but the UNet run one row a call."""
+
+    @property
+    def name(self) -> str:
+        """The module's where a module ran."""
+        ...
+
+    @property
+    def label(self) -> str:
+        """What tables call the stage."""
+        ...
+
+    @property
+    def calls(self) -> int:
+        """How often the module was called."""
+        ...
+
+    @property
+    def rows(self) -> int | None:
+        """Rows of all UNet calls together, None for other modules."""
+        ...
+
+    @property
+    def branches(self) -> int | None:
+        """UNet rows per request, None for other modules."""
+        ...
+
+
+def stage_floors(
+    stages: Iterable[StageWork],
+    manifest: ExportManifest,
+    export: Path,
+    rates: MachineRates,
+    *,
+    height: int,
+    width: int,
+) -> dict[str, Floor]:
+    """Least time of each stage that runs a module of the export, by the stage's label.
+
+    `height` and `width` in pixels. Stages without a module (tokenising, PNG) are left out, and so
+    is what computes no products of matrices. Raises what `count_module` raises.
+    """
+    factor = manifest.vae_scale_factor
+    size = {"height": height // factor, "width": width // factor}
+
+    @cache
+    def count(module: str, batch: int, requests: int) -> OperationCount:
+        path = export / manifest.modules[module].files[0].path
+        return count_module(path, size | {"batch": batch, "requests": requests})
+
+    floors: dict[str, Floor] = {}
+    for stage in stages:
+        if stage.name not in manifest.modules:
+            continue
+        # Calls of one stage hold equally many rows, or nearly so: the floor of the mean is theirs.
+        batch = max(1, round((stage.rows or stage.calls) / stage.calls))
+        counted = count(stage.name, batch, max(1, batch // (stage.branches or 1)))
+        if counted.flops:
+            floors[stage.label] = sum_floors([floor(counted, rates)] * stage.calls)
+    return floors
+
+
+__all___floors = ["StageWork", "stage_floors"]

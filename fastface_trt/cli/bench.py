@@ -1,4 +1,7 @@
-"""`bench`: how long pictures take, and `bench compare`: whether that has changed."""
+"""`bench`: how long pictures take, and `bench compare`: whether that has changed.
+
+`bench sizing`: what machines would make, from what was measured.
+"""
 
 import json
 from dataclasses import asdict
@@ -10,12 +13,10 @@ import click
 from rich.console import Console
 
 from fastface_trt.bench.compare import compare, comparison_tables, read_report
-from fastface_trt.bench.profilers import nvtx_ranges
+from fastface_trt.bench.measure import Workload, nvtx_ranges
 from fastface_trt.bench.random_weights import random_export
 from fastface_trt.bench.report import BENCH_FILE, schema_text
 from fastface_trt.bench.run import run_benchmark, write_schema
-from fastface_trt.bench.tables import print_report, print_table
-from fastface_trt.bench.workload import Workload
 from fastface_trt.cli import STARTED
 from fastface_trt.cli.common import (
     FILE,
@@ -29,13 +30,50 @@ from fastface_trt.cli.common import (
     provider_option,
     timed_lines,
 )
-from fastface_trt.cli.sizing import sizing
 from fastface_trt.engines.cache import EngineCache
 from fastface_trt.errors import BadPicture, InvalidRequest, UnknownName
-from fastface_trt.export_folder import find_export
+from fastface_trt.measure.tables import print_report, print_table
 from fastface_trt.mini.folders import SAMPLE_FACES
+from fastface_trt.runtime.export_folder import find_export
 from fastface_trt.runtime.guidance import BRANCH_PLANS
 from fastface_trt.runtime.presets import PRESETS
+
+
+@click.command("sizing")
+@click.argument("reports", type=FILE, nargs=-1, required=True, metavar="bench.json …")
+@click.option(
+    "--utilisation",
+    type=float,
+    default=0.7,
+    show_default=True,
+    help="Share of the time that the machine is to work; waiting grows with ρ/(1-ρ).",
+)
+@click.option(
+    "--fill",
+    type=float,
+    default=1.0,
+    show_default=True,
+    help="Share of a UNet call's rows that hold work.",
+)
+@click.option(
+    "--fresh",
+    type=float,
+    default=1.0,
+    show_default=True,
+    help="Share of requests with a new face and prompt.",
+)
+@click.option("--price", type=float, help="What an hour of the machine costs, in any currency.")
+def sizing(
+    reports: tuple[Path, ...], utilisation: float, fill: float, fresh: float, price: float | None
+) -> None:
+    """Print pictures per second and hour by branch plan, as Markdown, from bench reports."""
+    from fastface_trt.bench.compare import read_report
+    from fastface_trt.bench.sizing import Operation, markdown
+
+    operation = Operation(utilisation, fill, fresh, price)
+    for text in [markdown(read_report(path), operation) for path in reports]:
+        click.echo(text)
+
 
 SCHEMA_FILE = Path("benchmarks/bench.schema.json")
 

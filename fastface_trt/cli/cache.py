@@ -8,9 +8,8 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from fastface_trt.builders import timing_cache_file
 from fastface_trt.cli.common import FOLDER
-from fastface_trt.engines.backends import BACKENDS
+from fastface_trt.engines.backends import BACKENDS, timing_cache_file
 from fastface_trt.engines.cache import CacheEntry, EngineCache
 from fastface_trt.engines.tensorrt.flavour import find_flavour
 from fastface_trt.engines.tensorrt.options import TensorRTOptions

@@ -9,12 +9,11 @@ from PIL import Image
 
 from fastface_trt.cli.common import FOLDER, backend_options, console, passing_phases, timed_lines
 from fastface_trt.engines.engine import Progress
-from fastface_trt.grid import contact_sheet
 from fastface_trt.mini.folders import SAMPLE_FACES
-from fastface_trt.pipeline import FastFace
 from fastface_trt.runtime.face import Face
-from fastface_trt.runtime.images import load_picture
+from fastface_trt.runtime.images import contact_sheet, load_picture
 from fastface_trt.runtime.picture_file import write_picture
+from fastface_trt.runtime.pipeline import FastFace
 from fastface_trt.runtime.presets import PRESETS
 
 PROMPTS = (

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import click
 
-from fastface_trt.builders import make_builder
 from fastface_trt.cli.common import FOLDER, console, timed_lines
+from fastface_trt.engines.backends import make_builder
 from fastface_trt.engines.cache import EngineCache
 from fastface_trt.engines.manifest import EXPORT_MANIFEST, ExportManifest, read_manifest
-from fastface_trt.export_folder import find_export
+from fastface_trt.runtime.export_folder import find_export
 
 _cache = click.option("--cache", type=FOLDER, help="Engine cache folder [FASTFACE_CACHE].")
 
@@ -27,7 +27,7 @@ def publish(
 
     Prints URL#HASH, which means exactly these files for ever; URL#NAME means what --tag last said.
     """
-    from fastface_trt.serving import distribution
+    from fastface_trt.serving.storage import distribution
 
     manifest = read_manifest(find_export(export) / EXPORT_MANIFEST, ExportManifest)
     entries = distribution.engines_of(manifest, EngineCache(cache)) if engines else []
@@ -52,7 +52,7 @@ def obtain(address: str, backend: str | None, cache: Path | None, home: Path | N
 
     Stopped, it goes on where it was. What is here already is checked and not fetched again.
     """
-    from fastface_trt.serving import distribution
+    from fastface_trt.serving.storage import distribution
 
     line = timed_lines(console())
     obtained = distribution.obtain(address, home=home, progress=line)

@@ -20,9 +20,14 @@ from fastface_trt.engines.cache import EngineCache
 from fastface_trt.engines.files import storage_errors, write_text_durably
 from fastface_trt.engines.hardware import cuda_driver, cuda_hardware, why_no_gpu
 from fastface_trt.engines.kernels.operator_library import library_status
-from fastface_trt.engines.onnxruntime_session import libraries_status
+from fastface_trt.engines.ort.session import libraries_status
 from fastface_trt.errors import BackendUnavailable, UnknownName
-from fastface_trt.self_test import REFERENCE, Check, SelfTest, require_export_extra
+from fastface_trt.verify.self_test import (
+    REFERENCE,
+    Check,
+    SelfTest,
+    require_export_extra,
+)
 
 EXTRAS = {
     "export": ("torch", "diffusers", "transformers", "peft", "onnx", "onnxscript", "onnx-ir"),

@@ -1,8 +1,22 @@
-"""`embedding`: where C and C++ programs find headers and sources."""
+"""`embedding`: where C and C++ programs find headers and sources.
+
+Where the header files, sources and CMake files of the C library lie.
+"""
+
+from pathlib import Path
+from typing import Final
 
 import click
 
-from fastface_trt.embedding.paths import CMAKE_DIR, INCLUDES, sources
+CMAKE_DIR: Final = Path(__file__).resolve().parent
+"""Folder for CMake's `add_subdirectory`."""
+INCLUDES: Final = CMAKE_DIR / "include"
+"""Folder of `fastface_trt.h` (C) and `fastface.hpp` (C++)."""
+
+
+def sources() -> tuple[Path, ...]:
+    """Files to compile where CMake is not used; they need pybind11 and `INCLUDES`."""
+    return tuple(sorted((CMAKE_DIR / "src").glob("*.cpp")))
 
 
 @click.command()

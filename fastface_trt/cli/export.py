@@ -6,15 +6,15 @@ from typing import Any
 
 import click
 
-from fastface_trt.calibration import (
+from fastface_trt.cli.common import FILE, FOLDER, console, licence_option, timed_lines
+from fastface_trt.errors import InvalidRequest, LicenceNotAcknowledged, MissingDependency
+from fastface_trt.export.quantization.calibration import (
     PipelineCalibration,
     default_faces,
     default_prompts,
     find_faces,
     read_prompts,
 )
-from fastface_trt.cli.common import FILE, FOLDER, console, licence_option, timed_lines
-from fastface_trt.errors import InvalidRequest, LicenceNotAcknowledged, MissingDependency
 
 
 @click.command()
@@ -134,13 +134,12 @@ def export(
     --accept-licence once you have read its terms.
     """
     try:
-        from fastface_trt.export.checkpoints import ADAPTERS, find_checkpoint
+        from fastface_trt.checkpoints import ADAPTERS, find_checkpoint
         from fastface_trt.export.exporter import peak_gb, run_export
         from fastface_trt.export.options import ExportOptions
         from fastface_trt.export.precision import QUANTIZED_FORMATS
         from fastface_trt.export.quantization.calibration import RandomCalibration
-        from fastface_trt.export.quiet import quiet_libraries
-        from fastface_trt.export.sources import parse_adapter, parse_item
+        from fastface_trt.export.sources import parse_adapter, parse_item, quiet_libraries
     except ImportError as error:
         raise MissingDependency(
             f"Exporting needs {error.name}.", "Install it with: pip install 'fastface-trt[export]'."

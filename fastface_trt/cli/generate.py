@@ -22,10 +22,8 @@ from fastface_trt.cli.common import (
 )
 from fastface_trt.engines.files import storage_errors
 from fastface_trt.errors import InvalidRequest
-from fastface_trt.grid import contact_sheet
-from fastface_trt.pipeline import FastFace
 from fastface_trt.runtime.guidance import parse_schedule
-from fastface_trt.runtime.images import load_picture
+from fastface_trt.runtime.images import contact_sheet, load_picture
 from fastface_trt.runtime.manipulation import AttentionManipulation, parse_manipulation
 from fastface_trt.runtime.picture_file import (
     FORMATS,
@@ -35,9 +33,9 @@ from fastface_trt.runtime.picture_file import (
     picture_format,
     write_picture,
 )
+from fastface_trt.runtime.pipeline import FastFace, GenerationResult
 from fastface_trt.runtime.presets import preset_fields
-from fastface_trt.runtime.result import GenerationResult
-from fastface_trt.runtime.trace import StepTrace
+from fastface_trt.runtime.sampling import StepTrace
 
 
 def _rescale(text: str | None) -> float | None:

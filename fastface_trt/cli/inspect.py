@@ -16,7 +16,7 @@ from fastface_trt.engines.manifest import (
     read_manifest,
 )
 from fastface_trt.errors import ExportIncomplete
-from fastface_trt.export_folder import find_export
+from fastface_trt.runtime.export_folder import find_export
 from fastface_trt.runtime.picture_file import FORMATS, read_parameters
 
 

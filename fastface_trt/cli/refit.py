@@ -4,13 +4,13 @@ from pathlib import Path
 
 import click
 
-from fastface_trt.builders import make_builder
 from fastface_trt.cli.common import FOLDER, backend_options, console, timed_lines
+from fastface_trt.engines.backends import make_builder
 from fastface_trt.engines.cache import EngineCache
 from fastface_trt.engines.manifest import EXPORT_MANIFEST, ExportManifest, read_manifest
 from fastface_trt.engines.refit import RefitReport, refit
 from fastface_trt.errors import UnknownName
-from fastface_trt.export_folder import find_export
+from fastface_trt.runtime.export_folder import find_export
 
 
 @click.command("refit")

@@ -6,7 +6,7 @@ import click
 
 from fastface_trt.cli.common import FILE, FOLDER, console, timed_lines
 from fastface_trt.engines.cache import EngineCache
-from fastface_trt.replay import replay as run_replay
+from fastface_trt.verify.replay import replay as run_replay
 
 
 @click.command()

@@ -1,4 +1,7 @@
-"""`serve`: pictures over HTTP."""
+"""`serve`: pictures over HTTP.
+
+The options of `serve` for Ray Serve, and what they mean.
+"""
 
 import os
 import re
@@ -19,18 +22,59 @@ from fastface_trt.cli.common import (
     provider_option,
     timed_lines,
 )
-from fastface_trt.cli.ray_options import ray_options, serve_on_ray
 from fastface_trt.engines.manifest import EXPORT_MANIFEST, ExportManifest, read_manifest
 from fastface_trt.errors import InvalidRequest, MissingDependency, StorageError
-from fastface_trt.export_folder import find_export, with_schedule_of
+from fastface_trt.runtime.export_folder import find_export, with_schedule_of
 from fastface_trt.serving.settings import ServerSettings, Settings, WorkerSettings
+
+_COUNT = click.IntRange(min=1)
+_SHARE = click.FloatRange(min=0)
+
+
+def ray_options(command: Command) -> Command:
+    """`--ray` and what goes with it."""
+    for option in (
+        click.option("--replica-cpus", type=_SHARE, help="With --ray: CPUs of each replica [1]."),
+        click.option("--replica-gpus", type=_SHARE, help="With --ray: GPUs of each replica [0]."),
+        click.option(
+            "--max-replicas", type=_COUNT, help="With --ray: scale up to so many [--workers]."
+        ),
+        click.option(
+            "--ray-address",
+            metavar="ADDRESS",
+            help="With --ray: deploy to this cluster, or update what it serves, and return.",
+        ),
+        click.option(
+            "--ray", "on_ray", is_flag=True, help="Replicas behind Ray Serve; --workers of them."
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def serve_on_ray(
+    worker: WorkerSettings, server: ServerSettings, workers: int | None, given: Mapping[str, Any]
+) -> None:
+    """See `run_on_ray`; `given` holds the values of `ray_options`."""
+    from fastface_trt.serving.ray.arguments import Placement
+    from fastface_trt.serving.ray.run import run_on_ray
+
+    names = {
+        "min_replicas": workers,
+        "max_replicas": given["max_replicas"],
+        "num_gpus": given["replica_gpus"],
+        "num_cpus": given["replica_cpus"],
+    }
+    placement = Placement.model_validate({n: v for n, v in names.items() if v is not None})
+    run_on_ray(worker, server, placement, address=given["ray_address"], say=click.echo)
+
 
 Kind = TypeVar("Kind", bound=Settings)
 
 KEYS_VARIABLE = "FASTFACE_API_KEYS"
 MIN_KEY_LENGTH = 8
 _SECONDS = click.FloatRange(min=0, min_open=True)
-_COUNT = click.IntRange(min=1)
+_COUNT_SERVE = click.IntRange(min=1)
 
 
 def _of(settings: type[Settings], name: str) -> Any:
@@ -86,15 +130,15 @@ def api_keys(file: Path | None, variable: str) -> tuple[str, ...]:
 @backend_options
 @provider_option
 @click.option("--schedule-of", metavar="NAME", help="Sampler and steps of another checkpoint.")
-@click.option("--workers", type=_COUNT, help="Processes with engines [one per GPU, or one].")
+@click.option("--workers", type=_COUNT_SERVE, help="Processes with engines [one per GPU, or one].")
 @_limit(
     WorkerSettings,
     "max_waiting",
-    _COUNT,
+    _COUNT_SERVE,
     "Pictures that wait for their first step; the next gets 429.",
 )
-@_limit(WorkerSettings, "max_running", _COUNT, "Pictures on their way in each worker.")
-@click.option("--max-rows", type=_COUNT, help="Rows of a UNet call [what the engines take].")
+@_limit(WorkerSettings, "max_running", _COUNT_SERVE, "Pictures on their way in each worker.")
+@click.option("--max-rows", type=_COUNT_SERVE, help="Rows of a UNet call [what the engines take].")
 @click.option(
     "--latency-budget",
     type=_SECONDS,
@@ -109,11 +153,15 @@ def api_keys(file: Path | None, variable: str) -> tuple[str, ...]:
     help=f"Keys of clients, one per line; also in {KEYS_VARIABLE}.",
 )
 @click.option("--allow-anonymous", is_flag=True, help="Let everybody in, whatever the address.")
-@click.option("--requests-per-minute", type=_COUNT, help="Of each key, or address [any number].")
-@_limit(ServerSettings, "max_requests", _COUNT, "Requests in work at once; the next gets 503.")
-@_limit(ServerSettings, "max_body_bytes", _COUNT, "Of one request.")
-@_limit(ServerSettings, "max_picture_pixels", _COUNT, "Of a face picture.")
-@_limit(ServerSettings, "max_faces", _COUNT, "Registered faces; the next gets 429.")
+@click.option(
+    "--requests-per-minute", type=_COUNT_SERVE, help="Of each key, or address [any number]."
+)
+@_limit(
+    ServerSettings, "max_requests", _COUNT_SERVE, "Requests in work at once; the next gets 503."
+)
+@_limit(ServerSettings, "max_body_bytes", _COUNT_SERVE, "Of one request.")
+@_limit(ServerSettings, "max_picture_pixels", _COUNT_SERVE, "Of a face picture.")
+@_limit(ServerSettings, "max_faces", _COUNT_SERVE, "Registered faces; the next gets 429.")
 @_limit(ServerSettings, "body_timeout", _SECONDS, "Seconds for headers, and for a body.")
 @_limit(ServerSettings, "write_timeout", _SECONDS, "Seconds for a client to take what was written.")
 @_limit(
@@ -125,8 +173,8 @@ def api_keys(file: Path | None, variable: str) -> tuple[str, ...]:
 @_limit(
     WorkerSettings, "stall_seconds", _SECONDS, "A worker that gets nothing done is started again."
 )
-@_limit(ServerSettings, "max_pictures", _COUNT, "n of one request.")
-@_limit(ServerSettings, "max_connections", _COUNT, "Open connections.")
+@_limit(ServerSettings, "max_pictures", _COUNT_SERVE, "n of one request.")
+@_limit(ServerSettings, "max_connections", _COUNT_SERVE, "Open connections.")
 @_limit(
     ServerSettings,
     "max_connections_per_address",
@@ -219,7 +267,7 @@ def _serve(
         raise MissingDependency(
             f"Serving needs {error.name}.", "Run pip install 'fastface-trt[serve]'."
         ) from None
-    from fastface_trt.serving.distribution import with_obtained
+    from fastface_trt.serving.storage.distribution import with_obtained
     from fastface_trt.serving.workers.placement import place_workers
     from fastface_trt.serving.workers.pool import WorkerPool
 

@@ -13,7 +13,7 @@ from fastface_trt.engines.cache import EngineCache
 from fastface_trt.engines.engine import Progress
 from fastface_trt.engines.manifest import EXPORT_MANIFEST, ExportManifest, read_manifest
 from fastface_trt.errors import MissingDependency, UnknownName
-from fastface_trt.export_folder import find_export
+from fastface_trt.runtime.export_folder import find_export
 from fastface_trt.verify.inputs import module_inputs
 from fastface_trt.verify.layers import LayerReport, find_layer
 from fastface_trt.verify.modules import ModuleVerdict, verify_builder, verify_modules
@@ -130,7 +130,7 @@ def _lint(
     folder: Path, manifest: ExportManifest, modules: tuple[str, ...], seed: int, line: Progress
 ) -> tuple[dict[str, Any], bool]:
     try:
-        from fastface_trt.export.lint import lint
+        from fastface_trt.verify.lint import lint
     except ImportError as error:
         raise MissingDependency(
             f"Linting needs {error.name}.", "Install it with: pip install 'fastface-trt[export]'."

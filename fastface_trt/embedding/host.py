@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from fastface_trt.embedding.session import Output, Session
 from fastface_trt.engines import dlpack
 from fastface_trt.errors import FastFaceError, InvalidRequest
-from fastface_trt.pipeline import FastFace
 from fastface_trt.runtime.face import CROP_SIZE, EMBEDDING_SIZE, Face
 from fastface_trt.runtime.manipulation import AttentionManipulation
+from fastface_trt.runtime.pipeline import FastFace
 
 
 class Capsule:

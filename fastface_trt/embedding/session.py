@@ -1,25 +1,166 @@
 """`Session`: pictures one at a time, from and into memory of the caller.
 
 Shape legend: C latent channels, h × w latent size, T image tokens, K their width.
+
+Tensors of other libraries, checked and on the engines' device; output buffers of callers.
+
+Anything counts that has `__dlpack__`, `__cuda_array_interface__` or `__array_interface__`, on the
+host also the buffer protocol. What lies on the host goes to a GPU if the engines are there; what
+lies on a GPU is never brought to the host behind the caller's back.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fastface_trt.embedding import foreign
-from fastface_trt.embedding.foreign import Foreign
+from fastface_trt.engines import dlpack
 from fastface_trt.engines.contract import IMAGE_TOKENS
-from fastface_trt.engines.device import Device, DeviceTensor, Tensor
+from fastface_trt.engines.device import Array, Device, DeviceTensor, HostDevice, Tensor, dtype_name
 from fastface_trt.errors import Cancelled, InvalidRequest
-from fastface_trt.pipeline import FastFace
 from fastface_trt.runtime.face import CROP_SIZE, EMBEDDING_SIZE, ChannelOrder, Face
-from fastface_trt.runtime.job import Job
 from fastface_trt.runtime.noise import INITIAL_LATENTS
+from fastface_trt.runtime.pipeline import FastFace
 from fastface_trt.runtime.request import GenerationRequest
+from fastface_trt.runtime.sampling import Job
+
+Foreign: TypeAlias = Any
+"""An object with one of the protocols above."""
+
+Target: TypeAlias = NDArray[np.uint8] | DeviceTensor
+"""Where a picture goes: uint8 [H, W, 3] in the caller's memory."""
+
+_FLOATS = ("float32", "float16", "bfloat16")
+
+
+def place(
+    device: Device,
+    source: Foreign,
+    *,
+    name: str,
+    shape: Sequence[int],
+    dtype: str = "float32",
+    view: bool = False,
+) -> Tensor:
+    """`source` as a dense tensor of `shape` and `dtype` on `device`, in memory of its own.
+
+    On the host any floating-point type is cast to `dtype`; on a GPU it has to be that. With `view`
+    nothing is copied: the caller keeps the values as they are until everything that uses the tensor
+    has run, and gives them in `dtype` on the device. Raises `InvalidRequest`, naming `name`.
+    """
+    on_host = location(source, name) == "host"
+    if not on_host and isinstance(device, HostDevice):
+        raise InvalidRequest(
+            f"{name} lies on a GPU and the engines run on the host.", "Copy it to the host first."
+        )
+    if on_host:
+        values = host_values(source, name=name, shape=shape, dtype=dtype, view=view)
+        if view and not isinstance(device, HostDevice):
+            raise InvalidRequest(
+                f"{name} lies on the host and the engines run on {device.name}.",
+                "Pass it without view.",
+            )
+        return device.upload(values)
+    tensor = _borrow(device, source, name)
+    _check_shape(name, tensor.shape, shape)
+    if dtype_name(tensor) != dtype:
+        raise InvalidRequest(
+            f"{name} is {dtype_name(tensor)} and the engine takes {dtype}.",
+            "Convert it on the GPU; only values on the host are converted here.",
+        )
+    return tensor if view else device.copy(tensor)
+
+
+def host_values(
+    source: Foreign,
+    *,
+    name: str,
+    shape: Sequence[int],
+    dtype: str = "float32",
+    view: bool = False,
+    device: Device | None = None,
+) -> Array:
+    """`source` as an array of `shape` and `dtype` on the host, a copy unless `view`.
+
+    What lies on a GPU is downloaded where `device` is given. Raises `InvalidRequest`.
+    """
+    if location(source, name) == "gpu":
+        if device is None or isinstance(device, HostDevice):
+            raise InvalidRequest(f"{name} lies on a GPU.", "Copy it to the host first.")
+        tensor = _borrow(device, source, name)
+        if dtype_name(tensor) == "bfloat16":
+            raise InvalidRequest(f"{name} is bfloat16, which numpy lacks.", "Pass float32.")
+        array = device.download(tensor)
+    else:
+        borrowed = _borrow(HostDevice(), source, name)
+        assert isinstance(borrowed, np.ndarray)
+        array = borrowed
+    _check_shape(name, array.shape, shape)
+    if array.dtype != dtype and (view or array.dtype.kind != "f" or dtype not in _FLOATS):
+        raise InvalidRequest(f"{name} is {array.dtype}, not {dtype}.", "Convert it first.")
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        raise InvalidRequest(f"{name} holds values that are not finite.", "Check its source.")
+    return array if view else np.array(array, dtype=dtype)
+
+
+def output(device: Device, out: Foreign, height: int, width: int) -> Target:
+    """The caller's memory for a picture: uint8 [H, W, 3], or as many bytes in one row.
+
+    Raises `InvalidRequest` unless it is dense, writable and exactly as large as the picture.
+    """
+    name, shape = "The output buffer", (height, width, 3)
+    on_host = location(out, name) == "host"
+    if not on_host and isinstance(device, HostDevice):
+        raise InvalidRequest(
+            f"{name} lies on a GPU and the engines run on the host.", "Pass host memory."
+        )
+    memory = _borrow(HostDevice() if on_host else device, out, name, writable=True)
+    if dtype_name(memory) != "uint8":
+        raise InvalidRequest(f"{name} holds {dtype_name(memory)}, not uint8.", "Pass bytes.")
+    if tuple(memory.shape) not in (shape, (height * width * 3,)):
+        raise InvalidRequest(
+            f"{name} has shape {list(memory.shape)} and the picture {list(shape)}.",
+            f"Pass exactly {height * width * 3} bytes.",
+        )
+    if isinstance(memory, DeviceTensor):
+        return DeviceTensor(memory.address, shape, "uint8", memory.memory)
+    return memory.reshape(shape)
+
+
+def location(source: Foreign, name: str) -> Literal["host", "gpu"]:
+    """Where the memory of `source` lies; raises `InvalidRequest` for neither."""
+    if isinstance(source, np.ndarray):
+        return "host"
+    if isinstance(source, DeviceTensor):
+        return "gpu"
+    if hasattr(source, "__dlpack_device__"):
+        kind = int(source.__dlpack_device__()[0])
+        if kind not in (dlpack.HOST, dlpack.CUDA_HOST, dlpack.CUDA, dlpack.CUDA_MANAGED):
+            raise InvalidRequest(
+                f"{name} lies on a device of DLPack type {kind}.", "Pass host or CUDA memory."
+            )
+        return "host" if kind in (dlpack.HOST, dlpack.CUDA_HOST) else "gpu"
+    return "gpu" if hasattr(source, "__cuda_array_interface__") else "host"
+
+
+def _borrow(device: Device, source: Foreign, name: str, *, writable: bool = False) -> Tensor:
+    try:
+        return device.borrow(source, writable=writable)
+    except (BufferError, TypeError, ValueError, RuntimeError) as error:  # each library has its own
+        raise InvalidRequest(
+            f"{name} cannot be taken: {str(error).rstrip('.')}.",
+            "Pass a dense tensor with __dlpack__, or an array.",
+        ) from None
+
+
+def _check_shape(name: str, found: Sequence[int], wanted: Sequence[int]) -> None:
+    if tuple(found) != tuple(wanted):
+        raise InvalidRequest(
+            f"{name} has shape {list(found)}, not {list(wanted)}.", "Reshape it first."
+        )
+
 
 OnProgress: TypeAlias = Callable[[int, int], bool | None]
 """Told (step, steps), counted from 1, after each step; returning False cancels."""
@@ -82,7 +223,7 @@ class Session:
         crop_bgr: the aligned face, uint8 [224, 224, 3], which FaceID-Plus-v2 and PuLID need.
         portrait_bgr: uint8 [512, 512, 3], which PuLID needs. Raises `InvalidRequest`.
         """
-        values = foreign.host_values(
+        values = host_values(
             embedding, name="The face embedding", shape=(EMBEDDING_SIZE,), device=self.device
         )
         norm = float(np.linalg.norm(values))
@@ -116,7 +257,7 @@ class Session:
     ) -> Tensor:
         """Image tokens [T, K] on the engines' device: those of a face, or somebody else's, checked.
 
-        A copy, unless `view` of tokens that are on the device already; see `foreign.place`.
+        A copy, unless `view` of tokens that are on the device already; see `place`.
         """
         if isinstance(face, Face):
             # What the stages return is kept for the next call with this face.
@@ -144,7 +285,7 @@ class Session:
 
         tokens: a face, or image tokens [T, K] as `tokens` takes them; on the engines' GPU they are
         read in place. latents: standard normal noise float32 [C,h,w] to
-        start from, in place of the seed's. out: memory for the picture, see `foreign.target`; it is
+        start from, in place of the seed's. out: memory for the picture, see `output`; it is
         checked before anything runs, and written last, only by a call that succeeds. `decode=False`
         stops at the latents. All work waits for what is on CUDA stream `stream` and for `event`;
         `stream` then waits for it, and `done` is recorded behind it. Raises `InvalidRequest`,
@@ -156,12 +297,10 @@ class Session:
         if out is not None and not decode:
             raise InvalidRequest("An output buffer was given and no picture asked for.", "")
         self.device.wait(stream=stream, event=event)
-        target = (
-            None if out is None else foreign.target(self.device, out, request.height, request.width)
-        )
+        target = None if out is None else output(self.device, out, request.height, request.width)
         noise = None
         if latents is not None:
-            noise = foreign.host_values(
+            noise = host_values(
                 latents,
                 name="The initial latents",
                 shape=self.latent_shape(request),
@@ -191,11 +330,11 @@ class Session:
         if len(shape) != 3 or shape[0] != channels:
             raise InvalidRequest(f"The latents are {list(shape)}, not [{channels}, h, w].", "")
         height, width = (side * factor for side in shape[1:])
-        target = None if out is None else foreign.target(self.device, out, height, width)
-        placed = foreign.place(self.device, latents, name="The latents", shape=shape)
+        target = None if out is None else output(self.device, out, height, width)
+        placed = place(self.device, latents, name="The latents", shape=shape)
         return self._write(placed, target)
 
-    def _write(self, latents: Tensor, target: foreign.Target | None) -> NDArray[np.uint8] | None:
+    def _write(self, latents: Tensor, target: Target | None) -> NDArray[np.uint8] | None:
         if isinstance(target, DeviceTensor):
             self.device.write(target, self._fastface.stages.decode(latents))
             return None
@@ -204,12 +343,12 @@ class Session:
     def _ready(self, tokens: Face | Foreign) -> Tensor:
         if isinstance(tokens, Face):
             return self._fastface.stages.image_tokens(tokens)
-        on_gpu = foreign.location(tokens, "The image tokens") == "gpu"
+        on_gpu = location(tokens, "The image tokens") == "gpu"
         return self._placed(tokens, view=on_gpu)
 
     def _placed(self, tokens: Foreign, *, view: bool) -> Tensor:
         shape, dtype = self._tokens()
-        return foreign.place(
+        return place(
             self.device, tokens, name="The image tokens", shape=shape, dtype=dtype, view=view
         )
 
@@ -228,7 +367,7 @@ class Session:
     def _square(self, source: Foreign | None, name: str, side: int) -> NDArray[np.uint8] | None:
         if source is None:
             return None
-        return foreign.host_values(
+        return host_values(
             source, name=name, shape=(side, side, 3), dtype="uint8", device=self.device
         )
 

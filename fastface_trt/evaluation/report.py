@@ -1,25 +1,39 @@
 """The report of a run: one HTML file with everything in it, and the same figures as files.
 
 The page asks for nothing outside itself, so it can be mailed, kept, and read without a network.
+
+What a run says, in sentences computed from its numbers and never more than they say.
+
+A difference is called one only where its paired 95 % interval excludes 0.
+
+Pictures inside a page: files as data URIs, scaled down so that the page stays small.
+
+Pictures of a run in rows and columns: contact sheets, α × β grids, strips of per-step effects.
+
+A sheet is data; the report shows it as a table of pictures, `draw_sheet` as one PNG.
 """
 
 from __future__ import annotations
 
+from base64 import b64encode
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib.resources import files
+from io import BytesIO
 from math import isnan, nan
 from pathlib import Path
 from shlex import quote
 from typing import Any, Final
 
+from PIL import Image, ImageDraw, ImageFont
+
 from fastface_trt.engines.files import storage_errors, write_text_durably
 from fastface_trt.errors import MissingDependency
-from fastface_trt.evaluation.attention_figures import read_attention
-from fastface_trt.evaluation.axes import value_text
-from fastface_trt.evaluation.figures import choose_figures
-from fastface_trt.evaluation.findings import Extremes, extremes, findings
+from fastface_trt.evaluation.attention import read_attention
+from fastface_trt.evaluation.axes import Axis, Group, group_along, value_text
+from fastface_trt.evaluation.figures import alpha_beta_group, choose_figures
 from fastface_trt.evaluation.judges import Column
-from fastface_trt.evaluation.pictures import picture_uri, plot_uri, side_for
+from fastface_trt.evaluation.results import PictureResult
 from fastface_trt.evaluation.run_view import (
     RunView,
     SettingView,
@@ -28,9 +42,430 @@ from fastface_trt.evaluation.run_view import (
     read_view,
     verdict,
 )
-from fastface_trt.evaluation.sheets import Cell, Sheet, choose_sheets, draw_sheet, picture_cell
-from fastface_trt.evaluation.statistics import Interval
-from fastface_trt.evaluation.style import DARK, LIGHT, encode
+from fastface_trt.measure.statistics import Interval
+from fastface_trt.measure.style import DARK, LIGHT, encode
+from fastface_trt.runtime.images import contact_sheet
+
+FEW = 30
+"""Pairs below which percentile bootstrap intervals deserve a warning."""
+
+EXAMPLES = 4
+"""Best and worst pictures to show."""
+
+
+@dataclass(frozen=True, slots=True)
+class Extremes:
+    """The pictures of one setting that the identity judge likes best and least."""
+
+    setting: SettingView
+    best: tuple[PictureResult, ...]
+    worst: tuple[PictureResult, ...]
+
+
+def findings(run: RunView) -> list[str]:
+    """Headline sentences: completeness first, then per judge and baseline, then the cost."""
+    if not run.done:
+        return ["No picture is finished yet, so nothing can be said."]
+    sentences = _completeness(run)
+    judges = [judge for judge in run.judges if run.has(judge.name)]
+    for judge in run.judges:
+        if judge not in judges:
+            sentences.append(f"{judge.label}: no finished picture has a value.")
+    if not run.compared:
+        first = run.done[0]
+        sentences += [
+            f"{judge.label}: {interval_text(run.mean(first, judge.name))} in “{first.label}”."
+            for judge in judges
+        ]
+        return [*sentences, "No two settings with pictures are to be compared."]
+    sentences += _merged([_compared(run, judge) for judge in judges])
+    sentences.append(_chance(len(judges) * len(run.compared)))
+    fewest = min(len(run.results[setting.name]) for setting in run.compared)
+    if fewest < FEW:
+        sentences.append(
+            f"With as few as {fewest} pairs, bootstrap intervals come out too narrow, so take "
+            "these differences as hints."
+        )
+    return [*sentences, _cost(run)]
+
+
+def extremes(run: RunView) -> list[Extremes]:
+    """Best and worst kept pictures by ID, of the baseline and of the setting with the highest ID.
+
+    Only pairs whose picture was kept and shows a face count.
+    """
+    scored = [setting for setting in run.done if run.mean(setting, "id").n]
+    if not scored:
+        return []
+    top = max(scored, key=lambda setting: run.mean(setting, "id").mean)
+    baseline = run.baseline_of(top)
+    found = []
+    for setting in [top] if baseline is None else [baseline, top]:
+        kept = [
+            result
+            for result in run.results[setting.name].values()
+            if run.picture(result) is not None and result.metrics.get("id") is not None
+        ]
+        kept.sort(key=lambda result: -float(result.metrics["id"] or 0))
+        if len(kept) > 1:
+            half = min(EXAMPLES, len(kept) // 2)
+            found.append(Extremes(setting, tuple(kept[:half]), tuple(kept[::-1][:half])))
+    return found
+
+
+def _completeness(run: RunView) -> list[str]:
+    pairs = run.record.pairs
+    missing = [setting.label for setting in run.settings if setting not in run.done]
+    partial = [(s.label, len(run.results[s.name])) for s in run.done]
+    counts = [f"{label} {count}" for label, count in partial if count < pairs]
+    sentences = []
+    if missing:
+        sentences.append(
+            f"Not finished: {len(missing)} of {len(run.settings)} settings have no picture yet "
+            f"({_listed(missing)})."
+        )
+    if counts:
+        sentences.append(f"Not finished: of {pairs} pairs, {_listed(counts)} are done.")
+    if any(judge.name == "id" for judge in run.judges) and not run.has("id"):
+        sentences.append("No face was found in any picture, so identity cannot be judged.")
+    return sentences
+
+
+def _merged(found: Sequence[tuple[str, str]]) -> list[str]:
+    """Sentences from (judge, statement), judges with the same statement in one."""
+    judges: dict[str, list[str]] = {}
+    for judge, statement in found:
+        judges.setdefault(statement, []).append(judge)
+    return [f"{' · '.join(names)}: {statement}." for statement, names in judges.items()]
+
+
+def _compared(run: RunView, judge: Column) -> tuple[str, str]:
+    """The judge's label, and what its paired differences to the baselines say."""
+    known = [(s, one) for s in run.compared if (one := run.difference(s, judge.name)).n]
+    baselines = run.baselines
+    parts, to = [], "their baselines"
+    if len(baselines) == 1:
+        to = f"“{baselines[0].label}”"
+        parts = [f"{to} has {interval_text(run.mean(baselines[0], judge.name))}"]
+    if not known:
+        return judge.label, "; ".join([*parts, "no other setting shares a judged pair with it"])
+    clear = [(s, one, verdict(one, judge)) for s, one in known]
+    for kind, sign in (("better", 1), ("worse", -1)):
+        found = [(s, one) for s, one, which in clear if which == sign]
+        if found:
+            setting, one = max(found, key=lambda item: abs(item[1].mean))
+            count = f"{len(found)} of {len(known)} settings are {kind} than {to}, most of all "
+            lead = count if len(found) > 1 else f"{kind} is only "
+            if len(known) == 1:
+                lead = f"{kind} is "
+            parts.append(f"{lead}“{setting.label}”: {_difference(one)}")
+    if not any(which for *_, which in clear):
+        none = f"none of {len(known)} settings" if len(known) > 1 else f"“{known[0][0].label}”"
+        parts.append(f"{none} {'can' if len(known) > 1 else 'cannot'} be told apart from {to}")
+    return judge.label, "; ".join(parts)
+
+
+def _difference(one: Interval) -> str:
+    return f"{interval_text(one, sign=True)}, n = {one.n} pairs"
+
+
+def _chance(comparisons: int) -> str:
+    if comparisons < 20:
+        return "A difference is named only where its paired 95 % interval excludes 0."
+    return (
+        f"A difference is named only where its paired 95 % interval excludes 0; of {comparisons} "
+        f"comparisons about {round(0.05 * comparisons)} would do so by chance alone."
+    )
+
+
+def _cost(run: RunView) -> str:
+    cost = {
+        setting.label: sum(r.unet_samples for r in found) / len(found)
+        for setting in run.done
+        for found in [run.results[setting.name].values()]
+    }
+    low, high = min(cost.values()), max(cost.values())
+    if low == high:
+        return f"Cost: every setting takes {low:g} UNet samples a picture."
+    cheap = [name for name, value in cost.items() if value == low]
+    dear = [name for name, value in cost.items() if value == high]
+    return (
+        f"Cost: from {low:g} UNet samples a picture ({_listed(cheap)}) to {high:g} "
+        f"({_listed(dear)})."
+    )
+
+
+def _listed(names: Sequence[str], most: int = 4) -> str:
+    """Names that hold commas themselves, so semicolons part them."""
+    listed = "; ".join(names[:most])
+    return listed if len(names) <= most else f"{listed}; and {len(names) - most} more"
+
+
+_BYTES_PER_PIXEL: Final = 0.22  # of a photo-like picture as WebP at quality 82
+_BUDGET_BYTES: Final = 3_600_000  # of all pictures of a page, before base64 makes 4/3 of it
+_LARGEST, _SMALLEST = 448, 96
+
+
+def side_for(count: int) -> int:
+    """Side in pixels at which `count` pictures keep a page within its budget."""
+    side = (_BUDGET_BYTES / _BYTES_PER_PIXEL / max(count, 1)) ** 0.5
+    return int(min(_LARGEST, max(_SMALLEST, side)))
+
+
+def picture_uri(path: Path, side: int) -> str | None:
+    """The picture as a data URI, at most `side` pixels on a side; None when it cannot be read."""
+    try:
+        with Image.open(path) as opened:
+            picture = opened.convert("RGB")
+    except (OSError, ValueError, Image.DecompressionBombError):
+        return None
+    picture.thumbnail((side, side), Image.Resampling.LANCZOS)
+    buffer = BytesIO()
+    # Artefacts show most in small pictures, which cost little anyway.
+    picture.save(buffer, "webp", quality=92 if max(picture.size) <= 160 else 82, method=4)
+    return data_uri(buffer.getvalue(), "image/webp")
+
+
+def plot_uri(png: bytes) -> str:
+    """A plot as a data URI: lossless WebP takes a third of a PNG's bytes."""
+    buffer = BytesIO()
+    with Image.open(BytesIO(png)) as picture:
+        picture.convert("RGB").save(buffer, "webp", lossless=True, quality=50, method=2)
+    return data_uri(buffer.getvalue(), "image/webp")
+
+
+def data_uri(data: bytes, media_type: str) -> str:
+    """Bytes as a data URI."""
+    return f"data:{media_type};base64,{b64encode(data).decode('ascii')}"
+
+
+PEOPLE_IN_SHEET: Final = 6
+COLUMNS_IN_SHEET: Final = 8
+STRIPS: Final = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One picture with a line under it; `path` is None where there is no picture."""
+
+    path: Path | None = None
+    text: str = "no picture"
+    alt: str = ""
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A label with an optional face in front of the cells."""
+
+    label: str
+    face: Path | None
+    cells: tuple[Cell, ...]
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """Pictures under column labels; `corner` says what the first column is."""
+
+    key: str
+    heading: str
+    caption: str
+    corner: str
+    columns: tuple[str, ...]
+    rows: tuple[Row, ...]
+
+    @property
+    def pictures(self) -> int:
+        """How many pictures it shows."""
+        return sum(cell.path is not None for row in self.rows for cell in row.cells)
+
+
+def choose_sheets(run: RunView) -> list[Sheet]:
+    """The sheets that axes and kept pictures allow: α × β, per-step strips, then all settings."""
+    if not _pairs_with_pictures(run, run.settings):
+        return []
+    sheets = []
+    found = alpha_beta_group(run)
+    if found is not None:
+        sheets += _grid(run, *found)
+    for axis in run.axes.values():
+        if axis.per_step:
+            sheets += _strips(run, axis)
+    return sheets + _contact_sheets(run)
+
+
+def draw_sheet(sheet: Sheet, side: int = 160) -> Image.Image:
+    """The sheet as one picture with cells of `side` pixels; missing pictures are grey."""
+    return contact_sheet(
+        [[_opened(cell, side) for cell in row.cells] for row in sheet.rows],
+        column_labels=sheet.columns,
+        cell=side,
+        first_column=[_first(row, side) for row in sheet.rows],
+        first_label=sheet.corner,
+    )
+
+
+def picture_cell(run: RunView, result: PictureResult | None, setting: str) -> Cell:
+    """A cell with the picture's own scores under it; `setting` is how to call its setting."""
+    path = run.picture(result)
+    if result is None or path is None:
+        return Cell()
+    identity, clip = result.metrics.get("id"), result.metrics.get("clip")
+    if identity is None:
+        text = "no face found" if result.metrics.get("ffc") else ""
+    else:
+        text = f"ID {identity:.2f}" + ("" if clip is None else f" · clip {clip:.2f}")
+    alt = f"{result.person}, “{result.prompt}”, {setting}"
+    return Cell(path, text, alt, f"pair {result.pair}, seed {result.seed}")
+
+
+def _contact_sheets(run: RunView) -> list[Sheet]:
+    pairs = _pairs_with_pictures(run, run.done)[:PEOPLE_IN_SHEET]
+    lines: dict[str | None, list[SettingView]] = {}
+    for setting in run.done:
+        lines.setdefault(setting.line, []).append(setting)
+    if all(3 <= len(line) <= COLUMNS_IN_SHEET for line in lines.values()):
+        parts = list(lines.values())  # one curve of the figures per sheet
+    else:
+        starts = range(0, len(run.done), COLUMNS_IN_SHEET)
+        parts = [list(run.done[start : start + COLUMNS_IN_SHEET]) for start in starts]
+    return [
+        Sheet(
+            f"contact-sheet-{number}" if len(parts) > 1 else "contact-sheet",
+            f"Contact sheet {number} of {len(parts)}" if len(parts) > 1 else "Contact sheet",
+            "Each row is one face and prompt with one noise, each column one setting. The rows "
+            "are the first persons of the run, not chosen by their scores.",
+            "face and prompt",
+            tuple(setting.label for setting in part),
+            tuple(_row(run, pair, part) for pair in pairs),
+        )
+        for number, part in enumerate(parts, 1)
+    ]
+
+
+def _grid(run: RunView, group: Group, alpha: Axis, beta: Axis) -> list[Sheet]:
+    pairs = _pairs_with_pictures(run, group.settings)
+    if not pairs:
+        return []
+    by_value = {
+        (value_text(s.axes[alpha.name]), value_text(s.axes[beta.name])): s for s in group.settings
+    }
+    rows = []
+    for a in reversed(alpha.values):
+        cells = []
+        for b in beta.values:
+            setting = by_value.get((value_text(a), value_text(b)))
+            found = run.results[setting.name].get(pairs[0]) if setting else None
+            cells.append(picture_cell(run, found, setting.label if setting else ""))
+        rows.append(Row(f"α = {alpha.scalar(a):g}", None, tuple(cells)))
+    example = _example(run, pairs[0])
+    return [
+        Sheet(
+            "pictures-alpha-beta",
+            "Pictures over α and β",
+            f"One face, prompt and noise in every cell: {example.person}, “{example.prompt}”. "
+            "α grows upwards, β to the right.",
+            "",
+            tuple(f"β = {beta.scalar(b):g}" for b in beta.values),
+            tuple(rows),
+        )
+    ]
+
+
+def _strips(run: RunView, axis: Axis) -> list[Sheet]:
+    sheets = []
+    for number, group in enumerate(group_along(run, (axis.name,))):
+        pairs = _pairs_with_pictures(run, group.settings)[:STRIPS]
+        if len(group.settings) < 2 or not pairs:
+            continue
+        order = [value_text(value) for value in axis.values]
+        settings = sorted(
+            group.settings, key=lambda setting: order.index(value_text(setting.axes[axis.name]))
+        )
+        labels = [axis.text(setting.axes[axis.name]) for setting in settings]
+        # What they are compared with stands in front, unless it is one of them.
+        baseline = run.baseline_of(settings[-1])
+        if baseline is not None and baseline not in settings:
+            settings.insert(0, baseline)
+            labels.insert(0, baseline.label)
+        sheets.append(
+            Sheet(
+                f"strip-{axis.name}-{number + 1}",
+                f"Effect step by step: {axis.label}"
+                + ("" if group.label == "all" else f" ({group.label})"),
+                "Each row is one face, prompt and noise; the columns differ only in the step at "
+                "which the setting acts.",
+                "face and prompt",
+                tuple(labels),
+                tuple(_row(run, pair, settings) for pair in pairs),
+            )
+        )
+    return sheets
+
+
+def _row(run: RunView, pair: int, settings: Sequence[SettingView]) -> Row:
+    example = _example(run, pair)
+    cells = tuple(
+        picture_cell(run, run.results[setting.name].get(pair), setting.label)
+        for setting in settings
+    )
+    return Row(f"{example.person}: {example.prompt}", run.face(example.person), cells)
+
+
+def _example(run: RunView, pair: int) -> PictureResult:
+    return next(found[pair] for found in run.results.values() if pair in found)
+
+
+def _pairs_with_pictures(run: RunView, settings: Sequence[SettingView]) -> list[int]:
+    """Pairs with a kept picture, those that most settings have first, a new person each first."""
+    counts: dict[int, int] = {}
+    for setting in settings:
+        for pair, result in run.results[setting.name].items():
+            if run.picture(result) is not None:
+                counts[pair] = counts.get(pair, 0) + 1
+    seen: dict[str, int] = {}
+    turn = {}
+    for pair in sorted(counts):
+        person = _example(run, pair).person
+        turn[pair] = seen.get(person, 0)
+        seen[person] = turn[pair] + 1
+    return sorted(counts, key=lambda pair: (-counts[pair], turn[pair], pair))
+
+
+def _opened(cell: Cell, side: int) -> Image.Image:
+    if cell.path is None:
+        return _text_picture("no picture", side, "#e6e6e6")
+    try:
+        with Image.open(cell.path) as picture:
+            return _square(picture.convert("RGB"))
+    except OSError:
+        return _text_picture("unreadable", side, "#e6e6e6")
+
+
+def _first(row: Row, side: int) -> Image.Image:
+    if row.face is not None:
+        try:
+            with Image.open(row.face) as picture:
+                return _square(picture.convert("RGB"))
+        except OSError:
+            pass
+    return _text_picture(row.label, side, "#ffffff")
+
+
+def _square(picture: Image.Image) -> Image.Image:
+    """The middle square of a picture: a face photo need not be one."""
+    side = min(picture.size)
+    left, top = (picture.width - side) // 2, (picture.height - side) // 2
+    return picture.crop((left, top, left + side, top + side))
+
+
+def _text_picture(text: str, side: int, paper: str) -> Image.Image:
+    picture = Image.new("RGB", (side, side), paper)
+    draw = ImageDraw.Draw(picture)
+    font = ImageFont.load_default(size=max(11, side // 13))
+    draw.text((side // 2, side // 2), text[:28], fill="#404040", font=font, anchor="mm")
+    return picture
+
 
 REPORT: Final = "report.html"
 PLOTS: Final = "plots"
@@ -172,13 +607,13 @@ def _facts(run: RunView) -> list[tuple[str, str]]:
         ("Pictures", f"{finished} of {record.pairs * len(run.settings)} finished"),
         ("Seed", str(record.seed)),
         ("Baselines", ", ".join(setting.label for setting in run.baselines)),
-        ("Machine", _listed(record.machine)),
-        ("Versions", _listed(record.versions)),
+        ("Machine", _listed_report(record.machine)),
+        ("Versions", _listed_report(record.versions)),
     ]
     return [(name, value) for name, value in facts if value]
 
 
-def _listed(values: Mapping[str, Any]) -> str:
+def _listed_report(values: Mapping[str, Any]) -> str:
     return ", ".join(
         f"{str(key).replace('_', ' ')} {value_text(value)}"
         for key, value in values.items()

@@ -14,7 +14,7 @@ from typing import Any
 from fastface_trt.evaluation.axes import Axis, find_axes, value_text
 from fastface_trt.evaluation.judges import Column
 from fastface_trt.evaluation.results import PictureResult, RunRecord, read_results, read_run
-from fastface_trt.evaluation.statistics import Interval, paired_difference
+from fastface_trt.measure.statistics import Interval, paired_difference
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from fastface_trt.evaluation.results import (
     read_results,
     read_run,
 )
-from fastface_trt.evaluation.statistics import Interval, paired_difference
+from fastface_trt.measure.statistics import Interval, paired_difference
 
 TABLES, SUMMARY = "tables.md", "summary.json"
 _SHARE = "share of pictures"

@@ -29,7 +29,7 @@ from fastface_trt.verify.modules import ModuleVerdict, run_backend, run_referenc
 from fastface_trt.verify.search import Found, Search
 
 if TYPE_CHECKING:
-    from fastface_trt.export.marked_outputs import MarkableModule
+    from fastface_trt.verify.marked_outputs import MarkableModule
 
 Array = NDArray[Any]
 
@@ -243,7 +243,7 @@ def _judge(
     ours: Array,
     reference: Array,
 ) -> Float64Verdict:
-    from fastface_trt.export.float64 import evaluate_float64
+    from fastface_trt.verify.marked_outputs import evaluate_float64
 
     truth = evaluate_float64(graph, name, inputs)
     return Float64Verdict(
@@ -287,7 +287,7 @@ def _suggestion(
 
 def _markable_module() -> "type[MarkableModule]":
     try:
-        from fastface_trt.export.marked_outputs import MarkableModule
+        from fastface_trt.verify.marked_outputs import MarkableModule
     except ImportError as error:
         raise MissingDependency(
             f"verify --layers needs {error.name}.",

@@ -11,7 +11,7 @@ from fastface_trt.engines.backends import builder_for
 from fastface_trt.engines.cache import EngineCache
 from fastface_trt.engines.engine import EngineBuilder, Progress
 from fastface_trt.engines.manifest import ExportManifest, ModuleSpec
-from fastface_trt.engines.onnxruntime_session import open_session
+from fastface_trt.engines.ort.session import open_session
 from fastface_trt.engines.tensorrt.options import TensorRTOptions
 from fastface_trt.errors import EngineFailed
 from fastface_trt.verify.difference import Difference, compare

@@ -4,9 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from fastface_trt.bench.floors import stage_floors
 from fastface_trt.bench.flops import count_module
-from fastface_trt.bench.roofline import MachineRates, floor
+from fastface_trt.bench.roofline import MachineRates, floor, stage_floors
 from fastface_trt.engines.manifest import EXPORT_MANIFEST, ExportManifest, read_manifest
 from fastface_trt.mini import folders
 

@@ -8,7 +8,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper, parser
 
 from fastface_trt.bench.flops import count_module
-from fastface_trt.bench.weightless import read_graph
+from fastface_trt.bench.random_weights import read_graph
 from fastface_trt.errors import InvalidRequest
 from fastface_trt.mini import folders
 
@@ -83,8 +83,8 @@ def test_counts_agree_with_those_of_pytorch():
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
+    from fastface_trt.checkpoints import find_checkpoint
     from fastface_trt.engines import contract
-    from fastface_trt.export.checkpoints import find_checkpoint
     from fastface_trt.export.modules import unet_export
     from fastface_trt.export.options import ExportOptions
     from fastface_trt.export.weights import CheckpointWeights

@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastface_trt.bench.measure import Measurement, paired_ratios, stages
-from fastface_trt.bench.workload import Setting, Workload
+from fastface_trt.bench.measure import Measurement, Setting, Workload, paired_ratios, stages
 from fastface_trt.mini.folders import SAMPLE_FACES
 from fastface_trt.runtime.timeline import Recorder
 

@@ -6,9 +6,7 @@ import pytest
 from gpu_double import simulated_gpu
 
 from fastface_trt import FastFace
-from fastface_trt.bench.measure import Measurement
-from fastface_trt.bench.profilers import chrome_trace
-from fastface_trt.bench.workload import Workload
+from fastface_trt.bench.measure import Measurement, Workload, chrome_trace
 from fastface_trt.mini.folders import SAMPLE_FACES
 
 pytestmark = pytest.mark.usefixtures("quick_collections")

@@ -9,9 +9,9 @@ import pytest
 from reports import gpu as gpu_state
 from reports import make_case, make_environment, state
 
-from fastface_trt.bench import gpu
-from fastface_trt.bench.notes import notes
 from fastface_trt.bench.report import Distribution
+from fastface_trt.bench.run import notes
+from fastface_trt.measure import machine as gpu
 
 
 def case(samples):

@@ -4,8 +4,8 @@ import pytest
 from reports import make_case, make_report
 
 from fastface_trt.bench import plots
+from fastface_trt.bench.plots import roofline_plot
 from fastface_trt.bench.report import make_roofline
-from fastface_trt.bench.roofline_plot import roofline_plot
 
 REPORT = make_report(("plain", "am1"))
 

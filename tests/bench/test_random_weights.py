@@ -10,13 +10,14 @@ from onnx import numpy_helper, parser
 from scipy.stats import norm
 
 from benchmarks.weightless_graph import ALIGNMENT, LARGEST_KEPT, main
-from fastface_trt.bench import random_weights, weightless
+from fastface_trt.bench import random_weights
+from fastface_trt.bench import random_weights as weightless
 from fastface_trt.bench.flops import count_module
-from fastface_trt.bench.random_weights import random_export
-from fastface_trt.bench.weightless import (
+from fastface_trt.bench.random_weights import (
     WEIGHT_STD,
     Region,
     draw_weights,
+    random_export,
     read_graph,
     read_template,
     write_module,

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from fastface_trt.bench import statistics
 from fastface_trt.bench.report import Distribution
+from fastface_trt.measure import statistics
 
 
 def lognormal(n, seed=0, scale=1.0):

@@ -16,8 +16,8 @@ from benchmarks.peers.measure import compare_peers, run_rounds, speed_ratio
 from benchmarks.peers.work import Made, Unready
 from fastface_trt import FastFace
 from fastface_trt.engines.device import HostDevice
-from fastface_trt.replay import Recording, make_job
 from fastface_trt.runtime.noise import INITIAL_LATENTS
+from fastface_trt.verify.replay import Recording, make_job
 
 PIPELINE = GOLDEN / "pipeline"
 
@@ -39,7 +39,7 @@ def recording():
 @pytest.fixture(scope="module")
 def recorded_unets():
     """The recording's UNet with the peer's processors, by LoRA scale."""
-    from fastface_trt.export.adapter import attach_adapter, read_adapter
+    from fastface_trt.export.adapters import attach_adapter, read_adapter
     from fastface_trt.export.sources import load_unet_folder
 
     made = {}

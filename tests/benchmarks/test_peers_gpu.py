@@ -16,8 +16,8 @@ from benchmarks.peers.graph_weights import load_weights
 from benchmarks.peers.models import TorchModels
 from benchmarks.peers.pytorch import DiffusersAdapterPeer, DiffusersPeer, PyTorchPeer
 from fastface_trt import FastFace
+from fastface_trt.checkpoints import MINI
 from fastface_trt.errors import EngineMismatch
-from fastface_trt.export.checkpoints import MINI
 from fastface_trt.export.full_size import randomize
 from fastface_trt.export.modules import vae_decoder_export
 from fastface_trt.export.onnx_writer import write_module

@@ -10,7 +10,7 @@ pytest.importorskip("fsspec")
 from fastface_trt.cli.main import cli
 from fastface_trt.engines.cache import EngineCache
 from fastface_trt.engines.manifest import EXPORT_MANIFEST, ExportManifest, read_manifest
-from fastface_trt.engines.onnxruntime import OnnxRuntimeBuilder
+from fastface_trt.engines.ort.builder import OnnxRuntimeBuilder
 from fastface_trt.mini import folders
 
 

@@ -8,7 +8,7 @@ from wrong_backend import WrongBuilder, scaled
 
 import fastface_trt.cli.verify as command
 from fastface_trt.cli.main import USER_ERROR, cli
-from fastface_trt.export.marked_outputs import MarkableModule
+from fastface_trt.verify.marked_outputs import MarkableModule
 
 
 def run(*arguments):

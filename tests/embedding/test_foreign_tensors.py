@@ -6,7 +6,7 @@ import ctypes
 import numpy as np
 import pytest
 
-from fastface_trt.embedding import foreign
+from fastface_trt.embedding import session as foreign
 from fastface_trt.engines import dlpack
 from fastface_trt.engines.device import HostDevice
 from fastface_trt.errors import InvalidRequest
@@ -120,7 +120,7 @@ def test_a_broken_producer_is_the_callers_error():
 
 
 def target(out, height=2, width=5):
-    return foreign.target(HostDevice(), out, height, width)
+    return foreign.output(HostDevice(), out, height, width)
 
 
 BYTES = 2 * 5 * 3

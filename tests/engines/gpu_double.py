@@ -18,8 +18,8 @@ from fake_tensorrt import FakeTensorRT, write_stand_in
 from spelled_out import spelled_out
 
 from fastface_trt.engines import hardware
-from fastface_trt.engines.onnxruntime import OnnxRuntimeBuilder
-from fastface_trt.engines.onnxruntime_session import PROVIDERS
+from fastface_trt.engines.ort.builder import OnnxRuntimeBuilder
+from fastface_trt.engines.ort.session import PROVIDERS
 from fastface_trt.engines.tensorrt.builder import TensorRTBuilder
 
 with suppress(ImportError):  # while the simulated driver is in place of the real, it does not

@@ -7,8 +7,9 @@ import types
 import onnxruntime
 import pytest
 
-from fastface_trt.engines import backends, onnxruntime_session
+from fastface_trt.engines import backends
 from fastface_trt.engines.backends import builder_for, probe_backends
+from fastface_trt.engines.ort import session as onnxruntime_session
 from fastface_trt.errors import UnknownName
 
 ADA = {"gpu": "NVIDIA RTX 4090", "compute_capability": "8.9"}

@@ -120,7 +120,7 @@ def test_the_key_changes_with_every_ingredient(tmp_path, cache, module, builder)
 
 def test_the_key_changes_with_the_schema(cache, module, builder, monkeypatch):
     before = cache.key(module, builder)
-    monkeypatch.setattr("fastface_trt.engines.identity.SCHEMA_VERSION", 2)
+    monkeypatch.setattr("fastface_trt.engines.cache.SCHEMA_VERSION", 2)
     assert cache.key(module, builder) != before
 
 

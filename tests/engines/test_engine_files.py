@@ -16,10 +16,10 @@ from fastface_trt.engines.files import (
     finished_folder,
     sha256_file,
     storage_errors,
+    sweep,
     verify_files,
     write_text_durably,
 )
-from fastface_trt.engines.leftovers import sweep
 from fastface_trt.engines.manifest import FileEntry, Strict
 from fastface_trt.errors import EngineMismatch, ExportIncomplete, InvalidRequest, StorageError
 

@@ -11,12 +11,12 @@ import onnxruntime
 import pytest
 from tiny_models import OUT, WIDTH, expected, tree, write_module
 
-from fastface_trt.engines import onnxruntime_session
 from fastface_trt.engines.cache import EngineCache
 from fastface_trt.engines.files import describe_file
 from fastface_trt.engines.manifest import TensorSpec
-from fastface_trt.engines.onnxruntime import OnnxRuntimeBuilder
-from fastface_trt.engines.onnxruntime_session import short_message
+from fastface_trt.engines.ort import session as onnxruntime_session
+from fastface_trt.engines.ort.builder import OnnxRuntimeBuilder
+from fastface_trt.engines.ort.session import short_message
 from fastface_trt.errors import (
     BackendUnavailable,
     BuildFailed,

@@ -9,7 +9,7 @@ from onnx import TensorProto, helper, numpy_helper
 from fastface_trt.engines.cache import EngineCache
 from fastface_trt.engines.files import describe_file
 from fastface_trt.engines.manifest import ModuleSpec, TensorSpec
-from fastface_trt.engines.onnxruntime import OnnxRuntimeBuilder
+from fastface_trt.engines.ort.builder import OnnxRuntimeBuilder
 from fastface_trt.errors import BuildFailed
 
 WIDTH = 64

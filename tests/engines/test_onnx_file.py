@@ -6,7 +6,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from tiny_models import write_module
 
-from fastface_trt.engines.onnx_file import MODULE_KEY, OnnxFile
+from fastface_trt.engines.onnx.file import MODULE_KEY, OnnxFile
 from fastface_trt.errors import ExportIncomplete
 
 

@@ -14,15 +14,15 @@ import pytest
 from gpu_double import WARM_UPS, Session, simulated_gpu, simulated_onnxruntime
 from tiny_models import WIDTH, expected, write_module
 
-from fastface_trt.engines import onnxruntime_gpu
 from fastface_trt.engines.cache import EngineCache
 from fastface_trt.engines.contract import IMAGE_TOKENS
 from fastface_trt.engines.kernels import operator_library
 from fastface_trt.engines.manifest import ModuleSpec, TensorSpec
 from fastface_trt.engines.onnx import forms
-from fastface_trt.engines.onnxruntime import OnnxRuntimeBuilder
-from fastface_trt.engines.onnxruntime_gpu import output_shapes
-from fastface_trt.engines.onnxruntime_session import PROVIDERS
+from fastface_trt.engines.ort import cuda_engine as onnxruntime_gpu
+from fastface_trt.engines.ort.builder import OnnxRuntimeBuilder
+from fastface_trt.engines.ort.cuda_engine import output_shapes
+from fastface_trt.engines.ort.session import PROVIDERS
 from fastface_trt.errors import (
     BackendUnavailable,
     EngineFailed,

@@ -12,7 +12,6 @@ import pytest
 from gpu_double import Session, simulated_gpu, simulated_onnxruntime
 from onnx import TensorProto, helper, numpy_helper
 
-from fastface_trt.engines import onnxruntime_operator
 from fastface_trt.engines.cache import EngineCache
 from fastface_trt.engines.contract import (
     FUNCTION_NAME,
@@ -26,7 +25,8 @@ from fastface_trt.engines.kernels import operator_library
 from fastface_trt.engines.manifest import ModuleSpec, TensorSpec
 from fastface_trt.engines.onnx import forms
 from fastface_trt.engines.onnx.forms import Form
-from fastface_trt.engines.onnxruntime import OnnxRuntimeBuilder
+from fastface_trt.engines.ort import operator as onnxruntime_operator
+from fastface_trt.engines.ort.builder import OnnxRuntimeBuilder
 from fastface_trt.errors import BuildFailed, EngineMismatch, MissingDependency
 
 pytestmark = pytest.mark.usefixtures("quick_collections")

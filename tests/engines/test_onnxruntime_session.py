@@ -10,8 +10,13 @@ from types import ModuleType, SimpleNamespace
 import onnxruntime
 import pytest
 
-from fastface_trt.engines import onnxruntime_libraries, onnxruntime_session
-from fastface_trt.engines.onnxruntime_session import PROVIDERS, check_provider, open_session
+from fastface_trt.engines.ort import (
+    libraries as onnxruntime_libraries,
+)
+from fastface_trt.engines.ort import (
+    session as onnxruntime_session,
+)
+from fastface_trt.engines.ort.session import PROVIDERS, check_provider, open_session
 from fastface_trt.errors import BackendUnavailable
 
 ADA = {"gpu": "NVIDIA RTX 4090", "compute_capability": "8.9"}

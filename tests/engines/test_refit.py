@@ -9,11 +9,11 @@ import pytest
 from onnx import numpy_helper
 from tiny_models import write_module
 
-from fastface_trt.engines import onnxruntime_weights
 from fastface_trt.engines.cache import EngineCache
 from fastface_trt.engines.files import describe_file
 from fastface_trt.engines.manifest import FileEntry
-from fastface_trt.engines.onnxruntime import OnnxRuntimeBuilder
+from fastface_trt.engines.ort import weights as onnxruntime_weights
+from fastface_trt.engines.ort.builder import OnnxRuntimeBuilder
 from fastface_trt.engines.probe import check_probe, read_probe
 from fastface_trt.engines.refit import RefittingBuilder, refit
 from fastface_trt.engines.tensorrt.builder import TensorRTBuilder
@@ -153,7 +153,7 @@ def test_the_probe_knows_a_wrong_weight(unets, cache):
 
 def test_a_refit_that_fails_its_probe_never_appears(unets, cache, monkeypatch):
     monkeypatch.setattr(
-        "fastface_trt.engines.onnxruntime.replace_weights",
+        "fastface_trt.engines.ort.builder.replace_weights",
         lambda old, new, files, change, onnx: [
             shutil.copy(old / name, new / name) for name in files if (old / name).exists()
         ],

@@ -2,7 +2,12 @@
 
 import pytest
 
-from fastface_trt.engines.threads import candidates, fastest_threads, read_threads, write_threads
+from fastface_trt.engines.ort.threads import (
+    candidates,
+    fastest_threads,
+    read_threads,
+    write_threads,
+)
 
 
 class Clock:

@@ -6,11 +6,16 @@ import pytest
 from onnx import helper, numpy_helper
 from tiny_models import write_module
 
-from fastface_trt.engines.onnx_file import OnnxFile
-from fastface_trt.engines.onnxruntime import OnnxRuntimeBuilder
-from fastface_trt.engines.onnxruntime_weights import find_weights
-from fastface_trt.engines.topology import first_difference, topology
-from fastface_trt.engines.weight_layout import arrange, cast, possible_layouts, same_layout
+from fastface_trt.engines.hardware import first_difference, topology
+from fastface_trt.engines.onnx.file import OnnxFile
+from fastface_trt.engines.ort.builder import OnnxRuntimeBuilder
+from fastface_trt.engines.ort.weights import (
+    arrange,
+    cast,
+    find_weights,
+    possible_layouts,
+    same_layout,
+)
 from fastface_trt.engines.weight_map import WeightMap, digest_weights, find_change, make_map
 from fastface_trt.errors import EngineMismatch
 

@@ -10,8 +10,7 @@ import sys
 from pathlib import Path
 
 from fastface_trt.evaluation.experiment import load_experiment
-from fastface_trt.evaluation.mini_data import mini_dataset
-from fastface_trt.evaluation.mini_judges import mini_judges
+from fastface_trt.evaluation.mini import mini_dataset, mini_judges
 from fastface_trt.evaluation.runner import RunOptions, run_experiment
 
 

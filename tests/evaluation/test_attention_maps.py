@@ -9,17 +9,20 @@ from PIL import Image
 
 from fastface_trt.engines.contract import KINDS, MANIPULATION_COLUMNS
 from fastface_trt.errors import EngineFailed, InvalidRequest, UnknownName
-from fastface_trt.evaluation import attention_maps, watched_unet
-from fastface_trt.evaluation.attention_figures import (
-    attention_numbers,
-    read_attention,
-    write_attention,
+from fastface_trt.evaluation import (
+    attention as attention_maps,
 )
-from fastface_trt.evaluation.attention_maps import (
+from fastface_trt.evaluation import (
+    attention as watched_unet,
+)
+from fastface_trt.evaluation.attention import (
+    attention_numbers,
     block_grid,
     choose_blocks,
     collect_attention,
     decoupled_blocks,
+    read_attention,
+    write_attention,
 )
 from fastface_trt.mini.folders import SAMPLE_FACES
 from fastface_trt.runtime.request import GenerationRequest
@@ -31,7 +34,7 @@ PROMPT = "photo; person on a beach, smiling"
 @pytest.fixture(scope="module")
 def unet():
     """The mini UNet in PyTorch, float64, with the fp16 weights that its export stores."""
-    from fastface_trt.export.checkpoints import find_checkpoint
+    from fastface_trt.checkpoints import find_checkpoint
     from fastface_trt.export.modules import UNetModule
     from fastface_trt.export.options import ExportOptions
     from fastface_trt.export.weights import CheckpointWeights

@@ -9,19 +9,19 @@ import torch
 from PIL import Image
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
+from fastface_trt.checkpoints import HubItem
 from fastface_trt.errors import MissingDependency, WeightsError
-from fastface_trt.evaluation.clip_judges import (
+from fastface_trt.evaluation.data import Dataset, Pair
+from fastface_trt.evaluation.judges import (
     CLIP_MEAN,
     CLIP_STD,
     AestheticJudge,
     ClipJudge,
     ClipView,
     FaceClipJudge,
+    Sample,
     face_area,
 )
-from fastface_trt.evaluation.data import Dataset, Pair
-from fastface_trt.evaluation.judges import Sample
-from fastface_trt.export.checkpoints import HubItem
 from fastface_trt.mini import folders
 from fastface_trt.runtime.face import Face
 

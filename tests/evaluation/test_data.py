@@ -9,7 +9,7 @@ from PIL import Image
 
 from fastface_trt.errors import BadPicture, InvalidRequest
 from fastface_trt.evaluation.data import load_dataset, sample_listed, sample_product
-from fastface_trt.evaluation.mini_data import make_pairs, mini_dataset
+from fastface_trt.evaluation.mini import make_pairs, mini_dataset
 
 
 @pytest.mark.parametrize(("people", "prompts"), [(54, 80), (54, 40), (5, 7), (6, 4), (1, 3)])

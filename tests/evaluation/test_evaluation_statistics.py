@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.stats import bootstrap
 
-from fastface_trt.evaluation.statistics import Interval, paired_difference
+from fastface_trt.measure.statistics import Interval, paired_difference
 
 
 def test_interval_is_that_of_scipy():
@@ -23,7 +23,7 @@ def test_interval_is_that_of_scipy():
 def test_blocks_bound_memory_and_change_nothing(monkeypatch):
     values = list(np.random.default_rng(2).normal(size=50))
     whole = Interval.of(values)
-    monkeypatch.setattr("fastface_trt.evaluation.statistics._BLOCK", 120)
+    monkeypatch.setattr("fastface_trt.measure.statistics._BLOCK", 120)
     assert Interval.of(values) == whole
 
 

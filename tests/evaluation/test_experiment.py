@@ -2,9 +2,13 @@
 
 import pytest
 
+from fastface_trt.checkpoints import MINI, find_checkpoint
 from fastface_trt.errors import FastFaceError, InvalidRequest, UnknownName
-from fastface_trt.evaluation.experiment import built_in, load_experiment, parse_experiment
-from fastface_trt.export.checkpoints import MINI, find_checkpoint
+from fastface_trt.evaluation.experiment import (
+    built_in,
+    load_experiment,
+    parse_experiment,
+)
 from fastface_trt.runtime.presets import PRESETS
 from fastface_trt.runtime.request import GenerationRequest
 

@@ -4,7 +4,7 @@ import pytest
 
 from fastface_trt.engines.files import verify_files
 from fastface_trt.engines.manifest import EXPORT_MANIFEST, ExportManifest, read_manifest
-from fastface_trt.evaluation.exports import export_with_lora_scale
+from fastface_trt.evaluation.runner import export_with_lora_scale
 
 pytestmark = pytest.mark.engines
 
@@ -16,7 +16,7 @@ def quietly(line):
 def test_another_scale_is_the_unet_exported_with_it(
     tiny_entry, tiny_export, half_scale_export, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("fastface_trt.export.checkpoints.find_checkpoint", lambda name: tiny_entry)
+    monkeypatch.setattr("fastface_trt.checkpoints.find_checkpoint", lambda name: tiny_entry)
     folder, manifest = tiny_export
     cache = tmp_path / "cache" / "engines"
     assert export_with_lora_scale(folder, 1.0, cache, quietly) == folder
@@ -32,7 +32,7 @@ def test_another_scale_is_the_unet_exported_with_it(
 
     made_again = []
     monkeypatch.setattr(
-        "fastface_trt.evaluation.exports._export", lambda *arguments: made_again.append(arguments)
+        "fastface_trt.evaluation.runner._export", lambda *arguments: made_again.append(arguments)
     )
     assert export_with_lora_scale(folder, 0.5, cache, quietly) == made
     assert made_again == []

@@ -16,14 +16,13 @@ from synthetic_run import (
 )
 
 from fastface_trt.errors import MissingDependency
-from fastface_trt.evaluation import plots
+from fastface_trt.evaluation import figures as plots
 from fastface_trt.evaluation.axes import find_axes, group_along
 from fastface_trt.evaluation.figures import choose_figures
-from fastface_trt.evaluation.findings import extremes, findings
+from fastface_trt.evaluation.report import choose_sheets, draw_sheet, extremes, findings
 from fastface_trt.evaluation.run_view import interval_text, read_view, verdict
-from fastface_trt.evaluation.sheets import choose_sheets, draw_sheet
-from fastface_trt.evaluation.statistics import Interval
-from fastface_trt.evaluation.style import LIGHT, encode
+from fastface_trt.measure.statistics import Interval
+from fastface_trt.measure.style import LIGHT, encode
 
 THREE = JUDGES[:3]  # id, id_other, clip
 
@@ -205,8 +204,8 @@ def test_a_strip_begins_with_what_it_is_compared_with(tmp_path):
 
 
 def test_matplotlib_is_asked_for_by_name(monkeypatch):
-    from fastface_trt.evaluation.style import new_figure
+    from fastface_trt.measure.style import themed_figure
 
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
     with pytest.raises(MissingDependency, match="evaluate"):
-        new_figure(1, 1, LIGHT)
+        themed_figure(1, 1, LIGHT)

@@ -17,17 +17,18 @@ from fastface_trt.errors import (
     WeightsError,
 )
 from fastface_trt.evaluation.data import Dataset, Pair
-from fastface_trt.evaluation.face_judges import (
+from fastface_trt.evaluation.judges import (
     FaceView,
     IdentityJudge,
+    JudgeWeights,
     NoFaceJudge,
     OtherPeopleJudge,
+    RewardJudge,
+    Sample,
+    choose_judges,
+    real_judges,
 )
-from fastface_trt.evaluation.judges import Sample, choose_judges
-from fastface_trt.evaluation.mini_data import mini_dataset
-from fastface_trt.evaluation.mini_judges import mini_judges
-from fastface_trt.evaluation.real_judges import JudgeWeights, real_judges
-from fastface_trt.evaluation.reward_judge import RewardJudge
+from fastface_trt.evaluation.mini import mini_dataset, mini_judges
 from fastface_trt.mini.folders import FACE_MODEL, JUDGES
 from fastface_trt.runtime.face import FaceAnalyzer
 

@@ -14,8 +14,7 @@ from fastface_trt import FastFace
 from fastface_trt.errors import InvalidRequest, NoFaceFound
 from fastface_trt.evaluation.data import Dataset
 from fastface_trt.evaluation.experiment import load_experiment
-from fastface_trt.evaluation.mini_data import mini_dataset
-from fastface_trt.evaluation.mini_judges import mini_judges
+from fastface_trt.evaluation.mini import mini_dataset, mini_judges
 from fastface_trt.evaluation.results import held_folder, read_results, read_run
 from fastface_trt.evaluation.runner import RunOptions, pixel_distance, run_experiment
 from fastface_trt.evaluation.tables import write_tables
@@ -227,8 +226,8 @@ def test_tables_and_summary_hold_means_of_the_lines(whole):
 
 
 def test_baselines_run_before_what_is_compared_with_them():
+    from fastface_trt.evaluation.experiment import Setting
     from fastface_trt.evaluation.runner import _rounds
-    from fastface_trt.evaluation.settings import Setting
 
     def setting(name, scheduler, baseline):
         return Setting(name, {}, {"scheduler": scheduler}, None, baseline)

@@ -6,7 +6,7 @@ from safetensors.torch import load_file, save_file
 from tiny_sdxl import tiny_projection, tiny_unet
 
 from fastface_trt.errors import WeightsError
-from fastface_trt.export.adapter import attach_adapter, load_projection, read_adapter
+from fastface_trt.export.adapters import attach_adapter, load_projection, read_adapter
 
 
 @pytest.fixture

@@ -9,14 +9,14 @@ import pytest
 import torch
 from tiny_sdxl import tiny_unet
 
+from fastface_trt.checkpoints import HubItem
 from fastface_trt.engines import contract
 from fastface_trt.engines.backends import builder_for
 from fastface_trt.engines.cache import EngineCache
 from fastface_trt.engines.files import verify_files
 from fastface_trt.engines.manifest import EXPORT_MANIFEST, ExportManifest, read_manifest
 from fastface_trt.errors import InvalidRequest, WeightsError
-from fastface_trt.export.adapter import attach_adapter, read_adapter
-from fastface_trt.export.checkpoints import HubItem
+from fastface_trt.export.adapters import attach_adapter, read_adapter
 from fastface_trt.export.exporter import run_export
 from fastface_trt.export.modules import vae_decoder_export
 from fastface_trt.export.onnx_writer import write_module
@@ -113,7 +113,7 @@ def test_image_side_and_vae_equal_pytorch(tiny_export, tiny):
     from diffusers import AutoencoderKL
     from transformers import CLIPVisionModelWithProjection
 
-    from fastface_trt.export.adapter import load_projection
+    from fastface_trt.export.adapters import load_projection
 
     folder, manifest = tiny_export
     rng = np.random.default_rng(0)

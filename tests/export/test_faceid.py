@@ -14,11 +14,11 @@ from test_exporter import open_module, quiet, unet_inputs
 from tiny_sdxl import adapter_tensors, tiny_faceid_projection, tiny_unet
 
 from fastface_trt import FastFace
+from fastface_trt.checkpoints import ADAPTERS, HubItem
 from fastface_trt.engines import contract
 from fastface_trt.engines.manifest import ExportManifest
 from fastface_trt.errors import InvalidRequest, WeightsError
-from fastface_trt.export.adapter import attach_adapter, load_projection, read_adapter
-from fastface_trt.export.checkpoints import ADAPTERS, HubItem
+from fastface_trt.export.adapters import attach_adapter, load_projection, read_adapter
 from fastface_trt.export.exporter import run_export
 from fastface_trt.export.options import ExportOptions
 from fastface_trt.export.oracle import TorchUNet

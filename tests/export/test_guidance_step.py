@@ -12,10 +12,8 @@ from fastface_trt.engines.cache import EngineCache
 from fastface_trt.engines.device import HostDevice
 from fastface_trt.errors import EngineFailed
 from fastface_trt.export.guidance_step import write_guidance_step
-from fastface_trt.runtime.advance import EngineGuidance, HostGuidance
-from fastface_trt.runtime.denoise import require_finite
-from fastface_trt.runtime.job import Job
 from fastface_trt.runtime.request import GenerationRequest
+from fastface_trt.runtime.sampling import EngineGuidance, HostGuidance, Job, require_finite
 from fastface_trt.runtime.schedule import Schedule, Step
 
 SHAPE = (4, 8, 16)

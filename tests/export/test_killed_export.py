@@ -15,7 +15,7 @@ EXPORT = """
 import sys
 from dataclasses import replace
 from pathlib import Path
-from fastface_trt.export.checkpoints import HubItem, find_checkpoint
+from fastface_trt.checkpoints import HubItem, find_checkpoint
 from fastface_trt.export.exporter import run_export
 from fastface_trt.export.options import ExportOptions
 tiny, out = Path(sys.argv[1]), Path(sys.argv[2])

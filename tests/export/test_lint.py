@@ -13,10 +13,10 @@ from fastface_trt.engines.manifest import (
     read_manifest,
 )
 from fastface_trt.export.exporter import run_export
-from fastface_trt.export.lint import lint
 from fastface_trt.export.options import ExportOptions
 from fastface_trt.mini.folders import EXPORT
 from fastface_trt.verify.inputs import module_inputs
+from fastface_trt.verify.lint import lint
 
 FALSE_POSITIVES = {
     # 1/√D is a constant where D is: ONNX Runtime's optimiser folds constants with CPU kernels, has

@@ -6,9 +6,8 @@ import pytest
 from tiny_models import WIDTH, expected, write_module
 
 from fastface_trt.engines.files import verify_files
-from fastface_trt.export.float64 import evaluate_float64
-from fastface_trt.export.marked_outputs import MarkableModule
 from fastface_trt.verify.inputs import module_inputs
+from fastface_trt.verify.marked_outputs import MarkableModule, evaluate_float64
 from fastface_trt.verify.modules import run_reference
 
 
@@ -44,7 +43,7 @@ def test_float64_of_a_unet_is_pytorchs(tiny_export, tiny):
     import torch
     from tiny_sdxl import tiny_unet
 
-    from fastface_trt.export.adapter import attach_adapter, read_adapter
+    from fastface_trt.export.adapters import attach_adapter, read_adapter
     from fastface_trt.export.modules import UNetModule
 
     folder, manifest = tiny_export

@@ -117,12 +117,12 @@ def test_tensorrt_rtx_builds_them(tmp_path, dtype):
 @pytest.mark.engines
 def test_the_golden_cases_with_both(tmp_path, monkeypatch):
     """The authors' recorded steps, and the default graph's numbers within 1e-5."""
-    from fastface_trt import replay as module
     from fastface_trt.export.modules import unet_export
+    from fastface_trt.verify import replay as module
 
     def written(operators):
         monkeypatch.setattr(
-            "fastface_trt.export.unet_cache.unet_export",
+            "fastface_trt.export.oracle.unet_export",
             lambda *arguments, **options: unet_export(
                 *arguments, **(options | {"operators": operators})
             ),

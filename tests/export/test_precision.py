@@ -15,7 +15,7 @@ from fastface_trt.engines import contract
 from fastface_trt.engines.backends import builder_for
 from fastface_trt.engines.cache import EngineCache
 from fastface_trt.errors import BuildFailed, InvalidRequest
-from fastface_trt.export.adapter import load_projection, read_adapter
+from fastface_trt.export.adapters import load_projection, read_adapter
 from fastface_trt.export.face_modules import face_projection_export, image_encoder_export
 from fastface_trt.export.modules import (
     UNetModule,

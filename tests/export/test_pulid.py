@@ -21,9 +21,9 @@ from tiny_pulid import (
 from tiny_sdxl import tiny_unet
 
 from fastface_trt.errors import WeightsError
-from fastface_trt.export.adapter import attach_adapter, load_projection, read_adapter
+from fastface_trt.export.adapters import attach_adapter, load_projection, read_adapter
 from fastface_trt.export.attention import DecoupledAttentionProcessor
-from fastface_trt.export.eva_clip import load_eva_tower
+from fastface_trt.export.face_modules import load_eva_tower
 
 
 @pytest.fixture(scope="module")
@@ -201,11 +201,10 @@ def test_full_size_random_models_have_the_published_sizes():
     from accelerate import init_empty_weights
     from diffusers import UNet2DConditionModel
 
+    from fastface_trt.export.adapters import FaceIdProjection, IDFormer
     from fastface_trt.export.attention import attach_processors
-    from fastface_trt.export.eva_clip import EvaVisionTower
+    from fastface_trt.export.face_modules import EvaVisionTower
     from fastface_trt.export.full_size import UNET_CONFIG
-    from fastface_trt.export.projection import FaceIdProjection
-    from fastface_trt.export.pulid import IDFormer
 
     with init_empty_weights(include_buffers=False):
         unet = UNet2DConditionModel(**UNET_CONFIG)

@@ -11,16 +11,15 @@ from tiny_pulid import QUERIES, write_tiny_pulid
 from tiny_sdxl import tiny_unet
 
 from fastface_trt import FastFace
+from fastface_trt.checkpoints import HubItem
 from fastface_trt.engines import contract
 from fastface_trt.errors import InvalidRequest, WeightsError
-from fastface_trt.export.adapter import attach_adapter, load_projection, read_adapter
-from fastface_trt.export.checkpoints import HubItem
-from fastface_trt.export.eva_clip import load_eva_tower
+from fastface_trt.export.adapters import attach_adapter, load_projection, read_adapter
 from fastface_trt.export.exporter import run_export
-from fastface_trt.export.face_modules import EvaTowerModule
+from fastface_trt.export.face_modules import EvaTowerModule, load_eva_tower
 from fastface_trt.export.options import ExportOptions
 from fastface_trt.export.oracle import TorchUNet
-from fastface_trt.runtime.denoise import denoise
+from fastface_trt.runtime.sampling import denoise
 from fastface_trt.runtime.timeline import NO_TIMELINE
 
 pytestmark = pytest.mark.engines
@@ -33,7 +32,7 @@ TOKENS = QUERIES + ZERO_TOKENS
 def files(tmp_path_factory):
     """A shallow tower whose levels are its first five: a deep one takes long to trace."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fastface_trt.export.eva_clip.LEVELS", (1, 2, 3, 4, 5))
+        patch.setattr("fastface_trt.export.face_modules.LEVELS", (1, 2, 3, 4, 5))
         yield write_tiny_pulid(tmp_path_factory.mktemp("pulid"), depth=6)
 
 

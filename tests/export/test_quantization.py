@@ -14,9 +14,9 @@ from tiny_sdxl import tiny_unet
 
 from fastface_trt.engines import contract
 from fastface_trt.engines.manifest import EXPORT_MANIFEST, ExportManifest, read_manifest
-from fastface_trt.engines.onnx_file import MODULE_KEY
+from fastface_trt.engines.onnx.file import MODULE_KEY
 from fastface_trt.errors import InvalidRequest, MissingDependency, WeightsError
-from fastface_trt.export.adapter import attach_adapter, read_adapter
+from fastface_trt.export.adapters import attach_adapter, read_adapter
 from fastface_trt.export.exporter import run_export
 from fastface_trt.export.modules import unet_export, vae_decoder_export
 from fastface_trt.export.onnx_writer import write_module
@@ -30,9 +30,8 @@ from fastface_trt.export.quantization.graph import (
     quantize_graph,
     scale_of,
 )
-from fastface_trt.export.quantization.layers import choose_layers
 from fastface_trt.export.quantization.modules import quantize_vae
-from fastface_trt.export.quantization.ranges import measure_ranges
+from fastface_trt.export.quantization.ranges import choose_layers, measure_ranges
 
 pytest.importorskip("modelopt")
 

@@ -5,8 +5,8 @@ import torch
 from safetensors.torch import save_file
 from tiny_sdxl import tiny_unet
 
+from fastface_trt.checkpoints import CHECKPOINTS, HubItem, find_checkpoint
 from fastface_trt.errors import UnknownName, WeightsError
-from fastface_trt.export.checkpoints import CHECKPOINTS, HubItem, find_checkpoint
 from fastface_trt.export.sources import (
     CheckpointSource,
     fuse_distillation_lora,

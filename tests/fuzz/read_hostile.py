@@ -9,7 +9,7 @@ import tracemalloc
 from pathlib import Path
 
 from fastface_trt.errors import BadPicture
-from fastface_trt.serving.intake import decode_picture
+from fastface_trt.serving.pictures.files import decode_picture
 from fastface_trt.serving.settings import ServerSettings
 
 

@@ -17,7 +17,7 @@ from loopback import serving
 from scripted_worker import ScriptedWorker
 
 from fastface_trt.serving.http.app import create_app
-from fastface_trt.serving.http.slow_clients import guarded_protocol
+from fastface_trt.serving.http.server import guarded_protocol
 from fastface_trt.serving.settings import ServerSettings
 
 pytestmark = pytest.mark.serving

@@ -107,8 +107,8 @@ def pytest_sessionfinish(session):
     if not ran or not (named or BACKEND != CPU):
         return
     from fastface_trt import __version__
-    from fastface_trt.bench.environment import describe_machine
     from fastface_trt.engines.hardware import cuda_driver, cuda_hardware
+    from fastface_trt.measure.machine import describe_machine
 
     gpu = {} if BACKEND == CPU else cuda_hardware() | cuda_driver()
     name = re.sub("[^a-z0-9]+", "-", gpu.get("gpu", platform.node()).lower()).strip("-")

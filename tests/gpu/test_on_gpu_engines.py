@@ -12,13 +12,13 @@ import pytest
 
 from benchmarks import attention_kernel
 from benchmarks.attention_kernel import SETTINGS, Case, inputs_of, relative_error
-from fastface_trt.builders import make_builder
+from fastface_trt.engines.backends import make_builder
 from fastface_trt.engines.manifest import EXPORT_MANIFEST, ExportManifest, read_manifest
 from fastface_trt.errors import FastFaceError
 from fastface_trt.mini import folders
-from fastface_trt.self_test import predict
 from fastface_trt.verify.difference import compare
 from fastface_trt.verify.inputs import module_inputs
+from fastface_trt.verify.self_test import predict
 
 pytestmark = pytest.mark.gpu
 
@@ -71,7 +71,7 @@ def test_row_counts_change_without_changing_results(backend, store, record):
 @pytest.fixture(scope="module")
 def full_size(tmp_path_factory):
     """Folder and manifest of the full-size UNet, its weights drawn."""
-    from fastface_trt.bench.weightless import read_template, write_module
+    from fastface_trt.bench.random_weights import read_template, write_module
 
     manifest = read_template().manifest
     manifest = manifest.model_copy(update={"height": 512, "width": 512})
@@ -143,7 +143,7 @@ def operator(backend, tmp_path_factory):
     from onnx import TensorProto, helper
 
     from fastface_trt.engines.contract import KERNEL_DOMAIN
-    from fastface_trt.engines.onnxruntime_session import PROVIDERS
+    from fastface_trt.engines.ort.session import PROVIDERS
 
     folder = tmp_path_factory.mktemp("operator")
     try:

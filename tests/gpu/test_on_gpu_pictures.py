@@ -8,12 +8,12 @@ import pytest
 from conftest import GOLDEN
 
 from fastface_trt import FastFace
-from fastface_trt.bench.gpu import held_bytes
 from fastface_trt.embedding.session import Session
+from fastface_trt.measure.machine import held_bytes
 from fastface_trt.mini.folders import SAMPLE_FACES
 from fastface_trt.runtime.presets import PRESETS
-from fastface_trt.self_test import PICTURE_TOLERANCE, SelfTest
 from fastface_trt.verify.difference import compare
+from fastface_trt.verify.self_test import PICTURE_TOLERANCE, SelfTest
 
 pytestmark = pytest.mark.gpu
 

@@ -5,15 +5,20 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from fastface_trt.checkpoints import CHECKPOINTS
 from fastface_trt.engines import contract
 from fastface_trt.engines.device import HostDevice
 from fastface_trt.errors import Cancelled, EngineFailed
-from fastface_trt.export.checkpoints import CHECKPOINTS
-from fastface_trt.runtime.advance import HostGuidance
-from fastface_trt.runtime.denoise import denoise
-from fastface_trt.runtime.job import Condition, Job
 from fastface_trt.runtime.request import GenerationRequest
-from fastface_trt.runtime.run import DenoiseReport, Run, take_step
+from fastface_trt.runtime.sampling import (
+    Condition,
+    DenoiseReport,
+    HostGuidance,
+    Job,
+    Run,
+    denoise,
+    take_step,
+)
 from fastface_trt.runtime.schedule import make_schedule
 
 SHAPE = (4, 8, 8)

@@ -6,7 +6,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from fastface_trt.errors import EngineFailed, WeightsError
-from fastface_trt.runtime.portrait import FaceParser, align_portrait, portrait_pixels
+from fastface_trt.runtime.face import FaceParser, align_portrait, portrait_pixels
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 # The pose of FFHQ's faces at 512 pixels.

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from fastface_trt.errors import FastFaceError, InvalidRequest
-from fastface_trt.runtime.finite import is_number
+from fastface_trt.runtime.manipulation import is_number
 from fastface_trt.runtime.request import GenerationRequest
 
 HUGE = 10**400

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from fastface_trt.checkpoints import CHECKPOINTS
 from fastface_trt.errors import InvalidRequest, UnknownName
-from fastface_trt.export.checkpoints import CHECKPOINTS
 from fastface_trt.runtime.schedule import make_schedule
 
 diffusers = pytest.importorskip("diffusers")

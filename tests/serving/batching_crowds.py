@@ -5,7 +5,7 @@ import threading
 import numpy as np
 
 from fastface_trt.runtime.presets import PRESETS
-from fastface_trt.serving.batching.warm_up import blank_face
+from fastface_trt.serving.batching.loop import blank_face
 from fastface_trt.serving.work import PictureDone, StepDone, Task
 
 WAIT = 120

@@ -25,10 +25,10 @@ from fastface_trt.engines.device import HostDevice
 from fastface_trt.engines.manifest import EXPORT_MANIFEST, ExportManifest, read_manifest
 from fastface_trt.errors import NoFaceFound, OutOfMemory
 from fastface_trt.mini.folders import EXPORT
-from fastface_trt.runtime.job import Condition
-from fastface_trt.serving.batching.warm_up import blank_face
+from fastface_trt.runtime.sampling import Condition
+from fastface_trt.runtime.stages import Stages
+from fastface_trt.serving.batching.loop import blank_face
 from fastface_trt.serving.work import PictureDone, StepDone, Task, TaskFailed
-from fastface_trt.stages import Stages
 
 ENGINE_RAISES, ENGINE_NAN, PREPARATION_RAISES = (
     "engine raises",

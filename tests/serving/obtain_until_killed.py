@@ -10,7 +10,7 @@ from pathlib import Path
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from fastface_trt.serving.distribution import obtain
+from fastface_trt.serving.storage.distribution import obtain
 
 
 class HangingFileSystem(LocalFileSystem):

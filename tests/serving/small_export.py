@@ -5,7 +5,7 @@ import shutil
 
 from fastface_trt.engines.files import describe_file
 from fastface_trt.engines.manifest import EXPORT_MANIFEST, ExportManifest, ModuleSpec, TensorSpec
-from fastface_trt.serving.release import written
+from fastface_trt.serving.storage.release import written
 
 
 def write_small_export(folder, *, seed=0, size=3_000_000, shared=None):

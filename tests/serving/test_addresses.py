@@ -2,7 +2,11 @@ from ipaddress import ip_address
 
 import pytest
 
-from fastface_trt.serving.addresses import client_of_address, is_public, parse_address
+from fastface_trt.serving.pictures.fetch import (
+    client_of_address,
+    is_public,
+    parse_address,
+)
 
 PUBLIC = """
 1.1.1.1 93.184.215.14 223.255.255.254 2606:4700::1111 2a00:1450:4001:81b::200e

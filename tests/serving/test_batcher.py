@@ -17,7 +17,7 @@ from fastface_trt.errors import (
     Unavailable,
 )
 from fastface_trt.serving.batching import Batcher
-from fastface_trt.serving.batching.warm_up import blank_face
+from fastface_trt.serving.batching.loop import blank_face
 from fastface_trt.serving.settings import WorkerSettings
 from fastface_trt.serving.work import PictureDone, State, StepDone, TaskFailed
 

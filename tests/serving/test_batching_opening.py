@@ -5,12 +5,12 @@ import queue
 import numpy as np
 import pytest
 
-from fastface_trt import preview as preview_module
 from fastface_trt.engines.manifest import EXPORT_MANIFEST, ExportManifest, read_manifest
 from fastface_trt.errors import EngineFailed
 from fastface_trt.mini.folders import EXPORT, SAMPLE_FACES
-from fastface_trt.requests import request_for
+from fastface_trt.runtime import preview as preview_module
 from fastface_trt.runtime.images import load_picture
+from fastface_trt.runtime.request import request_for
 from fastface_trt.serving.batching import opening
 from fastface_trt.serving.settings import WorkerSettings
 from fastface_trt.serving.work import PictureDone, StepDone, Task

@@ -9,10 +9,9 @@ import pytest
 from batching_fakes import WAIT, ArithmeticFastFace, Events, task
 
 from fastface_trt.errors import Busy, EngineFailed, NoFaceFound, Unavailable
-from fastface_trt.serving.batching.analysis import FaceAnalysis
+from fastface_trt.serving.batching.batcher import FaceAnalysis, resident_bytes
 from fastface_trt.serving.batching.cost import Remaining
 from fastface_trt.serving.batching.entry import Entry, Plan
-from fastface_trt.serving.batching.memory import resident_bytes
 
 FACE = np.full((4, 4, 3), 7, np.uint8)
 NO_FACE = np.zeros((4, 4, 3), np.uint8)

@@ -7,7 +7,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import PlainTextResponse, StreamingResponse
 from starlette.routing import Route
 
-from fastface_trt.serving.http.body_limit import BodyLimit
+from fastface_trt.serving.http.bodies import BodyLimit
 
 LIMIT = 100_000
 

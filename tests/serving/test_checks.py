@@ -8,7 +8,7 @@ import pytest
 
 from fastface_trt.errors import InvalidRequest, MissingDependency, NoFaceFound, Refused
 from fastface_trt.runtime.request import GenerationRequest
-from fastface_trt.serving.checks import Checks
+from fastface_trt.serving.pictures.checks import Checks
 
 REQUEST = GenerationRequest("a secret prompt")
 PIXELS = np.zeros((16, 16, 3), np.uint8)

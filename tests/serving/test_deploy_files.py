@@ -16,7 +16,7 @@ from dockerfile_reader import bases, read_dockerfile
 
 from fastface_trt.cli.main import cli
 from fastface_trt.serving.http import server
-from fastface_trt.serving.http.about import about_router
+from fastface_trt.serving.http.app import about_router
 
 ROOT = Path(__file__).resolve().parents[2]
 DEPLOY = ROOT / "fastface_trt" / "serving" / "deploy"

@@ -19,7 +19,7 @@ from fastface_trt.engines.manifest import (
     ExportManifest,
     read_manifest,
 )
-from fastface_trt.engines.onnxruntime import OnnxRuntimeBuilder
+from fastface_trt.engines.ort.builder import OnnxRuntimeBuilder
 from fastface_trt.errors import (
     EngineMismatch,
     ExportIncomplete,
@@ -30,7 +30,8 @@ from fastface_trt.errors import (
     StorageError,
 )
 from fastface_trt.mini import folders
-from fastface_trt.serving.distribution import (
+from fastface_trt.serving.settings import WorkerSettings
+from fastface_trt.serving.storage.distribution import (
     engines_of,
     obtain,
     obtain_engines,
@@ -38,8 +39,13 @@ from fastface_trt.serving.distribution import (
     resolve,
     with_obtained,
 )
-from fastface_trt.serving.release import ManifestEntry, Release, parse_address, sha256_of, written
-from fastface_trt.serving.settings import WorkerSettings
+from fastface_trt.serving.storage.release import (
+    ManifestEntry,
+    Release,
+    parse_address,
+    sha256_of,
+    written,
+)
 
 
 @pytest.fixture(params=["directory", "memory"])
@@ -158,7 +164,7 @@ def test_a_damaged_object_is_named_and_nothing_of_it_kept(url, export, tmp_path,
 
 
 def test_a_part_of_an_earlier_process_is_gone_on_with(export, tmp_path, monkeypatch):
-    from fastface_trt.serving.storage import Storage
+    from fastface_trt.serving.storage.objects import Storage
 
     address = publish(export, str(tmp_path / "storage"))
     content = (export / "unet" / "model.onnx").read_bytes()
@@ -182,7 +188,7 @@ def test_a_part_of_an_earlier_process_is_gone_on_with(export, tmp_path, monkeypa
 
 
 def test_an_object_without_end_is_not_read_to_its_end(export, tmp_path, monkeypatch):
-    from fastface_trt.serving.storage import BLOCK, Storage
+    from fastface_trt.serving.storage.objects import BLOCK, Storage
 
     address = publish(export, str(tmp_path / "storage"))
     obtain(str(address), home=tmp_path / "documents")
@@ -293,7 +299,7 @@ def test_a_storage_that_fails_is_told_in_one_sentence(export, tmp_path, monkeypa
 
 
 def test_a_write_that_breaks_off_leaves_what_was_there(tmp_path):
-    from fastface_trt.serving.storage import Storage
+    from fastface_trt.serving.storage.objects import Storage
 
     def breaking():
         yield b"new"

@@ -11,7 +11,7 @@ pytest.importorskip("fsspec")
 
 from small_export import write_small_export
 
-from fastface_trt.serving.distribution import obtain, publish
+from fastface_trt.serving.storage.distribution import obtain, publish
 
 CHILD = Path(__file__).with_name("obtain_until_killed.py")
 ENOUGH = 10**12

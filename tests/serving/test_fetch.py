@@ -7,8 +7,7 @@ from cryptography import x509
 from loopback import serving
 
 from fastface_trt.errors import BadPicture, InvalidRequest
-from fastface_trt.serving.addresses import is_public
-from fastface_trt.serving.fetch import MAX_REDIRECTS, Rules, fetch_picture
+from fastface_trt.serving.pictures.fetch import MAX_REDIRECTS, Rules, fetch_picture, is_public
 from fastface_trt.serving.settings import ServerSettings
 
 SETTINGS = ServerSettings(fetch_urls=True, max_body_bytes=100_000)

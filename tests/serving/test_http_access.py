@@ -5,9 +5,9 @@ import pytest
 from http_parts import ask, client_of, error_of
 from starlette.testclient import TestClient
 
-from fastface_trt.serving.http import access
-from fastface_trt.serving.http.access import RateLimit
+from fastface_trt.serving.http import front as access
 from fastface_trt.serving.http.errors import RateLimited
+from fastface_trt.serving.http.front import RateLimit
 
 KEYS = ("first-key", "second-key")
 

@@ -16,10 +16,10 @@ from http_parts import (
 from PIL import Image
 from scripted_worker import PIXELS, ScriptedWorker
 
-from fastface_trt.requests import request_for
 from fastface_trt.runtime.guidance import NamedSchedule
 from fastface_trt.runtime.manipulation import AttentionManipulation, PartManipulation
 from fastface_trt.runtime.picture_file import DIGITAL_SOURCE_TYPE, read_parameters
+from fastface_trt.runtime.request import request_for
 
 
 @pytest.fixture(scope="module")

@@ -97,7 +97,7 @@ def test_pictures_by_address_only_where_that_is_switched_on(monkeypatch):
         asked.append(url)
         return FACE_BYTES
 
-    monkeypatch.setattr("fastface_trt.serving.fetch.fetch_picture", fetch)
+    monkeypatch.setattr("fastface_trt.serving.pictures.fetch.fetch_picture", fetch)
     url = "https://example.com/ada.png"
     with client_of() as client:
         error_of(ask(client, face_url=url), 400, "invalid_request")

@@ -8,7 +8,7 @@ from PIL import Image
 from scripted_worker import PIXELS, PREVIEW, ScriptedWorker
 
 from fastface_trt.errors import Busy, DeadlinePassed, EngineFailed
-from fastface_trt.serving.http.streaming import partial_steps
+from fastface_trt.serving.http.images import partial_steps
 
 
 def pixels_of(event):
@@ -112,7 +112,7 @@ def test_errors_afterwards_are_the_last_event(error, code, told, caplog):
 
 
 def test_silence_is_filled(monkeypatch):
-    monkeypatch.setattr("fastface_trt.serving.http.streaming.HEARTBEAT", 0.01)
+    monkeypatch.setattr("fastface_trt.serving.http.images.HEARTBEAT", 0.01)
     monkeypatch.setattr("fastface_trt.serving.http.tasks.GRACE", 0.0)
     with client_of(ScriptedWorker(eager=False)) as client:
         answer = ask(client, stream=True, deadline=0.3)

@@ -9,8 +9,8 @@ from loopback import wait_until
 from prometheus_client.parser import text_string_to_metric_families
 from scripted_worker import ScriptedWorker, SecondFails
 
-from fastface_trt.requests import request_for
 from fastface_trt.runtime.presets import PRESETS
+from fastface_trt.runtime.request import request_for
 from fastface_trt.serving.http.logs import LOGGER, JsonLines
 from fastface_trt.serving.http.tracing import Spans
 from fastface_trt.serving.work import State

@@ -8,8 +8,12 @@ from PIL import Image
 
 from fastface_trt.errors import BadPicture
 from fastface_trt.runtime.images import load_picture
-from fastface_trt.serving.intake import decode_base64, decode_picture
-from fastface_trt.serving.picture_files import MAX_SCANS, read_picture_file
+from fastface_trt.serving.pictures.files import (
+    MAX_SCANS,
+    decode_base64,
+    decode_picture,
+    read_picture_file,
+)
 from fastface_trt.serving.settings import ServerSettings
 
 SETTINGS = ServerSettings()
@@ -71,7 +75,7 @@ def test_orientation_is_applied(form, orientation):
 def test_pixel_cap_holds_before_the_decoder_starts(form, monkeypatch):
     data = encoded(Image.fromarray(gradient(100, 100)), form)
     decode_picture(data, ServerSettings(max_picture_pixels=10_000))
-    monkeypatch.setattr("fastface_trt.serving.intake.load_picture", None)
+    monkeypatch.setattr("fastface_trt.serving.pictures.files.load_picture", None)
     with pytest.raises(BadPicture, match="100 × 100 pixels; at most 9,999"):
         decode_picture(data, ServerSettings(max_picture_pixels=9_999))
 

@@ -13,7 +13,11 @@ from PIL import Image
 from fastface_trt import __version__
 from fastface_trt.errors import InvalidRequest, MissingDependency
 from fastface_trt.runtime.picture_file import DIGITAL_SOURCE_TYPE, encode_picture, read_parameters
-from fastface_trt.serving.provenance import PictureSigner, SigningFailed, open_signer
+from fastface_trt.serving.pictures.provenance import (
+    PictureSigner,
+    SigningFailed,
+    open_signer,
+)
 from fastface_trt.serving.settings import ServerSettings
 
 PIXELS = np.random.default_rng(5).integers(0, 256, (32, 48, 3)).astype(np.uint8)

@@ -91,7 +91,7 @@ def test_the_builder_pins_a_tag(tmp_path):
     pytest.importorskip("ray.serve")
     from small_export import write_small_export
 
-    from fastface_trt.serving.distribution import publish
+    from fastface_trt.serving.storage.distribution import publish
 
     address = publish(
         write_small_export(tmp_path / "export"), str(tmp_path / "storage"), tag="production"

@@ -31,11 +31,11 @@ import psutil
 
 from fastface_trt import FastFace
 from fastface_trt.engines.manifest import EXPORT_MANIFEST, ExportManifest, read_manifest
-from fastface_trt.export_folder import with_schedule_of
 from fastface_trt.mini import folders
+from fastface_trt.runtime.export_folder import with_schedule_of
 from fastface_trt.runtime.images import load_picture
-from fastface_trt.serving.distribution import publish
-from fastface_trt.serving.release import object_name, sha256_of, written
+from fastface_trt.serving.storage.distribution import publish
+from fastface_trt.serving.storage.release import object_name, sha256_of, written
 
 pytestmark = pytest.mark.serving
 

@@ -6,9 +6,15 @@ import reports
 from click.testing import CliRunner
 
 from fastface_trt.bench.report import BranchPlan, Case, Distribution, Stage, Throughput
+from fastface_trt.bench.sizing import (
+    Operation,
+    machine_names,
+    markdown,
+    mean_wait,
+    sizes,
+)
 from fastface_trt.cli.main import cli
 from fastface_trt.errors import InvalidRequest
-from fastface_trt.serving.deploy.sizing import Operation, machine_names, markdown, mean_wait, sizes
 
 STEPS = {"exact": (("i", "ti"), ("u", "i", "ti")), "full": (("u", "i", "ti"),) * 2}
 LEAN = (("ti",), ("u", "i", "ti"))

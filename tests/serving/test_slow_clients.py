@@ -5,7 +5,7 @@ import socket
 import pytest
 from loopback import connect, exchange, read_to_end, serving, wait_until
 
-from fastface_trt.serving.http.slow_clients import Connections, guarded_protocol
+from fastface_trt.serving.http.server import Connections, guarded_protocol
 from fastface_trt.serving.settings import ServerSettings
 
 GET = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"

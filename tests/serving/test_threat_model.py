@@ -2,10 +2,9 @@ import re
 from pathlib import Path
 
 import fastface_trt.serving
-from fastface_trt.serving.checks import SECONDS
-from fastface_trt.serving.exif import MAX_ENTRIES
-from fastface_trt.serving.fetch import MAX_REDIRECTS
-from fastface_trt.serving.picture_files import MAX_PARTS, MAX_SCANS
+from fastface_trt.serving.pictures.checks import SECONDS
+from fastface_trt.serving.pictures.fetch import MAX_REDIRECTS
+from fastface_trt.serving.pictures.files import MAX_ENTRIES, MAX_PARTS, MAX_SCANS
 from fastface_trt.serving.settings import ServerSettings, WorkerSettings
 
 TEXT = (Path(fastface_trt.serving.__file__).parent / "THREAT_MODEL.md").read_text()

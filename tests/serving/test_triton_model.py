@@ -11,8 +11,8 @@ from triton_server import Instance, Refused, text
 
 from fastface_trt.errors import BackendUnavailable, EngineFailed, InvalidRequest, Unavailable
 from fastface_trt.mini.folders import SAMPLE_FACES
-from fastface_trt.pipeline import FastFace
 from fastface_trt.runtime.images import load_picture
+from fastface_trt.runtime.pipeline import FastFace
 from fastface_trt.serving.settings import WorkerSettings
 from fastface_trt.serving.triton import client
 from fastface_trt.serving.triton.client import TritonClient

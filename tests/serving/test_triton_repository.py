@@ -12,7 +12,7 @@ from fastface_trt.cli.main import cli
 from fastface_trt.engines.cache import EngineCache
 from fastface_trt.engines.manifest import EngineManifest, FileEntry, ModuleSpec, TensorSpec
 from fastface_trt.errors import EngineMismatch, InvalidRequest, StorageError
-from fastface_trt.pipeline import FastFace
+from fastface_trt.runtime.pipeline import FastFace
 from fastface_trt.serving.settings import WorkerSettings
 from fastface_trt.serving.triton.model_config import (
     DataType,
@@ -23,10 +23,10 @@ from fastface_trt.serving.triton.model_config import (
     TensorConfig,
     TimeoutAction,
 )
-from fastface_trt.serving.triton.parameters import TritonSettings
 from fastface_trt.serving.triton.repository import (
     REPOSITORY_FILE,
     RepositoryOptions,
+    TritonSettings,
     model_config,
     write_repository,
 )

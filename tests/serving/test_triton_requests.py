@@ -12,7 +12,7 @@ from fastface_trt.mini.folders import EXPORT, SAMPLE_FACES
 from fastface_trt.runtime.face import Face
 from fastface_trt.runtime.images import load_picture
 from fastface_trt.runtime.request import GenerationRequest
-from fastface_trt.serving.triton.requests import read_pictures
+from fastface_trt.serving.triton.served import read_pictures
 
 FILE = (SAMPLE_FACES / "ada.png").read_bytes()
 PIXELS = load_picture(FILE)

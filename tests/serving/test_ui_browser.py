@@ -14,7 +14,7 @@ from PIL import Image
 from ui_browser import Page, chromium
 
 from fastface_trt import FastFace
-from fastface_trt.preview import LatentPreview
+from fastface_trt.runtime.preview import LatentPreview
 from fastface_trt.serving.batching.batcher import Batcher
 from fastface_trt.serving.http.app import create_app
 from fastface_trt.serving.settings import ServerSettings, WorkerSettings

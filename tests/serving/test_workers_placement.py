@@ -2,7 +2,7 @@
 
 import pytest
 
-from fastface_trt.engines.threads import usable_cores
+from fastface_trt.engines.ort.threads import usable_cores
 from fastface_trt.errors import BackendUnavailable
 from fastface_trt.serving.settings import WorkerSettings
 from fastface_trt.serving.workers.placement import place_workers

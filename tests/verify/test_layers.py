@@ -5,9 +5,9 @@ from wrong_backend import WrongBuilder, replaced, scaled, vanishing
 
 from fastface_trt.engines.cache import EngineCache
 from fastface_trt.errors import EngineFailed, InvalidRequest
-from fastface_trt.export.marked_outputs import MarkableModule
 from fastface_trt.verify.inputs import module_inputs
 from fastface_trt.verify.layers import Float64Verdict, find_layer
+from fastface_trt.verify.marked_outputs import MarkableModule
 from fastface_trt.verify.modules import run_reference, verify_modules
 
 

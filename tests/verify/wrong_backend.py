@@ -6,7 +6,7 @@ from tempfile import TemporaryDirectory
 import onnx
 from onnx import helper
 
-from fastface_trt.engines.onnxruntime import OnnxRuntimeBuilder
+from fastface_trt.engines.ort.builder import OnnxRuntimeBuilder
 
 
 class WrongBuilder(OnnxRuntimeBuilder):

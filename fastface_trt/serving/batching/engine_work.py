@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 
 from fastface_trt.engines.device import Tensor
 from fastface_trt.errors import EngineFailed, FastFaceError, OutOfMemory
-from fastface_trt.pipeline import FastFace
 from fastface_trt.runtime.face import Face
+from fastface_trt.runtime.pipeline import FastFace
 from fastface_trt.runtime.request import GenerationRequest
-from fastface_trt.runtime.run import Run
+from fastface_trt.runtime.sampling import Run
 from fastface_trt.serving.batching.cost import CostModel
 from fastface_trt.serving.work import Pixels, Task
 

@@ -10,9 +10,14 @@ cancelled, late or closed meanwhile. As long as there are tasks, it
 Decoding goes before UNet calls: it is the shortest way to a picture in somebody's hands, and it
 frees the room that a waiting task needs, so that the next call is fuller. It cannot starve the
 steps, since between two UNet calls no more is decoded than the first one finished.
+
+The tasks of a batcher and its state: what its threads share, behind one lock.
+
+The pictures that a batcher makes before it takes tasks, and when it doubts its engines.
 """
 
 import logging
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from time import perf_counter
@@ -20,18 +25,184 @@ from time import perf_counter
 import numpy as np
 from numpy.typing import NDArray
 
-from fastface_trt.errors import Busy, FastFaceError, Unavailable
-from fastface_trt.pipeline import FastFace
-from fastface_trt.runtime.run import Run
-from fastface_trt.serving.batching.budget import LatencyBudget
+from fastface_trt.errors import Busy, FastFaceError, OutOfMemory, Unavailable
+from fastface_trt.runtime.face import CROP_SIZE, EMBEDDING_SIZE, PORTRAIT_SIZE, Face
+from fastface_trt.runtime.pipeline import FastFace
+from fastface_trt.runtime.request import GenerationRequest
+from fastface_trt.runtime.sampling import Run
 from fastface_trt.serving.batching.cost import CostModel
 from fastface_trt.serving.batching.engine_work import EngineWork, latent_area, shown
-from fastface_trt.serving.batching.entry import Entry
+from fastface_trt.serving.batching.entry import Entry, LatencyBudget
 from fastface_trt.serving.batching.policy import Policy
-from fastface_trt.serving.batching.table import TaskTable
-from fastface_trt.serving.batching.warm_up import self_test, warm_up
 from fastface_trt.serving.settings import WorkerSettings
-from fastface_trt.serving.work import Event, PictureDone, Pixels, StepDone, TaskFailed
+from fastface_trt.serving.work import Event, PictureDone, Pixels, State, StepDone, TaskFailed
+
+Admit = Callable[[Sequence[Entry]], None]
+"""Raises where a new task must not come behind these."""
+
+
+class TaskTable:
+    """Tasks by id in the order in which they came; threads may share it.
+
+    Only the engine thread removes tasks, after it told their last event, so `drain` returns when
+    everybody was told.
+    """
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._entries: dict[str, Entry] = {}
+        self._state = State.STARTING
+        self._failure: FastFaceError | None = None
+        self._closing = False
+
+    @property
+    def state(self) -> State:
+        """How the batcher is."""
+        return self._state
+
+    def entries(self) -> list[Entry]:
+        """Every task that has not ended."""
+        with self._changed:
+            return list(self._entries.values())
+
+    def add(self, entry: Entry, admit: Admit) -> None:
+        """Take a task in, unless not READY (`Unavailable`) or `admit` raises."""
+        with self._changed:
+            if self._state is not State.READY or self._closing:
+                raise Unavailable(f"This worker is {self._state.value}.", "Try again later.")
+            if entry.task.id in self._entries:
+                raise ValueError(f"A task {entry.task.id!r} is in work already.")
+            admit(list(self._entries.values()))
+            self._entries[entry.task.id] = entry
+            self._changed.notify_all()
+
+    def cancel(self, task_id: str) -> None:
+        """Mark a task; the engine thread ends it."""
+        with self._changed:
+            if task_id in self._entries:
+                self._entries[task_id].cancelled = True
+
+    def remove(self, entry: Entry) -> None:
+        """A task ended."""
+        with self._changed:
+            del self._entries[entry.task.id]
+            self._changed.notify_all()
+
+    def wait_for_work(self) -> list[Entry]:
+        """The tasks, as soon as there are any; none when the batcher is being closed."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._closing or self._entries)
+            return [] if self._closing else list(self._entries.values())
+
+    def ready(self) -> None:
+        """Warm-up is over."""
+        with self._changed:
+            if self._state is State.STARTING:
+                self._state = State.READY
+            self._changed.notify_all()
+
+    def dead(self, failure: FastFaceError) -> None:
+        """The engines failed for good; the first failure is what `wait_until_started` raises."""
+        with self._changed:
+            self._state = State.DEAD
+            self._failure = self._failure or failure
+            self._changed.notify_all()
+
+    def wait_until_started(self) -> None:
+        """Until warm-up is over; raises what it failed with."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._state is not State.STARTING or self._closing)
+            if self._failure is not None:
+                raise self._failure
+
+    def drain(self, seconds: float) -> bool:
+        """Take no more tasks; whether all ended in that time."""
+        with self._changed:
+            if self._state is State.READY:
+                self._state = State.DRAINING
+            return self._changed.wait_for(lambda: not self._entries, seconds)
+
+    def close(self) -> None:
+        """Let the engine thread end."""
+        with self._changed:
+            self._closing = True
+            if self._state is not State.DEAD:
+                self._state = State.DRAINING
+            self._changed.notify_all()
+
+
+_PROMPT = "photo; a person in a garden"
+_PLAIN, _GUIDED = "plain", "am1+dcg"
+"""Between them their steps have one, two and three branches."""
+
+_log = logging.getLogger(__name__)
+
+
+def blank_face(seed: int = 0) -> Face:
+    """A face of nobody: a random direction and grey pixels."""
+    generator = np.random.default_rng(seed)
+    direction = generator.standard_normal(EMBEDDING_SIZE)
+    return Face(
+        embedding=(direction / np.linalg.norm(direction)).astype(np.float32),
+        embedding_norm=20.0,
+        crop_bgr=np.full((CROP_SIZE, CROP_SIZE, 3), 127, np.uint8),
+        box=(0.0, 0.0, float(CROP_SIZE), float(CROP_SIZE)),
+        score=1.0,
+        index=0,
+        count=1,
+        detector_size=0,
+        portrait_bgr=np.full((PORTRAIT_SIZE, PORTRAIT_SIZE, 3), 127, np.uint8),
+    )
+
+
+def warm_up(fastface: FastFace, work: EngineWork, policy: Policy, cost: CostModel) -> Policy:
+    """Make pictures with every number of branches, alone and in the fullest call.
+
+    The fullest call claims its memory now: where there is too little, the policy that is returned
+    has fewer rows, so that this shows before the first client and not under load. Everything is
+    made twice, since a first call pays for allocations, and the cost model has the second times.
+    Raises what fails.
+    """
+    plain, guided = (_request(fastface, preset) for preset in (_PLAIN, _GUIDED))
+    for request in (plain, guided):
+        work.make([request], blank_face())
+    policy = _fitting(guided, work, policy)
+    cost.clear()
+    for requests in ([plain], [guided], [guided] * _most(guided, policy)):
+        work.make(requests, blank_face())
+    return policy
+
+
+def self_test(fastface: FastFace, work: EngineWork) -> None:
+    """One guided picture through every engine; raises what fails."""
+    work.make([_request(fastface, _GUIDED)], blank_face())
+
+
+def _request(fastface: FastFace, preset: str) -> GenerationRequest:
+    request = fastface.request(_PROMPT, preset=preset)
+    return request.for_adapter(fastface.manifest.adapter_kind)
+
+
+def _rows(request: GenerationRequest) -> int:
+    return max(len(step.branches) for step in request.guidance_steps())
+
+
+def _most(request: GenerationRequest, policy: Policy) -> int:
+    return policy.size(_rows(request), policy.max_running)
+
+
+def _fitting(request: GenerationRequest, work: EngineWork, policy: Policy) -> Policy:
+    """The policy with as many rows as there is memory for."""
+    while (count := _most(request, policy)) > 1:
+        try:
+            work.make([request] * count, blank_face())
+        except OutOfMemory as error:
+            policy = policy.with_fewer_rows(count * _rows(request))
+            _log.warning("%s UNet calls have %d rows at most now.", error, policy.max_rows)
+        else:
+            break
+    return policy
+
 
 Preview = Callable[[NDArray[np.float32]], Pixels]
 """Latents [C,h,w] to a small RGB picture, uint8 [H,W,3]."""
@@ -39,7 +210,7 @@ Preview = Callable[[NDArray[np.float32]], Pixels]
 Clock = Callable[[], float]
 """Seconds, never going back."""
 
-_log = logging.getLogger(__name__)
+_log_loop = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -88,7 +259,7 @@ class EngineLoop:
         except Exception as error:
             # What a user can mend has a sentence; only a surprise needs a traceback.
             surprise = not isinstance(error, FastFaceError)
-            _log.critical("The engines failed for good: %s", error, exc_info=surprise)
+            _log_loop.critical("The engines failed for good: %s", error, exc_info=surprise)
             self._table.dead(shown(error))
         finally:
             for entry in self._table.entries():
@@ -145,7 +316,7 @@ class EngineLoop:
         stepped = self._work.step(runs)
         if stepped.out_of_memory:
             self._policy = self._policy.with_fewer_rows(rows)
-            _log.warning("UNet calls have %d rows at most now.", self._policy.max_rows)
+            _log_loop.warning("UNet calls have %d rows at most now.", self._policy.max_rows)
         self.tally.calls, self.tally.rows = self.tally.calls + 1, self.tally.rows + rows
         for entry, error in zip(going, stepped.errors, strict=True):
             if error is None:
@@ -186,7 +357,7 @@ class EngineLoop:
             try:
                 preview = self._preview(self._work.download(run.latents))
             except Exception:
-                _log.exception("A preview failed; the picture goes on without it.")
+                _log_loop.exception("A preview failed; the picture goes on without it.")
         self._tell(entry, StepDone(entry.task.id, run.step, len(run.job.schedule), preview))
 
     def _decode(self, entry: Entry) -> float:
@@ -214,7 +385,7 @@ class EngineLoop:
     def _test_suspect_engines(self) -> None:
         """Raise what a picture of nobody fails with, once too much failed to be the requests."""
         if self._work.suspect:
-            _log.error("Too many failures in a row: the engines are put to the test.")
+            _log_loop.error("Too many failures in a row: the engines are put to the test.")
             self_test(self._fastface, self._work)
 
     def _fail(self, entry: Entry, error: FastFaceError) -> None:
@@ -228,4 +399,4 @@ class EngineLoop:
         try:
             entry.on_event(event)
         except Exception:
-            _log.exception("Telling the events of a task failed.")
+            _log_loop.exception("Telling the events of a task failed.")

@@ -4,9 +4,9 @@ import psutil
 
 from fastface_trt.engines.manifest import EXPORT_MANIFEST, ExportManifest, read_manifest
 from fastface_trt.errors import OutOfMemory
-from fastface_trt.export_folder import find_export
-from fastface_trt.pipeline import FastFace
-from fastface_trt.preview import LatentPreview
+from fastface_trt.runtime.export_folder import find_export
+from fastface_trt.runtime.pipeline import FastFace
+from fastface_trt.runtime.preview import LatentPreview
 from fastface_trt.serving.batching.batcher import Batcher
 from fastface_trt.serving.settings import WorkerSettings
 

@@ -9,13 +9,13 @@ from typing import Any, TypeVar
 from starlette.requests import HTTPConnection
 
 from fastface_trt.engines.manifest import ExportManifest
-from fastface_trt.serving.checks import Checks
-from fastface_trt.serving.http.access import ApiKeys, RateLimit
 from fastface_trt.serving.http.admission import Admission
 from fastface_trt.serving.http.faces import Faces
+from fastface_trt.serving.http.front import ApiKeys, RateLimit
 from fastface_trt.serving.http.metrics import Metrics
 from fastface_trt.serving.http.tracing import Tracing
-from fastface_trt.serving.provenance import PictureSigner
+from fastface_trt.serving.pictures.checks import Checks
+from fastface_trt.serving.pictures.provenance import PictureSigner
 from fastface_trt.serving.settings import ServerSettings
 from fastface_trt.serving.work import Worker
 

@@ -1,6 +1,17 @@
-"""What only an HTTP server can refuse."""
+"""What only an HTTP server can refuse.
 
-from fastface_trt.errors import Busy, FastFaceError
+Errors as OpenAI's clients read them: a status, a type, a code and one sentence with its mend.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from fastface_trt.errors import Busy, FastFaceError, Unavailable
+from fastface_trt.serving.http.responses import ErrorAnswer, ErrorDetail, json_answer
 
 
 class InvalidApiKey(FastFaceError):
@@ -41,3 +52,112 @@ class InvalidField(FastFaceError):
     def __init__(self, message: str, mend: str = "", *, param: str | None = None) -> None:
         super().__init__(message, mend)
         self.param = param
+
+
+STATUS_OF_CODE = {
+    "invalid_request": 400,
+    "unknown_name": 400,
+    "bad_picture": 400,
+    "no_face_found": 400,
+    "face_index_out_of_range": 400,
+    "refused": 400,
+    "invalid_api_key": 401,
+    "unknown_face": 404,
+    "request_too_large": 413,
+    "unsupported_media_type": 415,
+    "busy": 429,
+    "rate_limit_exceeded": 429,
+    "cancelled": 499,
+    "unavailable": 503,
+    "overloaded": 503,
+    "out_of_memory": 503,
+    "deadline_passed": 504,
+}
+"""Codes that are not here are the server's own trouble: 500, without a detail."""
+
+TYPE_OF_STATUS = {401: "authentication_error", 429: "rate_limit_error"}
+RETRY_AFTER_UNAVAILABLE = 5.0
+GENERIC = "The server failed to answer this request."
+SECRET = frozenset({"out_of_memory"})
+"""Codes whose sentence is for the operator's log only, though the status is not 500."""
+
+
+def status_of(error: FastFaceError) -> int:
+    """The HTTP status of an error."""
+    return STATUS_OF_CODE.get(error.code, 500)
+
+
+def is_internal(error: FastFaceError) -> bool:
+    """Whether it is the server's own trouble: logged in full, and told without a detail."""
+    return status_of(error) == 500 or error.code in SECRET
+
+
+def retry_after(error: FastFaceError) -> float | None:
+    """Seconds after which to try again; None where that is no use."""
+    if isinstance(error, Busy):
+        return error.retry_after
+    if isinstance(error, Unavailable) or error.code == "out_of_memory":
+        return RETRY_AFTER_UNAVAILABLE
+    return None
+
+
+def detail_of(error: FastFaceError, request_id: str) -> ErrorDetail:
+    """What a client may know of an error: of the server's own trouble, only that there is some."""
+    status = status_of(error)
+    if is_internal(error):
+        message = f"{GENERIC} Quote {request_id} when you report it."
+    else:
+        message = str(error)
+    kind = "server_error" if status >= 500 else "invalid_request_error"
+    return ErrorDetail(
+        message=message,
+        type=TYPE_OF_STATUS.get(status, kind),
+        param=getattr(error, "param", None),
+        code="internal_error" if status == 500 else error.code,
+    )
+
+
+def error_answer(error: FastFaceError, request_id: str) -> Response:
+    """The answer to a request that ended with `error`."""
+    headers = {}
+    seconds = retry_after(error)
+    if seconds is not None:
+        headers["Retry-After"] = str(max(1, math.ceil(seconds)))
+    if error.code == "invalid_api_key":
+        headers["WWW-Authenticate"] = "Bearer"
+    answer = ErrorAnswer(error=detail_of(error, request_id))
+    return json_answer(answer, status=status_of(error), headers=headers)
+
+
+def http_error_answer(error: HTTPException) -> Response:
+    """The answer to what the framework refused: no such address or method, a broken body."""
+    codes = {404: "not_found", 405: "method_not_allowed", 413: "request_too_large"}
+    answer = ErrorAnswer(
+        error=ErrorDetail(
+            message=f"{str(error.detail).rstrip('.')}.",
+            type="invalid_request_error" if error.status_code < 500 else "server_error",
+            code=codes.get(error.status_code, "invalid_request"),
+        )
+    )
+    return json_answer(answer, status=error.status_code, headers=dict(error.headers or {}))
+
+
+def invalid_field(errors: Sequence[Any]) -> InvalidField:
+    """The first of pydantic's errors that matters to a client, without the value that it sent."""
+    # An unknown field explains more than what it made of the others.
+    first = next((one for one in errors if one["type"] == "extra_forbidden"), errors[0])
+    place = [part for part in first["loc"] if part != "body"]
+    # Past a field, the path names members of unions, which are ours and not the client's.
+    named = ".".join(str(part) for part in place[:1]) or None
+    if first["type"] == "extra_forbidden":
+        *outer, last = place
+        # A union's members are named by their class.
+        path = ".".join([*(p for p in map(str, outer) if not p[:1].isupper()), str(last)])
+        return InvalidField(
+            f"There is no field {path!r}.", "See /docs for those known.", param=path
+        )
+    if first["type"] == "missing":
+        return InvalidField(f"The field {named!r} is missing.", "See /docs.", param=named)
+    if named is None or first["type"] == "json_invalid":
+        return InvalidField("The body is not a JSON object.", "See /docs for what it holds.")
+    return InvalidField(f"{named}: {first['msg']}.", "See /docs.", param=named)

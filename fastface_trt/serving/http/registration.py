@@ -3,18 +3,17 @@
 from fastapi import APIRouter, Depends, Request
 from starlette.responses import Response
 
-from fastface_trt.serving.http.answers import json_answer
 from fastface_trt.serving.http.bodies import form_body, json_body, media_type
 from fastface_trt.serving.http.context import context_of
 from fastface_trt.serving.http.errors import InvalidField
-from fastface_trt.serving.http.face_input import analysed, within
 from fastface_trt.serving.http.faces import RegisteredFace
 from fastface_trt.serving.http.front import has_passed_the_gate, record_of
 from fastface_trt.serving.http.openapi import form_of, json_of, refusals
-from fastface_trt.serving.http.responses import FaceAnswer, FaceList
+from fastface_trt.serving.http.responses import FaceAnswer, FaceList, json_answer
 from fastface_trt.serving.http.schemas import FaceBody, FaceForm
 from fastface_trt.serving.http.tasks import unless_disconnected
-from fastface_trt.serving.intake import decode_base64
+from fastface_trt.serving.http.work_order import analysed, within
+from fastface_trt.serving.pictures.files import decode_base64
 
 
 def faces_router() -> APIRouter:

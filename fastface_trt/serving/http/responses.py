@@ -1,8 +1,14 @@
-"""What the server answers with, as models for the OpenAPI document."""
+"""What the server answers with, as models for the OpenAPI document.
 
+Answers as bytes.
+"""
+
+import json
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field
+from starlette.responses import Response
 
 from fastface_trt.runtime.picture_file import PictureFormat
 
@@ -127,3 +133,19 @@ class HealthAnswer(BaseModel):
     """How the server is."""
 
     state: str
+
+
+def json_answer(
+    answer: BaseModel, *, status: int = 200, headers: Mapping[str, str] | None = None
+) -> Response:
+    """A model as JSON.
+
+    Escaped to ASCII, because a name that a client sent may hold half a surrogate pair, which has no
+    UTF-8.
+    """
+    return Response(
+        json.dumps(answer.model_dump(), allow_nan=False),
+        status_code=status,
+        headers=dict(headers or {}),
+        media_type="application/json",
+    )

@@ -1,25 +1,197 @@
-"""From a body to tasks: what images and edits, streamed or not, have in common."""
+"""From a body to tasks: what images and edits, streamed or not, have in common.
 
+From a checked body to the requests that a worker gets.
+
+The face of a request: registered, in its body, a file of its form, or at an address.
+"""
+
+import asyncio
 import base64
-from collections.abc import Mapping
+import time
+from collections.abc import Coroutine, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from starlette.requests import Request
 
+from fastface_trt.engines.manifest import ExportManifest
+from fastface_trt.errors import Busy, DeadlinePassed, InvalidRequest, UnknownName
+from fastface_trt.runtime.face import Face
+from fastface_trt.runtime.guidance import parse_schedule
+from fastface_trt.runtime.manipulation import AttentionManipulation
 from fastface_trt.runtime.picture_file import PictureFormat, encode_picture
+from fastface_trt.runtime.request import GenerationRequest, check_size, request_for
 from fastface_trt.serving.http.context import Context
-from fastface_trt.serving.http.conversion import (
-    check_one_face,
-    deadline_of,
-    generation_requests,
-)
-from fastface_trt.serving.http.face_input import face_of, within
+from fastface_trt.serving.http.errors import InvalidField
 from fastface_trt.serving.http.front import Record, record_of
 from fastface_trt.serving.http.responses import Usage
-from fastface_trt.serving.http.schemas import GenerationBody
-from fastface_trt.serving.http.tasks import Tasks
+from fastface_trt.serving.http.schemas import GenerationBody, ScaleBody, given
+from fastface_trt.serving.http.tasks import Tasks, end_of
+from fastface_trt.serving.pictures.files import decode_base64, decode_picture
+from fastface_trt.serving.settings import ServerSettings
 from fastface_trt.serving.work import PictureDone, Pixels, Task
+
+FACE_FIELDS = ("face", "face_id", "face_url")
+
+
+def generation_requests(
+    body: GenerationBody, manifest: ExportManifest, settings: ServerSettings
+) -> list[GenerationRequest]:
+    """One request per picture: the export's defaults, the preset's fields, and then the body's.
+
+    Raises `InvalidRequest`, `InvalidField` and `UnknownName`.
+    """
+    if body.response_format == "url":
+        raise InvalidField(
+            "Pictures are not kept here, so there is no address of one.",
+            "Ask for response_format b64_json.",
+            param="response_format",
+        )
+    if body.model not in (None, manifest.checkpoint):
+        raise UnknownName("model", body.model or "", [manifest.checkpoint])
+    count = body.n or 1
+    if count > settings.max_pictures:
+        raise InvalidField(
+            f"n is {count}.", f"This server makes up to {settings.max_pictures} at once.", param="n"
+        )
+    if body.partial_images and not body.stream:
+        raise InvalidField(
+            "partial_images needs a stream.", "Set stream to true.", param="partial_images"
+        )
+    if body.output_format in (None, "png") and body.output_compression not in (None, 100):
+        raise InvalidField(
+            "A PNG loses nothing, so it has no output_compression but 100.",
+            "Ask for output_format jpeg or webp.",
+            param="output_compression",
+        )
+    fields = _fields(body)
+    requests = [
+        request_for(
+            manifest,
+            body.prompt,
+            preset=body.preset or "plain",
+            steps=body.steps,
+            picture=picture,
+            **fields,
+        )
+        for picture in range(count)
+    ]
+    check_size(manifest, requests[0])
+    return requests
+
+
+def _fields(body: GenerationBody) -> dict[str, Any]:
+    fields = given(
+        body, "seed", "negative_prompt", "rescale", "dcg_variant", "scope", "plan", "alpha", "beta"
+    )
+    for name in ("alpha", "beta"):
+        if isinstance(fields.get(name), str):
+            fields[name] = parse_schedule(fields[name])
+    if "rescale" in body.model_fields_set:
+        fields["rescale"] = body.rescale  # null says off, and a preset may say otherwise
+    scale = body.ip_adapter_scale
+    if scale is not None:
+        fields["ip_adapter_scale"] = (
+            given(scale, "down", "mid", "up") if isinstance(scale, ScaleBody) else scale
+        )
+    if body.manipulation is not None:
+        parts = body.manipulation.model_dump(exclude_none=True)
+        fields["manipulation"] = AttentionManipulation.from_dict(parts)
+    if body.size not in (None, "auto"):
+        width, height = str(body.size).split("x")
+        fields |= {"width": int(width), "height": int(height)}
+    return fields
+
+
+def deadline_of(body: GenerationBody, settings: ServerSettings, arrived: float) -> float:
+    """When the answer is of no use any more, in seconds of `time.monotonic`."""
+    seconds = settings.default_deadline if body.deadline is None else body.deadline
+    if seconds > settings.max_deadline:
+        raise InvalidField(
+            f"deadline is {seconds:g} seconds.",
+            f"This server works on a request for up to {settings.max_deadline:g}.",
+            param="deadline",
+        )
+    return arrived + seconds
+
+
+def check_one_face(body: GenerationBody, *, file: bool) -> None:
+    """Raise `InvalidRequest` unless there is one face: a field, or the file of a form."""
+    named = [name for name in FACE_FIELDS if getattr(body, name) is not None]
+    if file:
+        named.insert(0, "image")
+    if len(named) != 1:
+        raise InvalidRequest(
+            f"Several faces are given: {', '.join(named)}." if named else "No face is given.",
+            "Give one of face (base64), face_id (of /v1/faces), face_url, or in a form the file "
+            "image.",
+        )
+
+
+Value = TypeVar("Value")
+
+
+async def face_of(context: Context, body: GenerationBody, file: bytes | None, owner: str) -> Face:
+    """Whichever one face the request has; see `conversion.check_one_face`.
+
+    Raises `BadPicture`, `NoFaceFound`, `FaceIndexOutOfRange`, `UnknownFace`, `InvalidField`,
+    `Refused`, `Unavailable`.
+    """
+    if body.face_id is not None:
+        if body.face_index is not None:
+            raise InvalidField(
+                "face_index goes with a picture.",
+                "A registered face is one already: leave it out.",
+                param="face_index",
+            )
+        return (await context.faces.get(owner, body.face_id)).face
+    if body.face is not None:
+        file = await context.beside(decode_base64, body.face, context.settings)
+    elif body.face_url is not None:
+        file = await _fetched(context, body.face_url)
+    assert file is not None
+    return await analysed(context, file, body.face_index)
+
+
+async def analysed(context: Context, file: bytes, index: int | None) -> Face:
+    """The face of a picture file: the largest, or the `index`-th by size.
+
+    Raises `BadPicture`, `Refused`, `NoFaceFound`, `FaceIndexOutOfRange`, `Busy`,
+    `Unavailable`.
+    """
+    pixels = await context.beside(decode_picture, file, context.settings)
+    await context.checks.check_face(pixels)
+    # A worker may have to send megabytes of pixels to another process.
+    future = await context.beside(context.worker.analyze, pixels, index)
+    try:
+        return await asyncio.wrap_future(future)
+    except Busy as error:
+        context.admission.remember(error)
+        raise
+
+
+async def _fetched(context: Context, url: str) -> bytes:
+    if not context.settings.fetch_urls:
+        raise InvalidField(
+            "This server fetches no pictures.",
+            "Send the picture itself as face, or start the server with --fetch-urls.",
+            param="face_url",
+        )
+    from fastface_trt.serving.pictures.fetch import fetch_picture
+
+    return await fetch_picture(url, context.settings)
+
+
+async def within(deadline: float, work: Coroutine[Any, Any, Value]) -> Value:
+    """The result of `work`. Raises `DeadlinePassed` at `deadline` of `time.monotonic`."""
+    working = asyncio.ensure_future(work)
+    try:
+        await asyncio.wait({working}, timeout=max(deadline - time.monotonic(), 0))
+        if not working.done():
+            raise DeadlinePassed("The face was not ready by the request's deadline.")
+        return working.result()
+    finally:
+        await end_of({working})
 
 
 @dataclass(frozen=True)

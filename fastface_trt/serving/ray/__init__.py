@@ -22,6 +22,6 @@ def app(arguments: RayArguments) -> "Application":
     A tag in `export` is resolved here, so that all replicas have the same engines. Raises as
     `distribution.resolve`, and `MissingDependency` without Ray Serve.
     """
-    from fastface_trt.serving.ray.deployment import build
+    from fastface_trt.serving.ray.run import build
 
     return build(arguments)

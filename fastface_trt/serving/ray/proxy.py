@@ -14,8 +14,7 @@ from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fastface_trt.errors import DeadlinePassed, FastFaceError, Unavailable
-from fastface_trt.serving.http.errors import Overloaded
-from fastface_trt.serving.http.openai_errors import detail_of, error_answer
+from fastface_trt.serving.http.errors import Overloaded, detail_of, error_answer
 
 _OURS = b"req_"
 """How the ids of answered requests begin: what comes without one is the proxy's own."""

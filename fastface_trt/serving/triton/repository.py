@@ -6,18 +6,23 @@ OUT/fastface/config.pbtxt
 OUT/fastface/1/model.py
 OUT/fastface/1/export/               the export's manifest and small files, no ONNX modules
 OUT/fastface/1/engines/KEY/          engines out of the cache, under their own keys
+
+Our settings as the string parameters of a `config.pbtxt`, and back.
 """
 
+import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from string import Template
-from typing import Literal
+from typing import Any, Literal
+
+from pydantic import ValidationError
 
 from fastface_trt import __version__
-from fastface_trt.builders import make_builder
+from fastface_trt.engines.backends import make_builder
 from fastface_trt.engines.cache import EngineCache
 from fastface_trt.engines.engine import Progress
 from fastface_trt.engines.files import finished_folder, verify_files
@@ -26,13 +31,17 @@ from fastface_trt.engines.manifest import (
     EngineManifest,
     ExportManifest,
     Strict,
+    first_problem,
     read_manifest,
 )
 from fastface_trt.engines.tensorrt.profiles import read_profiles, request_counts
 from fastface_trt.errors import InvalidRequest
-from fastface_trt.export_folder import find_export, with_schedule_of
-from fastface_trt.serving.settings import WorkerSettings
+from fastface_trt.runtime.export_folder import find_export, with_schedule_of
+from fastface_trt.serving.settings import Seconds, WorkerSettings
 from fastface_trt.serving.triton.model_config import (
+    INPUTS,
+    OUTPUTS,
+    STEP_OUTPUTS,
     DynamicBatching,
     InstanceGroup,
     InstanceKind,
@@ -40,8 +49,44 @@ from fastface_trt.serving.triton.model_config import (
     QueuePolicy,
     TransactionPolicy,
 )
-from fastface_trt.serving.triton.parameters import TritonSettings
-from fastface_trt.serving.triton.tensors import INPUTS, OUTPUTS, STEP_OUTPUTS
+
+
+class TritonSettings(WorkerSettings):
+    """Our parameters in `config.pbtxt`; paths are relative to the version's folder."""
+
+    drain_seconds: Seconds = 30.0
+
+    def to_parameters(self) -> dict[str, str]:
+        """What differs from the defaults, as strings for `config.pbtxt`."""
+        values = self.model_dump(mode="json", exclude_defaults=True)
+        return {
+            name: value if isinstance(value, str) else json.dumps(value)
+            for name, value in values.items()
+        }
+
+    @classmethod
+    def from_parameters(cls, parameters: Mapping[str, str], folder: Path) -> "TritonSettings":
+        """The inverse of `to_parameters`, with paths below `folder`.
+
+        Names in capitals are Triton's own. Raises `InvalidRequest` for a value that is not valid.
+        """
+        values: dict[str, Any] = {k: v for k, v in parameters.items() if not k.isupper()}
+        try:
+            if "engine_options" in values:
+                values["engine_options"] = json.loads(values["engine_options"])
+            settings = cls.model_validate(values)
+        except (ValidationError, json.JSONDecodeError) as error:
+            where, problem = (
+                first_problem(error) if isinstance(error, ValidationError) else ("it", str(error))
+            )
+            raise InvalidRequest(
+                f"The parameters of config.pbtxt are not valid at {where}: {problem}.",
+                "Write the repository again: fastface-trt export-triton.",
+            ) from None
+        export = settings.export if settings.export == "mini" else str(folder / settings.export)
+        cache = None if settings.cache is None else folder / settings.cache
+        return settings.model_copy(update={"export": export, "cache": cache})
+
 
 REPOSITORY_FILE = "fastface-triton.json"
 MODEL, VERSION = "fastface", "1"

@@ -4,11 +4,21 @@
 ready, so the next of Triton's batches joins the UNet calls of those before it. `execute` waits
 where as much is in work as the model may hold, and thereby the rest waits in Triton's own queue,
 under its queue policy.
+
+From the tensors of one Triton request to the pictures that it asks for.
+
+Every array is copied: Triton takes its memory back when `execute` returns. Shape legend: B pictures
+of one request, H × W pixels.
+
+What goes back to Triton: pictures, steps and errors, as objects of its `pb_utils`.
+
+Shape legend: B pictures of one request, H × W pixels.
 """
 
 import itertools
+import json
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,12 +26,287 @@ from queue import Empty, SimpleQueue
 from time import monotonic
 from typing import Any, TypeAlias
 
-from fastface_trt.engines.manifest import ExportManifest
-from fastface_trt.errors import Cancelled, InvalidRequest, Unavailable
-from fastface_trt.runtime.face import Face
-from fastface_trt.serving.triton.requests import Picture, read_pictures
-from fastface_trt.serving.triton.responses import Responses
-from fastface_trt.serving.work import Event, PictureDone, State, StepDone, Task, TaskFailed, Worker
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from fastface_trt.engines.manifest import ExportManifest, first_problem
+from fastface_trt.errors import Cancelled, FastFaceError, InvalidRequest, Unavailable
+from fastface_trt.runtime.face import ChannelOrder, Face
+from fastface_trt.runtime.guidance import parse_schedule
+from fastface_trt.runtime.images import load_picture
+from fastface_trt.runtime.manipulation import AttentionManipulation
+from fastface_trt.runtime.request import GenerationRequest, check_size, request_for
+from fastface_trt.serving.triton import model_config as tensors
+from fastface_trt.serving.work import (
+    Event,
+    PictureDone,
+    Pixels,
+    State,
+    StepDone,
+    Task,
+    TaskFailed,
+    Worker,
+)
+
+Arrays: TypeAlias = Mapping[str, NDArray[Any]]
+"""Inputs by name, each [B, …] as `tensors.INPUTS` says."""
+
+
+class Asked(BaseModel):
+    """The JSON of PARAMETERS; what is not named here is a field of `GenerationRequest`.
+
+    deadline: seconds from now. face_index: which face, largest first. previews: small pictures with
+    every step, of a decoupled model.
+    """
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    preset: str = "plain"
+    face_index: int | None = Field(default=None, ge=0)
+    channel_order: ChannelOrder = "bgr"
+    deadline: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    previews: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """One picture that is asked for; `face` is pixels where it must be found first.
+
+    `deadline` is in seconds of `time.monotonic`.
+    """
+
+    request: GenerationRequest
+    face: Face | Pixels
+    face_index: int | None
+    channel_order: ChannelOrder
+    deadline: float | None
+    previews: bool
+
+
+def read_pictures(
+    arrays: Arrays, manifest: ExportManifest, *, max_pixels: int = 40_000_000
+) -> list[Picture]:
+    """The B pictures of a request.
+
+    Raises `InvalidRequest`, `UnknownName` and `BadPicture`.
+    """
+    if tensors.PROMPT not in arrays:
+        raise InvalidRequest("The input PROMPT is missing.", "Send BYTES of shape [B,1].")
+    count = len(arrays[tensors.PROMPT])
+    for name, array in arrays.items():
+        if len(array) != count:
+            raise InvalidRequest(
+                f"{name} has a batch of {len(array)} and PROMPT one of {count}.",
+                "All inputs need the same first dimension.",
+            )
+    faces = _faces(arrays, manifest, max_pixels)
+    pictures = [_picture(arrays, row, faces[row], manifest) for row in range(count)]
+    if len({(one.request.height, one.request.width) for one in pictures}) > 1:
+        raise InvalidRequest(
+            "The pictures of one request have different sizes, and IMAGE is one tensor.",
+            "Send one request for each size.",
+        )
+    return pictures
+
+
+def _picture(arrays: Arrays, row: int, face: Face | Pixels, manifest: ExportManifest) -> Picture:
+    asked = _asked(arrays, row)
+    values = dict(asked.model_extra or {})
+    if "prompt" in values:
+        raise InvalidRequest("PARAMETERS holds a prompt.", "Send it as PROMPT.")
+    if tensors.SEED in arrays:
+        if "seed" in values:
+            raise InvalidRequest("The seed is given twice.", "Send SEED or seed in PARAMETERS.")
+        values["seed"] = int(arrays[tensors.SEED][row].item())
+    prompt = _string(arrays, tensors.PROMPT, row)
+    try:
+        request = request_for(manifest, prompt, preset=asked.preset, **_fields(values))
+        check_size(manifest, request)
+    except FastFaceError:
+        raise
+    except (AttributeError, TypeError, ValueError) as error:
+        raise InvalidRequest(
+            f"PARAMETERS has a value of a wrong kind: {error}.", "See GenerationRequest."
+        ) from None
+    return Picture(
+        request=request,
+        face=face,
+        face_index=asked.face_index,
+        channel_order=asked.channel_order,
+        deadline=None if asked.deadline is None else monotonic() + asked.deadline,
+        previews=asked.previews,
+    )
+
+
+def _fields(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of `GenerationRequest` from JSON, as `GenerationRequest.to_dict` writes them.
+
+    alpha and beta may also be named schedules, as on the command line.
+    """
+    fields = dict(values)
+    for name in ("alpha", "beta"):
+        if isinstance(fields.get(name), str):
+            fields[name] = parse_schedule(fields[name])
+    if "manipulation" in fields:
+        fields["manipulation"] = AttentionManipulation.from_dict(fields["manipulation"])
+    return fields
+
+
+def _asked(arrays: Arrays, row: int) -> Asked:
+    if tensors.PARAMETERS not in arrays:
+        return Asked()
+    text = _string(arrays, tensors.PARAMETERS, row)
+    try:
+        values = json.loads(text or "{}")
+        if not isinstance(values, dict):
+            raise InvalidRequest("PARAMETERS is not a JSON object.", 'Send e.g. {"steps": 4}.')
+        return Asked.model_validate(values)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise InvalidRequest(
+            f"PARAMETERS is not JSON: {error}.", 'Send e.g. {"steps": 4}.'
+        ) from None
+    except ValidationError as error:
+        where, problem = first_problem(error)
+        raise InvalidRequest(f"PARAMETERS is not valid at {where}: {problem}.") from None
+
+
+def _string(arrays: Arrays, name: str, row: int) -> str:
+    value = arrays[name][row].item()
+    try:
+        return value if isinstance(value, str) else bytes(value).decode()
+    except UnicodeDecodeError:
+        raise InvalidRequest(f"{name} is not UTF-8.", "Encode the text as UTF-8.") from None
+
+
+def _faces(arrays: Arrays, manifest: ExportManifest, max_pixels: int) -> Sequence[Face | Pixels]:
+    given = [
+        name for name in (tensors.FACE, tensors.FACE_FILE, tensors.FACE_EMBEDDING) if name in arrays
+    ]
+    if len(given) != 1:
+        raise InvalidRequest(
+            f"The request gives {' and '.join(given) or 'no face'}.",
+            "Send exactly one of FACE, FACE_FILE and FACE_EMBEDDING.",
+        )
+    if (tensors.FACE_CROP_BGR in arrays) != (given[0] == tensors.FACE_EMBEDDING):
+        raise InvalidRequest("FACE_EMBEDDING and FACE_CROP_BGR go together.", "Send both.")
+    if given[0] == tensors.FACE_EMBEDDING:
+        return _analysed(arrays, manifest)
+    if given[0] == tensors.FACE:
+        return [load_picture(pixels, max_pixels=max_pixels) for pixels in arrays[tensors.FACE]]
+    return [
+        load_picture(bytes(data.item()), max_pixels=max_pixels)
+        for data in arrays[tensors.FACE_FILE]
+    ]
+
+
+def _analysed(arrays: Arrays, manifest: ExportManifest) -> list[Face]:
+    if manifest.adapter_kind == "pulid":
+        raise InvalidRequest(
+            "PuLID looks at more of the face than an embedding and a crop.",
+            "Send FACE or FACE_FILE.",
+        )
+    faces = []
+    for embedding, crop in zip(
+        arrays[tensors.FACE_EMBEDDING], arrays[tensors.FACE_CROP_BGR], strict=True
+    ):
+        norm = float(np.linalg.norm(embedding))
+        if not np.isfinite(norm) or norm < 1e-6:
+            raise InvalidRequest(
+                "FACE_EMBEDDING is zero or not finite.", "Send InsightFace's embedding."
+            )
+        faces.append(
+            Face(
+                embedding=(embedding / norm).astype(np.float32),
+                embedding_norm=norm,
+                crop_bgr=np.array(crop),
+                box=(0.0, 0.0, float(tensors.CROP_SIDE), float(tensors.CROP_SIDE)),
+                score=1.0,
+                index=0,
+                count=1,
+                detector_size=tensors.CROP_SIDE,
+            )
+        )
+    return faces
+
+
+CODES = {
+    "invalid_request": "INVALID_ARG",
+    "unknown_name": "INVALID_ARG",
+    "bad_picture": "INVALID_ARG",
+    "no_face_found": "INVALID_ARG",
+    "face_index_out_of_range": "INVALID_ARG",
+    "busy": "UNAVAILABLE",
+    "unavailable": "UNAVAILABLE",
+    "deadline_passed": "UNAVAILABLE",
+    "cancelled": "CANCELLED",
+}
+"""Triton's error code by ours, for what a client may be told; the rest is INTERNAL and generic."""
+
+GENERIC = "The picture could not be made; the server's log says why."
+
+
+class Responses:
+    """Makes the responses of one model with the `pb_utils` of its Triton process."""
+
+    def __init__(self, pb_utils: Any) -> None:
+        self._pb = pb_utils
+        self.final: int = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
+
+    def pictures(self, done: Sequence[PictureDone]) -> Any:
+        """IMAGE and IMAGE_PARAMETERS of all pictures of a request, which have one size.
+
+        One picture is handed over without a copy (DLPack), several are copied into one tensor;
+        sending copies either into the memory that this process shares with Triton.
+        """
+        first = done[0].pixels
+        if len(done) == 1:
+            pixels_BHW3 = self._writable(first)[None]
+        else:
+            pixels_BHW3 = np.stack([one.pixels for one in done])
+        facts = [
+            json.dumps(
+                {
+                    "parameters": dict(one.parameters),
+                    "warnings": list(one.warnings),
+                    "seconds": dict(one.seconds),
+                },
+                ensure_ascii=False,
+            ).encode()
+            for one in done
+        ]
+        return self._pb.InferenceResponse(
+            output_tensors=[
+                self._pb.Tensor.from_dlpack(tensors.IMAGE, pixels_BHW3),
+                self._pb.Tensor(tensors.IMAGE_PARAMETERS, np.array(facts, np.object_)[:, None]),
+            ]
+        )
+
+    def step(self, event: StepDone) -> Any:
+        """STEP, and PREVIEW where there is one."""
+        numbers = np.array([[event.step, event.steps]], np.int32)
+        outputs = [self._pb.Tensor(tensors.STEP, numbers)]
+        if event.preview is not None:
+            preview = self._writable(event.preview)[None]
+            outputs.append(self._pb.Tensor.from_dlpack(tensors.PREVIEW, preview))
+        return self._pb.InferenceResponse(output_tensors=outputs)
+
+    def error(self, problem: Exception) -> Any:
+        """The error of one request; what is not the client's doing goes to the log instead."""
+        name = CODES.get(problem.code) if isinstance(problem, FastFaceError) else None
+        if name is None:
+            self._pb.Logger.log_error(f"{type(problem).__name__}: {problem}")
+            text, name = GENERIC, "INTERNAL"
+        else:
+            text = str(problem)
+        code = getattr(self._pb.TritonError, name)
+        return self._pb.InferenceResponse(error=self._pb.TritonError(text, code))
+
+    @staticmethod
+    def _writable(pixels_HW3: Pixels) -> Pixels:
+        """The pixels as DLPack exports them: in C order, and not read-only."""
+        return np.require(pixels_HW3, requirements=["C", "W"])
+
 
 POLL_SECONDS = 0.1
 """How often requests that wait are asked whether their client has gone; those that are in work are

@@ -14,7 +14,7 @@ from concurrent.futures import Future
 from multiprocessing.connection import Connection
 from typing import Any
 
-from fastface_trt.engines.closing import Closing
+from fastface_trt.engines.engine import Closing
 from fastface_trt.errors import EngineFailed, FastFaceError
 from fastface_trt.runtime.face import Face
 from fastface_trt.serving.batching.opening import open_batcher
@@ -28,10 +28,10 @@ from fastface_trt.serving.workers.messages import (
     Forget,
     Open,
     OpenFailed,
+    Outbox,
     Report,
     Submit,
 )
-from fastface_trt.serving.workers.outbox import Outbox
 
 DEAD_ENGINES = 70
 """Exit status of a worker whose engines failed for good; EX_SOFTWARE of sysexits.h."""

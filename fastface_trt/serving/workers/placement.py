@@ -4,7 +4,7 @@ import os
 from collections.abc import Mapping
 
 from fastface_trt.engines.hardware import cuda_device_count
-from fastface_trt.engines.threads import usable_cores
+from fastface_trt.engines.ort.threads import usable_cores
 from fastface_trt.errors import BackendUnavailable
 from fastface_trt.serving.settings import WorkerSettings
 

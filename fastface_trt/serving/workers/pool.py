@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from time import monotonic
 
-from fastface_trt.engines.closing import Closing
+from fastface_trt.engines.engine import Closing
 from fastface_trt.errors import Busy, FastFaceError, Unavailable
 from fastface_trt.runtime.face import Face
-from fastface_trt.serving.batching.memory import resident_bytes
+from fastface_trt.serving.batching.batcher import resident_bytes
 from fastface_trt.serving.settings import WorkerSettings
 from fastface_trt.serving.work import (
     Load,
@@ -25,10 +25,14 @@ from fastface_trt.serving.work import (
     Task,
     TaskFailed,
 )
-from fastface_trt.serving.workers.ledger import Ledger
-from fastface_trt.serving.workers.messages import Analyzed, Forget, FromWorker, OpenFailed, Report
-from fastface_trt.serving.workers.process import WORKER_PROGRAM, WorkerProcess
-from fastface_trt.serving.workers.slot import Slot
+from fastface_trt.serving.workers.messages import (
+    Analyzed,
+    Forget,
+    FromWorker,
+    OpenFailed,
+    Report,
+)
+from fastface_trt.serving.workers.process import WORKER_PROGRAM, Ledger, Slot, WorkerProcess
 
 _SECONDS_BETWEEN_LOOKS = 0.1
 _SECONDS_TO_LEAVE = 10.0

@@ -13,7 +13,7 @@ from spelled_out import inputs_for
 from fastface_trt.engines.cache import EngineCache
 from fastface_trt.engines.contract import MANIPULATION_COLUMNS
 from fastface_trt.engines.onnx.forms import cpu_form, cuda_form
-from fastface_trt.engines.onnxruntime import OnnxRuntimeBuilder
+from fastface_trt.engines.ort.builder import OnnxRuntimeBuilder
 from fastface_trt.errors import ExportIncomplete
 from fastface_trt.export.probe import TOLERANCES
 from fastface_trt.mini.folders import EXPORT
@@ -169,7 +169,7 @@ def test_opening_an_engine_does_not_import_onnx(tmp_path):
         "from pathlib import Path\n"
         "from fastface_trt.engines.cache import EngineCache\n"
         "from fastface_trt.engines.manifest import EXPORT_MANIFEST, ExportManifest, read_manifest\n"
-        "from fastface_trt.engines.onnxruntime import OnnxRuntimeBuilder\n"
+        "from fastface_trt.engines.ort.builder import OnnxRuntimeBuilder\n"
         "from fastface_trt.mini.folders import EXPORT\n"
         "unet = read_manifest(EXPORT / EXPORT_MANIFEST, ExportManifest).modules['unet']\n"
         "builder = OnnxRuntimeBuilder(threads=1)\n"

@@ -98,7 +98,7 @@ def wide_vae(tmp_path_factory):
 @pytest.fixture(scope="module")
 def golden_unet(tmp_path_factory):
     """The golden UNet's graph and its size."""
-    from fastface_trt.export.adapter import attach_adapter, read_adapter
+    from fastface_trt.export.adapters import attach_adapter, read_adapter
     from fastface_trt.export.modules import unet_export
     from fastface_trt.export.onnx_writer import write_module
     from fastface_trt.export.sources import load_unet_folder

@@ -6,7 +6,7 @@ import onnx
 import pytest
 from test_forms_cuda import nodes_of, transposes
 
-from fastface_trt.bench.weightless import read_graph
+from fastface_trt.bench.random_weights import read_graph
 from fastface_trt.engines.contract import FUNCTION_DOMAIN, KERNEL_DOMAIN
 from fastface_trt.engines.onnx.forms import cpu_form, cuda_form
 

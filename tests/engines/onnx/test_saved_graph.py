@@ -4,7 +4,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from fastface_trt.engines.onnx.saved_graph import drop_repeated_initializers
+from fastface_trt.engines.onnx.functions import drop_repeated_initializers
 
 
 def constant(name, value):

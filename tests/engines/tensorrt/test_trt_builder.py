@@ -15,16 +15,16 @@ import pytest
 from onnx import TensorProto, helper
 from tiny_models import tree, write_module
 
-from fastface_trt.builders import make_builder
+from fastface_trt.engines.backends import make_builder
 from fastface_trt.engines.cache import EngineCache
 from fastface_trt.engines.files import describe_file
 from fastface_trt.engines.manifest import EngineManifest, ModuleSpec, TensorSpec
-from fastface_trt.engines.onnx_file import MODULE_KEY
+from fastface_trt.engines.onnx.file import MODULE_KEY
 from fastface_trt.engines.tensorrt import builder as builder_module
-from fastface_trt.engines.tensorrt import worker
+from fastface_trt.engines.tensorrt import plan as worker
 from fastface_trt.engines.tensorrt.builder import TensorRTBuilder
 from fastface_trt.engines.tensorrt.options import TensorRTOptions
-from fastface_trt.engines.tensorrt.worker import Job
+from fastface_trt.engines.tensorrt.plan import Job
 from fastface_trt.errors import BackendUnavailable, BuildFailed, EngineMismatch, StorageError
 
 pytest.importorskip("tensorrt_rtx")
@@ -316,7 +316,7 @@ def test_a_killed_child_is_one_sentence(store, tmp_path):
 
 
 def test_a_child_whose_parent_died_leaves():
-    code = "from fastface_trt.engines.tensorrt.worker import _leave_with_parent as leave; leave()"
+    code = "from fastface_trt.engines.tensorrt.plan import _leave_with_parent as leave; leave()"
     child = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE)
     assert child.poll() is None
     child.stdin.close()

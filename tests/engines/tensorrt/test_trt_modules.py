@@ -12,7 +12,7 @@ from conftest import GOLDEN
 from fastface_trt.engines.cache import EngineCache
 from fastface_trt.engines.files import describe_file
 from fastface_trt.engines.manifest import EXPORT_MANIFEST, ExportManifest, read_manifest
-from fastface_trt.engines.onnx_file import MODULE_KEY
+from fastface_trt.engines.onnx.file import MODULE_KEY
 from fastface_trt.engines.tensorrt.builder import TensorRTBuilder
 from fastface_trt.engines.tensorrt.options import TensorRTOptions
 from fastface_trt.errors import BuildFailed
@@ -52,7 +52,7 @@ def check_every_module(store, folder, manifest):
 
 @pytest.fixture(scope="module")
 def mini_fp16(tmp_path_factory):
-    from fastface_trt.export.checkpoints import MINI
+    from fastface_trt.checkpoints import MINI
     from fastface_trt.export.exporter import run_export
     from fastface_trt.export.options import ExportOptions
 
@@ -77,7 +77,7 @@ def test_the_mini_model_in_fp16(store, mini_fp16):
 def test_the_golden_unet(store, tmp_path, precision):
     import torch
 
-    from fastface_trt.export.adapter import attach_adapter, read_adapter
+    from fastface_trt.export.adapters import attach_adapter, read_adapter
     from fastface_trt.export.modules import unet_export
     from fastface_trt.export.onnx_writer import write_module
     from fastface_trt.export.sources import load_unet_folder

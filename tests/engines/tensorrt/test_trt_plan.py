@@ -7,7 +7,7 @@ import pytest
 from tiny_models import write_module
 
 from fastface_trt.engines.manifest import ModuleSpec
-from fastface_trt.engines.onnx_file import OnnxFile
+from fastface_trt.engines.onnx.file import OnnxFile
 from fastface_trt.engines.tensorrt import plan
 from fastface_trt.engines.tensorrt.flavour import FLAVOURS
 from fastface_trt.engines.tensorrt.network import MessageLog, parse

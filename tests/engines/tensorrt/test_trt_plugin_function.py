@@ -5,8 +5,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from fastface_trt.engines.contract import FUNCTION_DOMAIN, FUNCTION_NAME
-from fastface_trt.engines.tensorrt.plugin import OUTPUT_PLUGIN, STATISTICS_PLUGIN
-from fastface_trt.engines.tensorrt.plugin_function import with_plugins
+from fastface_trt.engines.tensorrt.plugin import OUTPUT_PLUGIN, STATISTICS_PLUGIN, with_plugins
 from fastface_trt.errors import ExportIncomplete
 
 

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from tiny_models import write_module
 
-from fastface_trt.engines.cache import EngineCache
-from fastface_trt.engines.donors import find_donors
+from fastface_trt.engines.cache import EngineCache, find_donors
+from fastface_trt.engines.hardware import is_weight
 from fastface_trt.engines.manifest import BuildReport, FileEntry, Probe
-from fastface_trt.engines.onnx_file import OnnxFile
+from fastface_trt.engines.onnx.file import OnnxFile
 from fastface_trt.engines.refit import refit
 from fastface_trt.engines.tensorrt import builder as builder_module
 from fastface_trt.engines.tensorrt.builder import TensorRTBuilder
@@ -24,7 +24,6 @@ from fastface_trt.engines.tensorrt.network import MessageLog, name_weights, pars
 from fastface_trt.engines.tensorrt.options import TensorRTOptions
 from fastface_trt.engines.tensorrt.plan import PLAN
 from fastface_trt.engines.tensorrt.profiles import make_profiles
-from fastface_trt.engines.topology import is_weight
 from fastface_trt.engines.weight_map import EngineWeight, digest_weights, find_change, make_map
 from fastface_trt.errors import BackendUnavailable, BuildFailed, EngineMismatch, StorageError
 
@@ -302,7 +301,7 @@ def test_a_full_disk_leaves_everything(tmp_path, fake, modules, monkeypatch):
     def full(file, content):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("fastface_trt.engines.tensorrt.refit.write_all", full)
+    monkeypatch.setattr("fastface_trt.engines.tensorrt.builder.write_all", full)
     with pytest.raises(StorageError, match="is full"):
         refit(cache, *modules[1], LIKE_A_USER)
     assert sorted(p for p in cache.root.rglob("*") if p.suffix != ".lock") == before

@@ -1,0 +1,304 @@
+"""What an ONNX file says about its weights and nodes, read without the onnx package.
+
+A builder needs three things that it cannot ask a parser for: where each initialiser's bytes lie (so
+that a 6 GB UNet is mapped, not copied), what they hash to (so that a refit knows what changed), and
+which PyTorch module a node came from (so that an error can say so). All are a few fields of the
+protobuf messages ModelProto, GraphProto, NodeProto and TensorProto of onnx.proto3; the numbers
+below are that file's field numbers.
+
+The wire format of protocol buffers: walking the fields of a message.
+
+ONNX files are protobuf messages. What engines need of them is little, and the onnx package, which
+brings a compiler's worth of code, is not needed to run an engine.
+"""
+
+import mmap
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Final, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastface_trt.engines.engine import Closing
+from fastface_trt.errors import ExportIncomplete
+
+MODULE_KEY: Final = "fastface.module"
+"""Node metadata that names the PyTorch module a node came from, such as unet.mid_block."""
+
+_MODEL_GRAPH = 7
+_GRAPH_NODE, _GRAPH_INITIALIZER = 1, 5
+_NODE_INPUT, _NODE_OUTPUT, _NODE_NAME, _NODE_OP_TYPE, _NODE_METADATA = 1, 2, 3, 4, 9
+_TENSOR_DIMS, _TENSOR_TYPE, _TENSOR_NAME, _TENSOR_RAW, _TENSOR_EXTERNAL = 1, 2, 8, 9, 13
+_PAIR_KEY, _PAIR_VALUE = 1, 2
+
+ELEMENT_TYPES: Final = {
+    1: "float32",
+    2: "uint8",
+    3: "int8",
+    6: "int32",
+    7: "int64",
+    9: "bool",
+    10: "float16",
+    11: "float64",
+    16: "bfloat16",
+    17: "float8_e4m3fn",
+}
+"""TensorProto.DataType to the names used here; others read as `type N`."""
+
+Fields = Iterator[tuple[int, int | memoryview]]
+
+
+@dataclass(frozen=True)
+class Initializer:
+    """One weight of the graph: its bytes are a view into the mapped file, valid while it is open.
+
+    `external` says that they lie in a data file beside the graph.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    data: memoryview
+    external: bool
+
+    @property
+    def address(self) -> int:
+        """Where the bytes lie in this process's memory."""
+        array: NDArray[np.uint8] = np.frombuffer(self.data, np.uint8)
+        return array.ctypes.data if len(array) else 0
+
+
+@dataclass(frozen=True)
+class Node:
+    """A node of the main graph and the dotted name of the PyTorch module that it came from."""
+
+    name: str
+    op_type: str
+    scope: str
+    outputs: tuple[str, ...]
+    inputs: tuple[str, ...] = ()
+
+
+class OnnxFile(Closing):
+    """An ONNX model file with its external data, mapped and not copied.
+
+    Raises `ExportIncomplete` when the file is missing, cut, or not an ONNX model. Weights that are
+    stored element by element instead of as raw bytes are left out: no exporter of today writes
+    large ones that way.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._maps: dict[Path, mmap.mmap] = {}
+        self._graph = memoryview(b"")
+        for field, value in self.fields(self._map(path)):
+            if field == _MODEL_GRAPH and isinstance(value, memoryview):
+                self._graph = value
+        if not self._graph:
+            raise self._broken("it holds no graph")
+
+    @cached_property
+    def initializers(self) -> dict[str, Initializer]:
+        """The graph's weights by name, in the file's order."""
+        read = (self.read_initializer(value) for value in self._messages(_GRAPH_INITIALIZER))
+        return {one.name: one for one in read if one is not None}
+
+    @cached_property
+    def nodes(self) -> list[Node]:
+        """The main graph's nodes in order; nodes inside functions are not among them."""
+        return [self.read_node(value) for value in self._messages(_GRAPH_NODE)]
+
+    @property
+    def model(self) -> memoryview:
+        """The bytes of the model file itself, external data not included."""
+        return self._map(self.path)
+
+    @property
+    def graph(self) -> memoryview:
+        """The GraphProto message, for `fields`."""
+        return self._graph
+
+    def place(self, weight: Initializer) -> tuple[Path, int]:
+        """The file that holds the bytes of `weight`, and where they begin in it."""
+        for path in self._maps:
+            whole: NDArray[np.uint8] = np.frombuffer(self._map(path), np.uint8)
+            offset = weight.address - whole.ctypes.data
+            if 0 <= offset < len(whole):
+                return path, offset
+        raise self._broken(f"{weight.name} has no bytes")
+
+    def drop_pages(self) -> None:
+        """Take the mapped pages out of memory; a later access reads them from the disk again."""
+        for mapped in list(self._maps.values()):
+            if hasattr(mmap, "MADV_DONTNEED"):  # not on Windows
+                mapped.madvise(mmap.MADV_DONTNEED)
+
+    def close(self) -> None:
+        """Let go of the mappings; views into them keep theirs alive."""
+        self._maps.clear()
+
+    def _map(self, path: Path) -> memoryview:
+        if path not in self._maps:
+            try:
+                with open(path, "rb") as file:
+                    self._maps[path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            except FileNotFoundError:
+                raise ExportIncomplete(f"{path} is missing.", "Export it again.") from None
+            except (OSError, ValueError) as error:  # ValueError: an empty file
+                raise ExportIncomplete(
+                    f"{path} cannot be read: {error}.", "Export it again."
+                ) from None
+        return memoryview(self._maps[path])
+
+    def _messages(self, wanted: int) -> Iterator[memoryview]:
+        for field, value in self.fields(self._graph):
+            if field == wanted and isinstance(value, memoryview):
+                yield value
+
+    def read_node(self, message: memoryview) -> Node:
+        """A NodeProto message as a `Node`."""
+        name = op_type = scope = ""
+        inputs: list[str] = []
+        outputs: list[str] = []
+        for field, value in self.fields(message):
+            if not isinstance(value, memoryview):
+                continue
+            if field == _NODE_INPUT:
+                inputs.append(read_text(value))
+            elif field == _NODE_OUTPUT:
+                outputs.append(read_text(value))
+            elif field == _NODE_NAME:
+                name = read_text(value)
+            elif field == _NODE_OP_TYPE:
+                op_type = read_text(value)
+            elif field == _NODE_METADATA:
+                key, text = self._pair(value)
+                if key == MODULE_KEY:
+                    scope = text
+        return Node(name, op_type, scope, tuple(outputs), tuple(inputs))
+
+    def read_initializer(self, message: memoryview) -> Initializer | None:
+        """A TensorProto message as an `Initializer`, None when it holds no raw bytes."""
+        name, dtype = "", 0
+        shape: list[int] = []
+        raw: memoryview | None = None
+        external: dict[str, str] = {}
+        for field, value in self.fields(message):
+            if isinstance(value, int):
+                if field == _TENSOR_DIMS:
+                    shape.append(value)
+                elif field == _TENSOR_TYPE:
+                    dtype = value
+            elif field == _TENSOR_DIMS:  # packed
+                shape += varints(value)
+            elif field == _TENSOR_NAME:
+                name = read_text(value)
+            elif field == _TENSOR_RAW:
+                raw = value
+            elif field == _TENSOR_EXTERNAL:
+                key, text = self._pair(value)
+                external[key] = text
+        if external:
+            raw = self._external(name, external)
+        if raw is None:
+            return None
+        kind = ELEMENT_TYPES.get(dtype, f"type {dtype}")
+        return Initializer(name, kind, tuple(shape), raw, bool(external))
+
+    def _external(self, name: str, entry: dict[str, str]) -> memoryview:
+        location = entry.get("location", "")
+        if not location or ".." in Path(location).parts or Path(location).is_absolute():
+            raise self._broken(f"the data of {name} lies outside its folder")
+        whole = self._map(self.path.parent / location)
+        start = int(entry.get("offset", 0))
+        length = int(entry.get("length", len(whole) - start))
+        if start < 0 or length < 0 or start + length > len(whole):
+            raise self._broken(f"the data of {name} ends beyond {location}")
+        return whole[start : start + length]
+
+    def _pair(self, message: memoryview) -> tuple[str, str]:
+        pair = {f: read_text(v) for f, v in self.fields(message) if isinstance(v, memoryview)}
+        return pair.get(_PAIR_KEY, ""), pair.get(_PAIR_VALUE, "")
+
+    def fields(self, message: memoryview) -> Fields:
+        """(field number, integer or bytes) of a message of this file.
+
+        Raises `ExportIncomplete` when it is cut.
+        """
+        try:
+            for field in fields(message):
+                yield field.number, field.value
+        except ValueError as error:
+            raise self._broken(str(error)) from None
+
+    def _broken(self, why: str) -> ExportIncomplete:
+        return ExportIncomplete(f"{self.path} is not an ONNX model: {why}.", "Export it again.")
+
+
+VARINT: Final = 0
+BYTES: Final = 2
+_FIXED64, _FIXED32 = 1, 5
+
+
+class Field(NamedTuple):
+    """A field of a message: its number and its value.
+
+    The value is an int for a number, a view for bytes, text or a message; fixed-width numbers come
+    as their bytes.
+    """
+
+    number: int
+    value: int | memoryview
+
+
+def fields(message: memoryview) -> Iterator[Field]:
+    """The fields of a serialised message in order; raises `ValueError` when it is cut."""
+    at, end = 0, len(message)
+    while at < end:
+        tag, at = read_varint(message, at)
+        kind = tag & 7
+        if kind == VARINT:
+            number, at = read_varint(message, at)
+            yield Field(tag >> 3, number)
+            continue
+        if kind == BYTES:
+            size, at = read_varint(message, at)
+        elif kind in (_FIXED64, _FIXED32):
+            size = 8 if kind == _FIXED64 else 4
+        else:
+            raise ValueError(f"unknown wire type {kind}")
+        if at + size > end:
+            raise ValueError("it is cut")
+        yield Field(tag >> 3, message[at : at + size])
+        at += size
+
+
+def read_varint(message: memoryview, at: int) -> tuple[int, int]:
+    """The number that starts at byte `at`, and where the next one starts; `ValueError` if cut."""
+    number = 0
+    for shift in range(0, 70, 7):
+        if at >= len(message):
+            raise ValueError("it is cut")
+        byte = message[at]
+        at += 1
+        number |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return number, at
+    raise ValueError("a number of more than 64 bits")
+
+
+def varints(message: memoryview) -> list[int]:
+    """The numbers of a packed field."""
+    numbers, at = [], 0
+    while at < len(message):
+        number, at = read_varint(message, at)
+        numbers.append(number)
+    return numbers
+
+
+def read_text(message: memoryview) -> str:
+    """A field's bytes as text; what is not UTF-8 is replaced."""
+    return bytes(message).decode("utf-8", errors="replace")

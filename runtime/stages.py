@@ -1,0 +1,126 @@
+"""The stages of a picture over one export's engines, each by itself.
+
+`FastFace.generate` runs them for one batch from start to end. A server's batcher calls them one by
+one: it prepares a job when the client comes, and takes its run a step further with whoever else is
+there.
+
+Shape legend: C latent channels, h × w latent size, T image tokens.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastface_trt.engines import contract
+from fastface_trt.engines.device import Device, HostDevice, Tensor
+from fastface_trt.runtime.conditioning import Conditioner
+from fastface_trt.runtime.face import ChannelOrder, Face
+from fastface_trt.runtime.modules import ModuleSet
+from fastface_trt.runtime.request import GenerationRequest, check_size
+from fastface_trt.runtime.sampling import (
+    EngineGuidance,
+    Guidance,
+    HostGuidance,
+    Job,
+    OnStep,
+    Run,
+    require_finite,
+    take_step,
+)
+from fastface_trt.runtime.schedule import make_schedule
+from fastface_trt.runtime.timeline import NO_TIMELINE, Timeline
+
+
+class Stages:
+    """Face tokens, job, UNet steps and decoding with the engines of a `ModuleSet`.
+
+    Threads may share it; a run belongs to one thread at a time.
+    """
+
+    def __init__(self, modules: ModuleSet) -> None:
+        self._modules = modules
+        self._conditioner = Conditioner(modules)
+
+    @property
+    def device(self) -> Device:
+        """Where the tensors of the engines live."""
+        return self._modules.device
+
+    @property
+    def request_counts(self) -> tuple[int, ...] | None:
+        """How many requests a UNet call may hold, in rising order; None for any number."""
+        return self._modules["unet"].request_counts
+
+    def image_tokens(
+        self, face: Face, channel_order: ChannelOrder = "bgr", timeline: Timeline = NO_TIMELINE
+    ) -> Tensor:
+        """Image tokens [T, C] of a face; kept for the next call with the same face."""
+        return self._conditioner.image_tokens(face, channel_order, timeline)
+
+    def job(
+        self, request: GenerationRequest, face_tokens: Tensor, timeline: Timeline = NO_TIMELINE
+    ) -> Job:
+        """The request with its prompt encoded and its schedule resolved; see `check_size`."""
+        manifest = self._modules.manifest
+        factor = manifest.vae_scale_factor
+        return Job.prepare(
+            request,
+            make_schedule(manifest.scheduler, request.steps),
+            self._conditioner.conditions(request, face_tokens, timeline),
+            (manifest.latent_channels, request.height // factor, request.width // factor),
+        )
+
+    @property
+    def guidance(self) -> Guidance:
+        """Numpy where the UNet's output is at hand anyway, elsewhere the module made for it."""
+        if isinstance(self._modules.device, HostDevice):
+            return HostGuidance()
+        return EngineGuidance(self._modules["guidance_step"])
+
+    def start(self, job: Job, index: int = 0) -> Run:
+        """A run of the job, before its first step."""
+        return Run(job, self.device, index)
+
+    def step(self, runs: Sequence[Run], on_step: OnStep | None = None) -> None:
+        """One UNet call for runs that agree in `Run.sharing`; see `take_step` for what it raises.
+
+        At most as many runs as the largest of `request_counts`.
+        """
+        take_step(self._modules["unet"], self.guidance, runs, on_step=on_step)
+
+    def decode(
+        self,
+        latents: Tensor,
+        timeline: Timeline = NO_TIMELINE,
+        out: NDArray[np.uint8] | None = None,
+    ) -> NDArray[np.uint8]:
+        """The picture of final latents [C,h,w]: RGB, uint8 [H,W,3], written into `out` if given.
+
+        Raises `EngineFailed` where the latents are not finite.
+        """
+        device, decoder = self.device, self._modules["vae_decoder"]
+        with timeline.span("vae_decoder", device):
+            decoded = decoder(**{contract.LATENTS: device.stack([latents])})
+        with timeline.span("picture", device):
+            # The picture cannot tell: its clamp to [0, 1] may swallow what is not a number.
+            require_finite(device, latents)
+            if contract.PIXELS in decoded:
+                return device.download(decoded[contract.PIXELS][0], out)
+            picture_3HW = device.download(decoded[contract.PICTURE][0])
+            rounded = np.rint(picture_3HW.astype(np.float32) * 255).clip(0, 255)
+            pixels = np.empty((*rounded.shape[1:], 3), np.uint8) if out is None else out
+            np.copyto(pixels, rounded.transpose(1, 2, 0), casting="unsafe")
+            return pixels
+
+    def check_size(self, request: GenerationRequest) -> None:
+        """Raise `InvalidRequest` unless this export makes pictures of the request's size."""
+        check_size(self._modules.manifest, request)
+
+    def cut_from(self, prompt: str) -> str:
+        """What of a prompt did not fit the text encoders; empty where all of it did."""
+        return self._conditioner.text(prompt).cut if prompt else ""
+
+    def forget(self) -> None:
+        """Drop every encoding of a prompt or a face kept for the next call."""
+        self._conditioner.forget()
