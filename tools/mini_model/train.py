@@ -1,4 +1,4 @@
-"""Train the whole mini model: `python -m fastface_trt.export.mini.train --work DIR --out DIR`.
+"""Train the whole mini model: `python -m tools.mini_model.train --work DIR --out DIR`.
 
 Every stage keeps a checkpoint in the work folder; a run that was stopped goes on where it was.
 """

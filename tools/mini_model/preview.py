@@ -1,6 +1,6 @@
 """Judge the saved assets with diffusers' own pipeline: numbers, and a contact sheet to look at.
 
-`python -m fastface_trt.export.mini.preview --assets fastface_trt/mini --pairs 512 --sheet s.png`
+`python -m tools.mini_model.preview --assets fastface_trt/mini --pairs 512 --sheet s.png`
 draws people of a population nobody was trained on, generates them from random prompts, and lets
 InsightFace and the independent judges measure the result.
 """
