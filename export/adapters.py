@@ -369,7 +369,6 @@ class IDEncoder(_IdEncoder):
         return self._with_zero_tokens(torch.cat(tokens, dim=1))
 
 
-State = dict[str, Tensor]
 Projection = FaceProjection | FaceIdProjection | IDFormer | IDEncoder
 _USE = (
     "Use ip-adapter-faceid-plusv2_sdxl.bin, ip-adapter-faceid_sdxl.bin, pulid_v1.1.safetensors or "

@@ -1,1 +1,1 @@
-"""TODO."""
+"""ONNX Runtime: engines on a CPU and on its GPU providers."""

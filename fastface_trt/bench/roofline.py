@@ -216,9 +216,6 @@ def _write_product(folder: Path, shape: Shape, dtype: RateType) -> ModuleSpec:
     )
 
 
-__all__ = ["Bound", "Floor", "MachineRates", "floor", "measure_rates", "sum_floors"]
-
-
 class StageWork(Protocol):
     """What a stage did in one call of the pipeline; modules but the UNet run one row a call."""
 
@@ -280,6 +277,3 @@ def stage_floors(
         if counted.flops:
             floors[stage.label] = sum_floors([floor(counted, rates)] * stage.calls)
     return floors
-
-
-__all___floors = ["StageWork", "stage_floors"]

@@ -11,7 +11,6 @@ from fastface_trt.cli.cache import cache
 from fastface_trt.cli.demo import demo
 from fastface_trt.cli.distribution import obtain, publish
 from fastface_trt.cli.doctor import doctor
-from fastface_trt.cli.embedding import embedding
 from fastface_trt.cli.evaluate import evaluate
 from fastface_trt.cli.export import export
 from fastface_trt.cli.export_triton import export_triton
@@ -21,6 +20,7 @@ from fastface_trt.cli.refit import refit_command
 from fastface_trt.cli.replay import replay
 from fastface_trt.cli.serve import serve
 from fastface_trt.cli.verify import verify
+from fastface_trt.embedding.__main__ import embedding
 from fastface_trt.errors import FastFaceError
 
 USER_ERROR, INTERRUPTED = 2, 130

@@ -1,1 +1,1 @@
-"""TODO."""
+"""What every measurement shares: statistics, tables, figures and the machine's description."""

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from fastface_trt import FastFace
-from fastface_trt.cli.embedding import CMAKE_DIR
+from fastface_trt.embedding.__main__ import CMAKE_DIR
 from fastface_trt.embedding.session import Session
 from fastface_trt.mini import folders
 

@@ -9,8 +9,8 @@ import pytest
 from click.testing import CliRunner
 
 from fastface_trt import errors
-from fastface_trt.cli import embedding as paths
 from fastface_trt.cli.main import cli
+from fastface_trt.embedding import __main__ as paths
 from fastface_trt.errors import FastFaceError
 
 HEADER = (paths.INCLUDES / "fastface_trt.h").read_text()

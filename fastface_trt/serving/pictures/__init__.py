@@ -1,1 +1,1 @@
-"""TODO."""
+"""Pictures that clients send, and what is done about those that are sent back."""

@@ -1,1 +1,1 @@
-"""TODO."""
+"""Exports and engines in shared storage, by content."""
