@@ -2,27 +2,15 @@
 
 import gc
 import json
-import sys
+import os
 from pathlib import Path
 
 import pytest
 
 TESTS = Path(__file__).parent
 GOLDEN = TESTS / "golden"
-FOLDERS = (
-    "",
-    "bench",
-    "runtime",
-    "engines",
-    "engines/onnx",
-    "export",
-    "verify",
-    "serving",
-    "fuzz",
-)
-sys.path[:0] = [str(TESTS / name) for name in FOLDERS]
-# Last, for `benchmarks`: the package itself may be installed, or put together by links, elsewhere.
-sys.path.append(str(TESTS.parent))
+# What tests start imports as they do: from the clone.
+os.environ["PYTHONPATH"] = str(TESTS.parent)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -59,7 +47,7 @@ def golden():
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
     """Folder of the tiny SDXL checkpoint: checkpoint/, image_encoder/, adapter.safetensors."""
-    from tiny_sdxl import write_tiny_sdxl
+    from tests.helpers.tiny_sdxl import write_tiny_sdxl
 
     return write_tiny_sdxl(tmp_path_factory.mktemp("tiny"))
 
@@ -69,9 +57,8 @@ def tiny_entry(tiny, tmp_path_factory):
     """A registry entry for the tiny checkpoint, with a face model that finds drawn squares."""
     from dataclasses import replace
 
-    import face_models
-
     from fastface_trt.checkpoints import HubItem, find_checkpoint
+    from tests.helpers import face_models
 
     faces = tmp_path_factory.mktemp("faces") / "model"
     face_models.write(faces)
@@ -161,11 +148,10 @@ def half_scale_export(tiny_entry, tiny_export, tmp_path_factory):
 @pytest.fixture(scope="session")
 def tiny_fp16_unet(tiny, tmp_path_factory):
     """The tiny UNet exported in fp16, folder and spec, for what looks at its graph."""
-    from tiny_sdxl import tiny_unet
-
     from fastface_trt.export.adapters import attach_adapter, read_adapter
     from fastface_trt.export.modules import unet_export
     from fastface_trt.export.onnx_writer import write_module
+    from tests.helpers.tiny_sdxl import tiny_unet
 
     folder = tmp_path_factory.mktemp("fp16")
     unet = tiny_unet()
@@ -177,7 +163,7 @@ def tiny_fp16_unet(tiny, tmp_path_factory):
 @pytest.fixture
 def cuda():
     """The driver of a simulated GPU, which must get all of its memory back."""
-    from gpu_double import simulated_gpu
+    from tests.engines.gpu_double import simulated_gpu
 
     with simulated_gpu() as (driver, _):
         yield driver

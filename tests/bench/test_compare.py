@@ -5,11 +5,11 @@ import json
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from reports import MACHINE, make_report
 
 from fastface_trt.bench.compare import compare, comparison_tables, read_report
 from fastface_trt.cli.main import USER_ERROR, cli
 from fastface_trt.errors import InvalidRequest
+from tests.bench.reports import MACHINE, make_report
 
 
 def test_ratios_are_those_of_medians_and_a_change_is_seen():

@@ -3,11 +3,11 @@
 import gc
 
 import pytest
-from gpu_double import simulated_gpu
 
 from fastface_trt import FastFace
 from fastface_trt.bench.measure import Measurement, Workload, chrome_trace
 from fastface_trt.mini.folders import SAMPLE_FACES
+from tests.engines.gpu_double import simulated_gpu
 
 pytestmark = pytest.mark.usefixtures("quick_collections")
 

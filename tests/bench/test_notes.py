@@ -6,12 +6,12 @@ from types import SimpleNamespace
 import numpy as np
 import pynvml
 import pytest
-from reports import gpu as gpu_state
-from reports import make_case, make_environment, state
 
 from fastface_trt.bench.report import Distribution
 from fastface_trt.bench.run import notes
 from fastface_trt.measure import machine as gpu
+from tests.bench.reports import gpu as gpu_state
+from tests.bench.reports import make_case, make_environment, state
 
 
 def case(samples):

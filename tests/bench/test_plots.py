@@ -1,11 +1,11 @@
 """Plots of a report: every one has a title, named axes, a legend and the number of samples."""
 
 import pytest
-from reports import make_case, make_report
 
 from fastface_trt.bench import plots
 from fastface_trt.bench.plots import roofline_plot
 from fastface_trt.bench.report import make_roofline
+from tests.bench.reports import make_case, make_report
 
 REPORT = make_report(("plain", "am1"))
 

@@ -3,12 +3,12 @@
 from itertools import count
 
 import pytest
-from gpu_double import simulated_gpu
 
 from fastface_trt.bench import roofline
 from fastface_trt.bench.flops import OperationCount
 from fastface_trt.bench.roofline import MachineRates, floor, measure_rates, sum_floors
 from fastface_trt.engines.backends import builder_for
+from tests.engines.gpu_double import simulated_gpu
 
 
 def operations(flops, moved):

@@ -5,7 +5,6 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN
 from PIL import Image
 
 from benchmarks.peers import attention
@@ -18,6 +17,7 @@ from fastface_trt import FastFace
 from fastface_trt.engines.device import HostDevice
 from fastface_trt.runtime.noise import INITIAL_LATENTS
 from fastface_trt.verify.replay import Recording, make_job
+from tests.conftest import GOLDEN
 
 PIPELINE = GOLDEN / "pipeline"
 

@@ -6,11 +6,11 @@ import time
 
 import pytest
 from click.testing import CliRunner
-from tiny_models import ChunkBuilder, write_module
 
 from fastface_trt.cli.main import USER_ERROR, cli
 from fastface_trt.engines.cache import EngineCache
 from fastface_trt.engines.manifest import ENGINE_MANIFEST
+from tests.engines.tiny_models import ChunkBuilder, write_module
 
 
 def run(*arguments):

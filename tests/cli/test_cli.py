@@ -2,7 +2,6 @@
 
 import json
 
-import face_models
 import numpy as np
 import pytest
 from click.testing import CliRunner
@@ -10,6 +9,7 @@ from PIL import Image
 
 from fastface_trt.cli.main import USER_ERROR, cli
 from fastface_trt.runtime.picture_file import read_parameters
+from tests.helpers import face_models
 
 PROMPT = "photo; person in a garden"
 

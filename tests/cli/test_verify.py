@@ -4,11 +4,11 @@ import json
 
 import pytest
 from click.testing import CliRunner
-from wrong_backend import WrongBuilder, scaled
 
 import fastface_trt.cli.verify as command
 from fastface_trt.cli.main import USER_ERROR, cli
 from fastface_trt.verify.marked_outputs import MarkableModule
+from tests.verify.wrong_backend import WrongBuilder, scaled
 
 
 def run(*arguments):

@@ -4,7 +4,6 @@ import gc
 
 import numpy as np
 import pytest
-from gpu_double import simulated_gpu
 
 from fastface_trt import FastFace
 from fastface_trt.embedding.host import Host
@@ -14,6 +13,7 @@ from fastface_trt.engines.device import DeviceTensor
 from fastface_trt.errors import InvalidRequest
 from fastface_trt.mini import folders
 from fastface_trt.runtime.noise import INITIAL_LATENTS, standard_noise
+from tests.engines.gpu_double import simulated_gpu
 
 pytestmark = pytest.mark.usefixtures("quick_collections")
 

@@ -15,8 +15,9 @@ import inspect
 import threading
 
 from cuda.bindings import driver as real_driver
-from fake_cuda_handles import FakeStream, Handle, documented_values
-from simulated_memory import Cuda, SimulatedMemory
+
+from tests.engines.fake_cuda_handles import FakeStream, Handle, documented_values
+from tests.engines.simulated_memory import Cuda, SimulatedMemory
 
 _GLOBAL = real_driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_GLOBAL
 

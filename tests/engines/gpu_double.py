@@ -13,14 +13,14 @@ from math import prod
 import numpy as np
 import onnxruntime
 import pytest
-from fake_cuda import FakeCuda
-from fake_tensorrt import FakeTensorRT, write_stand_in
-from spelled_out import spelled_out
 
 from fastface_trt.engines import hardware
 from fastface_trt.engines.ort.builder import OnnxRuntimeBuilder
 from fastface_trt.engines.ort.session import PROVIDERS
 from fastface_trt.engines.tensorrt.builder import TensorRTBuilder
+from tests.engines.fake_cuda import FakeCuda
+from tests.engines.fake_tensorrt import FakeTensorRT, write_stand_in
+from tests.engines.onnx.spelled_out import spelled_out
 
 with suppress(ImportError):  # while the simulated driver is in place of the real, it does not
     import cuda.bindings.nvrtc  # noqa: F401

@@ -7,7 +7,6 @@ import shutil
 
 import numpy as np
 import pytest
-from tiny_models import WIDTH, ChunkBuilder, expected, tree, write_module
 
 from fastface_trt.engines.cache import EngineCache
 from fastface_trt.engines.files import write_text_durably
@@ -20,6 +19,7 @@ from fastface_trt.errors import (
     StorageError,
     UnknownName,
 )
+from tests.engines.tiny_models import WIDTH, ChunkBuilder, expected, tree, write_module
 
 X = np.arange(2 * WIDTH, dtype="float32").reshape(2, WIDTH)
 

@@ -7,9 +7,9 @@ from threading import Thread
 
 import numpy as np
 import pytest
-from tiny_models import WIDTH, ChunkBuilder, expected, tree, write_module
 
 from fastface_trt.engines.cache import EngineCache
+from tests.engines.tiny_models import WIDTH, ChunkBuilder, expected, tree, write_module
 
 fork = multiprocessing.get_context("fork")
 X = np.arange(2 * WIDTH, dtype="float32").reshape(2, WIDTH)

@@ -7,7 +7,6 @@ import numpy as np
 import onnx
 import pytest
 from onnx import numpy_helper
-from tiny_models import write_module
 
 from fastface_trt.engines.cache import EngineCache
 from fastface_trt.engines.files import describe_file
@@ -19,6 +18,7 @@ from fastface_trt.engines.refit import RefittingBuilder, refit
 from fastface_trt.engines.tensorrt.builder import TensorRTBuilder
 from fastface_trt.engines.weight_map import WEIGHT_MAP
 from fastface_trt.errors import EngineMismatch, ExportIncomplete, StorageError
+from tests.engines.tiny_models import write_module
 
 BUILDER = OnnxRuntimeBuilder(threads=1)
 

@@ -4,7 +4,6 @@ import numpy as np
 import onnx
 import pytest
 from onnx import helper, numpy_helper
-from tiny_models import write_module
 
 from fastface_trt.engines.hardware import first_difference, topology
 from fastface_trt.engines.onnx.file import OnnxFile
@@ -18,6 +17,7 @@ from fastface_trt.engines.ort.weights import (
 )
 from fastface_trt.engines.weight_map import WeightMap, digest_weights, find_change, make_map
 from fastface_trt.errors import EngineMismatch
+from tests.engines.tiny_models import write_module
 
 
 def quiet(line):

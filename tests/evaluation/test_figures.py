@@ -4,16 +4,6 @@ from math import isnan
 
 import numpy as np
 import pytest
-from synthetic_run import (
-    JUDGES,
-    ablation_settings,
-    effect,
-    grid_settings,
-    pareto_settings,
-    setting_name,
-    step_settings,
-    write_run,
-)
 
 from fastface_trt.errors import MissingDependency
 from fastface_trt.evaluation import figures as plots
@@ -23,6 +13,16 @@ from fastface_trt.evaluation.report import choose_sheets, draw_sheet, extremes, 
 from fastface_trt.evaluation.run_view import interval_text, read_view, verdict
 from fastface_trt.measure.statistics import Interval
 from fastface_trt.measure.style import LIGHT, encode
+from tests.evaluation.synthetic_run import (
+    JUDGES,
+    ablation_settings,
+    effect,
+    grid_settings,
+    pareto_settings,
+    setting_name,
+    step_settings,
+    write_run,
+)
 
 THREE = JUDGES[:3]  # id, id_other, clip
 

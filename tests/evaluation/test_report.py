@@ -10,17 +10,17 @@ from io import BytesIO
 
 import pytest
 from PIL import Image
-from synthetic_run import (
+
+from fastface_trt.errors import InvalidRequest, MissingDependency, StorageError
+from fastface_trt.evaluation import report as report_module
+from fastface_trt.evaluation.report import write_report
+from tests.evaluation.synthetic_run import (
     ablation_settings,
     grid_settings,
     pareto_settings,
     setting_name,
     write_run,
 )
-
-from fastface_trt.errors import InvalidRequest, MissingDependency, StorageError
-from fastface_trt.evaluation import report as report_module
-from fastface_trt.evaluation.report import write_report
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("chrome")
 

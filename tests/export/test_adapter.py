@@ -3,10 +3,10 @@
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_sdxl import tiny_projection, tiny_unet
 
 from fastface_trt.errors import WeightsError
 from fastface_trt.export.adapters import attach_adapter, load_projection, read_adapter
+from tests.helpers.tiny_sdxl import tiny_projection, tiny_unet
 
 
 @pytest.fixture

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from onnx_functions import DecoupledAttention, session
-from reference import decoupled_attention as reference
 
 from fastface_trt.engines.contract import KINDS, MANIPULATION_COLUMNS
 from fastface_trt.export.attention import decoupled_attention as eager
+from tests.export.onnx_functions import DecoupledAttention, session
+from tests.export.reference import decoupled_attention as reference
 
 SETTINGS = [
     {"kind": "off"},

@@ -7,7 +7,6 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from tiny_sdxl import tiny_unet
 
 from fastface_trt.checkpoints import HubItem
 from fastface_trt.engines import contract
@@ -22,6 +21,7 @@ from fastface_trt.export.modules import vae_decoder_export
 from fastface_trt.export.onnx_writer import write_module
 from fastface_trt.export.options import ExportOptions
 from fastface_trt.export.oracle import TorchUNet
+from tests.helpers.tiny_sdxl import tiny_unet
 
 
 def quiet(line):

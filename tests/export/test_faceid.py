@@ -5,13 +5,10 @@ Shape legend: B rows, T image tokens, C text width, E face-embedding size.
 
 from dataclasses import replace
 
-import face_models
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_exporter import open_module, quiet, unet_inputs
-from tiny_sdxl import adapter_tensors, tiny_faceid_projection, tiny_unet
 
 from fastface_trt import FastFace
 from fastface_trt.checkpoints import ADAPTERS, HubItem
@@ -23,6 +20,9 @@ from fastface_trt.export.exporter import run_export
 from fastface_trt.export.options import ExportOptions
 from fastface_trt.export.oracle import TorchUNet
 from fastface_trt.export.sources import parse_adapter
+from tests.export.test_exporter import open_module, quiet, unet_inputs
+from tests.helpers import face_models
+from tests.helpers.tiny_sdxl import adapter_tensors, tiny_faceid_projection, tiny_unet
 
 TOKENS = 4
 

@@ -4,7 +4,6 @@ import numpy as np
 import onnx
 import pytest
 from onnx import helper
-from tiny_models import WIDTH, write_module
 
 from fastface_trt.engines.manifest import (
     EXPORT_MANIFEST,
@@ -17,6 +16,7 @@ from fastface_trt.export.options import ExportOptions
 from fastface_trt.mini.folders import EXPORT
 from fastface_trt.verify.inputs import module_inputs
 from fastface_trt.verify.lint import lint
+from tests.engines.tiny_models import WIDTH, write_module
 
 FALSE_POSITIVES = {
     # 1/√D is a constant where D is: ONNX Runtime's optimiser folds constants with CPU kernels, has

@@ -3,12 +3,12 @@
 import numpy as np
 import onnx
 import pytest
-from tiny_models import WIDTH, expected, write_module
 
 from fastface_trt.engines.files import verify_files
 from fastface_trt.verify.inputs import module_inputs
 from fastface_trt.verify.marked_outputs import MarkableModule, evaluate_float64
 from fastface_trt.verify.modules import run_reference
+from tests.engines.tiny_models import WIDTH, expected, write_module
 
 
 @pytest.mark.parametrize("external", [False, True])
@@ -41,10 +41,10 @@ def test_a_copy_returns_what_was_marked(tmp_path, external, dtype):
 
 def test_float64_of_a_unet_is_pytorchs(tiny_export, tiny):
     import torch
-    from tiny_sdxl import tiny_unet
 
     from fastface_trt.export.adapters import attach_adapter, read_adapter
     from fastface_trt.export.modules import UNetModule
+    from tests.helpers.tiny_sdxl import tiny_unet
 
     folder, manifest = tiny_export
     module = manifest.modules["unet"]

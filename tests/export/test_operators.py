@@ -7,7 +7,6 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from conftest import GOLDEN
 from diffusers.models.attention_processor import Attention
 from safetensors.numpy import load_file
 
@@ -16,6 +15,7 @@ from fastface_trt.export.modules import ModuleExport
 from fastface_trt.export.onnx_writer import write_module
 from fastface_trt.export.operators import Operators
 from fastface_trt.export.precision import keep_group_norms_in_float32
+from tests.conftest import GOLDEN
 
 SPELLINGS = ("spelled", "onnx")
 PIPELINE = GOLDEN / "pipeline"

@@ -8,7 +8,6 @@ import onnxruntime
 import pytest
 import torch
 from onnx import TensorProto, shape_inference
-from test_quantization import adapted_unet, random_inputs
 from torch import nn
 
 from fastface_trt.engines import contract
@@ -33,6 +32,7 @@ from fastface_trt.export.precision import (
     stored_type,
 )
 from fastface_trt.verify.modules import run_reference
+from tests.export.test_quantization import adapted_unet, random_inputs
 
 FEATURES = {torch.float16: "float16", torch.bfloat16: "float32"}
 

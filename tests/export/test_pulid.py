@@ -1,13 +1,18 @@
 """PuLID's id encoders, vision tower and attention against float64, and files that are not it."""
 
 import numpy as np
-import pulid_reference as reference
 import pytest
 import torch
-from reference import decoupled_attention as manipulated
 from safetensors.torch import save_file
-from test_attention import SETTINGS, row
-from tiny_pulid import (
+
+from fastface_trt.errors import WeightsError
+from fastface_trt.export.adapters import attach_adapter, load_projection, read_adapter
+from fastface_trt.export.attention import DecoupledAttentionProcessor
+from fastface_trt.export.face_modules import load_eva_tower
+from tests.export import pulid_reference as reference
+from tests.export.reference import decoupled_attention as manipulated
+from tests.export.test_attention import SETTINGS, row
+from tests.helpers.tiny_pulid import (
     EMBEDDING,
     HEAD_SIZE,
     SIZE,
@@ -18,12 +23,7 @@ from tiny_pulid import (
     tiny_id_former,
     write_tiny_pulid,
 )
-from tiny_sdxl import tiny_unet
-
-from fastface_trt.errors import WeightsError
-from fastface_trt.export.adapters import attach_adapter, load_projection, read_adapter
-from fastface_trt.export.attention import DecoupledAttentionProcessor
-from fastface_trt.export.face_modules import load_eva_tower
+from tests.helpers.tiny_sdxl import tiny_unet
 
 
 @pytest.fixture(scope="module")

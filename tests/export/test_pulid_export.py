@@ -2,13 +2,9 @@
 
 from dataclasses import replace
 
-import face_models
 import numpy as np
 import pytest
 import torch
-from test_exporter import open_module, quiet, unet_inputs
-from tiny_pulid import QUERIES, write_tiny_pulid
-from tiny_sdxl import tiny_unet
 
 from fastface_trt import FastFace
 from fastface_trt.checkpoints import HubItem
@@ -21,6 +17,10 @@ from fastface_trt.export.options import ExportOptions
 from fastface_trt.export.oracle import TorchUNet
 from fastface_trt.runtime.sampling import denoise
 from fastface_trt.runtime.timeline import NO_TIMELINE
+from tests.export.test_exporter import open_module, quiet, unet_inputs
+from tests.helpers import face_models
+from tests.helpers.tiny_pulid import QUERIES, write_tiny_pulid
+from tests.helpers.tiny_sdxl import tiny_unet
 
 pytestmark = pytest.mark.engines
 
@@ -157,7 +157,7 @@ def test_a_face_parser_travels_with_the_export(
     tiny_entry, files, exported, fastface, export_with_shared_modules, tmp_path
 ):
     """The other modules are those of `exported`; the parser alone changes the tokens."""
-    from test_portrait import write_parser
+    from tests.runtime.test_portrait import write_parser
 
     parser = write_parser(tmp_path / "parser.onnx")
     options = pulid_options(tiny_entry, files, zero_tokens=ZERO_TOKENS, face_parser=parser)

@@ -10,7 +10,6 @@ import pytest
 import torch
 from onnx import numpy_helper
 from onnx.reference import ReferenceEvaluator
-from tiny_sdxl import tiny_unet
 
 from fastface_trt.engines import contract
 from fastface_trt.engines.manifest import EXPORT_MANIFEST, ExportManifest, read_manifest
@@ -32,6 +31,7 @@ from fastface_trt.export.quantization.graph import (
 )
 from fastface_trt.export.quantization.modules import quantize_vae
 from fastface_trt.export.quantization.ranges import choose_layers, measure_ranges
+from tests.helpers.tiny_sdxl import tiny_unet
 
 pytest.importorskip("modelopt")
 

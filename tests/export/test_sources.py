@@ -3,7 +3,6 @@
 import pytest
 import torch
 from safetensors.torch import save_file
-from tiny_sdxl import tiny_unet
 
 from fastface_trt.checkpoints import CHECKPOINTS, HubItem, find_checkpoint
 from fastface_trt.errors import UnknownName, WeightsError
@@ -13,6 +12,7 @@ from fastface_trt.export.sources import (
     locate,
     parse_item,
 )
+from tests.helpers.tiny_sdxl import tiny_unet
 
 
 def test_parse_item(tmp_path):
@@ -88,7 +88,7 @@ def test_a_lora_that_is_not_one_is_explained(tmp_path):
 
 
 def test_single_file_holds_the_same_weights(tiny, tmp_path):
-    from ldm_layout import write_single_file
+    from tests.helpers.ldm_layout import write_single_file
 
     write_single_file(tiny / "checkpoint", tmp_path / "one.safetensors")
     folder = HubItem(str(tiny / "checkpoint"))

@@ -12,9 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import atheris
-from hostile_parts import exif_bomb, exif_tiff
-from json_trees import as_bytes, mutated
-from make_hostile import FOLDER, hostile
 from pydantic import ValidationError
 
 from fastface_trt.engines.manifest import (
@@ -33,6 +30,9 @@ from fastface_trt.serving.http.work_order import check_one_face, generation_requ
 from fastface_trt.serving.pictures.fetch import Rules, checked_url, request_target
 from fastface_trt.serving.pictures.files import decode_base64, decode_picture, orientation_of
 from fastface_trt.serving.settings import ServerSettings
+from tests.fuzz.hostile_parts import exif_bomb, exif_tiff
+from tests.fuzz.json_trees import as_bytes, mutated
+from tests.fuzz.make_hostile import FOLDER, hostile
 
 SETTINGS = ServerSettings(max_picture_pixels=250_000, max_body_bytes=100_000)
 

@@ -10,7 +10,9 @@ import zlib
 from io import BytesIO
 from pathlib import Path
 
-from hostile_parts import (
+from PIL import Image
+
+from tests.fuzz.hostile_parts import (
     SIDE,
     after_start,
     anmf,
@@ -32,7 +34,6 @@ from hostile_parts import (
     webp_chunk,
     webp_frame,
 )
-from PIL import Image
 
 FOLDER = Path(__file__).parent / "hostile"
 MEGABYTE = zlib.compress(bytes(1_000_000), 9)

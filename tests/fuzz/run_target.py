@@ -10,11 +10,10 @@ from pathlib import Path
 
 import atheris
 
-FUZZ = Path(__file__).parent
-sys.path[:0] = [str(FUZZ), str(FUZZ.parent / "serving"), str(FUZZ.parent.parent)]
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 with atheris.instrument_imports(include=["fastface_trt", "PIL", "json"]):
-    from fuzz_targets import targets
+    from tests.fuzz.fuzz_targets import targets
 
 
 def main(name, corpus, *options):

@@ -7,7 +7,7 @@ import pytest
 
 pytest.importorskip("atheris")
 
-from fuzz_targets import targets
+from tests.fuzz.fuzz_targets import targets
 
 RUNNER = Path(__file__).with_name("run_target.py")
 TARGETS = targets()

@@ -4,7 +4,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from make_hostile import FOLDER, hostile
+
+from tests.fuzz.make_hostile import FOLDER, hostile
 
 MAX_PIXELS = 4_000_000
 BYTES_PER_PIXEL = 35  # as `decode_picture` says

@@ -10,15 +10,15 @@ import json
 from collections import Counter
 
 import pytest
-from http_parts import FACE, FACE_BYTES, PROMPT, mini_manifest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from loopback import serving
-from scripted_worker import ScriptedWorker
 
 from fastface_trt.serving.http.app import create_app
 from fastface_trt.serving.http.server import guarded_protocol
 from fastface_trt.serving.settings import ServerSettings
+from tests.serving.http.http_parts import FACE, FACE_BYTES, PROMPT, mini_manifest
+from tests.serving.loopback import serving
+from tests.serving.scripted_worker import ScriptedWorker
 
 pytestmark = pytest.mark.serving
 schemathesis = pytest.importorskip("schemathesis")
@@ -132,7 +132,8 @@ def test_bodies_that_come_near_a_good_one(server, label):
 def test_pictures_that_are_hostile(server):
     """The corpus through the front door."""
     import httpx
-    from make_hostile import hostile
+
+    from tests.fuzz.make_hostile import hostile
 
     statuses = Counter()
     with httpx.Client(base_url=server[1], timeout=SECONDS) as client:

@@ -5,7 +5,6 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from conftest import GOLDEN
 
 from fastface_trt import FastFace
 from fastface_trt.embedding.session import Session
@@ -14,6 +13,7 @@ from fastface_trt.mini.folders import SAMPLE_FACES
 from fastface_trt.runtime.presets import PRESETS
 from fastface_trt.verify.difference import compare
 from fastface_trt.verify.self_test import PICTURE_TOLERANCE, SelfTest
+from tests.conftest import GOLDEN
 
 pytestmark = pytest.mark.gpu
 

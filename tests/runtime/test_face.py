@@ -3,10 +3,8 @@ import sys
 import threading
 import warnings
 
-import face_models
 import numpy as np
 import pytest
-from face_models import draw
 
 from fastface_trt.errors import (
     BackendUnavailable,
@@ -18,6 +16,8 @@ from fastface_trt.errors import (
     WeightsError,
 )
 from fastface_trt.runtime.face import FaceAnalyzer, clip_pixels
+from tests.helpers import face_models
+from tests.helpers.face_models import draw
 
 
 @pytest.fixture(scope="module")

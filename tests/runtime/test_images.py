@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from made_pictures import encoded, gradient
 from PIL import Image
 
 from fastface_trt.errors import BadPicture
 from fastface_trt.runtime.images import load_picture
+from tests.helpers.made_pictures import encoded, gradient
 
 
 @pytest.mark.parametrize("kind", ["path", "str", "bytes", "stream", "pil", "array"])

@@ -9,7 +9,6 @@ import xml.etree.ElementTree as ET
 import numpy as np
 import pytest
 from PIL import Image
-from test_picture_file import PARAMETERS, PICTURE
 
 from fastface_trt.errors import BadPicture, InvalidRequest, StorageError
 from fastface_trt.runtime import picture_file
@@ -21,6 +20,7 @@ from fastface_trt.runtime.picture_file import (
     read_parameters,
     write_picture,
 )
+from tests.runtime.test_picture_file import PARAMETERS, PICTURE
 
 
 def segments(data):

@@ -5,15 +5,14 @@ import sys
 import threading
 import time
 
-from http_parts import mini_manifest
-from scripted_worker import ScriptedWorker
-
 from fastface_trt.serving.http import server
 from fastface_trt.serving.http.app import create_app
 from fastface_trt.serving.http.logs import log_json
 from fastface_trt.serving.http.server import listen, run_server
 from fastface_trt.serving.settings import ServerSettings
 from fastface_trt.serving.work import State
+from tests.serving.http.http_parts import mini_manifest
+from tests.serving.scripted_worker import ScriptedWorker
 
 
 class Patient(ScriptedWorker):

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from dockerfile_reader import bases, read_dockerfile
 
 from fastface_trt.cli.main import cli
 from fastface_trt.serving.http import server
 from fastface_trt.serving.http.app import about_router
+from tests.serving.dockerfile_reader import bases, read_dockerfile
 
 ROOT = Path(__file__).resolve().parents[2]
 DEPLOY = ROOT / "fastface_trt" / "serving" / "deploy"

@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-import reports
 from click.testing import CliRunner
 
 from fastface_trt.bench.report import BranchPlan, Case, Distribution, Stage, Throughput
@@ -15,6 +14,7 @@ from fastface_trt.bench.sizing import (
 )
 from fastface_trt.cli.main import cli
 from fastface_trt.errors import InvalidRequest
+from tests.bench import reports
 
 STEPS = {"exact": (("i", "ti"), ("u", "i", "ti")), "full": (("u", "i", "ti"),) * 2}
 LEAN = (("ti",), ("u", "i", "ti"))

@@ -1,7 +1,6 @@
 """A backend that is wrong at a known place: the search must name exactly that place."""
 
 import pytest
-from wrong_backend import WrongBuilder, replaced, scaled, vanishing
 
 from fastface_trt.engines.cache import EngineCache
 from fastface_trt.errors import EngineFailed, InvalidRequest
@@ -9,6 +8,7 @@ from fastface_trt.verify.inputs import module_inputs
 from fastface_trt.verify.layers import Float64Verdict, find_layer
 from fastface_trt.verify.marked_outputs import MarkableModule
 from fastface_trt.verify.modules import run_reference, verify_modules
+from tests.verify.wrong_backend import WrongBuilder, replaced, scaled, vanishing
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from spelled_out import inputs_for
 
 from fastface_trt.engines.cache import EngineCache
 from fastface_trt.engines.contract import MANIPULATION_COLUMNS
@@ -17,6 +16,7 @@ from fastface_trt.engines.ort.builder import OnnxRuntimeBuilder
 from fastface_trt.errors import ExportIncomplete
 from fastface_trt.export.probe import TOLERANCES
 from fastface_trt.mini.folders import EXPORT
+from tests.engines.onnx.spelled_out import inputs_for
 
 UNET = EXPORT / "unet" / "model.onnx"
 TOKENS = 4

@@ -9,13 +9,13 @@ from collections import Counter
 import numpy as np
 import onnx
 import pytest
-from conftest import GOLDEN
-from spelled_out import inputs_for, relative_error, session, spelled_out
 
 from fastface_trt.engines.contract import KERNEL_DOMAIN
 from fastface_trt.engines.onnx.forms import cuda_form
 from fastface_trt.export.probe import TOLERANCES
 from fastface_trt.mini.folders import EXPORT
+from tests.conftest import GOLDEN
+from tests.engines.onnx.spelled_out import inputs_for, relative_error, session, spelled_out
 
 TOKENS = 4
 REQUESTS = [(("off",), 1), (("scale_power",), 3), (("scale_power", "softmask", "off"), 2)]

@@ -7,7 +7,6 @@ import onnx
 import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
-from spelled_out import inputs_for, relative_error, session, spelled_out
 
 from fastface_trt.engines.contract import FUNCTION_NAME, KERNEL_DOMAIN
 from fastface_trt.engines.onnx.file import OnnxFile
@@ -15,6 +14,7 @@ from fastface_trt.engines.onnx.forms import cpu_form, cuda_form
 from fastface_trt.engines.ort.weights import find_weights
 from fastface_trt.engines.weight_map import digest_weights, make_map
 from fastface_trt.mini.folders import EXPORT
+from tests.engines.onnx.spelled_out import inputs_for, relative_error, session, spelled_out
 
 UNET = EXPORT / "unet" / "model.onnx"
 TOKENS = 4

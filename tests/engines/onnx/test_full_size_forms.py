@@ -4,11 +4,11 @@ from collections import Counter
 
 import onnx
 import pytest
-from test_forms_cuda import nodes_of, transposes
 
 from fastface_trt.bench.random_weights import read_graph
 from fastface_trt.engines.contract import FUNCTION_DOMAIN, KERNEL_DOMAIN
 from fastface_trt.engines.onnx.forms import cpu_form, cuda_form
+from tests.engines.onnx.test_forms_cuda import nodes_of, transposes
 
 TOKENS = 4
 

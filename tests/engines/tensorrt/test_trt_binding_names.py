@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import tensorrt_rtx
-from plugin_framework import sources
 
 from fastface_trt.engines.tensorrt.flavour import FLAVOURS
+from tests.engines.tensorrt.plugin_framework import sources
 
 FOLDER = Path(__file__).parents[3] / "engines" / "tensorrt"
 

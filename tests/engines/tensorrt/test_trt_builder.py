@@ -13,7 +13,6 @@ from pathlib import Path
 import onnx
 import pytest
 from onnx import TensorProto, helper
-from tiny_models import tree, write_module
 
 from fastface_trt.engines.backends import make_builder
 from fastface_trt.engines.cache import EngineCache
@@ -26,6 +25,7 @@ from fastface_trt.engines.tensorrt.builder import TensorRTBuilder
 from fastface_trt.engines.tensorrt.options import TensorRTOptions
 from fastface_trt.engines.tensorrt.plan import Job
 from fastface_trt.errors import BackendUnavailable, BuildFailed, EngineMismatch, StorageError
+from tests.engines.tiny_models import tree, write_module
 
 pytest.importorskip("tensorrt_rtx")
 

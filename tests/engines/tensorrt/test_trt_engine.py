@@ -6,9 +6,6 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from gpu_double import simulated_gpu
-from tiny_models import OUT, expected, write_module
-from trt_bench import Bench, rows, run, unet_like
 
 from fastface_trt.engines.device import DeviceTensor
 from fastface_trt.engines.hardware import cuda_hardware
@@ -22,6 +19,9 @@ from fastface_trt.errors import (
     InvalidRequest,
     OutOfMemory,
 )
+from tests.engines.gpu_double import simulated_gpu
+from tests.engines.tensorrt.trt_bench import Bench, rows, run, unet_like
+from tests.engines.tiny_models import OUT, expected, write_module
 
 pytestmark = pytest.mark.usefixtures("quick_collections")
 

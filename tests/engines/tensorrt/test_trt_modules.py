@@ -7,7 +7,6 @@ fp32 in SDXL's added embedding), TensorRT's parser refuses.
 import json
 
 import pytest
-from conftest import GOLDEN
 
 from fastface_trt.engines.cache import EngineCache
 from fastface_trt.engines.files import describe_file
@@ -16,6 +15,7 @@ from fastface_trt.engines.onnx.file import MODULE_KEY
 from fastface_trt.engines.tensorrt.builder import TensorRTBuilder
 from fastface_trt.engines.tensorrt.options import TensorRTOptions
 from fastface_trt.errors import BuildFailed
+from tests.conftest import GOLDEN
 
 pytest.importorskip("tensorrt_rtx")
 pytestmark = pytest.mark.engines

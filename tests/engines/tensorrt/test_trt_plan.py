@@ -4,7 +4,6 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
-from tiny_models import write_module
 
 from fastface_trt.engines.manifest import ModuleSpec
 from fastface_trt.engines.onnx.file import OnnxFile
@@ -13,6 +12,7 @@ from fastface_trt.engines.tensorrt.flavour import FLAVOURS
 from fastface_trt.engines.tensorrt.network import MessageLog, parse
 from fastface_trt.engines.tensorrt.options import TensorRTOptions
 from fastface_trt.errors import BuildFailed, InvalidRequest
+from tests.engines.tiny_models import write_module
 
 trt = pytest.importorskip("tensorrt_rtx")
 RTX = FLAVOURS["tensorrt-rtx"]

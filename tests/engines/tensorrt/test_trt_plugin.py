@@ -3,7 +3,6 @@
 import re
 import sys
 
-import plugin_framework
 import pytest
 
 from fastface_trt.engines.kernels.compile import OUTPUT_KERNEL, STATISTICS_KERNEL
@@ -15,6 +14,7 @@ from fastface_trt.engines.tensorrt.plugin import (
     require_kernel_tokens,
 )
 from fastface_trt.errors import BackendUnavailable, BuildFailed, InvalidRequest
+from tests.engines.tensorrt import plugin_framework
 
 # The sources have docstrings with stray backslashes.
 pytestmark = pytest.mark.filterwarnings("ignore:invalid escape sequence")

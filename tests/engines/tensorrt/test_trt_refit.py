@@ -10,7 +10,6 @@ import re
 
 import numpy as np
 import pytest
-from tiny_models import write_module
 
 from fastface_trt.engines.cache import EngineCache, find_donors
 from fastface_trt.engines.hardware import is_weight
@@ -26,6 +25,7 @@ from fastface_trt.engines.tensorrt.plan import PLAN
 from fastface_trt.engines.tensorrt.profiles import make_profiles
 from fastface_trt.engines.weight_map import EngineWeight, digest_weights, find_change, make_map
 from fastface_trt.errors import BackendUnavailable, BuildFailed, EngineMismatch, StorageError
+from tests.engines.tiny_models import write_module
 
 trt = pytest.importorskip("tensorrt_rtx")
 RTX = find_flavour("tensorrt-rtx")

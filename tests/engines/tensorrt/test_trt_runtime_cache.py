@@ -1,8 +1,9 @@
 """TensorRT-RTX's runtime cache: kept beside the entry, taken in again, dropped when it is wrong."""
 
 import pytest
-from gpu_double import simulated_gpu
-from trt_bench import Bench, rows, run
+
+from tests.engines.gpu_double import simulated_gpu
+from tests.engines.tensorrt.trt_bench import Bench, rows, run
 
 
 @pytest.fixture

@@ -2,13 +2,13 @@
 
 import numpy as np
 from onnx import TensorProto, helper, save
-from tiny_models import WIDTH, write_module
 
 from fastface_trt.engines.cache import EngineCache
 from fastface_trt.engines.files import describe_file
 from fastface_trt.engines.manifest import ModuleSpec, TensorSpec
 from fastface_trt.engines.tensorrt.builder import TensorRTBuilder
 from fastface_trt.engines.tensorrt.options import TensorRTOptions
+from tests.engines.tiny_models import WIDTH, write_module
 
 
 class Bench:

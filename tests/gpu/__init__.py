@@ -1,1 +1,0 @@
-"""What a real GPU can show: `make test-gpu`."""
