@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 from fastface_trt.engines.contract import IMAGE_TOKENS
 from fastface_trt.engines.device import Tensor, dtype_name
 from fastface_trt.errors import InvalidRequest
+from fastface_trt.runtime.export_folder import ModuleSet
 from fastface_trt.runtime.face import ChannelOrder, Face, FaceParser, clip_pixels, portrait_pixels
 from fastface_trt.runtime.guidance import FACE, TEXT, TEXT_AND_FACE, UNCONDITIONAL
-from fastface_trt.runtime.modules import ModuleSet
 from fastface_trt.runtime.request import GenerationRequest
 from fastface_trt.runtime.sampling import Condition
 from fastface_trt.runtime.timeline import NO_TIMELINE, Timeline

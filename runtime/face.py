@@ -39,6 +39,7 @@ from fastface_trt.errors import (
     UnknownName,
     WeightsError,
 )
+from fastface_trt.runtime.export_folder import Export
 from fastface_trt.runtime.timeline import NO_TIMELINE, Timeline
 
 PORTRAIT_SIZE = 512
@@ -203,6 +204,18 @@ class _Found:
 
 class FaceAnalyzer:
     """InsightFace's detector and recogniser, loaded at first use; may be shared by threads."""
+
+    @classmethod
+    def of_export(cls, export: Export, *, licence_acknowledged: bool = False) -> "FaceAnalyzer":
+        """An analyser with an export's face model, and with the portraits that its adapter needs.
+
+        Raises what the constructor raises.
+        """
+        return cls(
+            export.face_model,
+            licence_acknowledged=licence_acknowledged,
+            portraits=export.manifest.adapter_kind == "pulid",
+        )
 
     def __init__(
         self,

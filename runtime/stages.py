@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from fastface_trt.engines import contract
 from fastface_trt.engines.device import Device, HostDevice, Tensor
 from fastface_trt.runtime.conditioning import Conditioner
+from fastface_trt.runtime.export_folder import ModuleSet
 from fastface_trt.runtime.face import ChannelOrder, Face
-from fastface_trt.runtime.modules import ModuleSet
 from fastface_trt.runtime.request import GenerationRequest, check_size
 from fastface_trt.runtime.sampling import (
     EngineGuidance,
@@ -28,7 +28,6 @@ from fastface_trt.runtime.sampling import (
     require_finite,
     take_step,
 )
-from fastface_trt.runtime.schedule import make_schedule
 from fastface_trt.runtime.timeline import NO_TIMELINE, Timeline
 
 
@@ -62,13 +61,12 @@ class Stages:
         self, request: GenerationRequest, face_tokens: Tensor, timeline: Timeline = NO_TIMELINE
     ) -> Job:
         """The request with its prompt encoded and its schedule resolved; see `check_size`."""
-        manifest = self._modules.manifest
-        factor = manifest.vae_scale_factor
+        export = self._modules.export
         return Job.prepare(
             request,
-            make_schedule(manifest.scheduler, request.steps),
+            export.schedule(request.steps),
             self._conditioner.conditions(request, face_tokens, timeline),
-            (manifest.latent_channels, request.height // factor, request.width // factor),
+            export.manifest.latent_shape(request.height, request.width),
         )
 
     @property

@@ -34,10 +34,9 @@ class Plan:
     @classmethod
     def of(cls, request: GenerationRequest, manifest: ExportManifest) -> "Plan":
         """The plan of a request for an export."""
-        factor = manifest.vae_scale_factor
         return cls(
             tuple(len(step.branches) for step in request.guidance_steps()),
-            (manifest.latent_channels, request.height // factor, request.width // factor),
+            manifest.latent_shape(request.height, request.width),
             not (request.manipulation.uses_softmask and request.scope == "branch"),
         )
 
