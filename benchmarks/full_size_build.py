@@ -22,10 +22,7 @@ from fastface_trt.cli.build import build_display
 from fastface_trt.cli.common import console, timed_lines
 from fastface_trt.engines.backends import make_builder
 from fastface_trt.engines.cache import EngineCache
-from fastface_trt.engines.manifest import (
-    EXPORT_MANIFEST,
-    EngineManifest,
-)
+from fastface_trt.engines.manifest import EXPORT_MANIFEST, EngineManifest
 from fastface_trt.engines.tensorrt.flavour import find_flavour
 from fastface_trt.measure.machine import GB, describe_machine
 from fastface_trt.runtime.export_folder import Export

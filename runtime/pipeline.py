@@ -16,10 +16,7 @@ from fastface_trt.engines.backends import make_builder
 from fastface_trt.engines.cache import EngineCache
 from fastface_trt.engines.device import Device, HostDevice
 from fastface_trt.engines.engine import Closing, Progress
-from fastface_trt.engines.manifest import (
-    EngineManifest,
-    ExportManifest,
-)
+from fastface_trt.engines.manifest import EngineManifest, ExportManifest
 from fastface_trt.errors import InvalidRequest
 from fastface_trt.runtime.conditioning import Recent
 from fastface_trt.runtime.export_folder import Export, ModuleSet
@@ -86,7 +83,7 @@ class FastFace(Closing):
         """Open an export (see `find_export`) on a backend, building the engines it lacks.
 
         `cache` is the engine cache's folder, `threads` the CPU threads per module (default: all
-        cores). `engine_options` are the backend's own (see `builders.make_builder`); without any an
+        cores). `engine_options` are the backend's own (see `backends.make_builder`); without any an
         engine that was built with others serves too. With `build=False` a missing engine is an
         `EngineMismatch` instead of minutes of building. `licence_acknowledged` confirms the licence
         of downloaded face models. `schedule_of` names a checkpoint of the registry whose sampler
@@ -226,21 +223,21 @@ class FastFace(Closing):
         if not all(isinstance(face, Face) for face in faces):
             self._faces.load()
         seconds: dict[str, float] = {}
-        with self._timed(seconds, "face"):
+        with _timed(seconds, "face"):
             found = self._analyze_each(faces, face_index, timeline)
         self._open_engines()  # after the faces: who has none need not wait for a build
-        with self._timed(seconds, "face"):
+        with _timed(seconds, "face", self.device):
             tokens = {
                 key: self.stages.image_tokens(face, channel_order, timeline)
                 for key, face in found.items()
             }
-        with self._timed(seconds, "text"):
+        with _timed(seconds, "text", self.device):
             jobs = [
                 self.stages.job(request, tokens[id(face)], timeline)
                 for request, face in zip(requests, faces, strict=True)
             ]
         report = DenoiseReport()
-        with self._timed(seconds, "unet"):
+        with _timed(seconds, "unet", self.device):
             latents = denoise(
                 self._modules["unet"],
                 jobs,
@@ -252,7 +249,7 @@ class FastFace(Closing):
             )
         parameters = [self.parameters(request) for request in requests]
         images = []
-        with self._timed(seconds, "vae"):
+        with _timed(seconds, "vae", self.device):
             for index, one in enumerate(latents):
                 images.append(Image.fromarray(self.stages.decode(one, timeline)))
                 if on_picture is not None:
@@ -278,19 +275,9 @@ class FastFace(Closing):
 
     def _open_engines(self) -> None:
         """Build and open what every picture needs."""
-        on_host = isinstance(self.device, HostDevice)
         for name in self._modules:
-            if not (on_host and name == "guidance_step"):
+            if name != "guidance_step" or not isinstance(self.device, HostDevice):
                 self._modules[name]
-
-    @contextmanager
-    def _timed(self, seconds: dict[str, float], stage: str) -> Iterator[None]:
-        """Add the seconds that the block takes to those of the stage."""
-        device = self.device
-        started = perf_counter()
-        yield
-        device.synchronize()  # or the time would be that of queueing the work
-        seconds[stage] = seconds.get(stage, 0.0) + perf_counter() - started
 
     def parameters(self, request: GenerationRequest) -> Mapping[str, Any]:
         """What `write_picture` stores in a picture of this request, as JSON values."""
@@ -331,3 +318,13 @@ class FastFace(Closing):
         """Free the engines and what is kept on their device."""
         self.forget()
         self._modules.close()
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], stage: str, device: Device | None = None) -> Iterator[None]:
+    """Add the seconds that the block takes, its work on the device included, to the stage's."""
+    started = perf_counter()
+    yield
+    if device is not None:
+        device.synchronize()  # or the time would be that of queueing the work
+    seconds[stage] = seconds.get(stage, 0.0) + perf_counter() - started

@@ -23,10 +23,7 @@ from numpy.typing import NDArray
 from fastface_trt.engines.cache import EngineCache
 from fastface_trt.engines.engine import Progress
 from fastface_trt.engines.files import finished_folder, verify_files
-from fastface_trt.engines.manifest import (
-    EXPORT_MANIFEST,
-    ExportManifest,
-)
+from fastface_trt.engines.manifest import EXPORT_MANIFEST, ExportManifest
 from fastface_trt.errors import FastFaceError, InvalidRequest, MissingDependency, NoFaceFound
 from fastface_trt.evaluation.data import SEED, Dataset, Pair
 from fastface_trt.evaluation.experiment import Experiment, Setting, Source

@@ -26,12 +26,7 @@ from fastface_trt.engines.backends import make_builder
 from fastface_trt.engines.cache import EngineCache
 from fastface_trt.engines.engine import Progress
 from fastface_trt.engines.files import finished_folder, verify_files
-from fastface_trt.engines.manifest import (
-    EXPORT_MANIFEST,
-    EngineManifest,
-    Strict,
-    first_problem,
-)
+from fastface_trt.engines.manifest import EXPORT_MANIFEST, EngineManifest, Strict, first_problem
 from fastface_trt.engines.tensorrt.profiles import read_profiles, request_counts
 from fastface_trt.errors import InvalidRequest
 from fastface_trt.runtime.export_folder import Export
