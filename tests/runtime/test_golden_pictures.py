@@ -1,6 +1,6 @@
 """The mini model's pictures against golden ones from eager PyTorch, by perceptual distance.
 
-The golden pictures come from tests/golden_pictures.py, which shares no engine with the runtime.
+The golden pictures come from tests/helpers/golden_pictures.py, which shares no engine with the runtime.
 Bytes are not compared: another kernel rounds otherwise, and a pixel moves by a step.
 """
 
