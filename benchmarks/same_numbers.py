@@ -28,7 +28,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from time import sleep
 from typing import Any
+from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 import click
@@ -116,6 +118,7 @@ class Checkout:
                     address = re.search(r"http://127\.0\.0\.1:\d+", lines.readline())
                     if process.poll() is not None:
                         raise click.ClickException(log.read_text())
+            _wait_until_ready(address[0])
             yield address[0]
         finally:
             process.terminate()
@@ -148,6 +151,16 @@ class Checkout:
         return found
 
 
+def _wait_until_ready(address: str) -> None:
+    for _ in range(600):
+        try:
+            urlopen(f"{address}/v2/health/ready", timeout=60).close()
+            return
+        except HTTPError:
+            sleep(0.5)
+    raise click.ClickException("the server did not become ready")
+
+
 def _post(url: str, body: bytes, kind: str) -> Hashes:
     with urlopen(Request(url, body, {"Content-Type": kind}), timeout=300) as response:
         status, answer = response.status, json.load(response)
@@ -166,10 +179,10 @@ def measure(tree: Path) -> Hashes:
         checkout = Checkout(tree, Path(scratch))
         chosen = [word for preset in PRESETS for word in ("--preset", preset)]
         return {
-            "recorded cases": {plan: checkout.recorded_cases(plan) for plan in ("full", "exact")},
+            "HTTP": {name: checkout.answers(*options) for name, options in SAMPLERS.items()},
             "pictures": dict(zip(PRESETS, checkout.pictures(*chosen), strict=True))
             | {name: checkout.pictures(*options) for name, options in MORE_PICTURES.items()},
-            "HTTP": {name: checkout.answers(*options) for name, options in SAMPLERS.items()},
+            "recorded cases": {plan: checkout.recorded_cases(plan) for plan in ("full", "exact")},
         }
 
 
