@@ -199,7 +199,7 @@ def describe_machine() -> dict[str, str]:
     """What the hashes depend on beside the code."""
     cpuinfo = Path("/proc/cpuinfo")
     model = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
-    told = {"processor": model[1] if model else platform.processor(), "system": platform.platform()}
+    told = {"processor": model[1] if model else platform.processor(), "system": platform.system()}
     told["python"] = platform.python_version()
     for name in VERSIONS:
         try:
