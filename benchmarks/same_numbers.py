@@ -173,6 +173,12 @@ def _post(url: str, body: bytes, kind: str) -> Hashes:
     }
 
 
+def stay_on_one_core() -> None:
+    """This process and what it starts, where the system has a way to say so."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+
+
 def measure(tree: Path) -> Hashes:
     """All hashes of a checkout."""
     with tempfile.TemporaryDirectory(prefix="same-numbers-") as scratch:
@@ -215,8 +221,7 @@ def describe_machine() -> dict[str, str]:
 @click.option("--against", type=click.Path(exists=True, path_type=Path))
 def main(out: Path, tree: Path, against: Path | None) -> None:
     """Measure a checkout, and compare."""
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+    stay_on_one_core()
     expected = json.loads(against.read_text("utf-8")) if against else {}
     found = {"machine": describe_machine(), **measure(tree.resolve())}
     out.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", "utf-8")
