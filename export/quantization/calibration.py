@@ -67,7 +67,6 @@ class RandomCalibration:
         self.latents: list[NDArray[np.float32]] = []
 
     def run(self, unet: Engine, manifest: ExportManifest, folder: Path, progress: Progress) -> int:
-        """See `Calibration`."""
         generator = np.random.default_rng(0)
         self.latents = []
         sizes = {

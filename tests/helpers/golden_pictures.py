@@ -1,4 +1,4 @@
-"""Makes the golden pictures: `python tests/golden_pictures.py` writes tests/golden/pictures.
+"""`python -m tests.helpers.golden_pictures` writes the golden pictures, tests/golden/pictures.
 
 They are what the mini model's published weights make in eager PyTorch: text and image encoders,
 projection, UNet and VAE are the models of transformers, diffusers and `export.oracle`, the sampler
