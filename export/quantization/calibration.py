@@ -33,7 +33,7 @@ from fastface_trt.runtime.images import load_picture
 from fastface_trt.runtime.modules import ModuleSet
 from fastface_trt.runtime.presets import preset_fields
 from fastface_trt.runtime.request import GenerationRequest
-from fastface_trt.runtime.sampling import DenoiseReport, Job, denoise
+from fastface_trt.runtime.sampling import Sample, denoise
 from fastface_trt.runtime.schedule import make_schedule
 
 
@@ -178,8 +178,8 @@ class PipelineCalibration:
 
         Raises `InvalidRequest` for a picture without a face, and what the pipeline raises.
         """
-        report = DenoiseReport()
         self.latents = []
+        rows = 0
         with ModuleSet(
             folder, builder_for("onnxruntime"), EngineCache(), progress, manifest=manifest
         ) as modules:
@@ -197,15 +197,17 @@ class PipelineCalibration:
                 ).for_adapter(manifest.adapter_kind)
                 conditions = conditioner.conditions(request, tokens[index % len(tokens)])
                 factor = manifest.vae_scale_factor
-                job = Job.prepare(
+                sample = Sample(
                     request,
                     make_schedule(manifest.scheduler, manifest.steps),
                     conditions,
                     (manifest.latent_channels, request.height // factor, request.width // factor),
+                    unet.device,
                 )
-                (final,) = denoise(unet, [job], report=report)
+                (final,) = denoise(unet, [sample])
                 self.latents.append(unet.device.download(final))
-        return sum(report.rows)
+                rows += request.unet_samples
+        return rows
 
     def _analyse(self, manifest: ExportManifest, folder: Path) -> list[Face]:
         local = folder / manifest.face_model

@@ -93,11 +93,11 @@ def test_what_will_share_is_known_before_anything_is_encoded(mini):
     for index in range(60):
         request = random_task(mini, generator, str(index)).request
         plan = Plan.of(request, mini.manifest)
-        run = mini.stages.start(mini.stages.job(request, tokens))
-        for step, row in enumerate(run.job.schedule.steps):
-            run.step = step
-            assert run.sharing == plan.sharing(step), row
-            assert plan.rows[step] == len(run.guidance.branches)
+        sample = mini.stages.sample(request, tokens)
+        for step, row in enumerate(sample.schedule.steps):
+            sample.step = step
+            assert sample.sharing == plan.sharing(step), row
+            assert plan.rows[step] == len(sample.guidance.branches)
 
 
 def test_a_small_crowd_over_the_mini_model(mini):

@@ -91,14 +91,14 @@ def test_what_is_left_of_a_task_shrinks_with_its_steps():
     assert entry.remaining() == Remaining((2, 3, 3, 2), 576, unprepared=True)
     assert not entry.candidate().begun
     stages = fastface.stages
-    entry.run = stages.start(stages.job(one.request, stages.image_tokens(one.face)))
-    stages.step([entry.run])
+    entry.sample = stages.sample(one.request, stages.image_tokens(one.face))
+    stages.step([entry.sample])
     assert entry.remaining() == Remaining((3, 3, 2), 576, unprepared=False)
     candidate = entry.candidate()
     assert (candidate.order, candidate.rows, candidate.steps_left) == (7, 3, 3)
     assert candidate.begun
     assert candidate.deadline == 4.0
-    assert candidate.sharing == entry.run.sharing
+    assert candidate.sharing == entry.sample.sharing
     assert not entry.finished
 
 
