@@ -1,4 +1,4 @@
-"""A FastFace made of arithmetic: real requests, jobs, runs and guidance, engines that obey a test.
+"""A FastFace made of arithmetic: real requests, samples and guidance, engines that obey a test.
 
 What a UNet call does is said by words in the prompts of its rows:
 
