@@ -42,7 +42,8 @@ class GenerationResult:
     """Pictures of one call, in the order of the requests.
 
     images: PIL RGB pictures. requests: what made each. parameters: per picture what `write_picture`
-    stores. seconds: wall-clock time per stage (`face`, `text`, `unet`, `vae`, `total`).
+    stores. seconds: wall-clock time per stage (`face`, `text` with the noise, `unet`, `vae`,
+    `total`).
     unet_samples: rows evaluated in all; branches: per picture and step the branches that ran.
     warnings: what was changed or cut, in sentences.
     """
