@@ -1,9 +1,8 @@
-"""What a UNet is run on while its ranges are measured.
+"""Calibration of 8-bit exports: what a UNet is run on while its ranges are measured.
 
-Calibration of 8-bit exports: prompts and faces run through the pipeline, step by step.
-
-The prompts cycle through presets that together evaluate every branch and every manipulation, since
-a guided or manipulated run takes the UNet where a plain one does not.
+`PipelineCalibration` takes prompts and faces through the pipeline, step by step. The prompts cycle
+through presets that together evaluate every branch and every manipulation, since a guided or
+manipulated run takes the UNet where a plain one does not.
 """
 
 from collections.abc import Sequence
@@ -35,6 +34,11 @@ from fastface_trt.runtime.presets import preset_fields
 from fastface_trt.runtime.request import GenerationRequest
 from fastface_trt.runtime.sampling import Sample, denoise
 from fastface_trt.runtime.schedule import make_schedule
+
+PRESETS = ("plain", "am1+dcg", "am2+dcg")
+PICTURES = 32
+_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+_FIRST_SEED = 1_000_000  # away from the seeds that people try
 
 
 class Calibration(Protocol):
@@ -97,12 +101,6 @@ class RandomCalibration:
             inputs[contract.MANIPULATION][:] = 0
             unet(**inputs)
         return self._calls * self._rows
-
-
-PRESETS = ("plain", "am1+dcg", "am2+dcg")
-PICTURES = 32
-_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
-_FIRST_SEED = 1_000_000  # away from the seeds that people try
 
 
 def default_prompts() -> list[str]:
