@@ -150,6 +150,7 @@ def test_a_call_that_fails_late_is_made_again_for_each(fastface, batcher, monkey
         done = events.ending(one.id)
         np.testing.assert_array_equal(done.pixels, picture_alone(one.request, one.face))
     assert told
+    events.check(["opener", *(one.id for one in tasks)])
 
 
 def test_a_client_whose_events_cannot_be_told_harms_nobody(fastface, batcher):
