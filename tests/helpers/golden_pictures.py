@@ -26,7 +26,7 @@ from fastface_trt.export.weights import CheckpointWeights
 from fastface_trt.mini import folders
 from fastface_trt.runtime.face import FaceAnalyzer, clip_pixels
 from fastface_trt.runtime.images import load_picture
-from fastface_trt.runtime.noise import INITIAL_LATENTS, standard_noise
+from fastface_trt.runtime.sampling import INITIAL_LATENTS, standard_noise
 
 FOLDER = Path(__file__).parents[1] / "golden" / "pictures"
 STEPS, SIDE, IP_ADAPTER_SCALE = 4, 96, 0.8
