@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import astuple
 from math import prod
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 
@@ -25,7 +25,6 @@ from fastface_trt.engines import dlpack
 from fastface_trt.engines.cuda.driver import Driver, Handle
 from fastface_trt.engines.cuda.stream import LentMemory, Stream
 from fastface_trt.engines.device import (
-    ITEM_BYTES,
     Array,
     Copies,
     DeviceTensor,
@@ -34,16 +33,8 @@ from fastface_trt.engines.device import (
     Tensor,
     dtype_name,
 )
-from fastface_trt.engines.dlpack import ElementType
+from fastface_trt.engines.dtypes import FROM_TYPESTR, ITEM_BYTES, DType
 from fastface_trt.errors import EngineFailed, EngineMismatch, OutOfMemory
-
-_BY_TYPESTR: Final[dict[str, ElementType]] = {
-    "<f4": "float32",
-    "<f2": "float16",
-    "<i8": "int64",
-    "<i4": "int32",
-    "|u1": "uint8",
-}
 
 
 def borrow(
@@ -76,7 +67,7 @@ def borrow(
 def _described(
     source: object, described: dict[str, Any], wait: Callable[[int], None], writable: bool
 ) -> DeviceTensor:
-    dtype = _BY_TYPESTR.get(described["typestr"])
+    dtype = FROM_TYPESTR.get(described["typestr"])
     if dtype is None or described.get("mask") is not None:
         raise BufferError(f"elements of type {described['typestr']}, or a mask")
     shape, strides = tuple(described["shape"]), described.get("strides")
@@ -419,7 +410,7 @@ def _number(handle: Any) -> int:
     return int(handle)
 
 
-def _dtype(name: str) -> ElementType:
+def _dtype(name: str) -> DType:
     for known in ITEM_BYTES:
         if known == name:
             return known
@@ -428,7 +419,7 @@ def _dtype(name: str) -> ElementType:
     )
 
 
-def _common_dtype(tensors: Sequence[Tensor]) -> ElementType:
+def _common_dtype(tensors: Sequence[Tensor]) -> DType:
     names = sorted({dtype_name(tensor) for tensor in tensors})
     if len(names) > 1:
         raise EngineMismatch(

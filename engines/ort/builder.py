@@ -253,16 +253,16 @@ class OnnxRuntimeBuilder:
         write_threads(target, fastest_threads(prepare, usable_cores()))
 
     def refit(
-        self, donor: EngineManifest, folder: Path, module: ModuleSpec, source: Path, target: Path
+        self, base: EngineManifest, folder: Path, module: ModuleSpec, source: Path, target: Path
     ) -> Change:
-        """Write the engine of `module` into `target`: that of `donor` with other weights.
+        """Write the engine of `module` into `target`: that of `base` with other weights.
 
         Copies the optimised graph of `folder` and swaps the weights that differ; no optimisation
         runs, so it takes as long as copying. Raises `EngineMismatch` when more than weights
         differs, or a weight is not where it can be replaced.
         """
-        built = read_map(donor, folder)
-        beside = (file.path for file in donor.files if file.path not in (_GRAPH, WEIGHT_MAP))
+        built = read_map(base, folder)
+        beside = (file.path for file in base.files if file.path not in (_GRAPH, WEIGHT_MAP))
         with OnnxFile(source / module.files[0].path) as onnx:
             change = find_change(module, built, onnx)
             replace_weights(folder, target, (_GRAPH, *beside), change, onnx)

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Final, Literal
 
+from fastface_trt.engines.dtypes import FROM_ONNXRUNTIME
 from fastface_trt.engines.hardware import (
     FROM_TURING,
     RTX,
@@ -244,23 +245,13 @@ def load_onnxruntime() -> Any:
     return onnxruntime
 
 
-_TYPES = {
-    "tensor(float)": "float32",
-    "tensor(float16)": "float16",
-    "tensor(bfloat16)": "bfloat16",
-    "tensor(int64)": "int64",
-    "tensor(int32)": "int32",
-    "tensor(uint8)": "uint8",
-}
-
-
 def interface_problem(session: Any, module: ModuleSpec) -> str | None:
     """What differs between the session's inputs and outputs and the module's, None if nothing."""
     for side, actual, wanted in (
         ("inputs", session.get_inputs(), module.inputs),
         ("outputs", session.get_outputs(), module.outputs),
     ):
-        found = {node.name: _TYPES.get(node.type, node.type) for node in actual}
+        found = {node.name: FROM_ONNXRUNTIME.get(node.type, node.type) for node in actual}
         expected = {tensor.name: tensor.dtype for tensor in wanted}
         if found != expected:
             return f"its {side} are {found}, expected {expected}"

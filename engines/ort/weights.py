@@ -26,23 +26,22 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from fastface_trt.engines.hardware import is_weight
+from fastface_trt.engines.dtypes import AS_INTEGERS
 from fastface_trt.engines.onnx.file import Initializer, OnnxFile
-from fastface_trt.engines.weight_map import UNKNOWN, Change, EngineWeight, Weight
+from fastface_trt.engines.weight_map import UNKNOWN, Change, EngineWeight, Weight, is_weight
 from fastface_trt.errors import EngineMismatch
 
 Array = NDArray[Any]
 Shape = tuple[int, ...]
 
 _BLOCKS: Final = (4, 8, 16, 32)
-_STORED_AS: Final = {"bfloat16": "uint16", "float8_e4m3fn": "uint8"}
 _CASTS: Final = {("float16", "float32"), ("bfloat16", "float32")}
 """Exact ones only: a rounded copy could not be told from another weight's."""
 
 
 def view(data: memoryview, dtype: str, shape: Shape) -> Array:
     """The bytes of a weight as an array; types that numpy lacks as integers of their size."""
-    return np.frombuffer(data, _STORED_AS.get(dtype, dtype)).reshape(shape)
+    return np.frombuffer(data, AS_INTEGERS.get(dtype, dtype)).reshape(shape)
 
 
 def can_become(dtype: str, other: str) -> bool:

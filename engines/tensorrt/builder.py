@@ -239,26 +239,24 @@ class TensorRTBuilder:
         return BuildReport(**facts, built_on=cuda_hardware() | cuda_driver())
 
     def refit(
-        self, donor: EngineManifest, folder: Path, module: ModuleSpec, source: Path, target: Path
+        self, base: EngineManifest, folder: Path, module: ModuleSpec, source: Path, target: Path
     ) -> Change:
-        """Write the plan of `module` into `target`: that of `donor` with other weights.
+        """Write the plan of `module` into `target`: that of `base` with other weights.
 
-        A stripped donor gets all weights, so this is also how a shipped engine is completed. Raises
+        A stripped one gets all weights, so this is also how a shipped engine is completed. Raises
         `EngineMismatch`, `BuildFailed`, `OSError`; `BackendUnavailable` without a GPU.
         """
-        self._check(donor)
-        built = read_map(donor, folder)
+        self._check(base)
+        built = read_map(base, folder)
         with OnnxFile(source / module.files[0].path) as onnx:
             change = find_change(module, built, onnx)
-            if change.changed and not donor.options.get("refittable", False):
+            if change.changed and not base.options.get("refittable", False):
                 raise EngineMismatch(
                     f"The engine of {module.name} takes only the weights that it was built with, "
                     f"and {change.changed[0]} differs.",
                     "Build it with --refittable.",
                 )
-            refit_plan(
-                self.flavour, module, change, onnx, folder, target, stripped=_stripped(donor)
-            )
+            refit_plan(self.flavour, module, change, onnx, folder, target, stripped=_stripped(base))
         built.with_weights(change.weights).write(target)
         return change
 
