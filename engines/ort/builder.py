@@ -10,8 +10,8 @@ copies of its weights. With "extended" or "basic" the weights stay float16 and a
 file: opening takes next to no memory, and every run casts them again.
 
 For the CUDA provider a module is brought into a form of its own first (`engines.onnx.forms`), with
-the attention kernels as a custom operator where its library is at hand; see `onnxruntime_gpu` for
-how it is run. Its weights lie outside of the arena, and the arena is not laid out anew for every
+the attention kernels as a custom operator where its library is at hand; see `cuda_engine` for how
+it is run. Its weights lie outside of the arena, and the arena is not laid out anew for every
 set of shapes, so that one session serves them all with the memory that the largest needs.
 
 The providers `tensorrt` and `nv-tensorrt-rtx` compile the module whenever it is opened: what they
@@ -105,7 +105,7 @@ class OnnxRuntimeBuilder:
 
     `threads` is the number of threads per operator (None: what was fastest when the engine was
     built, one per core for large modules); it changes no engine. `provider_options` are those of
-    the CUDA provider, see `onnxruntime_options`; all but the few that change the saved graph take
+    the CUDA provider, see `ort.options`; all but the few that change the saved graph take
     effect when an engine is opened, so engines that were built with others serve.
 
     Raises `UnknownName` and `InvalidRequest` for provider options that there are not.
