@@ -198,12 +198,14 @@ class EngineCache:
                 return whole, folder
 
             def write(target: Path) -> BuildReport:
-                # Whoever reads a broken file next says what is wrong with it.
-                with suppress(FastFaceError):
-                    base = refit_base(near, module, source).manifest.key[:12]
+                base: NearMatch | None = None
+                with suppress(FastFaceError):  # whoever reads a broken file next says what is wrong
+                    base = refit_base(near, module, source)
+                if base is not None:
                     progress(
-                        f"Without a build, from engine {base}: fastface-trt refit "
-                        f"--backend {builder.backend} --export {source} --module {module.name}"
+                        f"Without a build, from engine {base.manifest.key[:12]}: fastface-trt "
+                        f"refit --backend {builder.backend} --export {source} "
+                        f"--module {module.name}"
                     )
                 progress(f"Building {module.name} for {builder.backend}")
                 return builder.build(module, source, target, progress)
@@ -274,8 +276,9 @@ class EngineCache:
 
         Its files are not verified.
         """
+        key = self.key(module, builder)
         with suppress(FastFaceError):
-            return self._manifest(self.key(module, builder))
+            return self._manifest(key)
         near = self.near_matches(module, builder)
         return next((match.manifest for match in near if match.serves), None)
 
@@ -287,15 +290,17 @@ class EngineCache:
         identity = {"options": {}, "hardware": {}} | dict(builder.identity(module))
         near = []
         for key in sorted(self._keys(), key=lambda key: -_last_use(self.root / key)):
-            with suppress(FastFaceError):
+            try:
                 manifest = self._manifest(key)
-                if (manifest.module.name, manifest.backend) != (module.name, identity["backend"]):
-                    continue
-                differences = _differences(manifest, module, identity)
-                same = _module_content(manifest.module) == _module_content(module)
-                serves = same and builder.takes(manifest)
-                refits = _takes_weights(manifest, module, builder, identity)
-                near.append(NearMatch(manifest, self.root / key, differences, serves, refits))
+            except FastFaceError:
+                continue
+            if (manifest.module.name, manifest.backend) != (module.name, identity["backend"]):
+                continue
+            differences = _differences(manifest, module, identity)
+            same = _module_content(manifest.module) == _module_content(module)
+            serves = same and builder.takes(manifest)
+            refits = _takes_weights(manifest, module, builder, identity)
+            near.append(NearMatch(manifest, self.root / key, differences, serves, refits))
         return near
 
     def expected_seconds(self, module: ModuleSpec, builder: EngineBuilder) -> float | None:

@@ -38,7 +38,7 @@ _WEIGHTS_ONLY: Final[dict[str, _Names]] = {
     "int8": _Names(1, 3, tensorrt="INT8"),
     "bool": _Names(1, 9),
 }
-_ALL: Final[dict[str, _Names]] = {**_INPUTS_AND_OUTPUTS, **_WEIGHTS_ONLY}
+_ALL: Final[dict[str, _Names]] = {str(k): v for k, v in _INPUTS_AND_OUTPUTS.items()} | _WEIGHTS_ONLY
 
 ITEM_BYTES: Final[dict[DType, int]] = {
     name: names.bytes for name, names in _INPUTS_AND_OUTPUTS.items()

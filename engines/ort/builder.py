@@ -32,7 +32,6 @@ from fastface_trt.engines.hardware import cpu_hardware, cuda_hardware
 from fastface_trt.engines.manifest import BuildReport, EngineManifest, ModuleSpec
 from fastface_trt.engines.onnx import forms
 from fastface_trt.engines.onnx.file import OnnxFile
-from fastface_trt.engines.onnx.functions import drop_repeated_initializers
 from fastface_trt.engines.ort.cuda_engine import BoundEngine
 from fastface_trt.engines.ort.operator import (
     has_operator,
@@ -208,6 +207,9 @@ class OnnxRuntimeBuilder:
             session = self._optimise(model, options)
             problem = interface_problem(session, module)
             del session  # its memory is needed again
+            # Here, because it imports the package onnx, which opening an engine does without.
+            from fastface_trt.engines.onnx.functions import drop_repeated_initializers
+
             drop_repeated_initializers(graph)
             if problem is None:
                 # A graph that still refers to the export's data, or was cut, shows here.

@@ -193,7 +193,7 @@ def _variant(binding: Any, q: Any) -> tuple[int, str]:
 
 
 def with_plugins(model: memoryview) -> bytes:
-    """An ONNX model whose decoupled attentions are the two plugins of `plugin`.
+    """An ONNX model whose decoupled attentions are the two plugins.
 
     `model` is the serialised ModelProto; external data stays where it lies. A model without the
     function comes back unchanged. Raises `ExportIncomplete` for bytes that are no ONNX model.
