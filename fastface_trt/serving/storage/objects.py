@@ -16,7 +16,6 @@ Folders made of objects share their bytes with them through hard links where the
 import errno
 import hashlib
 import os
-import secrets
 import shutil
 import time
 from collections.abc import Iterable, Iterator
@@ -27,7 +26,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from fastface_trt.engines.files import sha256_file, storage_errors
+from fastface_trt.engines.files import atomic_file, sha256_file, storage_errors
 from fastface_trt.errors import (
     ExportIncomplete,
     FastFaceError,
@@ -157,16 +156,9 @@ class Storage:
 def _write_to_directory(path: Path, blocks: Iterable[bytes]) -> None:
     with storage_errors(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}")
-        try:
-            with open(temporary, "xb") as file:
-                for block in blocks:
-                    file.write(block)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with atomic_file(path) as file:
+            for block in blocks:
+                file.write(block)
 
 
 _UNUSED_AFTER_SECONDS = 24 * 3600
