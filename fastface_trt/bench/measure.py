@@ -30,7 +30,7 @@ from fastface_trt.bench.report import (
 )
 from fastface_trt.engines.engine import Progress
 from fastface_trt.errors import MissingDependency
-from fastface_trt.measure.statistics import median_interval
+from fastface_trt.measure.statistics import Ratio
 from fastface_trt.runtime.face import Face
 from fastface_trt.runtime.guidance import BRANCH_PLANS
 from fastface_trt.runtime.guidance import BranchPlan as PlanName
@@ -317,12 +317,9 @@ def paired_ratios(cases: Sequence[Case]) -> list[PairedRatio]:
 
 
 def _paired(case: Case, over: Case) -> PairedRatio:
-    ratios = np.array(case.seconds.samples) / np.array(over.seconds.samples)
+    ratio = Ratio.paired(case.seconds.samples, over.seconds.samples)
     return PairedRatio(
-        case=case.label,
-        over=over.label,
-        ratio=float(np.median(ratios)),
-        interval=median_interval(ratios),
+        case=case.label, over=over.label, ratio=ratio.median, interval=(ratio.low, ratio.high)
     )
 
 

@@ -49,11 +49,13 @@ from fastface_trt.errors import (
 from fastface_trt.measure.style import (
     LIGHT,
     Theme,
+    add_legend,
     colour_bar,
     dress,
-    dress_legend,
+    empty_figure,
     encode,
-    themed_figure,
+    name_axes,
+    new_figure,
     title,
 )
 from fastface_trt.runtime.export_folder import find_export
@@ -365,7 +367,7 @@ def maps_figure(run: AttentionRun, block: str, theme: Theme = LIGHT) -> Figure:
     """
     rows = [run.at(block, step) for step in run.steps]
     tokens, heads = rows[0].before.shape[3], rows[0].before.shape[1]
-    figure = themed_figure(2.8 + _CELL * 2 * tokens + 1.6, 1.0 + _CELL * len(rows), theme)
+    figure = empty_figure(2.8 + _CELL * 2 * tokens + 1.6, 1.0 + _CELL * len(rows), theme)
     ratios = [2.8, _CELL * tokens + 0.8, _CELL * tokens + 0.8]
     parts: Any = figure.subfigures(1, 3, width_ratios=ratios)
     left, middle, right = parts
@@ -382,16 +384,17 @@ def maps_figure(run: AttentionRun, block: str, theme: Theme = LIGHT) -> Figure:
         for row, (one, grid) in enumerate(zip(rows, grids, strict=True)):
             for token in range(tokens):
                 axes = panels[row][token]
+                dress(axes, theme, grid=False)
                 image = axes.imshow(grid[token], vmin=0, vmax=top, cmap=theme.sequence)
                 axes.set_xticks([])
                 axes.set_yticks([])
-                if row == 0:
-                    axes.set_title(f"token {token}")
-                if token == 0:
-                    axes.set_ylabel(f"step {one.step}")
-                if row == len(rows) - 1:
-                    axes.set_xlabel("x, latent cells", fontsize=7)
-                dress(axes, theme, grid=False)
+                name_axes(
+                    axes,
+                    f"token {token}" if row == 0 else "",
+                    "x, latent cells" if row == len(rows) - 1 else "",
+                    f"step {one.step}" if token == 0 else "",
+                )
+                axes.xaxis.label.set_fontsize(7)
         part.suptitle(name, color=theme.ink, fontsize=11)
         colour_bar(part, image, panels, quantity, theme)
     y, x = rows[0].shape
@@ -409,13 +412,13 @@ def histogram_figure(run: AttentionRun, block: str, theme: Theme = LIGHT) -> Fig
     """Histograms of A and f(A) per step and token, over heads and positions."""
     rows = [run.at(block, step) for step in run.steps]
     tokens = rows[0].before.shape[3]
-    figure = themed_figure(1.0 + 2.3 * tokens, 1.2 + 1.55 * len(rows), theme)
-    panels = figure.subplots(len(rows), tokens, sharex=True, sharey=True, squeeze=False)
+    size = 1.0 + 2.3 * tokens, 1.2 + 1.55 * len(rows)
+    figure, panels = new_figure(*size, len(rows), tokens, theme=theme, sharex=True, sharey=True)
     sides = [_sides(one) for one in rows]
     bins = np.linspace(0, max(float(after.max()) for _, after in sides), BINS + 1)
     for row, (one, (before, after)) in enumerate(zip(rows, sides, strict=True)):
         for token in range(tokens):
-            axes = panels[row][token]
+            axes = panels[row * tokens + token]
             axes.hist(
                 before[..., token].ravel(), bins, color=theme.colour(0), alpha=0.45, label="A"
             )
@@ -428,14 +431,13 @@ def histogram_figure(run: AttentionRun, block: str, theme: Theme = LIGHT) -> Fig
                 label="f(A)",
             )
             axes.set_yscale("log")
-            if row == 0:
-                axes.set_title(f"token {token}")
-            if token == 0:
-                axes.set_ylabel(f"step {one.step}\ncount")
-            if row == len(rows) - 1:
-                axes.set_xlabel("weight of the token")
-            dress(axes, theme)
-    dress_legend(panels[0][-1].legend(loc="upper right"), theme)
+            name_axes(
+                axes,
+                f"token {token}" if row == 0 else "",
+                "weight of the token" if row == len(rows) - 1 else "",
+                f"step {one.step}\ncount" if token == 0 else "",
+            )
+    add_legend(panels[tokens - 1], theme=theme, loc="upper right")
     heads, positions = before.shape[:2]
     title(
         figure,
@@ -517,11 +519,10 @@ def read_attention(folder: Path) -> list[tuple[str, str, Path]]:
 
 def _picture(part: Any, run: AttentionRun, theme: Theme) -> None:
     axes = part.subplots()
-    axes.imshow(np.asarray(run.picture))
-    axes.set_xlabel("x, pixels")
-    axes.set_ylabel("y, pixels")
     dress(axes, theme, grid=False)
-    axes.set_title(_wrapped(run.request.prompt), fontsize=8)
+    axes.imshow(np.asarray(run.picture))
+    name_axes(axes, "", "x, pixels", "y, pixels")
+    axes.set_title(_wrapped(run.request.prompt), fontsize=8, color=theme.ink)
 
 
 def _wrapped(text: str, width: int = 32) -> str:
