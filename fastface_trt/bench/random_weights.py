@@ -41,9 +41,9 @@ from fastface_trt.engines.manifest import (
 )
 from fastface_trt.engines.ort.threads import usable_cores
 from fastface_trt.errors import InvalidRequest, MissingDependency
-from fastface_trt.export.byte_tokenizer import PAD_TOKENS, write_byte_tokenizer
 from fastface_trt.mini import folders
 from fastface_trt.runtime.export_folder import with_schedule_of
+from fastface_trt.runtime.tokenizer import PAD_TOKENS, write_byte_tokenizer
 
 GRAPHS: Final = Path(__file__).resolve().parent / "full_size"
 TEMPLATE: Final = "template.json"

@@ -18,6 +18,9 @@ from fastface_trt.measure.memory import GB
 
 Value = TypeVar("Value")
 
+BUSY: Final = 0.5
+"""Load average before a comparison above which its results say that they were disturbed."""
+
 PACKAGES: Final = (
     "fastface-trt",
     "numpy",

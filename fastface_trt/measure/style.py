@@ -97,7 +97,8 @@ def dress(axes: Axes, theme: Theme = LIGHT, *, grid: bool = True) -> None:
     for label in (axes.xaxis.label, axes.yaxis.label):
         label.set_color(theme.ink)
         label.set_fontsize(9)
-    axes.grid(grid, **({"color": theme.faint, "linewidth": 0.6} if grid else {}))
+    if grid:
+        axes.grid(True, color=theme.faint, linewidth=0.6)
     axes.set_axisbelow(True)
 
 

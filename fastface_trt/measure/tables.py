@@ -22,7 +22,11 @@ def print_table(out: Console, table: Table) -> None:
     """One table on a terminal."""
     drawn = RichTable(title=table.title, title_justify="left", box=box.SIMPLE, pad_edge=False)
     for column, heading in enumerate(table.headings):
-        drawn.add_column(heading, justify="left" if column < table.words else "right", no_wrap=True)
+        drawn.add_column(
+            heading,
+            justify="left" if column < table.words else "right",
+            no_wrap=column >= table.words,
+        )
     for row in table.rows:
         drawn.add_row(*row)
     out.print(drawn)
