@@ -1,7 +1,7 @@
 """The registry of checkpoints: weights, sampler, steps and size that belong together.
 
 Importable without torch, so that the command line can list it. Revisions are commit hashes of the
-hub repositories, so an export is reproducible; `--revision` and `--base` replace them.
+hub repositories, so an export is reproducible; `--base` replaces them.
 """
 
 from collections.abc import Mapping

@@ -1,8 +1,7 @@
 """Calling the pipeline again and again, with a recorder at its stages.
 
-What a benchmark asks of the pipeline, and which ways of calling it are measured.
-
-Spans for other programs: NVTX ranges while they last, and a trace file afterwards.
+A `Workload` says which ways of calling it are measured, `Measurement` takes turns between them.
+Their spans can be shown by other programs: as NVTX ranges while they last, as a trace file after.
 """
 
 import os
@@ -39,6 +38,12 @@ from fastface_trt.runtime.pipeline import FaceInput, FastFace
 from fastface_trt.runtime.presets import PRESETS
 from fastface_trt.runtime.request import GenerationRequest
 from fastface_trt.runtime.timeline import Ranges, Recorder, Span
+
+First: TypeAlias = Callable[[str, float], None]
+"""Told which case the first call was, a warm-up or not, and its seconds."""
+
+CALL = "call"
+"""The span around everything from the call to the bytes of its PNGs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,13 +132,6 @@ class Workload:
                     )
                 )
         return plans
-
-
-First: TypeAlias = Callable[[str, float], None]
-"""Told which case the first call was, a warm-up or not, and its seconds."""
-
-CALL = "call"
-"""The span around everything from the call to the bytes of its PNGs."""
 
 
 @dataclass(slots=True)

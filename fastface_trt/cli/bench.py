@@ -13,11 +13,11 @@ import click
 from rich.console import Console
 
 from fastface_trt.bench.compare import compare, comparison_tables, read_report
-from fastface_trt.bench.tables import print_report
 from fastface_trt.bench.measure import Workload, nvtx_ranges
 from fastface_trt.bench.random_weights import random_export
 from fastface_trt.bench.report import BENCH_FILE, schema_text
 from fastface_trt.bench.run import run_benchmark, write_schema
+from fastface_trt.bench.tables import print_report
 from fastface_trt.cli import STARTED
 from fastface_trt.cli.common import (
     FILE,
