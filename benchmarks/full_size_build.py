@@ -29,7 +29,8 @@ from fastface_trt.engines.manifest import (
     read_manifest,
 )
 from fastface_trt.engines.tensorrt.flavour import find_flavour
-from fastface_trt.measure.machine import GB, describe_machine
+from fastface_trt.measure.machine import describe_machine
+from fastface_trt.measure.memory import GB
 
 RESULT = Path("benchmarks/results/full-size-build.json")
 

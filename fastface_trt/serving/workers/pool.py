@@ -12,8 +12,8 @@ from time import monotonic
 
 from fastface_trt.engines.engine import Closing
 from fastface_trt.errors import Busy, FastFaceError, Unavailable
+from fastface_trt.measure.memory import resident_bytes
 from fastface_trt.runtime.face import Face
-from fastface_trt.serving.batching.batcher import resident_bytes
 from fastface_trt.serving.settings import WorkerSettings
 from fastface_trt.serving.work import (
     Load,
