@@ -23,7 +23,6 @@ from fastface_trt.errors import FastFaceError
 from fastface_trt.runtime.presets import PRESETS, preset_fields
 from fastface_trt.runtime.request import request_for
 from fastface_trt.serving.http.admission import Admission
-from fastface_trt.serving.http.bodies import BodyLimit
 from fastface_trt.serving.http.context import PICTURE_THREADS, Context, context_of
 from fastface_trt.serving.http.errors import (
     RETRY_AFTER_UNAVAILABLE,
@@ -33,16 +32,17 @@ from fastface_trt.serving.http.errors import (
     is_internal,
 )
 from fastface_trt.serving.http.faces import Faces, OwnFaces
-from fastface_trt.serving.http.front import (
+from fastface_trt.serving.http.images import images_router
+from fastface_trt.serving.http.metrics import Metrics
+from fastface_trt.serving.http.middleware import (
     ApiKeys,
-    Front,
+    BodyLimit,
     Gate,
     RateLimit,
+    RequestLog,
     has_passed_the_gate,
     record_of,
 )
-from fastface_trt.serving.http.images import images_router
-from fastface_trt.serving.http.metrics import Metrics
 from fastface_trt.serving.http.openapi import document, refusals
 from fastface_trt.serving.http.registration import faces_router
 from fastface_trt.serving.http.responses import (
@@ -203,7 +203,7 @@ def create_app(
     # The last added is the first that a request passes.
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes, seconds=settings.body_timeout)
     app.add_middleware(Gate, keys=context.keys, limit=context.limit, admission=context.admission)
-    app.add_middleware(Front, metrics=context.metrics, tracing=context.tracing)
+    app.add_middleware(RequestLog, metrics=context.metrics, tracing=context.tracing)
     return app
 
 

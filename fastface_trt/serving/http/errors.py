@@ -1,6 +1,6 @@
-"""What only an HTTP server can refuse.
+"""Errors as OpenAI's clients read them: a status, a type, a code and one sentence with its mend.
 
-Errors as OpenAI's clients read them: a status, a type, a code and one sentence with its mend.
+First those that only an HTTP server can raise, then the answer to any error.
 """
 
 import math
@@ -44,6 +44,18 @@ class UnsupportedBody(FastFaceError):
     code = "unsupported_media_type"
 
 
+class BodyTooLarge(FastFaceError):
+    """A body of more bytes than the server takes."""
+
+    code = "request_too_large"
+
+
+class BodyTimeout(FastFaceError):
+    """A body that did not arrive in time."""
+
+    code = "request_timeout"
+
+
 class InvalidField(FastFaceError):
     """A field that is unknown, missing, or of a wrong type; `param` is its name."""
 
@@ -63,6 +75,7 @@ STATUS_OF_CODE = {
     "refused": 400,
     "invalid_api_key": 401,
     "unknown_face": 404,
+    "request_timeout": 408,
     "request_too_large": 413,
     "unsupported_media_type": 415,
     "busy": 429,

@@ -16,7 +16,7 @@ from fastface_trt.errors import FastFaceError
 from fastface_trt.serving.http.bodies import form_body, json_body
 from fastface_trt.serving.http.context import context_of
 from fastface_trt.serving.http.errors import detail_of, is_internal
-from fastface_trt.serving.http.front import has_passed_the_gate
+from fastface_trt.serving.http.middleware import has_passed_the_gate
 from fastface_trt.serving.http.openapi import event_stream, form_of, json_of, refusals
 from fastface_trt.serving.http.responses import ImagesAnswer, Picture, json_answer
 from fastface_trt.serving.http.schemas import GenerationBody

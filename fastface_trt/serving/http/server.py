@@ -25,7 +25,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from fastface_trt.errors import InvalidRequest
 from fastface_trt.serving.http.context import Context
 from fastface_trt.serving.http.logs import say
-from fastface_trt.serving.pictures.fetch import client_of_address
+from fastface_trt.serving.http.middleware import client_of_address
 from fastface_trt.serving.settings import ServerSettings
 from fastface_trt.serving.work import State, Worker
 
