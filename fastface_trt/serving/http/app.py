@@ -1,6 +1,7 @@
 """The HTTP application over a worker, whatever kind of worker it is.
 
-What the server is and how it is: models, presets, health, metrics.
+`create_app` puts it together: routes, middleware, errors. The routes that say what the server is
+and how it is (models, presets, health, metrics) are here too; the others have files of their own.
 """
 
 import asyncio
@@ -60,97 +61,6 @@ from fastface_trt.serving.pictures.provenance import open_signer
 from fastface_trt.serving.settings import ServerSettings
 from fastface_trt.serving.ui.page import page_router
 from fastface_trt.serving.work import State, Worker
-
-
-def about_router() -> APIRouter:
-    """The routes that only tell."""
-    router = APIRouter()
-    keyed = [Depends(has_passed_the_gate)]
-
-    @router.get(
-        "/v1/models",
-        response_model=ModelList,
-        responses=refusals(401, 429),
-        tags=["models"],
-        dependencies=keyed,
-    )
-    async def models(request: Request) -> Response:
-        """The served export and what it can do."""
-        return json_answer(ModelList(data=[_model(context_of(request))]))
-
-    @router.get(
-        "/v1/presets",
-        response_model=PresetList,
-        responses=refusals(401, 429),
-        tags=["models"],
-        dependencies=keyed,
-    )
-    async def presets(request: Request) -> Response:
-        """The presets, and what each sets."""
-        return json_answer(PresetList(data=_presets(context_of(request))))
-
-    @router.get("/v2/health/live", response_model=HealthAnswer, tags=["health"])
-    async def live(request: Request) -> Response:
-        """Whether the process answers at all."""
-        return json_answer(HealthAnswer(state=context_of(request).admission.state.value))
-
-    @router.get(
-        "/v2/health/ready",
-        response_model=HealthAnswer,
-        responses={503: {"model": HealthAnswer, "description": "Starting, draining or dead."}},
-        tags=["health"],
-    )
-    async def ready(request: Request) -> Response:
-        """Whether it takes requests: its engines are warm and made finite pictures."""
-        state = context_of(request).admission.state
-        answer = HealthAnswer(state=state.value)
-        if state is State.READY:
-            return json_answer(answer)
-        headers = {"Retry-After": str(int(RETRY_AFTER_UNAVAILABLE))}
-        return json_answer(answer, status=503, headers=headers)
-
-    @router.get(
-        "/metrics",
-        response_class=Response,
-        responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
-        tags=["health"],
-    )
-    async def metrics(request: Request) -> Response:
-        """Prometheus' metrics."""
-        return Response(context_of(request).metrics.text(), media_type=CONTENT_TYPE_LATEST)
-
-    return router
-
-
-def _model(context: Context) -> ModelAnswer:
-    manifest = context.manifest
-    return ModelAnswer(
-        id=manifest.checkpoint,
-        created=context.started,
-        owned_by="fastface-trt",
-        size=f"{manifest.width}x{manifest.height}",
-        fixed_size=manifest.fixed_size,
-        size_unit=manifest.vae_scale_factor * 4,
-        steps=manifest.steps,
-        allowed_steps=list(manifest.allowed_steps),
-        max_pictures=context.settings.max_pictures,
-        backend=context.backend,
-        checkpoint=manifest.checkpoint,
-        adapter=manifest.adapter,
-        adapter_kind=manifest.adapter_kind,
-        precision=manifest.precision,
-        scheduler=str(manifest.scheduler["class"]),
-    )
-
-
-def _presets(context: Context) -> list[PresetAnswer]:
-    answers = []
-    for name in PRESETS:
-        values = request_for(context.manifest, name, preset=name).to_dict()
-        fields = preset_fields(name, context.manifest.steps)
-        answers.append(PresetAnswer(name=name, fields={field: values[field] for field in fields}))
-    return answers
-
 
 SWEEP_SECONDS = 5.0
 """How often faces whose time is over are dropped, though nobody asks for them."""
@@ -281,4 +191,91 @@ def _describe(app: FastAPI, *, secured: bool) -> None:
     app.openapi = openapi  # type: ignore[method-assign]  # FastAPI's documented way
 
 
-__all__ = ["create_app"]
+def about_router() -> APIRouter:
+    """The routes of models, presets, health and metrics."""
+    router = APIRouter()
+    keyed = [Depends(has_passed_the_gate)]
+
+    @router.get(
+        "/v1/models",
+        response_model=ModelList,
+        responses=refusals(401, 429),
+        tags=["models"],
+        dependencies=keyed,
+    )
+    async def models(request: Request) -> Response:
+        """The served export and what it can do."""
+        return json_answer(ModelList(data=[_model(context_of(request))]))
+
+    @router.get(
+        "/v1/presets",
+        response_model=PresetList,
+        responses=refusals(401, 429),
+        tags=["models"],
+        dependencies=keyed,
+    )
+    async def presets(request: Request) -> Response:
+        """The presets, and what each sets."""
+        return json_answer(PresetList(data=_presets(context_of(request))))
+
+    @router.get("/v2/health/live", response_model=HealthAnswer, tags=["health"])
+    async def live(request: Request) -> Response:
+        """Whether the process answers at all."""
+        return json_answer(HealthAnswer(state=context_of(request).admission.state.value))
+
+    @router.get(
+        "/v2/health/ready",
+        response_model=HealthAnswer,
+        responses={503: {"model": HealthAnswer, "description": "Starting, draining or dead."}},
+        tags=["health"],
+    )
+    async def ready(request: Request) -> Response:
+        """Whether it takes requests: its engines are warm and made finite pictures."""
+        state = context_of(request).admission.state
+        answer = HealthAnswer(state=state.value)
+        if state is State.READY:
+            return json_answer(answer)
+        headers = {"Retry-After": str(int(RETRY_AFTER_UNAVAILABLE))}
+        return json_answer(answer, status=503, headers=headers)
+
+    @router.get(
+        "/metrics",
+        response_class=Response,
+        responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
+        tags=["health"],
+    )
+    async def metrics(request: Request) -> Response:
+        """Prometheus' metrics."""
+        return Response(context_of(request).metrics.text(), media_type=CONTENT_TYPE_LATEST)
+
+    return router
+
+
+def _model(context: Context) -> ModelAnswer:
+    manifest = context.manifest
+    return ModelAnswer(
+        id=manifest.checkpoint,
+        created=context.started,
+        owned_by="fastface-trt",
+        size=f"{manifest.width}x{manifest.height}",
+        fixed_size=manifest.fixed_size,
+        size_unit=manifest.vae_scale_factor * 4,
+        steps=manifest.steps,
+        allowed_steps=list(manifest.allowed_steps),
+        max_pictures=context.settings.max_pictures,
+        backend=context.backend,
+        checkpoint=manifest.checkpoint,
+        adapter=manifest.adapter,
+        adapter_kind=manifest.adapter_kind,
+        precision=manifest.precision,
+        scheduler=str(manifest.scheduler["class"]),
+    )
+
+
+def _presets(context: Context) -> list[PresetAnswer]:
+    answers = []
+    for name in PRESETS:
+        values = request_for(context.manifest, name, preset=name).to_dict()
+        fields = preset_fields(name, context.manifest.steps)
+        answers.append(PresetAnswer(name=name, fields={field: values[field] for field in fields}))
+    return answers

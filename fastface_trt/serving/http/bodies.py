@@ -28,10 +28,7 @@ def media_type(request: Request) -> str:
 
 async def json_body(request: Request, model: type[Body]) -> Body:
     """A JSON body. Raises `InvalidField`, `UnsupportedBody`."""
-    if media_type(request) != "application/json":
-        raise UnsupportedBody(
-            f"The body's type is {media_type(request) or 'not said'!r}.", "Send application/json."
-        )
+    _check_type(request, "application/json")
     data = await request.body()
     try:
         if len(data) < QUICK_BYTES:
@@ -50,11 +47,7 @@ async def form_body(
     `name[key]` a member of an object, as OpenAI's clients write them. Raises `InvalidField`,
     `UnsupportedBody`.
     """
-    if media_type(request) != "multipart/form-data":
-        raise UnsupportedBody(
-            f"The body's type is {media_type(request) or 'not said'!r}.",
-            "Send multipart/form-data.",
-        )
+    _check_type(request, "multipart/form-data")
     parser = _InMemory(
         request.headers,
         request.stream(),
@@ -92,6 +85,13 @@ async def form_body(
         raise invalid_field(error.errors(include_input=False, include_url=False)) from None
 
 
+def _check_type(request: Request, wanted: str) -> None:
+    if media_type(request) != wanted:
+        raise UnsupportedBody(
+            f"The body's type is {media_type(request) or 'not said'!r}.", f"Send {wanted}."
+        )
+
+
 class _InMemory(MultiPartParser):
     """Starlette's parser puts files of a megabyte on the disk; a face must not be there."""
 
@@ -110,6 +110,7 @@ def _put(values: dict[str, Any], name: str, text: str, text_fields: frozenset[st
     """Set the field `name`, `name[]` or `name[key][key]` of `values`."""
     root, *keys = re.split(r"\[|\]\[", name.removesuffix("]"), maxsplit=MAX_DEPTH)
     value = text if root in text_fields else _decoded(text)
+    twice = InvalidField(f"The field {root!r} is given twice.", "Give it once.", param=root)
     place, key = values, root
     for next_key in keys:
         if next_key == "":
@@ -117,13 +118,13 @@ def _put(values: dict[str, Any], name: str, text: str, text_fields: frozenset[st
             if isinstance(place[key], list):
                 place[key].append(value)
                 return
-            raise InvalidField(f"The field {root!r} is given twice.", "Give it once.", param=root)
+            raise twice
         inner = place.setdefault(key, {})
         if not isinstance(inner, dict):
-            raise InvalidField(f"The field {root!r} is given twice.", "Give it once.", param=root)
+            raise twice
         place, key = inner, next_key
     if key in place:
-        raise InvalidField(f"The field {root!r} is given twice.", "Give it once.", param=root)
+        raise twice
     place[key] = value
 
 

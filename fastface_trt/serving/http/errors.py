@@ -11,7 +11,12 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from fastface_trt.errors import Busy, FastFaceError, Unavailable
-from fastface_trt.serving.http.responses import ErrorAnswer, ErrorDetail, json_answer
+from fastface_trt.serving.http.responses import (
+    ErrorAnswer,
+    ErrorDetail,
+    json_answer,
+    server_sent_event,
+)
 
 
 class InvalidApiKey(FastFaceError):
@@ -140,6 +145,12 @@ def error_answer(error: FastFaceError, request_id: str) -> Response:
         headers["WWW-Authenticate"] = "Bearer"
     answer = ErrorAnswer(error=detail_of(error, request_id))
     return json_answer(answer, status=status_of(error), headers=headers)
+
+
+def error_event(error: FastFaceError, request_id: str) -> bytes:
+    """The same at the end of a streamed answer, whose status has been sent."""
+    detail = detail_of(error, request_id).model_dump()
+    return server_sent_event("error", {"type": "error", "error": detail})
 
 
 def http_error_answer(error: HTTPException) -> Response:

@@ -30,7 +30,7 @@ from fastface_trt.serving.http.errors import (
     RateLimited,
     error_answer,
 )
-from fastface_trt.serving.http.logs import FIELDS, LOGGER, say
+from fastface_trt.serving.http.logs import FIELDS, LOGGER, log_event
 from fastface_trt.serving.http.metrics import Metrics
 from fastface_trt.serving.http.tracing import Tracing
 
@@ -143,7 +143,7 @@ class RequestLog:
         if record.prompt is not None:
             fields["prompt"] = record.prompt
         quiet = route in ("/metrics", "/v2/health/live", "/v2/health/ready") and status == 200
-        say("request", level=logging.DEBUG if quiet else logging.INFO, **fields)
+        log_event("request", level=logging.DEBUG if quiet else logging.INFO, **fields)
 
 
 def path_of(scope: Scope) -> str:

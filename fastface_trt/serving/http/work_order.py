@@ -22,7 +22,7 @@ from fastface_trt.runtime.request import GenerationRequest, check_size, request_
 from fastface_trt.serving.http.context import Context
 from fastface_trt.serving.http.errors import InvalidField
 from fastface_trt.serving.http.middleware import Record, record_of
-from fastface_trt.serving.http.responses import Usage
+from fastface_trt.serving.http.responses import Picture, Usage
 from fastface_trt.serving.http.schemas import GenerationBody, ScaleBody, given
 from fastface_trt.serving.http.tasks import SubmittedTasks, within
 from fastface_trt.serving.pictures.files import decode_base64, decode_picture
@@ -63,14 +63,20 @@ class WorkOrder:
         """Of the files that it is answered with."""
         return self.body.output_format or "png"
 
-    async def file(self, done: PictureDone) -> str:
-        """The picture as the server gives it away: a marked, perhaps signed file in base64.
+    async def picture(self, index: int, done: PictureDone) -> Picture:
+        """The picture of the `index`-th task as the server gives it away: marked, perhaps signed.
 
         Raises `Refused` where a check does not let it out, and `SigningFailed`.
         """
         await self.context.checks.check_result(done.pixels)
         self.record.seconds.append(done.seconds)
-        return await self._encoded(done.pixels, done.parameters)
+        return Picture(
+            b64_json=await self._encoded(done.pixels, done.parameters),
+            seed=self.tasks[index].request.seed,
+            parameters=dict(done.parameters),
+            warnings=list(done.warnings),
+            seconds=dict(done.seconds),
+        )
 
     async def preview_file(self, preview: Pixels) -> str:
         """A preview as a file in base64, marked and signed like a picture."""

@@ -366,12 +366,12 @@ class ServedModel:
 
     def _guarded(self, pending: _PendingRequest, task_id: str, message: _Message) -> None:
         try:
-            self._one(pending, task_id, message)
+            self._dispatch(pending, task_id, message)
         except Exception as problem:  # ours: it must not take the answers of others with it
             if task_id in self._waiting:
                 self._fail(pending, problem)
 
-    def _one(self, pending: _PendingRequest, task_id: str, message: _Message) -> None:
+    def _dispatch(self, pending: _PendingRequest, task_id: str, message: _Message) -> None:
         if isinstance(message, _PendingRequest):
             self._start(pending)
         elif isinstance(message, _FaceFound):
