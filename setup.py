@@ -1,12 +1,12 @@
-"""Which packages there are: found, each once, under the names that they are imported by; and README.
+"""Which packages there are, found, each once, under the names that they are imported by; README.
 
 export, engines and runtime lie beside the package, and links in it make them its sub-packages in a
 clone. A build goes by the folders themselves, because a checkout may hold files in place of links
 (Windows), and what is reached both ways would be in the wheel twice.
 
-A package index shows README without the files beside it, so its relative links and pictures are made
-absolute, below `Repository` of [project.urls] in pyproject.toml, once there is one. Everything else
-is in pyproject.toml.
+A package index shows README without the files beside it, so its relative links and pictures are
+made absolute, below `Repository` of [project.urls] in pyproject.toml, once there is one. Everything
+else is in pyproject.toml.
 """
 
 import re
@@ -22,7 +22,6 @@ packages = [PACKAGE, *(f"{PACKAGE}.{name}" for name in find_packages(PACKAGE, ex
 for folder in FOLDERS:
     packages += [f"{PACKAGE}.{folder}"]
     packages += [f"{PACKAGE}.{folder}.{name}" for name in find_packages(folder)]
-
 
 
 def readme_for_an_index(text: str, repository: str | None) -> str:

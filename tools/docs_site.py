@@ -2,7 +2,8 @@
 
 Links of README and of docs/ are those of the repository, so that the files read as they are. On the
 site README is index.md, and what a link finds outside of docs/ lies under repository/: source files
-as pages, everything else as it is. The page of commands is written from the command line's own help.
+as pages, everything else as it is. The pages of commands and of Python names are written from the
+code.
 """
 
 import inspect
@@ -127,11 +128,15 @@ def python_names() -> str:
     from fastface_trt.embedding.session import Session
     from fastface_trt.errors import FastFaceError
 
-    parts = ["# Python", "", "Public names of `fastface_trt`, and `fastface_trt.embedding.session`."]
+    parts = [
+        "# Python",
+        "",
+        "Public names of `fastface_trt`, and the session over your own memory.",
+    ]
     shown: list[Any] = [FastFace, GenerationRequest, GenerationResult, FastFaceError, Session]
     for one in shown:
         parts.extend(["", f"## {one.__name__}", "", "```text", inspect.getdoc(one) or "", "```"])
-        for name, member in inspect.getmembers_static(one):
+        for name, member in vars(one).items():
             function = getattr(member, "__func__", member)
             if name == "__call__" or not name.startswith("_"):
                 if not inspect.isfunction(function) or function.__module__ != one.__module__:
