@@ -1,4 +1,4 @@
-"""Rules of the house that no linter knows: who imports torch, how long files are."""
+"""Rules of the house that no linter knows: who imports torch, how long files are, README."""
 
 import ast
 import re
@@ -80,3 +80,16 @@ def test_dependencies_point_one_way():
         for path in (ROOT / folder).rglob("*.py"):
             used = set(re.findall(r"from fastface_trt\.(\w+)", path.read_text()))
             assert not used & forbidden, f"{path.name} imports {used & forbidden}"
+
+
+def test_readme_links_and_commands_exist():
+    readme = (ROOT / "README.md").read_text()
+    for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", readme):
+        assert (ROOT / target).exists(), target
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
+    for target in re.findall(r"`make ([a-z-]+)`", readme):
+        assert target in targets, target
+    from fastface_trt.cli.main import cli
+
+    for command in re.findall(r"fastface-trt ([a-z]+)", readme):
+        assert command in cli.commands, command
