@@ -6,6 +6,7 @@ as pages, everything else as it is. The pages of commands and of Python names ar
 code.
 """
 
+import ast
 import inspect
 import os
 import posixpath
@@ -135,14 +136,16 @@ def python_names() -> str:
     ]
     shown: list[Any] = [FastFace, GenerationRequest, GenerationResult, FastFaceError, Session]
     for one in shown:
-        parts.extend(["", f"## {one.__name__}", "", "```text", inspect.getdoc(one) or "", "```"])
+        parts.extend(["", f"## {one.__name__}", "", inspect.getdoc(one) or ""])
         for name, member in vars(one).items():
             function = getattr(member, "__func__", member)
             if name == "__call__" or not name.startswith("_"):
                 if not inspect.isfunction(function) or function.__module__ != one.__module__:
                     continue
-                head = f"{name}{inspect.signature(function)}"
-                body = textwrap.indent(inspect.getdoc(function) or "", "    ")
-                parts.extend(["", "```text", textwrap.fill(head, 96, subsequent_indent="        ")])
-                parts.extend([*([body] if body else []), "```"])
+                # As the source writes it: evaluated types fill lines, and defaults have addresses.
+                (written,) = ast.parse(textwrap.dedent(inspect.getsource(function))).body
+                assert isinstance(written, ast.FunctionDef)
+                head = f"{name}({ast.unparse(written.args)})"
+                head = textwrap.fill(head, 84, subsequent_indent=" " * 8)
+                parts.extend(["", "```python", head, "```", "", inspect.getdoc(function) or ""])
     return "\n".join(parts) + "\n"
