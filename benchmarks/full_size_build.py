@@ -22,9 +22,13 @@ from fastface_trt.cli.build import build_display
 from fastface_trt.cli.common import console, timed_lines
 from fastface_trt.engines.backends import make_builder
 from fastface_trt.engines.cache import EngineCache
-from fastface_trt.engines.manifest import EXPORT_MANIFEST, EngineManifest
+from fastface_trt.engines.manifest import (
+    EXPORT_MANIFEST,
+    EngineManifest,
+)
 from fastface_trt.engines.tensorrt.flavour import find_flavour
-from fastface_trt.measure.machine import GB, describe_machine
+from fastface_trt.measure.machine import describe_machine
+from fastface_trt.measure.memory import GB
 from fastface_trt.runtime.export_folder import Export
 
 RESULT = Path("benchmarks/results/full-size-build.json")

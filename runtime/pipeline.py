@@ -23,7 +23,7 @@ from fastface_trt.runtime.export_folder import Export, ModuleSet
 from fastface_trt.runtime.face import ChannelOrder, Face, FaceAnalyzer
 from fastface_trt.runtime.images import PictureSource, load_picture
 from fastface_trt.runtime.request import GenerationRequest, request_for
-from fastface_trt.runtime.sampling import DenoiseReport, OnStep, denoise
+from fastface_trt.runtime.sampling import OnStep, denoise
 from fastface_trt.runtime.stages import Stages
 from fastface_trt.runtime.timeline import NO_TIMELINE, Timeline
 
@@ -39,9 +39,10 @@ class GenerationResult:
     """Pictures of one call, in the order of the requests.
 
     images: PIL RGB pictures. requests: what made each. parameters: per picture what `write_picture`
-    stores. seconds: wall-clock time per stage (`face`, `text`, `unet`, `vae`) and their `total`,
-    without what it took to build and open models. unet_samples: rows evaluated in all; branches:
-    per picture and step the branches that ran. warnings: what was changed or cut, in sentences.
+    stores. seconds: wall-clock time per stage (`face`, `text` with the noise, `unet`, `vae`) and
+    their `total`, without what it took to build and open models. unet_samples: rows evaluated in
+    all; branches: per picture and step the branches that ran. warnings: what was changed or cut, in
+    sentences.
     """
 
     images: list[Image.Image]
@@ -232,19 +233,17 @@ class FastFace(Closing):
                 for key, face in found.items()
             }
         with _timed(seconds, "text", self.device):
-            jobs = [
-                self.stages.job(request, tokens[id(face)], timeline)
+            samples = [
+                self.stages.sample(request, tokens[id(face)], timeline)
                 for request, face in zip(requests, faces, strict=True)
             ]
-        report = DenoiseReport()
         with _timed(seconds, "unet", self.device):
             latents = denoise(
                 self._modules["unet"],
-                jobs,
+                samples,
                 guidance=self.stages.guidance,
                 on_step=on_step,
                 max_rows=max_rows,
-                report=report,
                 timeline=timeline,
             )
         parameters = [self.parameters(request) for request in requests]
@@ -259,8 +258,8 @@ class FastFace(Closing):
             requests,
             parameters,
             seconds | {"total": sum(seconds.values())},
-            sum(report.rows),
-            [[step.branches for step in job.guidance] for job in jobs],
+            sum(request.unet_samples for request in requests),
+            [[step.branches for step in sample.guidance_steps] for sample in samples],
             self.warnings(requests),
         )
 

@@ -1,12 +1,10 @@
-"""What this machine can do at best, and the least time that a module can take on it.
+"""What this machine can do at best, and the least time that a call's stages can take on it.
 
 The floor is the roofline model's (Williams, Waterman, Patterson 2009): a module takes at least its
 operations over the machine's rate of operations, and at least its bytes over the rate of bytes.
 Both rates are measured here, with the backend that is benchmarked, so that the floor is one that
 this machine has been seen to reach: products of matrices of several shapes, the best of them, and
 copies of arrays far larger than any cache.
-
-The floor of every stage of a measured call: what its module must compute and move.
 """
 
 import os

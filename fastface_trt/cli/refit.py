@@ -13,14 +13,14 @@ from fastface_trt.runtime.export_folder import Export
 
 @click.command("refit")
 @backend_options
-@click.option("--from", "donor", type=FOLDER, help="Use the engines of this export [the newest].")
+@click.option("--from", "base", type=FOLDER, help="Use the engines of this export [the newest].")
 @click.option("--module", "modules", multiple=True, help="Only this module (repeatable).")
 def refit_command(
     export_folder: str,
     backend: str,
     cache: Path | None,
     threads: int | None,
-    donor: Path | None,
+    base: Path | None,
     modules: tuple[str, ...],
 ) -> None:
     """Make the engines of an export from built ones whose graphs are the same.
@@ -30,7 +30,7 @@ def refit_command(
     export's probe before it counts.
     """
     export = Export.open(export_folder)
-    start = None if donor is None else Export.open(donor)
+    start = None if base is None else Export.open(base)
     for name in modules:
         export.module(name)
         if start is not None:
@@ -52,7 +52,7 @@ def refit_command(
 
 
 def _words(report: RefitReport) -> str:
-    if report.donor is None:
+    if report.base is None:
         return f"{report.module}: this engine exists"
     errors = "no probe"
     if report.probe_errors is not None:

@@ -18,10 +18,8 @@
     scheduler = "lightning"
     steps = 2
 
-The fields are those of `settings.FIELDS`. With `pixels = true` each picture is also compared with
+The fields are those of `FIELDS`. With `pixels = true` each picture is also compared with
 its baseline's picture of the same pair, and all pictures of baselines are kept for that.
-
-A setting: the fields that an experiment gives, and the request that comes of them.
 """
 
 import json
@@ -82,6 +80,8 @@ FIELDS = (
     *(f"{part}.{name}" for part in PARTS for name in _MANIPULATION),
     *SOURCE_FIELDS,
 )
+_OWN = ("name", "line", "axes")
+"""Keys of a `[[settings]]` table that are not fields of a request."""
 
 
 @dataclass(frozen=True)
@@ -176,10 +176,6 @@ def _part(fields: Mapping[str, Any], part: str, base: PartManipulation) -> PartM
             "Name a preset with am1 or am2, or give kind.",
         )
     return replace_checked(base, given)
-
-
-_OWN = ("name", "line", "axes")
-"""Keys of a `[[settings]]` table that are not fields of a request."""
 
 
 class Experiment(Strict):
@@ -373,6 +369,3 @@ def _name(axes: Mapping[str, Any]) -> str:
 def _slug(name: str) -> str:
     """A name that is also a folder's: letters, digits and +=.,- stay, the rest becomes `-`."""
     return re.sub(r"[^\w+=.,-]+", "-", name).strip("-.") or "setting"
-
-
-__all__ = ["Experiment", "built_in", "flattened", "load_experiment", "parse_experiment"]
