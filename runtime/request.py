@@ -219,9 +219,8 @@ def check_size(manifest: ExportManifest, request: GenerationRequest) -> None:
             f"This export makes only {manifest.width}x{manifest.height} pictures.",
             "Export without --fixed-size for others.",
         )
-    unit = manifest.vae_scale_factor * 4  # the UNet halves the latents twice
-    if any(side % unit for side in size):
+    if any(side % manifest.size_unit for side in size):
         raise InvalidRequest(
             f"{request.width}x{request.height} does not fit the model.",
-            f"Width and height must be multiples of {unit} pixels.",
+            f"Width and height must be multiples of {manifest.size_unit} pixels.",
         )

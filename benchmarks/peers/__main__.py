@@ -76,9 +76,7 @@ def make_work(fastface: FastFace, preset: str, **fields: Any) -> Work:
     request = fastface.request(
         PROMPT, preset=preset, seed=SEED, negative_prompt=NEGATIVE_PROMPT, **fields
     )
-    manifest = fastface.manifest
-    factor = manifest.vae_scale_factor
-    shape = (manifest.latent_channels, request.height // factor, request.width // factor)
+    shape = fastface.manifest.latent_shape(request.height, request.width)
     return Work(preset, request, fastface.analyze(FACE), shape)
 
 

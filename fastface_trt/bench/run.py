@@ -27,7 +27,6 @@ from fastface_trt.engines.files import (
     storage_errors,
     write_text_durably,
 )
-from fastface_trt.engines.manifest import EXPORT_MANIFEST, ExportManifest, read_manifest
 from fastface_trt.errors import MissingDependency
 from fastface_trt.measure import statistics
 from fastface_trt.measure.machine import (
@@ -37,7 +36,7 @@ from fastface_trt.measure.machine import (
     machine_state,
 )
 from fastface_trt.measure.memory import peak_bytes
-from fastface_trt.runtime.export_folder import find_export
+from fastface_trt.runtime.export_folder import Export
 from fastface_trt.runtime.pipeline import FastFace
 from fastface_trt.runtime.timeline import Ranges
 
@@ -141,10 +140,9 @@ def _measure(
 def _with_roofline(report: BenchReport, load: Mapping[str, Any], progress: Progress) -> BenchReport:
     """The report with the floors of one case's stages: one picture of the last preset, cached."""
     case = [one for one in report.cases if one.requests == one.concurrency == 1][-1]
-    export = find_export(load["export"])
-    manifest = read_manifest(export / EXPORT_MANIFEST, ExportManifest)
+    export = Export.open(load["export"])
     builder = make_builder(
-        manifest,
+        export.manifest,
         load["backend"],
         threads=load.get("threads"),
         options=load.get("engine_options"),
@@ -153,10 +151,11 @@ def _with_roofline(report: BenchReport, load: Mapping[str, Any], progress: Progr
     progress("Measuring what the machine can do at best")
     try:
         rates = measure_rates(
-            builder, dtype="float32" if on_host or manifest.precision == "fp32" else "float16"
+            builder,
+            dtype="float32" if on_host or export.manifest.precision == "fp32" else "float16",
         )
         floors = stage_floors(
-            case.stages, manifest, export, rates, height=report.work.height, width=report.work.width
+            case.stages, export, rates, height=report.work.height, width=report.work.width
         )
     except MissingDependency as error:
         said = (*report.notes, f"There is no roofline: {error.message} {error.mend}")

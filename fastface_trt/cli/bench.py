@@ -35,7 +35,7 @@ from fastface_trt.engines.cache import EngineCache
 from fastface_trt.errors import BadPicture, InvalidRequest, UnknownName
 from fastface_trt.measure.tables import print_table
 from fastface_trt.mini.folders import SAMPLE_FACES
-from fastface_trt.runtime.export_folder import find_export
+from fastface_trt.runtime.export_folder import Export
 from fastface_trt.runtime.guidance import BRANCH_PLANS
 from fastface_trt.runtime.presets import PRESETS
 
@@ -197,7 +197,7 @@ def _bench(
         **counts,
     )
     line = timed_lines(console())
-    folder = find_export(export_folder)
+    folder = Export.open(export_folder).folder
     if random_weights and export_folder == "mini":
         folder = random_export(checkpoint, precision, workload.steps, EngineCache(cache), line)
     load = {

@@ -17,6 +17,9 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 FOLDER = click.Path(path_type=Path, file_okay=False)
 FILE = click.Path(path_type=Path, dir_okay=False)
+EXPORT_HELP = (
+    "An export's folder, or mini: the small model of the package (a folder of that name is ./mini)."
+)
 
 
 class Counts(click.ParamType[tuple[int, ...]]):
@@ -88,7 +91,7 @@ def backend_options(command: Command) -> Command:
             default="mini",
             show_default=True,
             metavar="FOLDER",
-            help="An export's folder, or mini: the small model of the package.",
+            help=EXPORT_HELP,
         ),
     ):
         command = option(command)

@@ -19,9 +19,8 @@ from fastface_trt.cli.common import (
     provider_option,
     timed_lines,
 )
-from fastface_trt.engines.manifest import EXPORT_MANIFEST, ExportManifest, read_manifest
 from fastface_trt.errors import InvalidRequest, MissingDependency, StorageError
-from fastface_trt.runtime.export_folder import find_export, with_schedule_of
+from fastface_trt.runtime.export_folder import Export
 from fastface_trt.serving.settings import ServerSettings, Settings, WorkerSettings
 
 Kind = TypeVar("Kind", bound=Settings)
@@ -196,12 +195,10 @@ def _serve(
         _serve_on_ray(worker_settings, settings, count, ray)
         return 0
     worker_settings = with_obtained(worker_settings, progress=timed_lines(console()))
-    manifest = read_manifest(find_export(worker_settings.export) / EXPORT_MANIFEST, ExportManifest)
-    if worker_settings.schedule_of is not None:
-        manifest = with_schedule_of(manifest, worker_settings.schedule_of)
+    export = Export.open(worker_settings.export, schedule_of=worker_settings.schedule_of)
     placed, environments = place_workers(worker_settings, count)
     pool = WorkerPool(placed, environments=environments)
-    app = create_app(pool, settings, manifest, backend=worker_settings.backend)
+    app = create_app(pool, settings, export.manifest, backend=worker_settings.backend)
     log_json(sys.stderr)
     with listen(settings) as listener, pool:
         status = run_server(app, pool, settings, listener)

@@ -29,7 +29,6 @@ from fastface_trt.engines.cache import EngineCache
 from fastface_trt.engines.device import Device, Tensor
 from fastface_trt.engines.engine import Closing, Engine, EngineBuilder, Progress
 from fastface_trt.engines.files import storage_errors, verify_files, write_text_durably
-from fastface_trt.engines.manifest import EXPORT_MANIFEST, ExportManifest, read_manifest
 from fastface_trt.engines.ort.builder import OnnxRuntimeBuilder
 from fastface_trt.errors import (
     EngineFailed,
@@ -50,10 +49,9 @@ from fastface_trt.measure.style import (
     new_figure,
     title,
 )
-from fastface_trt.runtime.export_folder import find_export
+from fastface_trt.runtime.export_folder import Export, ModuleSet
 from fastface_trt.runtime.face import FaceAnalyzer
 from fastface_trt.runtime.guidance import FACE, TEXT_AND_FACE
-from fastface_trt.runtime.modules import ModuleSet
 from fastface_trt.runtime.picture_file import write_picture
 from fastface_trt.runtime.pipeline import FaceInput, FastFace
 from fastface_trt.runtime.request import GenerationRequest
@@ -135,7 +133,7 @@ def decoupled_blocks(export: str | Path = "mini") -> tuple[str, ...]:
 
     Raises `MissingDependency` without the export extra, `ExportIncomplete`, `ManifestError`.
     """
-    return tuple(attention_tensors(open_unet(find_export(export))))
+    return tuple(attention_tensors(open_unet(Export.open(export))))
 
 
 def choose_blocks(known: Sequence[str], patterns: Sequence[str]) -> tuple[str, ...]:
@@ -177,14 +175,10 @@ def collect_attention(
     Raises `MissingDependency` without the export extra, `UnknownName` for a block,
     `InvalidRequest` for a step that the run has not, and the errors of `FastFace.generate`.
     """
-    folder = find_export(export)
+    opened = Export.open(export)
     builder = OnnxRuntimeBuilder(threads=threads)
-    modules = WatchedModules(folder, builder, EngineCache(cache), progress)
-    manifest = modules.manifest
-    local = folder / manifest.face_model
-    faces = FaceAnalyzer(
-        local if local.is_dir() else manifest.face_model, licence_acknowledged=licence_acknowledged
-    )
+    modules = WatchedModules(opened, builder, EngineCache(cache), progress)
+    faces = FaceAnalyzer.of_export(opened, licence_acknowledged=licence_acknowledged)
     # The copy's engine maps its weights from the folder, so it is closed first.
     with (
         TemporaryDirectory(prefix="fastface-attention-") as temporary,
@@ -197,14 +191,13 @@ def collect_attention(
         watched.keep = kept
         progress("Generating")
         result = fastface.generate([request], [found])
-    scale = manifest.vae_scale_factor
-    latent = (request.height // scale, request.width // scale)
+    _, *latent = opened.manifest.latent_shape(request.height, request.width)
     maps = tuple(
         BlockMaps(
             block,
             step,
             tuple(result.branches[0][step]),
-            block_grid(latent, before.shape[2]),
+            block_grid((latent[0], latent[1]), before.shape[2]),
             before,
             after,
         )
@@ -241,7 +234,7 @@ class WatchedModules(ModuleSet):
     """The modules of an export, with another engine in the place of the UNet once it is watched."""
 
     def __init__(
-        self, export: Path, builder: EngineBuilder, cache: EngineCache, progress: Progress
+        self, export: Export, builder: EngineBuilder, cache: EngineCache, progress: Progress
     ) -> None:
         super().__init__(export, builder, cache, progress)
         self._say = progress
@@ -253,7 +246,7 @@ class WatchedModules(ModuleSet):
         Raises `MissingDependency` without the export extra, `ExportIncomplete`, `BuildFailed`,
         `StorageError`, and what `choose` raises when it is shown the names of the blocks.
         """
-        markable = open_unet(self.folder)
+        markable = open_unet(self.export)
         tensors = attention_tensors(markable)
         blocks = choose(tuple(tensors))
         with storage_errors(folder):
@@ -314,7 +307,7 @@ class WatchedUnet(Closing):
         self._engine.close()
 
 
-def open_unet(folder: Path) -> MarkableModule:
+def open_unet(export: Export) -> MarkableModule:
     """The UNet of an export with its functions inlined; its files are verified first."""
     try:
         from fastface_trt.verify.marked_outputs import MarkableModule
@@ -323,9 +316,9 @@ def open_unet(folder: Path) -> MarkableModule:
             f"Attention maps need {error.name}.",
             "Install it with: pip install 'fastface-trt[export]'.",
         ) from None
-    module = read_manifest(folder / EXPORT_MANIFEST, ExportManifest).modules["unet"]
-    verify_files(folder, module.files)
-    return MarkableModule(module, folder, inline=True)
+    module = export.manifest.modules["unet"]
+    verify_files(export.folder, module.files)
+    return MarkableModule(module, export.folder, inline=True)
 
 
 def attention_tensors(markable: MarkableModule) -> dict[str, tuple[str, str]]:

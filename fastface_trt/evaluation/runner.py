@@ -24,11 +24,7 @@ from numpy.typing import NDArray
 from fastface_trt.engines.cache import EngineCache
 from fastface_trt.engines.engine import Progress
 from fastface_trt.engines.files import finished_folder, verify_files
-from fastface_trt.engines.manifest import (
-    EXPORT_MANIFEST,
-    ExportManifest,
-    read_manifest,
-)
+from fastface_trt.engines.manifest import EXPORT_MANIFEST, ExportManifest
 from fastface_trt.errors import FastFaceError, InvalidRequest, MissingDependency, NoFaceFound
 from fastface_trt.evaluation.data import SEED, Dataset, Pair
 from fastface_trt.evaluation.experiment import Experiment, Setting, Source
@@ -41,7 +37,7 @@ from fastface_trt.evaluation.results import (
     held_folder,
 )
 from fastface_trt.measure.machine import describe_machine
-from fastface_trt.runtime.export_folder import find_export
+from fastface_trt.runtime.export_folder import Export
 from fastface_trt.runtime.face import Face
 from fastface_trt.runtime.pipeline import FastFace
 
@@ -123,7 +119,7 @@ def _rounds(settings: Sequence[Setting]) -> list[tuple[Source, list[Setting]]]:
 
 def _open(source: Source, options: RunOptions, progress: Progress) -> FastFace:
     """An export on the backend; its engines are opened when they are first used."""
-    export = find_export(source.export or options.export)
+    export = Export.open(source.export or options.export).folder
     if source.lora_scale is not None:
         export = export_with_lora_scale(export, source.lora_scale, options.cache, progress)
     return FastFace.load(
@@ -330,14 +326,14 @@ def export_with_lora_scale(
     extra, `InvalidRequest` for an export that was not made of a registry checkpoint's weights,
     and what an export raises.
     """
-    manifest = read_manifest(folder / EXPORT_MANIFEST, ExportManifest)
+    manifest = Export.open(folder).manifest
     own = next((lora.scale for lora in manifest.loras if lora.role == "faceid"), _TRAINED_SCALE)
     if own == scale:
         return folder
     digest = hashlib.sha256(f"{manifest.model_dump_json()}:{scale!r}".encode()).hexdigest()
     target = EngineCache(cache).root.parent / "exports" / digest
     try:
-        verify_files(target, read_manifest(target / EXPORT_MANIFEST, ExportManifest).files())
+        verify_files(target, Export.open(target).manifest.files())
         return target
     except FastFaceError:
         _export(folder, manifest, scale, target, progress)

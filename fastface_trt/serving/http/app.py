@@ -259,7 +259,7 @@ def _model(context: Context) -> ModelAnswer:
         owned_by="fastface-trt",
         size=f"{manifest.width}x{manifest.height}",
         fixed_size=manifest.fixed_size,
-        size_unit=manifest.vae_scale_factor * 4,
+        size_unit=manifest.size_unit,
         steps=manifest.steps,
         allowed_steps=list(manifest.allowed_steps),
         max_pictures=context.settings.max_pictures,

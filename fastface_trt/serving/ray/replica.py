@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from fastface_trt.engines.manifest import EXPORT_MANIFEST, ExportManifest, read_manifest
-from fastface_trt.runtime.export_folder import find_export, with_schedule_of
+from fastface_trt.engines.manifest import ExportManifest
+from fastface_trt.runtime.export_folder import Export
 from fastface_trt.serving.batching import Batcher
 from fastface_trt.serving.batching.opening import open_batcher
 from fastface_trt.serving.http.app import create_app
@@ -92,10 +92,8 @@ class RayReplica(Replica):
 
 def _open(settings: WorkerSettings) -> tuple[Batcher, ExportManifest]:
     settings = with_obtained(settings, progress=logging.getLogger(LOGGER).info)
-    manifest = read_manifest(find_export(settings.export) / EXPORT_MANIFEST, ExportManifest)
-    if settings.schedule_of is not None:
-        manifest = with_schedule_of(manifest, settings.schedule_of)
-    return open_batcher(settings), manifest
+    export = Export.open(settings.export, schedule_of=settings.schedule_of)
+    return open_batcher(settings), export.manifest
 
 
 class ServedExport:

@@ -32,10 +32,9 @@ from fastface_trt.engines.manifest import (
     FileEntry,
     Manifest,
     Strict,
-    read_manifest,
 )
 from fastface_trt.errors import EngineMismatch, ExportIncomplete, FastFaceError, ManifestError
-from fastface_trt.runtime.export_folder import find_export
+from fastface_trt.runtime.export_folder import Export
 from fastface_trt.serving.settings import WorkerSettings
 from fastface_trt.serving.storage.objects import BLOCK, LocalObjects, Storage
 from fastface_trt.serving.storage.release import (
@@ -88,11 +87,10 @@ def publish(
     """
     if tag is not None:
         check_tag(tag)
-    folder = find_export(export)
-    manifest = read_manifest(folder / EXPORT_MANIFEST, ExportManifest)
+    opened = Export.open(export)
     storage = Storage(url)
     sender = _Sender(storage, overwrite, progress)
-    entry = sender.folder(folder, manifest, manifest.files(), EXPORT_MANIFEST)
+    entry = sender.folder(opened.folder, opened.manifest, opened.manifest.files(), EXPORT_MANIFEST)
     sent = {}
     for engine in engines:
         if engine.manifest is not None:
@@ -281,7 +279,7 @@ def _document(storage: Storage, name: str, sha256: str, limit: int, home: Path) 
 
 def _is_whole(folder: Path, manifest: ExportManifest) -> bool:
     try:
-        if read_manifest(folder / EXPORT_MANIFEST, ExportManifest) != manifest:
+        if Export.open(folder).manifest != manifest:
             return False
         verify_files(folder, manifest.files())
     except FastFaceError:

@@ -24,17 +24,10 @@ from fastface_trt.engines.backends import make_builder
 from fastface_trt.engines.cache import EngineCache
 from fastface_trt.engines.engine import Progress
 from fastface_trt.engines.files import finished_folder, verify_files
-from fastface_trt.engines.manifest import (
-    EXPORT_MANIFEST,
-    EngineManifest,
-    ExportManifest,
-    Strict,
-    first_problem,
-    read_manifest,
-)
+from fastface_trt.engines.manifest import EXPORT_MANIFEST, EngineManifest, Strict, first_problem
 from fastface_trt.engines.tensorrt.profiles import read_profiles, request_counts
 from fastface_trt.errors import InvalidRequest
-from fastface_trt.runtime.export_folder import find_export, with_schedule_of
+from fastface_trt.runtime.export_folder import Export
 from fastface_trt.serving.settings import Seconds, WorkerSettings
 from fastface_trt.serving.triton.model_config import (
     DynamicBatching,
@@ -102,26 +95,25 @@ def write_repository(
         raise InvalidRequest(
             f"{target} is not empty.", "Choose a new folder, or replace a repository: --replace."
         )
-    export = find_export(worker.export)
-    manifest = read_manifest(export / EXPORT_MANIFEST, ExportManifest)
-    verify_files(export, manifest.extra_files)
+    export = Export.open(worker.export, schedule_of=worker.schedule_of)
+    verify_files(export.folder, export.manifest.extra_files)
     with finished_folder(target, REPOSITORY_FILE) as draft:
         version = draft.path / MODEL / VERSION
-        engines = _copy_engines(export, manifest, worker, version / "engines", progress, build)
+        engines = _copy_engines(export, worker, version / "engines", progress, build)
         progress("Copying the export's small files")
-        _copy_export(export, manifest, version / "export")
+        _copy_export(export, version / "export")
         source = files("fastface_trt.serving.triton")
         (version / "model.py").write_text((source / "model.py").read_text("utf-8"), "utf-8")
         config = model_config(worker, options, engines["unet"])
         (version.parent / "config.pbtxt").write_text(config.to_text(), "utf-8")
         readme = Template((source / "repository.md").read_text("utf-8"))
         text = readme.substitute(
-            backend=worker.backend, checkpoint=manifest.checkpoint, version=__version__
+            backend=worker.backend, checkpoint=export.manifest.checkpoint, version=__version__
         )
         (draft.path / "README.md").write_text(text, "utf-8")
         made = RepositoryManifest(
             software=f"FastFace-TRT {__version__}",
-            checkpoint=manifest.checkpoint,
+            checkpoint=export.manifest.checkpoint,
             backend=worker.backend,
             engines={name: engine.key for name, engine in engines.items()},
         )
@@ -213,40 +205,37 @@ def _request_counts(unet: EngineManifest) -> Sequence[int]:
 
 
 def _copy_engines(
-    export: Path,
-    manifest: ExportManifest,
+    export: Export,
     worker: WorkerSettings,
     target: Path,
     progress: Progress,
     build: bool,
 ) -> dict[str, EngineManifest]:
     cache = EngineCache(worker.cache)
-    if worker.schedule_of is not None:
-        with_schedule_of(manifest, worker.schedule_of)  # that the name is known
     builder = make_builder(
-        manifest,
+        export.manifest,
         worker.backend,
         threads=worker.threads,
         options=worker.engine_options,
         cache=cache,
     )
     engines = {}
-    for name, module in manifest.modules.items():
-        engine, place = cache.get(module, export, builder, progress, build=build)
+    for name, module in export.manifest.modules.items():
+        engine, place = cache.get(module, export.folder, builder, progress, build=build)
         progress(f"Copying {name}")
         shutil.copytree(place, target / engine.key)
         engines[name] = engine
     return engines
 
 
-def _copy_export(export: Path, manifest: ExportManifest, target: Path) -> None:
+def _copy_export(export: Export, target: Path) -> None:
     """What opening engines needs of an export; their ONNX files are read only to build."""
     target.mkdir(parents=True)
-    shutil.copy2(export / EXPORT_MANIFEST, target)
-    if (export / manifest.face_model).is_dir():
-        shutil.copytree(export / manifest.face_model, target / manifest.face_model)
-    for entry in manifest.extra_files:
+    shutil.copy2(export.folder / EXPORT_MANIFEST, target)
+    if isinstance(export.face_model, Path):
+        shutil.copytree(export.face_model, target / export.manifest.face_model)
+    for entry in export.manifest.extra_files:
         place = target / entry.path
         place.parent.mkdir(parents=True, exist_ok=True)
         if not place.exists():
-            shutil.copy2(export / entry.path, place)
+            shutil.copy2(export.folder / entry.path, place)
