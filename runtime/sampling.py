@@ -96,8 +96,7 @@ class Job:
             conditions,
             np.array([*size, 0, 0, *size], dtype=np.float32),
             latent_shape,
-            noise
-            or (lambda stream, shape: standard_noise(request.seed, request.picture, stream, shape)),
+            noise or (lambda *draw: standard_noise(request.seed, request.image_index, *draw)),
         )
 
 

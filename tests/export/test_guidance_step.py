@@ -44,10 +44,10 @@ def jobs():
     ]
     base = GenerationRequest("a", steps=2, plan="full")
     requests = [
-        replace(base, alpha=1.5, beta=3.0, rescale=0.75),
-        replace(base, alpha=0.0, beta=2.0, rescale=1.0, dcg_variant=1),
+        replace(base, alpha=1.5, beta=3.0, guidance_rescale=0.75),
+        replace(base, alpha=0.0, beta=2.0, guidance_rescale=1.0, dcg_variant=1),
         replace(base, steps=1, alpha=1.5, beta=3.0, dcg_variant=3),
-        replace(base, steps=1, rescale=0.0),
+        replace(base, steps=1, guidance_rescale=0.0),
     ]
     return [
         Job.prepare(request, schedule, {}, SHAPE)
@@ -79,7 +79,7 @@ def float64_reference(batch, prediction, latents, noise):
             2: first + alpha * (second - first) + beta * (third - second),
             3: first + alpha * (second - first) + beta * (third - first),
         }[job.request.dcg_variant]
-        phi = job.request.rescale
+        phi = job.request.guidance_rescale
         if phi is not None:
             mean = (second.std(ddof=1) + third.std(ddof=1)) / 2
             e = e * (phi * mean / e.std(ddof=1) + 1 - phi)
@@ -111,7 +111,7 @@ def test_engine_and_host_agree_on_every_branch_count(engine):
         2: (1.0, 1.0, 0.75),
         3: (1.5, 3.0, 0.75),
     }.items():
-        one = replace(jobs()[0].request, alpha=alpha, beta=beta, rescale=rescale, plan="exact")
+        one = replace(jobs()[0].request, alpha=alpha, beta=beta, guidance_rescale=rescale, plan="exact")
         batch = [replace(job, request=one, guidance=one.guidance_steps()) for job in jobs()[:2]]
         assert len(batch[0].guidance[0].branches) == plan
         prediction, latents, noise = tensors(batch, seed=plan)
