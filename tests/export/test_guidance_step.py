@@ -111,7 +111,9 @@ def test_engine_and_host_agree_on_every_branch_count(engine):
         2: (1.0, 1.0, 0.75),
         3: (1.5, 3.0, 0.75),
     }.items():
-        one = replace(jobs()[0].request, alpha=alpha, beta=beta, guidance_rescale=rescale, plan="exact")
+        one = replace(
+            jobs()[0].request, alpha=alpha, beta=beta, guidance_rescale=rescale, plan="exact"
+        )
         batch = [replace(job, request=one, guidance=one.guidance_steps()) for job in jobs()[:2]]
         assert len(batch[0].guidance[0].branches) == plan
         prediction, latents, noise = tensors(batch, seed=plan)

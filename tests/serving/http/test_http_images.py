@@ -136,7 +136,16 @@ def test_what_a_picture_tells_of_itself_can_be_asked_again(client):
     ask(client, preset="am2+dcg", seed=5)
     first = last_request(client)
     told = first.to_dict()
-    names = ("alpha", "beta", "guidance_rescale", "manipulation", "seed", "scope", "plan", "dcg_variant")
+    names = (
+        "alpha",
+        "beta",
+        "guidance_rescale",
+        "manipulation",
+        "seed",
+        "scope",
+        "plan",
+        "dcg_variant",
+    )
     assert ask(client, **{name: told[name] for name in names}).status_code == 200
     assert last_request(client).to_dict() == told
 
