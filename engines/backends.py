@@ -1,8 +1,7 @@
 """The registry of backends: which there are, which work on this machine, and why the others do not.
 
-To add one, write its probe and its builder and add an entry to `BACKENDS`.
-
-From a backend's name and an export to the builder of its engines.
+`make_builder` leads from a backend's name and an export to the builder of its engines. To add a
+backend, write its probe and its builder and add an entry to `BACKENDS`.
 """
 
 import importlib.metadata

@@ -7,11 +7,9 @@
 Nothing in an entry is opened before its size and SHA-256 were compared with the manifest, and the
 manifest is compared with its own key.
 
-What an engine is: all that would change it, and the hash of that, which is its name.
-
-Engines that can become the engine of another module by taking its weights.
-
-Engines that are nearly the one that is wanted: what differs, and how long they took to build.
+Whoever wants an engine computes its key and opens that entry. Only where there is none are the
+others read, as `near_matches`: one of them may serve as it is, or take the module's weights (see
+`refit`), or say what it differs in and how long a build takes.
 """
 
 import hashlib
@@ -24,7 +22,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from filelock import FileLock, Timeout
 from platformdirs import user_cache_path
@@ -37,7 +35,6 @@ from fastface_trt.engines.files import (
     sweep,
     verify_files,
 )
-from fastface_trt.engines.hardware import topology
 from fastface_trt.engines.manifest import (
     ENGINE_MANIFEST,
     SCHEMA_VERSION,
@@ -47,11 +44,37 @@ from fastface_trt.engines.manifest import (
     read_manifest,
 )
 from fastface_trt.engines.onnx.file import OnnxFile
-from fastface_trt.engines.weight_map import has_map, read_map
+from fastface_trt.engines.weight_map import first_difference, has_map, read_map, topology
 from fastface_trt.errors import BuildFailed, EngineMismatch, FastFaceError, UnknownName
 
 
-def module_content(module: ModuleSpec) -> dict[str, Any]:
+def engine_key(module: ModuleSpec, identity: Mapping[str, Any]) -> str:
+    """The name of a module's engine by a builder's identity: SHA-256, 64 hexadecimal digits."""
+    content = {
+        "schema": SCHEMA_VERSION,
+        **_module_content(module),
+        "builder": {"options": {}, "hardware": {}} | dict(identity),
+    }
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def identity_of(manifest: EngineManifest) -> dict[str, Any]:
+    """What `EngineBuilder.identity` said when the engine was built."""
+    return manifest.model_dump(include={"backend", "backend_version", "options", "hardware"})
+
+
+def refitted_identity(base: EngineManifest) -> dict[str, Any]:
+    """What a builder that makes engines like `base` by a refit says.
+
+    A stripped plan is a full one whose weights are missing, and a refit puts them in.
+    """
+    identity = identity_of(base)
+    identity["options"] = {k: v for k, v in base.options.items() if k != "strip_weights"}
+    return identity
+
+
+def _module_content(module: ModuleSpec) -> dict[str, Any]:
     """What a module is, wherever its files lie."""
     graph, *data = (file.sha256 for file in module.files)
     return {
@@ -63,78 +86,29 @@ def module_content(module: ModuleSpec) -> dict[str, Any]:
     }
 
 
-def identity_of(manifest: EngineManifest) -> dict[str, Any]:
-    """What `EngineBuilder.identity` said when the engine was built."""
-    return manifest.model_dump(include={"backend", "backend_version", "options", "hardware"})
+@dataclass(frozen=True)
+class NearMatch:
+    """An engine of a module of this name for this backend; see `EngineCache.near_matches`.
 
-
-def engine_key(module: ModuleSpec, identity: Mapping[str, Any]) -> str:
-    """The name of a module's engine by a builder's identity: SHA-256, 64 hexadecimal digits."""
-    content = {
-        "schema": SCHEMA_VERSION,
-        **module_content(module),
-        "builder": {"options": {}, "hardware": {}} | dict(identity),
-    }
-    text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-_IDENTITY = {"backend", "backend_version", "options", "hardware"}
-
-
-def find_donors(
-    engines: Iterable[EngineManifest],
-    root: Path,
-    module: ModuleSpec,
-    source: Path,
-    builder: EngineBuilder,
-) -> list[EngineManifest]:
-    """Those of `engines` in cache folder `root` that were built like `module` would be.
-
-    Options and hardware that `builder` accepts, the same inputs and outputs, and the same graph but
-    for its weights; in the order given. Whether every changed weight can be replaced shows later.
+    `differences` maps a field (`ONNX file` for the module itself) to its value there and here.
+    `serves` says that the builder takes it as it is, for the very same module; `refits` that it
+    would take it with the weights of the module, which needs the same graph.
     """
-    alike = [one for one in engines if may_donate(one, module, builder)]
-    if not alike:
-        return []
-    donors = []
-    try:
-        with OnnxFile(source / module.files[0].path) as onnx:
-            wanted = topology(onnx)
-    except FastFaceError:
-        return []  # whoever reads the file next says what is wrong with it
-    for one in alike:
-        try:
-            if read_map(one, root / one.key).topology == wanted:
-                donors.append(one)
-        except FastFaceError:
-            continue
-    return donors
 
+    manifest: EngineManifest
+    folder: Path
+    differences: Mapping[str, tuple[str, str]]
+    serves: bool
+    refits: bool
 
-def may_donate(donor: EngineManifest, module: ModuleSpec, builder: EngineBuilder) -> bool:
-    """Whether `builder` would use an engine of `module` that is built like `donor`."""
-    same_module = (
-        donor.module.name == module.name
-        and donor.module.inputs == module.inputs
-        and donor.module.outputs == module.outputs
-    )
-    if not same_module or not has_map(donor):
-        return False
-    same_build = {"options": {}, "hardware": {}} | dict(builder.identity(module))
-    return build_identity(donor) == same_build or builder.takes(
-        donor.model_copy(update=build_identity(donor))
-    )
-
-
-def build_identity(donor: EngineManifest) -> dict[str, Any]:
-    """The builder's identity of an engine that a refit makes from `donor`.
-
-    A stripped plan is a full one whose weights are missing, and a refit puts them in.
-    """
-    identity = donor.model_dump(include=_IDENTITY)
-    identity["options"] = {k: v for k, v in donor.options.items() if k != "strip_weights"}
-    return identity
+    def __str__(self) -> str:
+        """One sentence that names the differences."""
+        parts = [
+            f"{field} {there}, here {here}" if there else f"another {field}"
+            for field, (there, here) in self.differences.items()
+        ]
+        name, key = self.manifest.module.name, self.manifest.key[:12]
+        return f"An engine of {name} ({key}) was built with {'; '.join(parts)}."
 
 
 _KEY = re.compile("[0-9a-f]{64}")
@@ -202,27 +176,37 @@ class EngineCache:
         """
         key = self.key(module, builder)
         # Without the lock, so that engines on a read-only disk serve, and readers never queue.
-        for known in (key, *self._taken(module, builder)):
-            with suppress(FastFaceError):
-                manifest = self._checked(known, progress)
-                _note_use(self.root / known)
-                return manifest, self.root / known
-        relatives = find_relatives(self.entries(), module, builder.identity(module))
+        if (ready := self._ready(key, progress)) is not None:
+            return ready
+        near = self.near_matches(module, builder)
+        for match in near:
+            if match.serves and (ready := self._ready(match.folder.name, progress)) is not None:
+                return ready
+        others = [match for match in near if match.differences]
+        nearest = min(others, key=lambda match: len(match.differences), default=None)
         if not build:
             raise EngineMismatch(
                 f"There is no engine of {module.name} for {builder.backend} in {self.root}."
-                + (f" {relatives[0].words()}" if relatives else ""),
+                + (f" {nearest}" if nearest else ""),
                 f"Build it first: fastface-trt build --backend {builder.backend} --export FOLDER.",
             )
-        if relatives:
-            progress(relatives[0].words())
+        if nearest:
+            progress(str(nearest))
         with self._locked(key, f"{module.name} for {builder.backend}", progress):
             folder = self.root / key
             if (whole := self._whole(key, progress)) is not None:
                 return whole, folder
 
             def write(target: Path) -> BuildReport:
-                self._mention_refit(module, source, builder, progress)
+                base: NearMatch | None = None
+                with suppress(FastFaceError):  # whoever reads a broken file next says what is wrong
+                    base = refit_base(near, module, source)
+                if base is not None:
+                    progress(
+                        f"Without a build, from engine {base.manifest.key[:12]}: fastface-trt "
+                        f"refit --backend {builder.backend} --export {source} "
+                        f"--module {module.name}"
+                    )
                 progress(f"Building {module.name} for {builder.backend}")
                 return builder.build(module, source, target, progress)
 
@@ -292,26 +276,52 @@ class EngineCache:
 
         Its files are not verified.
         """
-        for known in (self.key(module, builder), *self._taken(module, builder)):
-            if (manifest := self._entry(known).manifest) is not None:
-                return manifest
-        return None
+        key = self.key(module, builder)
+        with suppress(FastFaceError):
+            return self._manifest(key)
+        near = self.near_matches(module, builder)
+        return next((match.manifest for match in near if match.serves), None)
+
+    def near_matches(self, module: ModuleSpec, builder: EngineBuilder) -> list[NearMatch]:
+        """Engines like the one that `builder` would make of `module`, the last used first.
+
+        Reads the manifest of every engine in the cache, and none of their other files.
+        """
+        identity = {"options": {}, "hardware": {}} | dict(builder.identity(module))
+        near = []
+        for key in sorted(self._keys(), key=lambda key: -_last_use(self.root / key)):
+            try:
+                manifest = self._manifest(key)
+            except FastFaceError:
+                continue
+            if (manifest.module.name, manifest.backend) != (module.name, identity["backend"]):
+                continue
+            differences = _differences(manifest, module, identity)
+            same = _module_content(manifest.module) == _module_content(module)
+            serves = same and builder.takes(manifest)
+            refits = _takes_weights(manifest, module, builder, identity)
+            near.append(NearMatch(manifest, self.root / key, differences, serves, refits))
+        return near
+
+    def expected_seconds(self, module: ModuleSpec, builder: EngineBuilder) -> float | None:
+        """How long building `module` will take, judged by an earlier build; None without one.
+
+        The nearest match's time, scaled by the module's size and the number of profiles, which each
+        are compiled by themselves.
+        """
+        near = [one for one in self.near_matches(module, builder) if _bytes(one.manifest.module)]
+        if not near:
+            return None
+        like = min(near, key=lambda match: len(match.differences)).manifest
+        profiles = [
+            max(1, len(options.get("profiles", ())))
+            for options in (builder.identity(module).get("options", {}), like.options)
+        ]
+        return like.build_seconds * _bytes(module) / _bytes(like.module) * profiles[0] / profiles[1]
 
     def entries(self) -> list[CacheEntry]:
         """All engines in the cache, in the order of their keys; their files are not verified."""
-        if not self.root.is_dir():
-            return []
-        return [
-            self._entry(folder.name)
-            for folder in sorted(self.root.iterdir())
-            if folder.is_dir() and _KEY.fullmatch(folder.name)
-        ]
-
-    def manifests(self) -> list[EngineManifest]:
-        """Manifests of all readable engines, newest first; their files are not verified."""
-        found = [entry for entry in self.entries() if entry.manifest is not None]
-        found.sort(key=lambda entry: _last_use(entry.folder), reverse=True)
-        return [entry.manifest for entry in found if entry.manifest is not None]
+        return [self._entry(key) for key in sorted(self._keys())]
 
     def verify(self, key: str) -> EngineManifest:
         """Check every file of engine `key` and return its manifest; nothing is changed.
@@ -343,35 +353,40 @@ class EngineCache:
         shutil.rmtree(place, ignore_errors=True)
         return before - _folder_bytes(self.root)
 
-    def _taken(self, module: ModuleSpec, builder: EngineBuilder) -> list[str]:
-        """Keys of other engines of exactly this module that `builder` takes, newest first."""
-        wanted = module_content(module)
-        found = [
-            entry
-            for entry in self.entries()
-            if entry.manifest is not None
-            and module_content(entry.manifest.module) == wanted
-            and builder.takes(entry.manifest)
-        ]
-        return [entry.key for entry in sorted(found, key=lambda entry: -entry.used)]
-
     def _require(self, key: str) -> None:
         if not _KEY.fullmatch(key) or not (self.root / key).is_dir():
-            raise UnknownName("engine", key, (entry.key for entry in self.entries()))
+            raise UnknownName("engine", key, sorted(self._keys()))
+
+    def _keys(self) -> list[str]:
+        if not self.root.is_dir():
+            return []
+        return [
+            one.name for one in self.root.iterdir() if _KEY.fullmatch(one.name) and one.is_dir()
+        ]
+
+    def _manifest(self, key: str) -> EngineManifest:
+        return read_manifest(self.root / key / ENGINE_MANIFEST, EngineManifest)
 
     def _entry(self, key: str) -> CacheEntry:
         folder = self.root / key
         size, used = _folder_bytes(folder), _last_use(folder)
         try:
-            manifest = read_manifest(folder / ENGINE_MANIFEST, EngineManifest)
+            return CacheEntry(key, folder, size, used, self._manifest(key))
         except FastFaceError as error:
             return CacheEntry(key, folder, size, used, None, error.message)
-        return CacheEntry(key, folder, size, used, manifest)
+
+    def _ready(self, key: str, progress: Progress) -> tuple[EngineManifest, Path] | None:
+        """Engine `key` and its folder, verified and noted as used; None for none that is whole."""
+        with suppress(FastFaceError):
+            manifest = self._checked(key, progress)
+            _note_use(self.root / key)
+            return manifest, self.root / key
+        return None
 
     def _checked(self, key: str, progress: Progress) -> EngineManifest:
         """The manifest of `key` after comparing it with its key and its files with it."""
         folder = self.root / key
-        manifest = read_manifest(folder / ENGINE_MANIFEST, EngineManifest)
+        manifest = self._manifest(key)
         if not key == manifest.key == engine_key(manifest.module, identity_of(manifest)):
             raise EngineMismatch(f"{folder / ENGINE_MANIFEST} describes another engine.", _REBUILD)
         progress(f"Verifying {manifest.module.name} for {manifest.backend}")
@@ -389,16 +404,6 @@ class EngineCache:
             self._quarantine(key)
             return None
 
-    def _mention_refit(
-        self, module: ModuleSpec, source: Path, builder: EngineBuilder, progress: Progress
-    ) -> None:
-        donors = find_donors(self.manifests(), self.root, module, source, builder)
-        if donors:
-            progress(
-                f"Without a build, from engine {donors[0].key[:12]}: fastface-trt refit "
-                f"--backend {builder.backend} --export {source} --module {module.name}"
-            )
-
     def _make(
         self,
         key: str,
@@ -410,7 +415,7 @@ class EngineCache:
     ) -> EngineManifest:
         progress(f"Verifying the ONNX files of {module.name}")
         verify_files(source, module.files)
-        # Leftovers of other keys too: nobody may ever ask for those keys again.
+        # Stale folders of other keys too: nobody may ever ask for those keys again.
         sweep(self.root)
         began = time.monotonic()
         with finished_folder(self.root / key, ENGINE_MANIFEST) as draft:
@@ -462,93 +467,54 @@ class EngineCache:
             lock.release()
 
 
-def _note_use(folder: Path) -> None:
-    """The manifest's time is when the engine was last used; a read-only disk keeps the old one."""
-    with suppress(OSError):
-        os.utime(folder / ENGINE_MANIFEST)
+def refit_base(near: Iterable[NearMatch], module: ModuleSpec, source: Path) -> NearMatch:
+    """The first of `near` that takes the weights of `module`, whose ONNX files lie in `source`.
 
-
-def _last_use(folder: Path) -> float:
-    with suppress(OSError):
-        return (folder / ENGINE_MANIFEST).stat().st_mtime
-    return 0.0
-
-
-def _folder_bytes(folder: Path) -> int:
-    total = 0
-    for path in folder.rglob("*"):
-        with suppress(OSError):
-            total += path.stat().st_size if path.is_file() else 0
-    return total
-
-
-if TYPE_CHECKING:
-    pass
-
-_FIELDS = ("backend_version", "hardware", "options")
-
-
-@dataclass(frozen=True)
-class Relative:
-    """An engine of the same module name and backend, and the fields in which it differs.
-
-    `differences` maps a field (`onnx` for the module itself) to its value there and here.
+    Whether every weight that differs can be replaced shows in the refit. Raises `EngineMismatch`
+    saying what is in the way where there is none, `ExportIncomplete` for an ONNX file that is cut.
     """
-
-    manifest: EngineManifest
-    differences: Mapping[str, tuple[str, str]]
-
-    def words(self) -> str:
-        """One sentence that names the fields."""
-        parts = [
-            f"{field} {there}, here {here}" if there else f"another {field}"
-            for field, (there, here) in self.differences.items()
-        ]
-        name, key = self.manifest.module.name, self.manifest.key[:12]
-        return f"An engine of {name} ({key}) was built with {'; '.join(parts)}."
-
-
-def find_relatives(
-    entries: Iterable["CacheEntry"], module: ModuleSpec, identity: Mapping[str, Any]
-) -> list[Relative]:
-    """Engines of the module called `module.name` for the same backend, the nearest first."""
-    found = [
-        Relative(entry.manifest, _differences(entry.manifest, module, identity))
-        for entry in entries
-        if entry.manifest is not None
-        and entry.manifest.module.name == module.name
-        and entry.manifest.backend == identity["backend"]
-    ]
-    return sorted(found, key=lambda relative: len(relative.differences))
+    problems = []
+    candidates = [match for match in near if match.refits]
+    if candidates:
+        with OnnxFile(source / module.files[0].path) as onnx:
+            wanted = topology(onnx)
+        for match in candidates:
+            try:
+                part = first_difference(read_map(match.manifest, match.folder).topology, wanted)
+            except EngineMismatch as error:
+                problems.append(error.message)
+                continue
+            if part is None:
+                return match
+            key = match.manifest.key[:12]
+            problems.append(f"the graph of {key} is another one: {part} differs.")
+    else:
+        problems.append("no engine with the same inputs, options and a weight map is in the cache.")
+    raise EngineMismatch(
+        f"{module.name} cannot be made by a refit: {problems[0]}",
+        "Build it instead: fastface-trt build.",
+    )
 
 
-def expected_seconds(
-    entries: Iterable["CacheEntry"], module: ModuleSpec, identity: Mapping[str, Any]
-) -> float | None:
-    """How long building `module` will take, judged by an earlier build; None without one.
-
-    The most alike engine's time, scaled by the module's size and the number of profiles, which
-    each are compiled by themselves.
-    """
-    relatives = [
-        one for one in find_relatives(entries, module, identity) if _bytes(one.manifest.module)
-    ]
-    if not relatives:
-        return None
-    like = relatives[0].manifest
-    profiles = [
-        max(1, len(options.get("profiles", ())))
-        for options in (identity.get("options", {}), like.options)
-    ]
-    return like.build_seconds * _bytes(module) / _bytes(like.module) * profiles[0] / profiles[1]
+def _takes_weights(
+    manifest: EngineManifest, module: ModuleSpec, builder: EngineBuilder, identity: dict[str, Any]
+) -> bool:
+    """Whether `builder` would use an engine of `module` that is built like this one."""
+    same_interface = (
+        manifest.module.inputs == module.inputs and manifest.module.outputs == module.outputs
+    )
+    if not same_interface or not has_map(manifest):
+        return False
+    refitted = refitted_identity(manifest)
+    return refitted == identity or builder.takes(manifest.model_copy(update=refitted))
 
 
 def _differences(
     manifest: EngineManifest, module: ModuleSpec, identity: Mapping[str, Any]
 ) -> dict[str, tuple[str, str]]:
     differences: dict[str, tuple[str, str]] = {}
-    for field in _FIELDS:
-        there, here = getattr(manifest, field), identity.get(field, {})
+    for field in ("backend_version", "hardware", "options"):
+        there, here = getattr(manifest, field), identity[field]
         if there == here:
             continue
         if not isinstance(there, Mapping):
@@ -567,3 +533,23 @@ def _differences(
 
 def _bytes(module: ModuleSpec) -> int:
     return sum(file.bytes for file in module.files)
+
+
+def _note_use(folder: Path) -> None:
+    """The manifest's time is when the engine was last used; a read-only disk keeps the old one."""
+    with suppress(OSError):
+        os.utime(folder / ENGINE_MANIFEST)
+
+
+def _last_use(folder: Path) -> float:
+    with suppress(OSError):
+        return (folder / ENGINE_MANIFEST).stat().st_mtime
+    return 0.0
+
+
+def _folder_bytes(folder: Path) -> int:
+    total = 0
+    for path in folder.rglob("*"):
+        with suppress(OSError):
+            total += path.stat().st_size if path.is_file() else 0
+    return total

@@ -8,31 +8,15 @@ UNet calls is an engine too (`guidance_step`).
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any, Final, Protocol, TypeAlias, runtime_checkable
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fastface_trt.engines import dlpack
-from fastface_trt.engines.dlpack import ElementType
+from fastface_trt.engines.dtypes import ITEM_BYTES, TYPESTR, DType
 
 Array: TypeAlias = NDArray[Any]
-
-ITEM_BYTES: Final[dict[ElementType, int]] = {
-    "float32": 4,
-    "float16": 2,
-    "bfloat16": 2,
-    "int64": 8,
-    "int32": 4,
-    "uint8": 1,
-}
-_TYPESTR: Final[dict[str, str]] = {
-    "float32": "<f4",
-    "float16": "<f2",
-    "int64": "<i8",
-    "int32": "<i4",
-    "uint8": "|u1",
-}
 
 
 @runtime_checkable
@@ -67,7 +51,7 @@ class DeviceTensor:
 
     address: int
     shape: tuple[int, ...]
-    dtype: ElementType
+    dtype: DType
     memory: object = None
 
     @property
@@ -133,12 +117,12 @@ class DeviceTensor:
         Raises `AttributeError` for bfloat16, which it has no name for, and for a view of an
         engine's buffer.
         """
-        if self.dtype not in _TYPESTR or not isinstance(self.memory, Lender):
+        if self.dtype not in TYPESTR or not isinstance(self.memory, Lender):
             raise AttributeError(f"no CUDA Array Interface for {self.dtype} here: use DLPack")
         return {
             "version": 3,
             "shape": self.shape,
-            "typestr": _TYPESTR[self.dtype],
+            "typestr": TYPESTR[self.dtype],
             "data": (self.address, False),
             "strides": None,
             "stream": self.memory.lend(),
@@ -351,11 +335,11 @@ def _array_of(borrowed: dlpack.Borrowed) -> Array:
     kind, _ = borrowed.device
     if kind not in (dlpack.HOST, dlpack.CUDA_HOST, dlpack.CUDA_MANAGED):
         raise BufferError(f"the memory lies on a device of DLPack type {kind}")
-    if borrowed.dtype not in _TYPESTR:
+    if borrowed.dtype not in TYPESTR:
         raise BufferError(f"numpy has no {borrowed.dtype}")
     if not dlpack.is_dense(borrowed.shape, borrowed.strides):
         raise BufferError("the elements are not dense and row-major")
-    typestr = _TYPESTR[borrowed.dtype]
+    typestr = TYPESTR[borrowed.dtype]
     array = dlpack.host_array(borrowed.address, borrowed.shape, typestr, borrowed.memory)
     if borrowed.read_only:
         array.flags.writeable = False

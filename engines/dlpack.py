@@ -6,10 +6,12 @@ Both layouts are read, DLManagedTensor of DLPack 0.x and DLManagedTensorVersione
 
 import ctypes
 from dataclasses import dataclass
-from typing import Any, Final, Literal, TypeAlias
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from fastface_trt.engines.dtypes import DLPACK, FROM_DLPACK, DType
 
 HOST, CUDA, CUDA_HOST, CUDA_MANAGED = 1, 2, 3, 13
 """DLDeviceType."""
@@ -17,18 +19,6 @@ HOST, CUDA, CUDA_HOST, CUDA_MANAGED = 1, 2, 3, 13
 VERSION = (1, 0)
 READ_ONLY, IS_COPIED = 1, 2
 """Flags of DLManagedTensorVersioned."""
-
-ElementType: TypeAlias = Literal["float32", "float16", "bfloat16", "int64", "int32", "uint8"]
-
-_DTYPES: Final[dict[tuple[int, int], ElementType]] = {
-    (2, 32): "float32",
-    (2, 16): "float16",
-    (4, 16): "bfloat16",
-    (0, 64): "int64",
-    (0, 32): "int32",
-    (1, 8): "uint8",
-}
-_CODES: Final = {name: code for code, name in _DTYPES.items()}
 
 
 class _Device(ctypes.Structure):
@@ -102,7 +92,7 @@ def host_array(address: int, shape: tuple[int, ...], typestr: str, owner: object
 def lend(
     address: int,
     shape: tuple[int, ...],
-    dtype: ElementType,
+    dtype: DType,
     device: tuple[int, int],
     owner: object,
     *,
@@ -116,7 +106,7 @@ def lend(
     the interpreter has ended: numpy's stand all that, a callback in Python stands none of it.
     `versioned` asks for DLPack 1.x, which numpy has since 2.1.
     """
-    code, bits = _CODES[dtype]
+    code, bits = DLPACK[dtype]
     array = host_array(address, shape, f"<u{bits // 8}" if bits > 8 else "|u1", owner)
     try:
         capsule = array.__dlpack__(max_version=VERSION) if versioned else array.__dlpack__()
@@ -141,7 +131,7 @@ class Borrowed:
     address: int
     shape: tuple[int, ...]
     strides: tuple[int, ...] | None
-    dtype: ElementType
+    dtype: DType
     device: tuple[int, int]
     read_only: bool
     memory: object
@@ -176,7 +166,7 @@ def take(capsule: object) -> Borrowed:
     taken = _Taken(ctypes.addressof(managed), managed.deleter)
     tensor = managed.tensor
     kind = tensor.dtype
-    dtype = _DTYPES.get((kind.code, kind.bits))
+    dtype = FROM_DLPACK.get((kind.code, kind.bits))
     if dtype is None or kind.lanes != 1:
         raise BufferError(f"elements of DLPack type {kind.code} with {kind.bits} bits")
     return Borrowed(

@@ -2,8 +2,6 @@
 
 The denoising loop sees only `Engine`, so it cannot tell ONNX Runtime from TensorRT or from the
 PyTorch oracle.
-
-Things that hold resources: closed by hand or by leaving a `with` block.
 """
 
 from abc import ABC, abstractmethod

@@ -1,14 +1,13 @@
-"""Files that are complete or absent: hashing, verification, and folders that appear all at once.
+"""Files that are complete or absent: hashing, verification, atomic writes, whole folders.
 
 An export and an engine are folders of gigabytes that are written over minutes, on disks that fill
 up, by processes that are killed. Both are therefore drafted in a hidden sibling folder, flushed to
 the disk, given their manifest last, and renamed into place.
 
-What killed processes leave beside a folder, and how to tell it from what others still write.
-
-A process that writes `.NAME.partial-PID-RANDOM`, or has moved a folder to `.NAME.replaced-…`, holds
-an operating-system lock on that folder. The lock ends with the process, however that dies, and it
-is seen from other containers, where a process number means nothing.
+A killed process leaves such a folder behind: `.NAME.partial-PID-RANDOM`, or `.NAME.replaced-…` for
+one that was moved aside. Who writes or moves one holds an operating-system lock on it, which ends
+with the process, however that dies, and is seen from other containers, where a process number means
+nothing; so `sweep` can tell stale folders from those in use.
 """
 
 import errno
@@ -20,6 +19,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
+from typing import BinaryIO
 
 from fastface_trt.engines.manifest import FileEntry, Strict
 from fastface_trt.errors import ExportIncomplete, FastFaceError, InvalidRequest, StorageError
@@ -28,71 +28,6 @@ try:
     import fcntl
 except ImportError:  # Windows has no locks on folders
     fcntl = None  # type: ignore[assignment]
-
-_ABANDONED_AFTER_SECONDS = 24 * 3600
-"""Where folders cannot be locked: unchanged for so long, a partial folder is nobody's."""
-
-
-def hold(folder: Path) -> int | None:
-    """Lock `folder` for this process; return the handle to close, None where it is not possible.
-
-    Raises `BlockingIOError` when another process holds it, `FileNotFoundError` when it is gone.
-    """
-    if fcntl is None:
-        return None
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # The lock may be on a folder that was removed or renamed since it was opened.
-        if os.fstat(handle).st_ino != os.stat(folder).st_ino:
-            raise FileNotFoundError(folder)
-        return handle
-    except (BlockingIOError, FileNotFoundError):
-        os.close(handle)
-        raise
-    except OSError:  # a file system without locks
-        os.close(handle)
-        return None
-
-
-def sweep(parent: Path, name: str = "*") -> None:
-    """Remove what dead processes left in folder `parent` of the folders called `name`.
-
-    A folder that had been moved aside and not yet replaced goes back to its place.
-    """
-    # In this order: what is put back is whole, so a partial folder of the same name is no loss.
-    for aside in parent.glob(f".{_literal(name)}.replaced-*"):
-        target = parent / aside.name[1:].rpartition(".replaced-")[0]
-        _deal_with(aside, target)
-    for partial in parent.glob(f".{_literal(name)}.partial-*"):
-        _deal_with(partial, None)
-
-
-def _deal_with(leftover: Path, target: Path | None) -> None:
-    with suppress(BlockingIOError, OSError):
-        handle = hold(leftover)
-        if handle is None and _age_seconds(leftover) < _ABANDONED_AFTER_SECONDS:
-            return
-        try:
-            if target is not None and not target.exists():
-                os.rename(leftover, target)
-            shutil.rmtree(leftover, ignore_errors=True)
-        finally:
-            if handle is not None:
-                os.close(handle)
-
-
-def _age_seconds(folder: Path) -> float:
-    newest = max(path.stat().st_mtime for path in (folder, *folder.rglob("*")))
-    return time.time() - newest
-
-
-def _literal(name: str) -> str:
-    """`name` as a pattern that matches only itself; `*` stays a pattern."""
-    if name == "*":
-        return name
-    return "".join(f"[{char}]" if char in "*?[" else char for char in name)
-
 
 _BLOCK = 1 << 20
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -106,6 +41,8 @@ _NOT_WRITABLE = {
     errno.EEXIST,
     errno.ENAMETOOLONG,
 }
+_ABANDONED_AFTER_SECONDS = 24 * 3600
+"""Where folders cannot be locked: unchanged for so long, a partial folder is nobody's."""
 
 
 def sha256_file(path: Path) -> str:
@@ -176,22 +113,39 @@ def storage_errors(place: Path) -> Iterator[None]:
         raise
 
 
-def write_text_durably(path: Path, text: str) -> None:
-    """Write UTF-8 `text` so that `path` holds, even after a power cut, all of it or what it held.
+@contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write `path` into: when the block ends, `path` is all of it, safely on the disk.
 
-    Raises `OSError`; wrap it in `storage_errors` where a user chose the folder.
+    Until then, and after an exception, a kill or a power cut, it is what it was. Raises `OSError`;
+    wrap it in `storage_errors` where a user chose the folder.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}")
+    # Not tempfile: its files are private to the user, and these should get the usual rights. The
+    # name is short, so that a long file name cannot make it too long.
+    temporary = path.with_name(f".fastface-{secrets.token_hex(8)}.tmp")
     try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
+        with temporary.open("xb") as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    _flush(path.parent)
+    finally:
+        # Gone already after the rename.
+        with suppress(OSError):
+            temporary.unlink()
+    with suppress(OSError):  # some network file systems cannot flush a folder
+        _flush(path.parent)
+
+
+def write_durably(path: Path, content: bytes | memoryview) -> None:
+    """Write `content` to `path` by `atomic_file`."""
+    with atomic_file(path) as file:
+        file.write(content)
+
+
+def write_text_durably(path: Path, text: str) -> None:
+    """Write `text` as UTF-8 to `path` by `atomic_file`."""
+    write_durably(path, text.encode())
 
 
 class Draft:
@@ -252,6 +206,67 @@ def finished_folder(target: Path, manifest_name: str) -> Iterator[Draft]:
                 os.close(held)
 
 
+def sweep(parent: Path, name: str = "*") -> None:
+    """Remove what dead processes left in folder `parent` of the folders called `name`.
+
+    A folder that had been moved aside and not yet replaced goes back to its place.
+    """
+    # In this order: what is put back is whole, so a partial folder of the same name is no loss.
+    for aside in parent.glob(f".{_literal(name)}.replaced-*"):
+        target = parent / aside.name[1:].rpartition(".replaced-")[0]
+        _deal_with(aside, target)
+    for partial in parent.glob(f".{_literal(name)}.partial-*"):
+        _deal_with(partial, None)
+
+
+def _deal_with(stale: Path, target: Path | None) -> None:
+    with suppress(BlockingIOError, OSError):
+        handle = _hold(stale)
+        if handle is None and _age_seconds(stale) < _ABANDONED_AFTER_SECONDS:
+            return
+        try:
+            if target is not None and not target.exists():
+                os.rename(stale, target)
+            shutil.rmtree(stale, ignore_errors=True)
+        finally:
+            if handle is not None:
+                os.close(handle)
+
+
+def _age_seconds(folder: Path) -> float:
+    newest = max(path.stat().st_mtime for path in (folder, *folder.rglob("*")))
+    return time.time() - newest
+
+
+def _literal(name: str) -> str:
+    """`name` as a pattern that matches only itself; `*` stays a pattern."""
+    if name == "*":
+        return name
+    return "".join(f"[{char}]" if char in "*?[" else char for char in name)
+
+
+def _hold(folder: Path) -> int | None:
+    """Lock `folder` for this process; return the handle to close, None where it is not possible.
+
+    Raises `BlockingIOError` when another process holds it, `FileNotFoundError` when it is gone.
+    """
+    if fcntl is None:
+        return None
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # The lock may be on a folder that was removed or renamed since it was opened.
+        if os.fstat(handle).st_ino != os.stat(folder).st_ino:
+            raise FileNotFoundError(folder)
+        return handle
+    except (BlockingIOError, FileNotFoundError):
+        os.close(handle)
+        raise
+    except OSError:  # a file system without locks
+        os.close(handle)
+        return None
+
+
 def _new_sibling(target: Path) -> tuple[Path, int | None]:
     while True:
         name = f".{target.name}.partial-{os.getpid()}-{secrets.token_hex(4)}"
@@ -259,7 +274,7 @@ def _new_sibling(target: Path) -> tuple[Path, int | None]:
         path.mkdir()
         # A sweeping process may see the folder before it is held, and remove it: take another.
         with suppress(FileNotFoundError, BlockingIOError):
-            return path, hold(path)
+            return path, _hold(path)
 
 
 def _refuse_foreign(target: Path, manifest_name: str) -> None:
@@ -280,7 +295,7 @@ def _swap_in(draft: Path, target: Path) -> None:
         aside = target.with_name(f".{target.name}.replaced-{os.getpid()}-{secrets.token_hex(4)}")
         held = None
         with suppress(FileNotFoundError, BlockingIOError):
-            held = hold(target)
+            held = _hold(target)
         try:
             with suppress(FileNotFoundError):
                 os.rename(target, aside)

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Final, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
+from fastface_trt.engines.dtypes import DType as DType
 from fastface_trt.errors import ExportIncomplete, ManifestError
 
 SCHEMA_VERSION: Final = 1
@@ -34,7 +35,6 @@ embedding and a picture, FaceID the embedding alone, PuLID both, with id tokens 
 Orthogonal = Literal["off", "v1", "v2"]
 """Which of PuLID's ways frees the id attention's result from what the text attention says."""
 
-DType = Literal["float32", "float16", "bfloat16", "int64", "int32", "uint8"]
 Dimension = int | str
 """A fixed size, or the name of a dynamic one: batch, requests, branches, and height and width in
 latent pixels."""

@@ -12,18 +12,16 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any, Protocol, runtime_checkable
 
-from fastface_trt.engines.cache import EngineCache, build_identity, find_donors, may_donate
+from fastface_trt.engines.cache import EngineCache, refit_base, refitted_identity
 from fastface_trt.engines.engine import EngineBuilder, Progress
-from fastface_trt.engines.hardware import first_difference, topology
 from fastface_trt.engines.manifest import (
     BuildReport,
     EngineManifest,
     FileEntry,
     ModuleSpec,
 )
-from fastface_trt.engines.onnx.file import OnnxFile
 from fastface_trt.engines.probe import check_probe
-from fastface_trt.engines.weight_map import Change, read_map
+from fastface_trt.engines.weight_map import Change
 from fastface_trt.errors import EngineMismatch
 
 _BUILD = "Build it instead: fastface-trt build."
@@ -34,7 +32,7 @@ class RefittingBuilder(EngineBuilder, Protocol):
     """A builder whose engines can take other weights."""
 
     def refit(
-        self, donor: EngineManifest, folder: Path, module: ModuleSpec, source: Path, target: Path
+        self, base: EngineManifest, folder: Path, module: ModuleSpec, source: Path, target: Path
     ) -> Change:
         """Write the engine of `module` (ONNX in `source`) into `target`, from that in `folder`.
 
@@ -45,7 +43,7 @@ class RefittingBuilder(EngineBuilder, Protocol):
 
 @dataclass(frozen=True)
 class RefitReport:
-    """How a refit went. `donor` is the key of the engine used, None when there was nothing to do.
+    """How a refit went. `base` is the key of the engine used, None when there was nothing to do.
 
     changed: names of the initialisers replaced, changed_bytes of them. probe_errors: relative L2
     error per output against the PyTorch module, None for an export without a probe.
@@ -53,7 +51,7 @@ class RefitReport:
 
     module: str
     key: str
-    donor: str | None
+    base: str | None
     changed: tuple[str, ...] = ()
     changed_bytes: int = 0
     seconds: float = 0.0
@@ -66,16 +64,16 @@ def refit(
     source: Path,
     builder: EngineBuilder,
     progress: Progress = lambda line: None,
-    donor: ModuleSpec | None = None,
+    base: ModuleSpec | None = None,
 ) -> RefitReport:
     """Make the engine of `module` from one in `cache`; its ONNX files lie in `source`.
 
-    `donor` is the module whose engine is used, by default that of the newest engine that fits. The
+    `base` is the module whose engine is used, by default that of the last used one that fits. The
     probe of the export runs on the new engine before it appears in the cache.
 
     Raises `EngineMismatch` when no engine fits, naming what differs, when a changed weight cannot
-    be replaced, or the probe fails; `UnknownName` when the donor has no engine; `ExportIncomplete`,
-    `StorageError`. The cache is as before then.
+    be replaced, or the probe fails; `ExportIncomplete`, `StorageError`. The cache is as before
+    then.
     """
     began = perf_counter()
     with suppress(EngineMismatch):
@@ -83,7 +81,16 @@ def refit(
         return RefitReport(module.name, there.key, None, seconds=perf_counter() - began)
     if not isinstance(builder, RefittingBuilder):
         raise EngineMismatch(f"Engines of {builder.backend} cannot be refitted.", _BUILD)
-    chosen = _choose(cache, module, source, builder, donor)
+    near = cache.near_matches(module, builder)
+    if base is not None:
+        near = [one for one in near if one.manifest.key == cache.key(base, builder)]
+        if not near:
+            raise EngineMismatch(
+                f"{base.name} of the export to start from has no engine for {builder.backend} "
+                f"in {cache.root}.",
+                "Build it first: fastface-trt build.",
+            )
+    chosen = refit_base(near, module, source).manifest
     progress(f"Verifying {chosen.key[:12]}, the engine that gives the graph")
     cache.verify(chosen.key)
     alike = _BuiltLike(builder, chosen)
@@ -120,50 +127,18 @@ def refit(
 class _BuiltLike:
     """A builder with the options of an engine that exists: what a refit keeps of it."""
 
-    def __init__(self, builder: RefittingBuilder, donor: EngineManifest) -> None:
+    def __init__(self, builder: RefittingBuilder, base: EngineManifest) -> None:
         self.backend = builder.backend
         self.build = builder.build
         self.open = builder.open
         self.takes = builder.takes
         self.check_runs_here = builder.check_runs_here
         self.device = builder.device
-        self._identity = build_identity(donor)
+        self._identity: dict[str, Any] = refitted_identity(base)
 
     def identity(self, module: ModuleSpec) -> Mapping[str, Any]:
-        """The donor's, with its weights in it."""
+        """That of the engine, with weights in it."""
         return self._identity
-
-
-def _choose(
-    cache: EngineCache,
-    module: ModuleSpec,
-    source: Path,
-    builder: EngineBuilder,
-    donor: ModuleSpec | None,
-) -> EngineManifest:
-    engines = cache.manifests()
-    if donor is not None:
-        wanted = cache.key(donor, builder)
-        engines = [one for one in engines if one.key == wanted]
-        if not engines:
-            raise EngineMismatch(
-                f"{donor.name} of the export to start from has no engine for {builder.backend} "
-                f"in {cache.root}.",
-                "Build it first: fastface-trt build.",
-            )
-    donors = find_donors(engines, cache.root, module, source, builder)
-    if donors:
-        return donors[0]
-    alike = [one for one in engines if may_donate(one, module, builder)]
-    if not alike:
-        why = "no engine with the same inputs, options and a weight map is in the cache"
-    else:
-        with OnnxFile(source / module.files[0].path) as onnx:
-            parts = topology(onnx)
-        nearest = alike[0]
-        part = first_difference(read_map(nearest, cache.root / nearest.key).topology, parts)
-        why = f"the graph of {nearest.key[:12]} is another one: {part} differs"
-    raise EngineMismatch(f"{module.name} cannot be made by a refit: {why}.", _BUILD)
 
 
 def _provisional(key: str, module: ModuleSpec, builder: EngineBuilder) -> EngineManifest:

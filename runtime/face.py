@@ -27,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from fastface_trt.engines.ort.libraries import open_libraries
+from fastface_trt.engines.ort.session import open_libraries
 from fastface_trt.errors import (
     BackendUnavailable,
     EngineFailed,

@@ -18,8 +18,6 @@ look for runs and Huffman codes alone; `python -m benchmarks.picture_encoding` c
 import contextlib
 import io
 import json
-import os
-import secrets
 import struct
 import warnings
 import zlib
@@ -36,6 +34,7 @@ from PIL import ExifTags, Image
 from PIL.PngImagePlugin import PngInfo
 
 from fastface_trt import __version__
+from fastface_trt.engines.files import write_durably
 from fastface_trt.errors import BadPicture, InvalidRequest, StorageError
 
 PictureFormat = Literal["png", "jpeg", "webp"]
@@ -161,24 +160,13 @@ def write_picture(
         format=picture_format(path, format),
         quality=quality,
     )
-    # Not tempfile: its files are private to the user, and a picture should get the usual rights.
-    # The name is short and our own, so that a long file name cannot make it too long.
-    temporary = path.parent / f".fastface-{secrets.token_hex(8)}.tmp"
     try:
-        with temporary.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        write_durably(path, data)
     except OSError as error:
         raise StorageError(
             f"The picture {path} cannot be written: {error.strerror or error}.",
             "Check that its folder exists, is writable and has space.",
         ) from None
-    finally:
-        # Gone already after the rename; still there after an error or an interrupt.
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
 
 
 class PictureWriter:

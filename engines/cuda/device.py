@@ -1,13 +1,9 @@
-"""`CudaDevice`: tensors in the memory of one GPU.
+"""`CudaDevice`: tensors in the memory of one GPU, its own and what other libraries lend it.
 
 Memory is of three kinds. Tensors that the runtime makes come from a stream-ordered pool: making and
 dropping them costs no wait, and a picture's second step reuses what its first one freed. Buffers
 that engines keep (`allocate`) are plain allocations, freed exactly when their engine is closed.
 Scratch memory is shared by all engines of a thread (`stream.Scratch`).
-
-Device memory of other libraries as `DeviceTensor`: DLPack and the CUDA Array Interface.
-
-CUDA events that take the time: points of a stream, read when the GPU has passed them.
 """
 
 import threading
@@ -17,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import astuple
 from math import prod
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 
@@ -25,7 +21,6 @@ from fastface_trt.engines import dlpack
 from fastface_trt.engines.cuda.driver import Driver, Handle
 from fastface_trt.engines.cuda.stream import LentMemory, Stream
 from fastface_trt.engines.device import (
-    ITEM_BYTES,
     Array,
     Copies,
     DeviceTensor,
@@ -34,126 +29,8 @@ from fastface_trt.engines.device import (
     Tensor,
     dtype_name,
 )
-from fastface_trt.engines.dlpack import ElementType
+from fastface_trt.engines.dtypes import FROM_TYPESTR, ITEM_BYTES, DType
 from fastface_trt.errors import EngineFailed, EngineMismatch, OutOfMemory
-
-_BY_TYPESTR: Final[dict[str, ElementType]] = {
-    "<f4": "float32",
-    "<f2": "float16",
-    "<i8": "int64",
-    "<i4": "int32",
-    "|u1": "uint8",
-}
-
-
-def borrow(
-    source: Any, ordinal: int, stream: int, wait: Callable[[int], None], writable: bool
-) -> DeviceTensor:
-    """A tensor over the memory of `source` on GPU `ordinal`.
-
-    `stream` is the CUDA stream that will use it; `wait` makes that stream wait for another one.
-    Raises `BufferError`.
-    """
-    if hasattr(source, "__dlpack__"):
-        kind, number = source.__dlpack_device__()
-        if (int(kind), number) not in ((dlpack.CUDA, ordinal), (dlpack.CUDA_MANAGED, ordinal)):
-            raise BufferError(
-                f"the memory lies on DLPack device ({int(kind)}, {number}), not on GPU {ordinal}"
-            )
-        borrowed = dlpack.ask(source, stream)
-        if not dlpack.is_dense(borrowed.shape, borrowed.strides):
-            raise BufferError("the elements are not dense and row-major")
-        _require_writable(writable, borrowed.read_only)
-        return DeviceTensor(borrowed.address, borrowed.shape, borrowed.dtype, borrowed.memory)
-    described = getattr(source, "__cuda_array_interface__", None)
-    if described is None:
-        raise BufferError(
-            f"{type(source).__name__} has neither __dlpack__ nor __cuda_array_interface__"
-        )
-    return _described(source, described, wait, writable)
-
-
-def _described(
-    source: object, described: dict[str, Any], wait: Callable[[int], None], writable: bool
-) -> DeviceTensor:
-    dtype = _BY_TYPESTR.get(described["typestr"])
-    if dtype is None or described.get("mask") is not None:
-        raise BufferError(f"elements of type {described['typestr']}, or a mask")
-    shape, strides = tuple(described["shape"]), described.get("strides")
-    size = np.dtype(described["typestr"]).itemsize
-    if strides is not None and not dlpack.is_dense(shape, tuple(s // size for s in strides)):
-        raise BufferError("the elements are not dense and row-major")
-    address, read_only = described["data"]
-    _require_writable(writable, read_only)
-    stream = described.get("stream")
-    if stream is not None:
-        wait(stream)
-    return DeviceTensor(address, shape, dtype, source)
-
-
-def _require_writable(writable: bool, read_only: bool) -> None:
-    if writable and read_only:
-        raise BufferError("the memory is read-only")
-
-
-class Event:
-    """A recorded timing event. Its handle is used again once nobody holds the event any more."""
-
-    __slots__ = ("_events", "handle")
-
-    def __init__(self, handle: Handle, events: "TimingEvents") -> None:
-        self.handle = handle
-        self._events = events
-
-    def seconds_since(self, earlier: Marker) -> float:
-        """Seconds between two events by the GPU's clock; waits until the GPU has reached this one.
-
-        Raises `EngineFailed` when their device was closed.
-        """
-        if not isinstance(earlier, Event):
-            raise TypeError("the earlier point is not a CUDA event")
-        return self._events.seconds(earlier.handle, self.handle)
-
-    def __del__(self) -> None:
-        # It may come on any thread and in the middle of anything, so it makes no CUDA call.
-        self._events.unused.append(self.handle)
-
-
-class TimingEvents:
-    """The timing events of one device; any thread may record them."""
-
-    def __init__(self, driver: Driver, context: Handle) -> None:
-        self._driver, self._context = driver, context
-        self._all: deque[Handle] = deque()
-        self._closed = False
-        self.unused: deque[Handle] = deque()
-
-    def record(self, stream: Handle) -> Event:
-        """An event behind what is on `stream` now."""
-        try:
-            handle = self.unused.popleft()
-        except IndexError:
-            handle = self._driver.timing_event_create()
-            self._all.append(handle)
-        self._driver.event_record(handle, stream)
-        return Event(handle, self)
-
-    def seconds(self, earlier: Handle, later: Handle) -> float:
-        """Seconds between two recorded events."""
-        if self._closed:
-            raise EngineFailed(
-                "The device of these times is closed.", "Read them before the model is closed."
-            )
-        # Whoever reads the times may be a thread that never worked on the GPU.
-        self._driver.use_context(self._context)
-        return self._driver.event_seconds(earlier, later)
-
-    def close(self) -> None:
-        """Destroy every event, also those that somebody still holds."""
-        self._closed = True
-        self.unused.clear()
-        while self._all:
-            self._driver.event_destroy(self._all.popleft())
 
 
 class CudaDevice:
@@ -252,11 +129,11 @@ class CudaDevice:
         return tensor
 
     def borrow(self, source: object, *, writable: bool = False) -> DeviceTensor:
-        """See `Device`: memory of this GPU, by DLPack or the CUDA Array Interface."""
+        """Memory of this GPU, by DLPack or the CUDA Array Interface."""
         if isinstance(source, DeviceTensor):
             return source
         stream = int(self.stream().handle)
-        return borrow(
+        return _borrow(
             source, self._ordinal, stream, lambda other: self.wait(stream=other), writable
         )
 
@@ -289,7 +166,7 @@ class CudaDevice:
         """Wait for this thread's work."""
         self.stream().synchronize()
 
-    def mark(self) -> Event:
+    def mark(self) -> "Event":
         """A CUDA event on this thread's stream."""
         return self._events.record(self.stream().handle)
 
@@ -412,6 +289,119 @@ class SharedDevice:
                 self._device.enter_thread()
 
 
+def _borrow(
+    source: Any, ordinal: int, stream: int, wait: Callable[[int], None], writable: bool
+) -> DeviceTensor:
+    """A tensor over the memory of `source` on GPU `ordinal`.
+
+    `stream` is the CUDA stream that will use it; `wait` makes that stream wait for another one.
+    Raises `BufferError`.
+    """
+    if hasattr(source, "__dlpack__"):
+        kind, number = source.__dlpack_device__()
+        if (int(kind), number) not in ((dlpack.CUDA, ordinal), (dlpack.CUDA_MANAGED, ordinal)):
+            raise BufferError(
+                f"the memory lies on DLPack device ({int(kind)}, {number}), not on GPU {ordinal}"
+            )
+        borrowed = dlpack.ask(source, stream)
+        if not dlpack.is_dense(borrowed.shape, borrowed.strides):
+            raise BufferError("the elements are not dense and row-major")
+        _require_writable(writable, borrowed.read_only)
+        return DeviceTensor(borrowed.address, borrowed.shape, borrowed.dtype, borrowed.memory)
+    described = getattr(source, "__cuda_array_interface__", None)
+    if described is None:
+        raise BufferError(
+            f"{type(source).__name__} has neither __dlpack__ nor __cuda_array_interface__"
+        )
+    return _described(source, described, wait, writable)
+
+
+def _described(
+    source: object, described: dict[str, Any], wait: Callable[[int], None], writable: bool
+) -> DeviceTensor:
+    dtype = FROM_TYPESTR.get(described["typestr"])
+    if dtype is None or described.get("mask") is not None:
+        raise BufferError(f"elements of type {described['typestr']}, or a mask")
+    shape, strides = tuple(described["shape"]), described.get("strides")
+    size = np.dtype(described["typestr"]).itemsize
+    if strides is not None and not dlpack.is_dense(shape, tuple(s // size for s in strides)):
+        raise BufferError("the elements are not dense and row-major")
+    address, read_only = described["data"]
+    _require_writable(writable, read_only)
+    stream = described.get("stream")
+    if stream is not None:
+        wait(stream)
+    return DeviceTensor(address, shape, dtype, source)
+
+
+def _require_writable(writable: bool, read_only: bool) -> None:
+    if writable and read_only:
+        raise BufferError("the memory is read-only")
+
+
+class Event:
+    """A point of a stream, read when the GPU has passed it.
+
+    Its handle is used again once nobody holds the event any more.
+    """
+
+    __slots__ = ("_events", "handle")
+
+    def __init__(self, handle: Handle, events: "TimingEvents") -> None:
+        self.handle = handle
+        self._events = events
+
+    def seconds_since(self, earlier: Marker) -> float:
+        """Seconds between two events by the GPU's clock; waits until the GPU has reached this one.
+
+        Raises `EngineFailed` when their device was closed.
+        """
+        if not isinstance(earlier, Event):
+            raise TypeError("the earlier point is not a CUDA event")
+        return self._events.seconds(earlier.handle, self.handle)
+
+    def __del__(self) -> None:
+        # It may come on any thread and in the middle of anything, so it makes no CUDA call.
+        self._events.unused.append(self.handle)
+
+
+class TimingEvents:
+    """The timing events of one device; any thread may record them."""
+
+    def __init__(self, driver: Driver, context: Handle) -> None:
+        self._driver, self._context = driver, context
+        self._all: deque[Handle] = deque()
+        self._closed = False
+        self.unused: deque[Handle] = deque()
+
+    def record(self, stream: Handle) -> Event:
+        """An event behind what is on `stream` now."""
+        try:
+            handle = self.unused.popleft()
+        except IndexError:
+            handle = self._driver.timing_event_create()
+            self._all.append(handle)
+        self._driver.event_record(handle, stream)
+        return Event(handle, self)
+
+    def seconds(self, earlier: Handle, later: Handle) -> float:
+        """Seconds between two recorded events."""
+        if self._closed:
+            raise EngineFailed(
+                "The device of these times is closed.", "Read them before the model is closed."
+            )
+        # Whoever reads the times may be a thread that never worked on the GPU.
+        self._driver.use_context(self._context)
+        return self._driver.event_seconds(earlier, later)
+
+    def close(self) -> None:
+        """Destroy every event, also those that somebody still holds."""
+        self._closed = True
+        self.unused.clear()
+        while self._all:
+            self._driver.event_destroy(self._all.popleft())
+
+
 def _number(handle: Any) -> int:
     """The CUDA handle of a stream or event that is one, or an object around one."""
     if hasattr(handle, "__cuda_stream__"):  # (version, handle): cuda.core's protocol
@@ -419,7 +409,7 @@ def _number(handle: Any) -> int:
     return int(handle)
 
 
-def _dtype(name: str) -> ElementType:
+def _dtype(name: str) -> DType:
     for known in ITEM_BYTES:
         if known == name:
             return known
@@ -428,7 +418,7 @@ def _dtype(name: str) -> ElementType:
     )
 
 
-def _common_dtype(tensors: Sequence[Tensor]) -> ElementType:
+def _common_dtype(tensors: Sequence[Tensor]) -> DType:
     names = sorted({dtype_name(tensor) for tensor in tensors})
     if len(names) > 1:
         raise EngineMismatch(

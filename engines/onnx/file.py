@@ -2,14 +2,9 @@
 
 A builder needs three things that it cannot ask a parser for: where each initialiser's bytes lie (so
 that a 6 GB UNet is mapped, not copied), what they hash to (so that a refit knows what changed), and
-which PyTorch module a node came from (so that an error can say so). All are a few fields of the
-protobuf messages ModelProto, GraphProto, NodeProto and TensorProto of onnx.proto3; the numbers
-below are that file's field numbers.
-
-The wire format of protocol buffers: walking the fields of a message.
-
-ONNX files are protobuf messages. What engines need of them is little, and the onnx package, which
-brings a compiler's worth of code, is not needed to run an engine.
+which PyTorch module a node came from (so that an error can say so). All are a few fields of
+protobuf messages, whose wire format is read at the end of this file; the onnx package, which brings
+a compiler's worth of code, is not needed to run an engine.
 """
 
 import mmap
@@ -17,36 +12,25 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fastface_trt.engines.dtypes import FROM_ONNX
 from fastface_trt.engines.engine import Closing
 from fastface_trt.errors import ExportIncomplete
 
 MODULE_KEY: Final = "fastface.module"
 """Node metadata that names the PyTorch module a node came from, such as unet.mid_block."""
 
-_MODEL_GRAPH = 7
-_GRAPH_NODE, _GRAPH_INITIALIZER = 1, 5
-_NODE_INPUT, _NODE_OUTPUT, _NODE_NAME, _NODE_OP_TYPE, _NODE_METADATA = 1, 2, 3, 4, 9
+# Field numbers of onnx.proto3.
+MODEL_GRAPH, MODEL_OPSET, MODEL_FUNCTION = 7, 8, 25
+GRAPH_NODE, GRAPH_INITIALIZER, GRAPH_INPUT, GRAPH_OUTPUT, GRAPH_SPARSE = 1, 5, 11, 12, 15
+FUNCTION_NAME = 1
+NODE_INPUT, NODE_OUTPUT, NODE_NAME, NODE_OP_TYPE, NODE_DOC, NODE_METADATA = 1, 2, 3, 4, 6, 9
 _TENSOR_DIMS, _TENSOR_TYPE, _TENSOR_NAME, _TENSOR_RAW, _TENSOR_EXTERNAL = 1, 2, 8, 9, 13
 _PAIR_KEY, _PAIR_VALUE = 1, 2
-
-ELEMENT_TYPES: Final = {
-    1: "float32",
-    2: "uint8",
-    3: "int8",
-    6: "int32",
-    7: "int64",
-    9: "bool",
-    10: "float16",
-    11: "float64",
-    16: "bfloat16",
-    17: "float8_e4m3fn",
-}
-"""TensorProto.DataType to the names used here; others read as `type N`."""
 
 Fields = Iterator[tuple[int, int | memoryview]]
 
@@ -55,7 +39,8 @@ Fields = Iterator[tuple[int, int | memoryview]]
 class Initializer:
     """One weight of the graph: its bytes are a view into the mapped file, valid while it is open.
 
-    `external` says that they lie in a data file beside the graph.
+    `dtype` is a name of `engines.dtypes`, or `type N` for others. `external` says that the bytes
+    lie in a data file beside the graph.
     """
 
     name: str
@@ -95,7 +80,7 @@ class OnnxFile(Closing):
         self._maps: dict[Path, mmap.mmap] = {}
         self._graph = memoryview(b"")
         for field, value in self.fields(self._map(path)):
-            if field == _MODEL_GRAPH and isinstance(value, memoryview):
+            if field == MODEL_GRAPH and isinstance(value, memoryview):
                 self._graph = value
         if not self._graph:
             raise self._broken("it holds no graph")
@@ -103,13 +88,13 @@ class OnnxFile(Closing):
     @cached_property
     def initializers(self) -> dict[str, Initializer]:
         """The graph's weights by name, in the file's order."""
-        read = (self.read_initializer(value) for value in self._messages(_GRAPH_INITIALIZER))
+        read = (self.read_initializer(value) for value in self._messages(GRAPH_INITIALIZER))
         return {one.name: one for one in read if one is not None}
 
     @cached_property
     def nodes(self) -> list[Node]:
         """The main graph's nodes in order; nodes inside functions are not among them."""
-        return [self.read_node(value) for value in self._messages(_GRAPH_NODE)]
+        return [self.read_node(value) for value in self._messages(GRAPH_NODE)]
 
     @property
     def model(self) -> memoryview:
@@ -166,15 +151,15 @@ class OnnxFile(Closing):
         for field, value in self.fields(message):
             if not isinstance(value, memoryview):
                 continue
-            if field == _NODE_INPUT:
-                inputs.append(read_text(value))
-            elif field == _NODE_OUTPUT:
-                outputs.append(read_text(value))
-            elif field == _NODE_NAME:
-                name = read_text(value)
-            elif field == _NODE_OP_TYPE:
-                op_type = read_text(value)
-            elif field == _NODE_METADATA:
+            if field == NODE_INPUT:
+                inputs.append(_read_text(value))
+            elif field == NODE_OUTPUT:
+                outputs.append(_read_text(value))
+            elif field == NODE_NAME:
+                name = _read_text(value)
+            elif field == NODE_OP_TYPE:
+                op_type = _read_text(value)
+            elif field == NODE_METADATA:
                 key, text = self._pair(value)
                 if key == MODULE_KEY:
                     scope = text
@@ -193,9 +178,9 @@ class OnnxFile(Closing):
                 elif field == _TENSOR_TYPE:
                     dtype = value
             elif field == _TENSOR_DIMS:  # packed
-                shape += varints(value)
+                shape += _varints(value)
             elif field == _TENSOR_NAME:
-                name = read_text(value)
+                name = _read_text(value)
             elif field == _TENSOR_RAW:
                 raw = value
             elif field == _TENSOR_EXTERNAL:
@@ -205,7 +190,7 @@ class OnnxFile(Closing):
             raw = self._external(name, external)
         if raw is None:
             return None
-        kind = ELEMENT_TYPES.get(dtype, f"type {dtype}")
+        kind = FROM_ONNX.get(dtype, f"type {dtype}")
         return Initializer(name, kind, tuple(shape), raw, bool(external))
 
     def _external(self, name: str, entry: dict[str, str]) -> memoryview:
@@ -220,7 +205,7 @@ class OnnxFile(Closing):
         return whole[start : start + length]
 
     def _pair(self, message: memoryview) -> tuple[str, str]:
-        pair = {f: read_text(v) for f, v in self.fields(message) if isinstance(v, memoryview)}
+        pair = {f: _read_text(v) for f, v in self.fields(message) if isinstance(v, memoryview)}
         return pair.get(_PAIR_KEY, ""), pair.get(_PAIR_VALUE, "")
 
     def fields(self, message: memoryview) -> Fields:
@@ -229,8 +214,7 @@ class OnnxFile(Closing):
         Raises `ExportIncomplete` when it is cut.
         """
         try:
-            for field in fields(message):
-                yield field.number, field.value
+            yield from _fields(message)
         except ValueError as error:
             raise self._broken(str(error)) from None
 
@@ -238,45 +222,37 @@ class OnnxFile(Closing):
         return ExportIncomplete(f"{self.path} is not an ONNX model: {why}.", "Export it again.")
 
 
-VARINT: Final = 0
-BYTES: Final = 2
-_FIXED64, _FIXED32 = 1, 5
+# Wire types of protocol buffers.
+_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 
 
-class Field(NamedTuple):
-    """A field of a message: its number and its value.
+def _fields(message: memoryview) -> Fields:
+    """The fields of a serialised message in order; raises `ValueError` when it is cut.
 
-    The value is an int for a number, a view for bytes, text or a message; fixed-width numbers come
-    as their bytes.
+    A value is an int for a number, a view for bytes, text or a message; fixed-width numbers come as
+    their bytes.
     """
-
-    number: int
-    value: int | memoryview
-
-
-def fields(message: memoryview) -> Iterator[Field]:
-    """The fields of a serialised message in order; raises `ValueError` when it is cut."""
     at, end = 0, len(message)
     while at < end:
-        tag, at = read_varint(message, at)
+        tag, at = _read_varint(message, at)
         kind = tag & 7
-        if kind == VARINT:
-            number, at = read_varint(message, at)
-            yield Field(tag >> 3, number)
+        if kind == _VARINT:
+            number, at = _read_varint(message, at)
+            yield tag >> 3, number
             continue
-        if kind == BYTES:
-            size, at = read_varint(message, at)
+        if kind == _BYTES:
+            size, at = _read_varint(message, at)
         elif kind in (_FIXED64, _FIXED32):
             size = 8 if kind == _FIXED64 else 4
         else:
             raise ValueError(f"unknown wire type {kind}")
         if at + size > end:
             raise ValueError("it is cut")
-        yield Field(tag >> 3, message[at : at + size])
+        yield tag >> 3, message[at : at + size]
         at += size
 
 
-def read_varint(message: memoryview, at: int) -> tuple[int, int]:
+def _read_varint(message: memoryview, at: int) -> tuple[int, int]:
     """The number that starts at byte `at`, and where the next one starts; `ValueError` if cut."""
     number = 0
     for shift in range(0, 70, 7):
@@ -290,15 +266,15 @@ def read_varint(message: memoryview, at: int) -> tuple[int, int]:
     raise ValueError("a number of more than 64 bits")
 
 
-def varints(message: memoryview) -> list[int]:
+def _varints(message: memoryview) -> list[int]:
     """The numbers of a packed field."""
     numbers, at = [], 0
     while at < len(message):
-        number, at = read_varint(message, at)
+        number, at = _read_varint(message, at)
         numbers.append(number)
     return numbers
 
 
-def read_text(message: memoryview) -> str:
+def _read_text(message: memoryview) -> str:
     """A field's bytes as text; what is not UTF-8 is replaced."""
     return bytes(message).decode("utf-8", errors="replace")

@@ -1,17 +1,14 @@
-"""Writing out calls of model-local functions.
+"""Functions and subgraphs as ONNX Runtime 1.22 to 1.30 can take them.
 
-ONNX Runtime 1.22 to 1.30 refuse an If around a call: they inline a function into both of its
-branches under the same names. So a form holds no call; every one is written out under names of its
-own.
+They refuse an If around a call of a model-local function: they inline it into both branches under
+the same names. So a form holds no call; every one is written out under names of its own.
 
-Mends graphs that ONNX Runtime 1.22 to 1.30 saves, and then refuses to load.
-
-With weights in a file of their own, they write every initialiser of an If's branch twice, also
-those that they made themselves by folding constants; "initializer name is not unique" is what
-loading says. Nothing in the graph that is optimised can prevent it.
+And they refuse what they save themselves: with weights in a file of their own, they write every
+initialiser of an If's branch twice, also those that they made by folding constants; "initializer
+name is not unique" is what loading says. Nothing in the graph that is optimised can prevent it, so
+the saved one is mended.
 """
 
-import importlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -108,7 +105,6 @@ def drop_repeated_initializers(path: Path) -> int:
     Weights in other files are not read. Returns how many were dropped; with none, the file stays
     as it is.
     """
-    onnx: Any = importlib.import_module("onnx")
     model = onnx.load(str(path), load_external_data=False)
     dropped = sum(_drop(node, onnx.AttributeProto.GRAPH) for node in model.graph.node)
     if dropped:

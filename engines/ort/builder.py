@@ -10,8 +10,8 @@ copies of its weights. With "extended" or "basic" the weights stay float16 and a
 file: opening takes next to no memory, and every run casts them again.
 
 For the CUDA provider a module is brought into a form of its own first (`engines.onnx.forms`), with
-the attention kernels as a custom operator where its library is at hand; see `onnxruntime_gpu` for
-how it is run. Its weights lie outside of the arena, and the arena is not laid out anew for every
+the attention kernels as a custom operator where its library is at hand; see `cuda_engine` for how
+it is run. Its weights lie outside of the arena, and the arena is not laid out anew for every
 set of shapes, so that one session serves them all with the memory that the largest needs.
 
 The providers `tensorrt` and `nv-tensorrt-rtx` compile the module whenever it is opened: what they
@@ -32,7 +32,6 @@ from fastface_trt.engines.hardware import cpu_hardware, cuda_hardware
 from fastface_trt.engines.manifest import BuildReport, EngineManifest, ModuleSpec
 from fastface_trt.engines.onnx import forms
 from fastface_trt.engines.onnx.file import OnnxFile
-from fastface_trt.engines.onnx.functions import drop_repeated_initializers
 from fastface_trt.engines.ort.cuda_engine import BoundEngine
 from fastface_trt.engines.ort.operator import (
     has_operator,
@@ -105,7 +104,7 @@ class OnnxRuntimeBuilder:
 
     `threads` is the number of threads per operator (None: what was fastest when the engine was
     built, one per core for large modules); it changes no engine. `provider_options` are those of
-    the CUDA provider, see `onnxruntime_options`; all but the few that change the saved graph take
+    the CUDA provider, see `ort.options`; all but the few that change the saved graph take
     effect when an engine is opened, so engines that were built with others serve.
 
     Raises `UnknownName` and `InvalidRequest` for provider options that there are not.
@@ -167,7 +166,6 @@ class OnnxRuntimeBuilder:
         return self._identity(module, operator=True)
 
     def check_runs_here(self) -> None:
-        """See `EngineBuilder`."""
         check_provider(self.provider)
 
     def takes(self, manifest: EngineManifest) -> bool:
@@ -208,6 +206,9 @@ class OnnxRuntimeBuilder:
             session = self._optimise(model, options)
             problem = interface_problem(session, module)
             del session  # its memory is needed again
+            # Here, because it imports the package onnx, which opening an engine does without.
+            from fastface_trt.engines.onnx.functions import drop_repeated_initializers
+
             drop_repeated_initializers(graph)
             if problem is None:
                 # A graph that still refers to the export's data, or was cut, shows here.
@@ -253,16 +254,16 @@ class OnnxRuntimeBuilder:
         write_threads(target, fastest_threads(prepare, usable_cores()))
 
     def refit(
-        self, donor: EngineManifest, folder: Path, module: ModuleSpec, source: Path, target: Path
+        self, base: EngineManifest, folder: Path, module: ModuleSpec, source: Path, target: Path
     ) -> Change:
-        """Write the engine of `module` into `target`: that of `donor` with other weights.
+        """Write the engine of `module` into `target`: that of `base` with other weights.
 
         Copies the optimised graph of `folder` and swaps the weights that differ; no optimisation
         runs, so it takes as long as copying. Raises `EngineMismatch` when more than weights
         differs, or a weight is not where it can be replaced.
         """
-        built = read_map(donor, folder)
-        beside = (file.path for file in donor.files if file.path not in (_GRAPH, WEIGHT_MAP))
+        built = read_map(base, folder)
+        beside = (file.path for file in base.files if file.path not in (_GRAPH, WEIGHT_MAP))
         with OnnxFile(source / module.files[0].path) as onnx:
             change = find_change(module, built, onnx)
             replace_weights(folder, target, (_GRAPH, *beside), change, onnx)

@@ -35,7 +35,8 @@ import numpy as np
 
 from fastface_trt.engines.cuda.device import CudaDevice
 from fastface_trt.engines.cuda.stream import Stream
-from fastface_trt.engines.device import ITEM_BYTES, DeviceTensor, Tensor
+from fastface_trt.engines.device import DeviceTensor, Tensor
+from fastface_trt.engines.dtypes import ITEM_BYTES
 from fastface_trt.engines.engine import Closing, check_inputs
 from fastface_trt.engines.manifest import ModuleSpec, TensorSpec
 from fastface_trt.engines.ort.options import ProviderOptions

@@ -2,16 +2,28 @@
 
 A provider is built into the installed ONNX Runtime, or comes as a plugin: a package with a library
 that is registered with a plain `onnxruntime`, whose sessions then name devices, not providers.
+
+A GPU provider is a shared library that is opened with the first session, and finds what it links to
+only where the system's loader looks, or among what the process has open already. NVIDIA's packages
+(nvidia-cublas, nvidia-cudnn-cu13, …) lie in neither; so they are opened here by their paths, and no
+LD_LIBRARY_PATH is needed. The CPU's provider needs none of this and pays nothing.
 """
 
+import contextlib
+import ctypes
 import importlib
 import importlib.metadata
 import importlib.util
+import io
 import re
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final, Literal
 
+from fastface_trt.engines.dtypes import FROM_ONNXRUNTIME
 from fastface_trt.engines.hardware import (
     FROM_TURING,
     RTX,
@@ -22,11 +34,6 @@ from fastface_trt.engines.hardware import (
     why_no_gpu,
 )
 from fastface_trt.engines.manifest import ModuleSpec
-from fastface_trt.engines.ort.libraries import (
-    cuda_version,
-    missing_libraries,
-    open_libraries,
-)
 from fastface_trt.engines.ort.options import ProviderOptions
 from fastface_trt.errors import BackendUnavailable
 
@@ -56,6 +63,9 @@ _PLUGIN: Final = (
     "pip install onnxruntime-ep-nv-tensorrt-rtx, a plugin for a plain onnxruntime (1.24 or later); "
     "or use the backend tensorrt-rtx, which needs no plugin."
 )
+
+_TENSORRT = ("libnvinfer.so.10", "libnvonnxparser.so.10")
+"""What the provider `tensorrt` of ONNX Runtime 1.20 to 1.31 links to besides: TensorRT 10."""
 
 
 def open_session(
@@ -229,6 +239,74 @@ def _distribution(module: str) -> str:
     return prefix
 
 
+def cuda_version(onnxruntime: Any) -> tuple[int, ...]:
+    """The CUDA version that this ONNX Runtime was built with, such as (13, 0); () for a CPU one."""
+    text = str(getattr(onnxruntime, "cuda_version", "") or "")
+    return tuple(int(part) for part in text.split(".") if part.isdigit())
+
+
+def library_names(provider: str, cuda_major: int) -> tuple[str, ...]:
+    """The libraries of CUDA, cuDNN and TensorRT that a provider opens, in order of dependence."""
+    names = (
+        f"libcudart.so.{cuda_major}",
+        f"libnvrtc.so.{cuda_major}",
+        f"libcublasLt.so.{cuda_major}",
+        f"libcublas.so.{cuda_major}",
+        "libcurand.so.10",
+        f"libcufft.so.{cuda_major - 1}",
+        "libcudnn.so.9",
+    )
+    return names + (_TENSORRT if provider == "tensorrt" else ())
+
+
+@lru_cache
+def open_libraries(onnxruntime: Any, provider: str) -> None:
+    """Open the libraries of a GPU provider wherever they came as packages; raises nothing.
+
+    ONNX Runtime's own way is tried first (it has one from 1.21 on, and prints what it does not
+    find); what that leaves is looked for in the packages' folders. Once per process.
+    """
+    version = cuda_version(onnxruntime)
+    if provider == "cpu" or not version:
+        return
+    with contextlib.suppress(Exception), contextlib.redirect_stdout(io.StringIO()):
+        onnxruntime.preload_dlls()
+    left = missing_libraries(provider, version[0])
+    while left:
+        after = [name for name in left if not _open(name)]
+        if len(after) == len(left):
+            return
+        left = after  # one that needed another may open now
+
+
+def missing_libraries(provider: str, cuda_major: int) -> list[str]:
+    """Which of a provider's libraries neither are open nor lie where the loader looks."""
+    if sys.platform != "linux":
+        return []
+    return [name for name in library_names(provider, cuda_major) if not _opens((name,))]
+
+
+def _open(name: str) -> bool:
+    return _opens([str(folder / name) for folder in _folders() if (folder / name).is_file()])
+
+
+def _opens(candidates: Sequence[str]) -> bool:
+    for candidate in candidates:
+        with contextlib.suppress(OSError):
+            # Global, because a provider refers to symbols of libraries that it does not name.
+            ctypes.CDLL(candidate, mode=ctypes.RTLD_GLOBAL)
+            return True
+    return False
+
+
+def _folders() -> Iterator[Path]:
+    """Where packages keep shared libraries: nvidia/*/lib, and TensorRT's own."""
+    for package, pattern in (("nvidia", "*/lib"), ("tensorrt_libs", ".")):
+        spec = importlib.util.find_spec(package)
+        for root in (spec and spec.submodule_search_locations) or ():
+            yield from sorted(Path(root).glob(pattern)) if pattern != "." else (Path(root),)
+
+
 def load_onnxruntime() -> Any:
     """The package `onnxruntime`; raises `BackendUnavailable` when it is not whole."""
     try:
@@ -244,23 +322,13 @@ def load_onnxruntime() -> Any:
     return onnxruntime
 
 
-_TYPES = {
-    "tensor(float)": "float32",
-    "tensor(float16)": "float16",
-    "tensor(bfloat16)": "bfloat16",
-    "tensor(int64)": "int64",
-    "tensor(int32)": "int32",
-    "tensor(uint8)": "uint8",
-}
-
-
 def interface_problem(session: Any, module: ModuleSpec) -> str | None:
     """What differs between the session's inputs and outputs and the module's, None if nothing."""
     for side, actual, wanted in (
         ("inputs", session.get_inputs(), module.inputs),
         ("outputs", session.get_outputs(), module.outputs),
     ):
-        found = {node.name: _TYPES.get(node.type, node.type) for node in actual}
+        found = {node.name: FROM_ONNXRUNTIME.get(node.type, node.type) for node in actual}
         expected = {tensor.name: tensor.dtype for tensor in wanted}
         if found != expected:
             return f"its {side} are {found}, expected {expected}"

@@ -1,25 +1,24 @@
-"""TensorRT and TensorRT-RTX as a backend: identity, build, and what an engine may run on.
+"""TensorRT and TensorRT-RTX as a backend: identity, build, what an engine may run on, and refit.
 
-Put other weights into a built plan, on the GPU, and write the result as a new plan.
-
-Two routes exist. `OnnxParserRefitter` parses the whole new model and sets every weight by the names
+A refit puts other weights into a built plan, on the GPU, and writes the result as a new plan. Two
+routes exist. `OnnxParserRefitter` parses the whole new model and sets every weight by the names
 that the parser gives. This uses `Refitter` directly instead: the build named each weight after its
 initialiser (`network.name_weights`), so only what changed is set, by address from the mapped file
-and without a parse, and the plan's own list of weights shows beforehand what cannot be set.
-
-A refit happens in an engine in memory that nobody else uses, and is kept only once it is written.
+and without a parse, and the plan's own list of weights shows beforehand what cannot be set. It
+happens in an engine in memory that nobody else uses, and is kept only once it is written.
 """
 
 import mmap
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fastface_trt.engines.cuda.device import CudaDevice, SharedDevice
 from fastface_trt.engines.engine import Progress
 from fastface_trt.engines.hardware import cuda_driver, cuda_hardware
 from fastface_trt.engines.manifest import BuildReport, EngineManifest, ModuleSpec
 from fastface_trt.engines.onnx.file import OnnxFile
+from fastface_trt.engines.tensorrt.engine import TensorRTEngine
 from fastface_trt.engines.tensorrt.flavour import Flavour, FlavourName, find_flavour
 from fastface_trt.engines.tensorrt.network import MessageLog, weight_types
 from fastface_trt.engines.tensorrt.options import TensorRTOptions
@@ -28,106 +27,6 @@ from fastface_trt.engines.tensorrt.profiles import choose_profile, make_profiles
 from fastface_trt.engines.weight_map import Change, find_change, read_map
 from fastface_trt.errors import BackendUnavailable, BuildFailed, EngineMismatch
 
-_BUILD = "Build it instead: fastface-trt build."
-
-
-def refit_plan(
-    flavour: Flavour,
-    module: ModuleSpec,
-    change: Change,
-    onnx: OnnxFile,
-    folder: Path,
-    target: Path,
-    *,
-    stripped: bool = False,
-) -> None:
-    """Write `target`/engine.plan: that of `folder` with the weights of `onnx` where they changed.
-
-    With `stripped` the plan holds no weights, and gets all of them. The new plan can be refitted
-    again. Raises `EngineMismatch` for a plan that takes no weights, or not these; `BuildFailed`
-    with TensorRT's reason; `OSError` for a full disk. Needs a GPU, and memory for the plan twice.
-    """
-    binding = flavour.module()
-    log = MessageLog(binding)
-    engine = _deserialize(flavour, binding, log, module, folder / PLAN)
-    if not engine.refittable:
-        raise EngineMismatch(
-            f"The engine of {module.name} was built without the option refittable.",
-            "Build it with --refittable.",
-        )
-    refitter = log.attach(binding.Refitter(engine, log.logger))
-    known = set(refitter.get_all_weights())
-    wanted = known if stripped else {one.name for one in change.engine}
-    refused = sorted(wanted - known) or sorted(wanted - onnx.initializers.keys())
-    if refused:
-        raise EngineMismatch(
-            f"The engine of {module.name} has no replaceable weight {refused[0]}.", _BUILD
-        )
-    types = weight_types(binding)
-    given: set[str] = set()
-    while wanted:
-        for name in sorted(wanted):
-            one = onnx.initializers[name]
-            count = refitter.get_weights_prototype(name).size
-            weights = binding.Weights(types[one.dtype], one.address, count)
-            if weights.nbytes != len(one.data) or not refitter.set_named_weights(name, weights):
-                raise _failed(flavour, module, f"it refuses the weight {name}", log)
-        given |= wanted
-        # A weight that TensorRT merged with one of these has to come along, changed or not.
-        wanted = set(refitter.get_missing_weights()) - given
-        if not wanted <= onnx.initializers.keys():
-            lost = sorted(wanted - onnx.initializers.keys())[0]
-            raise _failed(flavour, module, f"it also asks for {lost or 'an unnamed weight'}", log)
-    if not refitter.refit_cuda_engine():
-        raise _failed(flavour, module, "the refit failed", log)
-    del refitter
-    _serialize(flavour, binding, log, module, engine, target)
-
-
-def _deserialize(
-    flavour: Flavour, binding: Any, log: MessageLog, module: ModuleSpec, plan: Path
-) -> Any:
-    runtime = log.attach(binding.Runtime(log.logger))
-    runtime.engine_host_code_allowed = False
-    with (
-        open(plan, "rb") as file,
-        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
-    ):
-        engine = runtime.deserialize_cuda_engine(content)
-    if engine is None:
-        raise EngineMismatch(
-            f"{flavour.label} cannot open the engine of {module.name}: {log.reason()}", _BUILD
-        )
-    return engine
-
-
-def _serialize(
-    flavour: Flavour,
-    binding: Any,
-    log: MessageLog,
-    module: ModuleSpec,
-    engine: Any,
-    target: Path,
-) -> None:
-    config = engine.create_serialization_config()
-    config.clear_flag(binding.SerializationFlag.EXCLUDE_WEIGHTS)
-    config.set_flag(binding.SerializationFlag.INCLUDE_REFIT)  # or this was the plan's last refit
-    plan = engine.serialize_with_config(config)
-    if plan is None:
-        raise _failed(flavour, module, "the refitted engine cannot be written", log)
-    with open(target / PLAN, "wb", buffering=0) as file:
-        write_all(file, memoryview(plan))
-
-
-def _failed(flavour: Flavour, module: ModuleSpec, what: str, log: MessageLog) -> BuildFailed:
-    return BuildFailed(
-        f"{flavour.label} cannot refit {module.name}: {what} ({log.reason()}).", _BUILD
-    )
-
-
-if TYPE_CHECKING:
-    from fastface_trt.engines.tensorrt.engine import TensorRTEngine
-
 ANY_TARGET = "any"
 """What the hardware of a TensorRT-RTX engine says when no GPU generation was chosen."""
 
@@ -135,6 +34,7 @@ Misfit = tuple[str, str, str, str]
 """A field, its value in the engine, its value here, and what to do."""
 
 _BUILD_AGAIN = "Build it again on this machine: fastface-trt build."
+_BUILD = "Build it instead: fastface-trt build."
 
 
 class TensorRTBuilder:
@@ -239,30 +139,28 @@ class TensorRTBuilder:
         return BuildReport(**facts, built_on=cuda_hardware() | cuda_driver())
 
     def refit(
-        self, donor: EngineManifest, folder: Path, module: ModuleSpec, source: Path, target: Path
+        self, base: EngineManifest, folder: Path, module: ModuleSpec, source: Path, target: Path
     ) -> Change:
-        """Write the plan of `module` into `target`: that of `donor` with other weights.
+        """Write the plan of `module` into `target`: that of `base` with other weights.
 
-        A stripped donor gets all weights, so this is also how a shipped engine is completed. Raises
+        A stripped one gets all weights, so this is also how a shipped engine is completed. Raises
         `EngineMismatch`, `BuildFailed`, `OSError`; `BackendUnavailable` without a GPU.
         """
-        self._check(donor)
-        built = read_map(donor, folder)
+        self._check(base)
+        built = read_map(base, folder)
         with OnnxFile(source / module.files[0].path) as onnx:
             change = find_change(module, built, onnx)
-            if change.changed and not donor.options.get("refittable", False):
+            if change.changed and not base.options.get("refittable", False):
                 raise EngineMismatch(
                     f"The engine of {module.name} takes only the weights that it was built with, "
                     f"and {change.changed[0]} differs.",
                     "Build it with --refittable.",
                 )
-            refit_plan(
-                self.flavour, module, change, onnx, folder, target, stripped=_stripped(donor)
-            )
+            refit_plan(self.flavour, module, change, onnx, folder, target, stripped=_stripped(base))
         built.with_weights(change.weights).write(target)
         return change
 
-    def open(self, manifest: EngineManifest, folder: Path) -> "TensorRTEngine":
+    def open(self, manifest: EngineManifest, folder: Path) -> TensorRTEngine:
         """Load a verified plan onto the GPU.
 
         Raises `EngineMismatch` naming the field that differs when it was built for another flavour,
@@ -274,8 +172,6 @@ class TensorRTBuilder:
                 f"The engine of {manifest.module.name} was built without its weights.",
                 "Put them in first: fastface-trt refit --export FOLDER.",
             )
-        from fastface_trt.engines.tensorrt.engine import TensorRTEngine
-
         return TensorRTEngine.open(
             self.flavour, manifest, folder, self.device(), self.options.kernel_specialization
         )
@@ -330,6 +226,100 @@ class TensorRTBuilder:
         gpu = cuda_hardware()
         fields = ("compute_capability",) if self.options.same_compute_capability else tuple(gpu)
         return {field: gpu[field] for field in fields}
+
+
+def refit_plan(
+    flavour: Flavour,
+    module: ModuleSpec,
+    change: Change,
+    onnx: OnnxFile,
+    folder: Path,
+    target: Path,
+    *,
+    stripped: bool = False,
+) -> None:
+    """Write `target`/engine.plan: that of `folder` with the weights of `onnx` where they changed.
+
+    With `stripped` the plan holds no weights, and gets all of them. The new plan can be refitted
+    again. Raises `EngineMismatch` for a plan that takes no weights, or not these; `BuildFailed`
+    with TensorRT's reason; `OSError` for a full disk. Needs a GPU, and memory for the plan twice.
+    """
+    binding = flavour.module()
+    log = MessageLog(binding)
+    engine = _deserialize(flavour, binding, log, module, folder / PLAN)
+    if not engine.refittable:
+        raise EngineMismatch(
+            f"The engine of {module.name} was built without the option refittable.",
+            "Build it with --refittable.",
+        )
+    refitter = log.attach(binding.Refitter(engine, log.logger))
+    known = set(refitter.get_all_weights())
+    wanted = known if stripped else {one.name for one in change.engine}
+    refused = sorted(wanted - known) or sorted(wanted - onnx.initializers.keys())
+    if refused:
+        raise EngineMismatch(
+            f"The engine of {module.name} has no replaceable weight {refused[0]}.", _BUILD
+        )
+    types = weight_types(binding)
+    given: set[str] = set()
+    while wanted:
+        for name in sorted(wanted):
+            one = onnx.initializers[name]
+            count = refitter.get_weights_prototype(name).size
+            weights = binding.Weights(types[one.dtype], one.address, count)
+            if weights.nbytes != len(one.data) or not refitter.set_named_weights(name, weights):
+                raise _failed(flavour, module, f"it refuses the weight {name}", log)
+        given |= wanted
+        # A weight that TensorRT merged with one of these has to come along, changed or not.
+        wanted = set(refitter.get_missing_weights()) - given
+        if not wanted <= onnx.initializers.keys():
+            lost = sorted(wanted - onnx.initializers.keys())[0]
+            raise _failed(flavour, module, f"it also asks for {lost or 'an unnamed weight'}", log)
+    if not refitter.refit_cuda_engine():
+        raise _failed(flavour, module, "the refit failed", log)
+    del refitter
+    _serialize(flavour, binding, log, module, engine, target)
+
+
+def _deserialize(
+    flavour: Flavour, binding: Any, log: MessageLog, module: ModuleSpec, plan: Path
+) -> Any:
+    runtime = log.attach(binding.Runtime(log.logger))
+    runtime.engine_host_code_allowed = False
+    with (
+        open(plan, "rb") as file,
+        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
+    ):
+        engine = runtime.deserialize_cuda_engine(content)
+    if engine is None:
+        raise EngineMismatch(
+            f"{flavour.label} cannot open the engine of {module.name}: {log.reason()}", _BUILD
+        )
+    return engine
+
+
+def _serialize(
+    flavour: Flavour,
+    binding: Any,
+    log: MessageLog,
+    module: ModuleSpec,
+    engine: Any,
+    target: Path,
+) -> None:
+    config = engine.create_serialization_config()
+    config.clear_flag(binding.SerializationFlag.EXCLUDE_WEIGHTS)
+    config.set_flag(binding.SerializationFlag.INCLUDE_REFIT)  # or this was the plan's last refit
+    plan = engine.serialize_with_config(config)
+    if plan is None:
+        raise _failed(flavour, module, "the refitted engine cannot be written", log)
+    with open(target / PLAN, "wb", buffering=0) as file:
+        write_all(file, memoryview(plan))
+
+
+def _failed(flavour: Flavour, module: ModuleSpec, what: str, log: MessageLog) -> BuildFailed:
+    return BuildFailed(
+        f"{flavour.label} cannot refit {module.name}: {what} ({log.reason()}).", _BUILD
+    )
 
 
 def _stripped(manifest: EngineManifest) -> bool:

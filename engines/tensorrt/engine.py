@@ -1,26 +1,17 @@
 """`TensorRTEngine`: a plan of either flavour, run on the calling thread's stream.
 
 From a call to the GPU: `__call__` checks the inputs, chooses the built profile that fits their
-shapes, and hands them to the `ProfileContext` of this thread and profile, which copies them into
-its buffers and launches the work. Nothing waits for the GPU but who downloads a result.
+shapes, and hands them to the `ProfileContext` of this thread and profile. It copies them into
+buffers that stay at their addresses for its life, and outputs come out of such buffers, so a CUDA
+graph of a run stays valid and a call allocates nothing. Nothing waits for the GPU but who downloads
+a result.
 
-One execution context: a plan's profile on one thread's stream, with its buffers.
-
-Inputs are copied into buffers that stay at their addresses for the context's life, and outputs come
-out of such buffers, so a CUDA graph of a run stays valid and a call allocates nothing.
-
-TensorRT-RTX's runtime cache on the disk: kernels that it compiled for this GPU, kept for later.
-
-The file lies beside the cache's entries, not in one: an entry is verified against its manifest and
-never changes. Its name holds all that its contents depend on, and it starts with their SHA-256, so
-a file that was cut short never reaches TensorRT. TensorRT-RTX compares the rest with the machine
-itself and refuses what does not fit; such a file is deleted and written anew.
+TensorRT-RTX compiles kernels when an engine runs; a `RuntimeCacheFile` keeps them for the next
+start.
 """
 
 import hashlib
 import mmap
-import os
-import secrets
 from collections.abc import Mapping
 from contextlib import suppress
 from math import prod
@@ -31,8 +22,10 @@ from typing import Any
 from fastface_trt.engines.cuda.device import CudaDevice
 from fastface_trt.engines.cuda.graphs import GraphKey
 from fastface_trt.engines.cuda.stream import Stream
-from fastface_trt.engines.device import ITEM_BYTES, DeviceTensor, Tensor
+from fastface_trt.engines.device import DeviceTensor, Tensor
+from fastface_trt.engines.dtypes import FROM_TENSORRT, ITEM_BYTES
 from fastface_trt.engines.engine import Closing, check_inputs
+from fastface_trt.engines.files import write_durably
 from fastface_trt.engines.manifest import EngineManifest, ModuleSpec
 from fastface_trt.engines.tensorrt.flavour import Flavour
 from fastface_trt.engines.tensorrt.network import MessageLog
@@ -50,178 +43,6 @@ from fastface_trt.errors import EngineFailed, EngineMismatch, InvalidRequest
 _ALIGNMENT = 256
 Shapes = tuple[Shape, ...]
 
-
-class ProfileContext:
-    """A context of the deserialised engine `plan` for its profile number `index`.
-
-    `captures` says that runs are recorded as CUDA graphs here; TensorRT-RTX does it by itself.
-    Every method needs `stream.lock`.
-    """
-
-    def __init__(
-        self,
-        plan: Any,
-        config: Any,
-        spec: ModuleSpec,
-        index: int,
-        profile: Profile,
-        device: CudaDevice,
-        stream: Stream,
-        log: MessageLog,
-        *,
-        captures: bool,
-    ) -> None:
-        self._spec, self._index, self._captures = spec, index, captures
-        self._device, self._stream, self._log = device, stream, log
-        self._plan_id = id(plan)
-        self._scratch_bytes = max(int(plan.device_memory_size_v2), _ALIGNMENT)
-        self._context: Any = plan.create_execution_context(config)
-        if self._context is None:
-            raise self._failure("cannot make an execution context")
-        self._output_shapes: dict[Shapes, Shapes] = {}
-        self._prepared: GraphKey | None = None
-        if not self._context.set_optimization_profile_async(index, int(stream.handle)):
-            raise self._failure(f"does not take its profile {index}")
-        self._addresses: dict[str, int] = {}
-        self._buffer = self._allocate(profile)
-
-    def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Copy the inputs in, put one run on the stream, and return views of the outputs."""
-        for tensor in self._spec.inputs:
-            given = inputs[tensor.name]
-            shape = tuple(given.shape)
-            view = DeviceTensor(self._addresses[tensor.name], shape, tensor.dtype)
-            self._device.copy_into(view, given)
-        shapes = tuple(tuple(inputs[tensor.name].shape) for tensor in self._spec.inputs)
-        self._execute(shapes)
-        return {
-            tensor.name: DeviceTensor(self._addresses[tensor.name], shape, tensor.dtype)
-            for tensor, shape in zip(self._spec.outputs, self._output_shapes[shapes], strict=True)
-        }
-
-    def close(self) -> None:
-        """Free the context and its buffers, after the stream's work."""
-        self._device.driver.stream_synchronize(self._stream.handle)
-        self._stream.graphs.forget(engine=self._plan_id)
-        self._stream.scratch.release(self._plan_id)
-        self._context = None
-        self._device.free(self._buffer)
-
-    def _execute(self, shapes: Shapes) -> None:
-        graphs = self._stream.graphs
-        scratch, size = self._stream.scratch.get(self._plan_id, self._scratch_bytes)
-        key = GraphKey(self._plan_id, self._index, shapes, (*self._addresses.values(), scratch))
-        if self._captures and graphs.replay(key):
-            return
-        if self._prepared != key:
-            self._prepare(shapes, scratch, size)
-        elif self._captures and graphs.capture(key, self._enqueue):
-            return
-        self._enqueue()
-        self._prepared = key
-
-    def _prepare(self, shapes: Shapes, scratch: int, size: int) -> None:
-        """Tell the context the shapes and its scratch memory."""
-        self._prepared = None
-        self._context.set_device_memory(scratch, size)
-        self._output_shapes[shapes] = self._set_shapes(shapes)
-
-    def _set_shapes(self, shapes: Shapes) -> Shapes:
-        for tensor, shape in zip(self._spec.inputs, shapes, strict=True):
-            if not self._context.set_input_shape(tensor.name, shape):
-                raise self._failure(f"does not take shape {shape} for {tensor.name}")
-        missing = self._context.infer_shapes()
-        if missing:
-            raise self._failure(f"has no shape for {', '.join(missing)}")
-        return tuple(
-            tuple(self._context.get_tensor_shape(tensor.name)) for tensor in self._spec.outputs
-        )
-
-    def _enqueue(self) -> None:
-        if not self._context.execute_async_v3(int(self._stream.handle)):
-            raise self._failure("failed")
-
-    def _allocate(self, profile: Profile) -> int:
-        """One buffer for all inputs and outputs at the profile's largest shapes."""
-        sizes = {
-            tensor.name: prod(profile.largest[tensor.name]) * ITEM_BYTES[tensor.dtype]
-            for tensor in self._spec.inputs
-        }
-        self._set_shapes(tuple(profile.largest[tensor.name] for tensor in self._spec.inputs))
-        for tensor in self._spec.outputs:
-            sizes[tensor.name] = int(self._context.get_max_output_size(tensor.name))
-        total, offsets = 0, {}
-        for name, size in sizes.items():
-            offsets[name] = total
-            total += -(-size // _ALIGNMENT) * _ALIGNMENT
-        buffer = self._device.allocate(total)
-        for name, offset in offsets.items():
-            self._addresses[name] = buffer + offset
-            if not self._context.set_tensor_address(name, buffer + offset):
-                self._device.free(buffer)
-                raise self._failure(f"does not take an address for {name}")
-        return buffer
-
-    def _failure(self, what: str) -> EngineFailed:
-        return EngineFailed(
-            f"The engine of {self._spec.name} {what}: {self._log.reason()}",
-            "If it comes back, build the engine again: fastface-trt build.",
-        )
-
-
-_DIGEST_BYTES = 32
-
-
-class RuntimeCacheFile:
-    """The runtime cache of one engine on one GPU; `cache` is TensorRT-RTX's object for it."""
-
-    def __init__(
-        self, entry: Path, key: str, version: str, gpu: Mapping[str, str], cache: Any
-    ) -> None:
-        where = hashlib.sha256(repr((version, sorted(gpu.items()))).encode()).hexdigest()
-        self.path = entry.parent / "runtime" / f"{key}-{where[:16]}.cache"
-        self._cache = cache
-        self._known = b""
-
-    def load(self) -> bool:
-        """Take in the file; False, and no file any more, where there is none that fits."""
-        content = b""
-        with suppress(OSError):
-            content = self.path.read_bytes()
-        digest, blob = content[:_DIGEST_BYTES], content[_DIGEST_BYTES:]
-        if blob and hashlib.sha256(blob).digest() == digest and self._cache.deserialize(blob):
-            self._known = digest
-            return True
-        with suppress(OSError):
-            self.path.unlink()
-        return False
-
-    def save(self) -> None:
-        """Write the cache if it holds something new. A full or read-only disk costs only time."""
-        serialized = self._cache.serialize()
-        blob = b"" if serialized is None else bytes(memoryview(serialized))
-        digest = hashlib.sha256(blob).digest()
-        if not blob or digest == self._known:
-            return
-        draft = self.path.with_name(f".{self.path.name}.{os.getpid()}-{secrets.token_hex(4)}")
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            draft.write_bytes(digest + blob)
-            os.replace(draft, self.path)
-            self._known = digest
-        except OSError:
-            with suppress(OSError):
-                draft.unlink()
-
-
-_TYPES = {
-    "FLOAT": "float32",
-    "HALF": "float16",
-    "BF16": "bfloat16",
-    "INT64": "int64",
-    "INT32": "int32",
-    "UINT8": "uint8",
-}
 _BUILD_AGAIN = "Build it again: fastface-trt build."
 _LESS_MEMORY = (
     "Close other programs that use the GPU, or build with fewer requests at once, a smaller size, "
@@ -357,7 +178,7 @@ class TensorRTEngine(Closing):
         del plan
         self._runtime = None
 
-    def _context(self, stream: Stream, index: int) -> ProfileContext:
+    def _context(self, stream: Stream, index: int) -> "ProfileContext":
         with self._lock:
             if self._plan is None:
                 raise EngineFailed(f"The engine of {self.spec.name} is closed.", "Load it again.")
@@ -409,7 +230,7 @@ def _interface_problem(binding: Any, plan: Any, manifest: EngineManifest) -> str
             return f"its tensor {name} lies on the host"
         is_input = plan.get_tensor_mode(name) == binding.TensorIOMode.INPUT
         dtype = plan.get_tensor_dtype(name).name
-        found[is_input][name] = _TYPES.get(dtype, dtype)
+        found[is_input][name] = FROM_TENSORRT.get(dtype, dtype)
     for is_input, side, wanted in (
         (True, "inputs", module.inputs),
         (False, "outputs", module.outputs),
@@ -431,3 +252,168 @@ def _counts(module: ModuleSpec, shapes: dict[str, Shape]) -> str:
         return ""
     requests = sizes["requests"]
     return f" --requests {requests} --branches {sizes.get('batch', requests) // requests}"
+
+
+class ProfileContext:
+    """A context of the deserialised engine `plan` for its profile number `index`.
+
+    `captures` says that runs are recorded as CUDA graphs here; TensorRT-RTX does it by itself.
+    Every method needs `stream.lock`.
+    """
+
+    def __init__(
+        self,
+        plan: Any,
+        config: Any,
+        spec: ModuleSpec,
+        index: int,
+        profile: Profile,
+        device: CudaDevice,
+        stream: Stream,
+        log: MessageLog,
+        *,
+        captures: bool,
+    ) -> None:
+        self._spec, self._index, self._captures = spec, index, captures
+        self._device, self._stream, self._log = device, stream, log
+        self._plan_id = id(plan)
+        self._scratch_bytes = max(int(plan.device_memory_size_v2), _ALIGNMENT)
+        self._context: Any = plan.create_execution_context(config)
+        if self._context is None:
+            raise self._failure("cannot make an execution context")
+        self._output_shapes: dict[Shapes, Shapes] = {}
+        self._prepared: GraphKey | None = None
+        if not self._context.set_optimization_profile_async(index, int(stream.handle)):
+            raise self._failure(f"does not take its profile {index}")
+        self._addresses: dict[str, int] = {}
+        self._buffer = self._allocate(profile)
+
+    def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Copy the inputs in, put one run on the stream, and return views of the outputs."""
+        for tensor in self._spec.inputs:
+            given = inputs[tensor.name]
+            shape = tuple(given.shape)
+            view = DeviceTensor(self._addresses[tensor.name], shape, tensor.dtype)
+            self._device.copy_into(view, given)
+        shapes = tuple(tuple(inputs[tensor.name].shape) for tensor in self._spec.inputs)
+        self._execute(shapes)
+        return {
+            tensor.name: DeviceTensor(self._addresses[tensor.name], shape, tensor.dtype)
+            for tensor, shape in zip(self._spec.outputs, self._output_shapes[shapes], strict=True)
+        }
+
+    def close(self) -> None:
+        """Free the context and its buffers, after the stream's work."""
+        self._device.driver.stream_synchronize(self._stream.handle)
+        self._stream.graphs.forget(engine=self._plan_id)
+        self._stream.scratch.release(self._plan_id)
+        self._context = None
+        self._device.free(self._buffer)
+
+    def _execute(self, shapes: Shapes) -> None:
+        graphs = self._stream.graphs
+        scratch, size = self._stream.scratch.get(self._plan_id, self._scratch_bytes)
+        key = GraphKey(self._plan_id, self._index, shapes, (*self._addresses.values(), scratch))
+        if self._captures and graphs.replay(key):
+            return
+        if self._prepared != key:
+            self._prepare(shapes, scratch, size)
+        elif self._captures and graphs.capture(key, self._enqueue):
+            return
+        self._enqueue()
+        self._prepared = key
+
+    def _prepare(self, shapes: Shapes, scratch: int, size: int) -> None:
+        """Tell the context the shapes and its scratch memory."""
+        self._prepared = None
+        self._context.set_device_memory(scratch, size)
+        self._output_shapes[shapes] = self._set_shapes(shapes)
+
+    def _set_shapes(self, shapes: Shapes) -> Shapes:
+        for tensor, shape in zip(self._spec.inputs, shapes, strict=True):
+            if not self._context.set_input_shape(tensor.name, shape):
+                raise self._failure(f"does not take shape {shape} for {tensor.name}")
+        missing = self._context.infer_shapes()
+        if missing:
+            raise self._failure(f"has no shape for {', '.join(missing)}")
+        return tuple(
+            tuple(self._context.get_tensor_shape(tensor.name)) for tensor in self._spec.outputs
+        )
+
+    def _enqueue(self) -> None:
+        if not self._context.execute_async_v3(int(self._stream.handle)):
+            raise self._failure("failed")
+
+    def _allocate(self, profile: Profile) -> int:
+        """One buffer for all inputs and outputs at the profile's largest shapes."""
+        sizes = {
+            tensor.name: prod(profile.largest[tensor.name]) * ITEM_BYTES[tensor.dtype]
+            for tensor in self._spec.inputs
+        }
+        self._set_shapes(tuple(profile.largest[tensor.name] for tensor in self._spec.inputs))
+        for tensor in self._spec.outputs:
+            sizes[tensor.name] = int(self._context.get_max_output_size(tensor.name))
+        total, offsets = 0, {}
+        for name, size in sizes.items():
+            offsets[name] = total
+            total += -(-size // _ALIGNMENT) * _ALIGNMENT
+        buffer = self._device.allocate(total)
+        for name, offset in offsets.items():
+            self._addresses[name] = buffer + offset
+            if not self._context.set_tensor_address(name, buffer + offset):
+                self._device.free(buffer)
+                raise self._failure(f"does not take an address for {name}")
+        return buffer
+
+    def _failure(self, what: str) -> EngineFailed:
+        return EngineFailed(
+            f"The engine of {self._spec.name} {what}: {self._log.reason()}",
+            "If it comes back, build the engine again: fastface-trt build.",
+        )
+
+
+_DIGEST_BYTES = 32
+
+
+class RuntimeCacheFile:
+    """TensorRT-RTX's runtime cache of one engine on one GPU; `cache` is TensorRT's object for it.
+
+    The file lies beside the engine cache's entries, not in one: an entry is verified against its
+    manifest and never changes. Its name holds all that its contents depend on, and it starts with
+    their SHA-256, so a file that was cut short never reaches TensorRT. TensorRT-RTX compares the
+    rest with the machine itself and refuses what does not fit; such a file is deleted and written
+    anew.
+    """
+
+    def __init__(
+        self, entry: Path, key: str, version: str, gpu: Mapping[str, str], cache: Any
+    ) -> None:
+        where = hashlib.sha256(repr((version, sorted(gpu.items()))).encode()).hexdigest()
+        self.path = entry.parent / "runtime" / f"{key}-{where[:16]}.cache"
+        self._cache = cache
+        self._known = b""
+
+    def load(self) -> bool:
+        """Take in the file; False, and no file any more, where there is none that fits."""
+        content = b""
+        with suppress(OSError):
+            content = self.path.read_bytes()
+        digest, blob = content[:_DIGEST_BYTES], content[_DIGEST_BYTES:]
+        if blob and hashlib.sha256(blob).digest() == digest and self._cache.deserialize(blob):
+            self._known = digest
+            return True
+        with suppress(OSError):
+            self.path.unlink()
+        return False
+
+    def save(self) -> None:
+        """Write the cache if it holds something new. A full or read-only disk costs only time."""
+        serialized = self._cache.serialize()
+        blob = b"" if serialized is None else bytes(memoryview(serialized))
+        digest = hashlib.sha256(blob).digest()
+        if not blob or digest == self._known:
+            return
+        with suppress(OSError):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            write_durably(self.path, digest + blob)
+            self._known = digest

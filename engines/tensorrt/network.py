@@ -5,7 +5,8 @@ import weakref
 from math import prod
 from typing import Any
 
-from fastface_trt.engines.hardware import cuda_hardware, is_weight
+from fastface_trt.engines.dtypes import TENSORRT, WEIGHTS
+from fastface_trt.engines.hardware import cuda_hardware
 from fastface_trt.engines.manifest import ModuleSpec
 from fastface_trt.engines.onnx.file import OnnxFile
 from fastface_trt.engines.tensorrt.flavour import Flavour
@@ -14,7 +15,7 @@ from fastface_trt.engines.tensorrt.plugin import (
     require_kernel_tokens,
     with_plugins,
 )
-from fastface_trt.engines.weight_map import EngineWeight
+from fastface_trt.engines.weight_map import EngineWeight, is_weight
 from fastface_trt.errors import BuildFailed
 
 _DUPLICATE_NAME = re.compile(r"A node named \S+ already exists")
@@ -188,15 +189,7 @@ def name_weights(binding: Any, network: Any, log: MessageLog, onnx: OnnxFile) ->
 
 def weight_types(binding: Any) -> dict[str, Any]:
     """TensorRT's types of weights by the names used here."""
-    types = binding.DataType
-    return {
-        "float32": types.FLOAT,
-        "float16": types.HALF,
-        "bfloat16": types.BF16,
-        "float8_e4m3fn": types.FP8,
-        "int8": types.INT8,
-        "uint8": types.UINT8,
-    }
+    return {name: getattr(binding.DataType, TENSORRT[name]) for name in WEIGHTS & TENSORRT.keys()}
 
 
 def _first_error(parser: Any, onnx: OnnxFile) -> str:

@@ -1,15 +1,12 @@
-"""Build one plan file: network, profiles and configuration in, bytes on the disk out.
-
-Runs in a process of its own (see `worker`). Peak memory is what TensorRT itself allocates: the
-weights are the ONNX file's mapping, which the system can drop at any time, and the finished plan is
-written from where TensorRT made it.
-
-The child process that builds one plan, and the parent's side of talking to it.
+"""Build one plan file in a child process: network, profiles and options in, bytes on the disk out.
 
 Why a process: Ctrl-C can end it at any moment, a crash or the system's out-of-memory killer takes
 only the build with it, and every byte that the builder took goes back. The job goes in as one line
 of JSON on standard input, events come out as lines of JSON on standard output. A child whose parent
 died reads the end of its input and leaves.
+
+Peak memory is what TensorRT itself allocates: the weights are the ONNX file's mapping, which the
+system can drop at any time, and the finished plan is written from where TensorRT made it.
 """
 
 import json
@@ -23,9 +20,12 @@ from io import RawIOBase
 from multiprocessing.spawn import get_executable
 from pathlib import Path
 from time import perf_counter
+from types import TracebackType
 from typing import Any
 
-from fastface_trt.engines.hardware import MemoryPeak
+from typing_extensions import Self
+
+from fastface_trt.engines.files import write_durably
 from fastface_trt.engines.manifest import ModuleSpec, Strict
 from fastface_trt.engines.onnx.file import OnnxFile
 from fastface_trt.engines.tensorrt.flavour import Flavour, FlavourName, find_flavour
@@ -281,9 +281,7 @@ def _save_timing_cache(cache: Any, file: Path | None) -> None:
     if cache is None or file is None:
         return
     file.parent.mkdir(parents=True, exist_ok=True)
-    draft = file.with_name(f".{file.name}.{threading.get_native_id()}")
-    draft.write_bytes(memoryview(cache.serialize()))
-    draft.replace(file)
+    write_durably(file, memoryview(cache.serialize()))
 
 
 def _mend(log: MessageLog) -> str:
@@ -293,6 +291,59 @@ def _mend(log: MessageLog) -> str:
     if "memory" in text.lower():
         return "Free some memory, or build with fewer profiles (--branches, --requests)."
     return "Export the module again; if that does not help, report the message."
+
+
+_STATUS = Path("/proc/self/status")
+_SECONDS_BETWEEN = 0.5
+_DROP_ABOVE_BYTES = 2**30
+
+
+class MemoryPeak:
+    """Samples this process's memory while its block runs: `anonymous` and `resident` bytes.
+
+    Anonymous memory is what the process allocated; resident memory counts mapped files as well,
+    which the system can drop and read again. `drop_pages` is called when more than 1 GB (2³⁰ bytes)
+    of those are resident. Both stay 0 where /proc does not exist.
+    """
+
+    def __init__(self, drop_pages: Callable[[], None] = lambda: None) -> None:
+        self.anonymous = 0
+        self.resident = 0
+        self._drop_pages = drop_pages
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="memory peak", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while _STATUS.exists():
+            sizes = _sizes()
+            self.anonymous = max(self.anonymous, sizes["RssAnon"])
+            self.resident = max(self.resident, sizes["VmRSS"])
+            if sizes["RssFile"] > _DROP_ABOVE_BYTES:
+                self._drop_pages()
+            if self._stop.wait(_SECONDS_BETWEEN):
+                return
+
+
+def _sizes() -> dict[str, int]:
+    sizes = dict.fromkeys(("VmRSS", "RssAnon", "RssFile"), 0)
+    for line in _STATUS.read_text(encoding="ascii", errors="replace").splitlines():
+        name, _, value = line.partition(":")
+        if name in sizes:
+            sizes[name] = int(value.split()[0]) * 1024
+    return sizes
 
 
 _ERRORS = {kind.code: kind for kind in (BuildFailed, BackendUnavailable)}

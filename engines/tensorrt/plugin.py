@@ -9,19 +9,14 @@ One launch cannot do it: softmask needs statistics over all branches, heads and 
 request before the first output element is known, and a plain grid has no barrier across blocks. So
 there are two plugins in a chain, one for each launch of `kernels/decoupled_attention.cu`, and what
 would be the workspace is a pair of tensors between them, whose memory TensorRT plans like any
-other. `plugin_function.with_plugins` gives the model's function `fastface::DecoupledAttention` a
-body of these two nodes; everything around the function stays as it was exported.
+other. TensorRT's parser prefers a model's own function to a plugin of the same name, so the
+function `fastface::DecoupledAttention` stays and `with_plugins` gives it a body of the two nodes.
 
 TensorRT-RTX has no plugins, and `Flavour.require` says so. The kernels ran on an H100; the plugins
 were not run on a GPU.
 
 Shape legend: B = R·G rows, R requests, G branches, H heads, N positions, T = 4 image tokens,
 D head size, P parameter columns.
-
-Giving `fastface::DecoupledAttention` a body of two plugin nodes.
-
-TensorRT's parser prefers a model's own function to a plugin of the same name, and a plugin here is
-one kernel launch while the function needs two. So the function stays and its body is replaced.
 """
 
 from collections.abc import Callable
@@ -198,7 +193,7 @@ def _variant(binding: Any, q: Any) -> tuple[int, str]:
 
 
 def with_plugins(model: memoryview) -> bytes:
-    """An ONNX model whose decoupled attentions are the two plugins of `plugin`.
+    """An ONNX model whose decoupled attentions are the two plugins.
 
     `model` is the serialised ModelProto; external data stays where it lies. A model without the
     function comes back unchanged. Raises `ExportIncomplete` for bytes that are no ONNX model.

@@ -32,7 +32,7 @@ from fastface_trt.cli.common import (
     timed_lines,
 )
 from fastface_trt.engines.backends import make_builder
-from fastface_trt.engines.cache import EngineCache, expected_seconds
+from fastface_trt.engines.cache import EngineCache
 from fastface_trt.engines.files import storage_errors
 from fastface_trt.engines.manifest import EXPORT_MANIFEST, ExportManifest, read_manifest
 from fastface_trt.engines.tensorrt.options import DynamicProfile
@@ -238,7 +238,7 @@ def build(
         )
         for name in modules or manifest.modules:
             module = manifest.modules[name]
-            seconds = expected_seconds(store.entries(), module, builder.identity(module))
+            seconds = store.expected_seconds(module, builder)
             display.start_module(name, seconds)
             engine, place = store.get(module, folder, builder, line)
             size = sum(f.bytes for f in engine.files) / 2**20

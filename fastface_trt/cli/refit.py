@@ -15,14 +15,14 @@ from fastface_trt.runtime.export_folder import find_export
 
 @click.command("refit")
 @backend_options
-@click.option("--from", "donor", type=FOLDER, help="Use the engines of this export [the newest].")
+@click.option("--from", "base", type=FOLDER, help="Use the engines of this export [the newest].")
 @click.option("--module", "modules", multiple=True, help="Only this module (repeatable).")
 def refit_command(
     export_folder: str,
     backend: str,
     cache: Path | None,
     threads: int | None,
-    donor: Path | None,
+    base: Path | None,
     modules: tuple[str, ...],
 ) -> None:
     """Make the engines of an export from built ones whose graphs are the same.
@@ -33,7 +33,7 @@ def refit_command(
     """
     folder = find_export(export_folder)
     manifest = read_manifest(folder / EXPORT_MANIFEST, ExportManifest)
-    start = None if donor is None else read_manifest(donor / EXPORT_MANIFEST, ExportManifest)
+    start = None if base is None else read_manifest(base / EXPORT_MANIFEST, ExportManifest)
     for known in (manifest, start):
         for name in modules:
             if known is not None and name not in known.modules:
@@ -55,7 +55,7 @@ def refit_command(
 
 
 def _words(report: RefitReport) -> str:
-    if report.donor is None:
+    if report.base is None:
         return f"{report.module}: this engine exists"
     errors = "no probe"
     if report.probe_errors is not None:

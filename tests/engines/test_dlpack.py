@@ -93,7 +93,7 @@ def test_a_consumer_may_outlive_the_interpreter():
     code = (
         "import sys, numpy as np\n"
         f"sys.path[:0] = {sys.path!r}\n"
-        "from test_dlpack import Owner, VALUES\n"
+        "from tests.engines.test_dlpack import Owner, VALUES\n"
         "seen = np.from_dlpack(Owner(VALUES.copy()))\n"
         "sys.kept = seen\n"
         "print(seen.sum())\n"

@@ -1,6 +1,7 @@
 """The registry of backends and what `doctor` says about each."""
 
 import importlib.metadata
+import subprocess
 import sys
 import types
 
@@ -164,3 +165,8 @@ def test_tensorrt_rtx_on_a_gpu_that_it_refuses_does_not_work(monkeypatch):
     assert "does not take NVIDIA H100 (compute capability 9.0)" in refused.detail
     assert "7.5, 8.0, 8.6, 8.9 and 12.0 or later" in refused.detail
     assert "onnxruntime-cuda" in refused.mend
+
+
+def test_what_opens_engines_does_without_the_package_onnx():
+    code = "import fastface_trt.engines.backends, sys; assert 'onnx' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

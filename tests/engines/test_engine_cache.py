@@ -10,7 +10,7 @@ import pytest
 
 from fastface_trt.engines.cache import EngineCache
 from fastface_trt.engines.files import write_text_durably
-from fastface_trt.engines.manifest import TensorSpec
+from fastface_trt.engines.manifest import TensorSpec, read_manifest
 from fastface_trt.errors import (
     BuildFailed,
     EngineMismatch,
@@ -77,6 +77,29 @@ def test_an_engine_is_found_without_building_or_verifying(cache, module, source,
     (folder / "engine.json").unlink()
     assert cache.find(module, builder) is None
     assert builder.builds() == 1
+
+
+def test_opening_one_engine_of_many_reads_one_manifest(cache, module, source, builder, monkeypatch):
+    manifest, folder = cache.get(module, source, builder)
+    for number in range(199):
+        other = manifest.model_copy(update={"key": f"{number:064x}"})
+        (cache.root / other.key).mkdir()
+        (cache.root / other.key / "engine.json").write_text(other.model_dump_json())
+    read = []
+
+    def note(path, kind):
+        read.append(path)
+        return read_manifest(path, kind)
+
+    monkeypatch.setattr("fastface_trt.engines.cache.read_manifest", note)
+    assert cache.find(module, builder) == manifest
+    check(cache, module, source, builder)
+    assert read == [folder / "engine.json"] * 2
+    another = ChunkBuilder(backend_version="2")
+    assert cache.find(module, another) is None
+    assert len(read) == 2 + 1 + 200, "where it is missing, each of the others is read once"
+    with pytest.raises(EngineMismatch, match="was built with backend_version 1, here 2"):
+        cache.get(module, source, another, build=False)
 
 
 def test_the_key_follows_the_content_and_not_the_place(tmp_path, cache, module, builder):

@@ -178,7 +178,7 @@ def test_the_manifest_is_written_after_everything_else_is_on_the_disk(tmp_path, 
     write(tmp_path / "parent" / "t", "x")
     assert sorted(events[:3]) == ["flush .t.partial", "flush data.bin", "flush sub"]
     assert events[3:] == [
-        "flush .note.json.",
+        "flush .fastface",
         "name note.json",
         "flush .t.partial",
         "name t",

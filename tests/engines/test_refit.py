@@ -61,8 +61,8 @@ def test_a_refitted_engine_is_the_built_one(unets, cache, tmp_path):
     """Bit for bit: the same graph, the same weights in the same layouts."""
     report = refit(cache, *unets[1], BUILDER)
     assert report.key == cache.key(unets[1][0], BUILDER)
-    assert report.donor == cache.key(unets[0][0], BUILDER)
-    assert cache.verify(report.key).report.refitted_from == report.donor
+    assert report.base == cache.key(unets[0][0], BUILDER)
+    assert cache.verify(report.key).report.refitted_from == report.base
     fresh = EngineCache(tmp_path / "fresh")
     fresh.get(*unets[1], BUILDER)
     half = outputs(cache, *unets[1])
@@ -112,19 +112,19 @@ def test_there_and_back_again_changes_nothing(unets, cache):
     whole = outputs(cache, *unets[0])
     half = None
     for _ in range(5):
-        assert refit(cache, *unets[1], BUILDER).donor == keys[0]
+        assert refit(cache, *unets[1], BUILDER).base == keys[0]
         half_now = outputs(cache, *unets[1])
         half = half_now if half is None else half
         np.testing.assert_array_equal(half_now, half)
         cache.remove(keys[0])
-        assert refit(cache, *unets[0], BUILDER).donor == keys[1]
+        assert refit(cache, *unets[0], BUILDER).base == keys[1]
         cache.remove(keys[1])
         again = {k: v for k, v in snapshot(cache.root / keys[0]).items() if k.name != "engine.json"}
         assert again == first
         np.testing.assert_array_equal(outputs(cache, *unets[0]), whole)
 
 
-def test_only_what_differs_is_reported_and_the_donor_stays(unets, cache):
+def test_only_what_differs_is_reported_and_the_base_stays(unets, cache):
     before = snapshot(cache.root)
     lines = []
     report = refit(cache, *unets[1], BUILDER, lines.append)
@@ -134,7 +134,7 @@ def test_only_what_differs_is_reported_and_the_donor_stays(unets, cache):
     assert report.probe_errors["noise_prediction"] < 1e-3
     after = snapshot(cache.root)
     assert before.items() <= after.items()
-    assert refit(cache, *unets[1], BUILDER).donor is None  # it is there now
+    assert refit(cache, *unets[1], BUILDER).base is None  # it is there now
     assert any("Comparing unet" in line for line in lines)
 
 
@@ -190,7 +190,7 @@ def test_without_an_engine_there_is_nothing_to_refit(unets, tmp_path):
     with pytest.raises(EngineMismatch, match="no engine with the same inputs"):
         refit(cache, *unets[1], BUILDER)
     with pytest.raises(EngineMismatch, match="has no engine for onnxruntime"):
-        refit(cache, *unets[1], BUILDER, donor=unets[0][0])
+        refit(cache, *unets[1], BUILDER, base=unets[0][0])
     other = OnnxRuntimeBuilder(threads=1, optimization="basic")
     with pytest.raises(EngineMismatch, match="no engine with the same inputs"):
         refit(cache, *unets[1], other)
@@ -198,7 +198,7 @@ def test_without_an_engine_there_is_nothing_to_refit(unets, tmp_path):
 
 @pytest.mark.parametrize("damage", ["missing", "truncated", "changed"])
 @pytest.mark.parametrize("name", [WEIGHT_MAP, "engine.data", "engine.onnx"])
-def test_a_damaged_donor_is_not_used(unets, cache, damage, name):
+def test_a_damaged_base_is_not_used(unets, cache, damage, name):
     file = cache.root / cache.key(unets[0][0], BUILDER) / name
     content = bytearray(file.read_bytes())
     if damage == "missing":
@@ -210,7 +210,7 @@ def test_a_damaged_donor_is_not_used(unets, cache, damage, name):
         file.write_bytes(content)
     before = snapshot(cache.root)
     with pytest.raises((EngineMismatch, ExportIncomplete)):
-        refit(cache, *unets[1], BUILDER, donor=unets[0][0])
+        refit(cache, *unets[1], BUILDER, base=unets[0][0])
     assert snapshot(cache.root) == before
 
 

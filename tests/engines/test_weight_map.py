@@ -5,7 +5,6 @@ import onnx
 import pytest
 from onnx import helper, numpy_helper
 
-from fastface_trt.engines.hardware import first_difference, topology
 from fastface_trt.engines.onnx.file import OnnxFile
 from fastface_trt.engines.ort.builder import OnnxRuntimeBuilder
 from fastface_trt.engines.ort.weights import (
@@ -15,7 +14,14 @@ from fastface_trt.engines.ort.weights import (
     possible_layouts,
     same_layout,
 )
-from fastface_trt.engines.weight_map import WeightMap, digest_weights, find_change, make_map
+from fastface_trt.engines.weight_map import (
+    WeightMap,
+    digest_weights,
+    find_change,
+    first_difference,
+    make_map,
+    topology,
+)
 from fastface_trt.errors import EngineMismatch
 from tests.engines.tiny_models import write_module
 

@@ -117,7 +117,7 @@ typedef struct {
   /* A DLManagedTensorVersioned (DLPack 1.x). It is the library's as soon as it is passed, whatever
    * the call returns: its deleter is called once, on any thread, at the latest by stop(). */
   void *dlpack;
-  const uint8_t *crop_bgr;        /* the aligned face, 224 rows of 224 * 3 bytes; see README.md */
+  const uint8_t *crop_bgr;        /* the aligned face, 224 rows of 224 * 3 bytes; see docs/embedding.md */
   const uint8_t *portrait_bgr;    /* 512 rows of 512 * 3 bytes; PuLID only */
 } fastface_embedding;
 

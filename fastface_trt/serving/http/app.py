@@ -1,6 +1,7 @@
 """The HTTP application over a worker, whatever kind of worker it is.
 
-What the server is and how it is: models, presets, health, metrics.
+`create_app` puts it together: routes, middleware, errors. The routes that say what the server is
+and how it is (models, presets, health, metrics) are here too; the others have files of their own.
 """
 
 import asyncio
@@ -23,7 +24,6 @@ from fastface_trt.errors import FastFaceError
 from fastface_trt.runtime.presets import PRESETS, preset_fields
 from fastface_trt.runtime.request import request_for
 from fastface_trt.serving.http.admission import Admission
-from fastface_trt.serving.http.bodies import BodyLimit
 from fastface_trt.serving.http.context import PICTURE_THREADS, Context, context_of
 from fastface_trt.serving.http.errors import (
     RETRY_AFTER_UNAVAILABLE,
@@ -33,16 +33,17 @@ from fastface_trt.serving.http.errors import (
     is_internal,
 )
 from fastface_trt.serving.http.faces import Faces, OwnFaces
-from fastface_trt.serving.http.front import (
+from fastface_trt.serving.http.images import images_router
+from fastface_trt.serving.http.metrics import Metrics
+from fastface_trt.serving.http.middleware import (
     ApiKeys,
-    Front,
+    BodyLimit,
     Gate,
     RateLimit,
+    RequestLog,
     has_passed_the_gate,
     record_of,
 )
-from fastface_trt.serving.http.images import images_router
-from fastface_trt.serving.http.metrics import Metrics
 from fastface_trt.serving.http.openapi import document, refusals
 from fastface_trt.serving.http.registration import faces_router
 from fastface_trt.serving.http.responses import (
@@ -61,9 +62,137 @@ from fastface_trt.serving.settings import ServerSettings
 from fastface_trt.serving.ui.page import page_router
 from fastface_trt.serving.work import State, Worker
 
+SWEEP_SECONDS = 5.0
+"""How often faces whose time is over are dropped, though nobody asks for them."""
+
+
+def create_app(
+    worker: Worker,
+    settings: ServerSettings,
+    manifest: ExportManifest,
+    *,
+    backend: str | None = None,
+    tracing: Tracing | None = None,
+    faces: Faces | None = None,
+) -> FastAPI:
+    """The application; the worker stays the caller's, who closes it.
+
+    `manifest` is of the export that the worker serves, `backend` what /v1/models says about it.
+    `tracing` replaces what the settings say, `faces` the registry of this process. Raises
+    `MissingDependency` and `InvalidRequest` for what the settings name and this machine lacks.
+    """
+    context = _context(worker, settings, manifest, backend, tracing, faces)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        sweeping = asyncio.create_task(_sweep(context))
+        try:
+            yield
+        finally:
+            sweeping.cancel()
+            with suppress(asyncio.CancelledError):
+                await sweeping
+            context.close()
+
+    app = FastAPI(
+        title="FastFace-TRT",
+        version=__version__,
+        lifespan=lifespan,
+        redoc_url=None,
+        # A client that sends what no route takes gets an error, not a redirect to follow.
+        redirect_slashes=False,
+    )
+    app.state.context = context
+    app.include_router(images_router())
+    app.include_router(faces_router())
+    app.include_router(about_router())
+    if settings.ui:
+        app.include_router(page_router(manifest))
+    _handle_errors(app)
+    _describe(app, secured=bool(settings.api_keys))
+    # The last added is the first that a request passes.
+    app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes, seconds=settings.body_timeout)
+    app.add_middleware(Gate, keys=context.keys, limit=context.limit, admission=context.admission)
+    app.add_middleware(RequestLog, metrics=context.metrics, tracing=context.tracing)
+    return app
+
+
+def _context(
+    worker: Worker,
+    settings: ServerSettings,
+    manifest: ExportManifest,
+    backend: str | None,
+    tracing: Tracing | None,
+    faces: Faces | None,
+) -> Context:
+    admission = Admission(worker, settings.max_requests)
+    faces = faces or OwnFaces(settings.faces_ttl, settings.max_faces)
+    if tracing is None:
+        tracing = Spans() if settings.telemetry else Tracing()
+    return Context(
+        worker=worker,
+        settings=settings,
+        manifest=manifest,
+        backend=backend,
+        started=int(time.time()),
+        admission=admission,
+        keys=ApiKeys(settings.api_keys),
+        limit=RateLimit(settings.requests_per_minute),
+        faces=faces,
+        checks=Checks.load(settings.checks),
+        signer=open_signer(settings),
+        metrics=Metrics(worker, lambda: admission.state, lambda: faces.count),
+        tracing=tracing,
+        threads=ThreadPoolExecutor(PICTURE_THREADS, thread_name_prefix="fastface-pictures"),
+    )
+
+
+async def _sweep(context: Context) -> None:
+    """Drop faces whose time is over, and as often what workers keep of any face."""
+    forgotten = time.monotonic()
+    while True:
+        await asyncio.sleep(min(SWEEP_SECONDS, context.settings.faces_ttl))
+        await context.faces.forget_expired()
+        if time.monotonic() - forgotten >= context.settings.faces_ttl:
+            forgotten = time.monotonic()
+            context.worker.forget()
+
+
+def _handle_errors(app: FastAPI) -> None:
+    @app.exception_handler(FastFaceError)
+    async def known(request: Request, error: FastFaceError) -> Response:
+        record = record_of(request.scope)
+        record.outcome = "disconnected" if isinstance(error, ClientGone) else error.code
+        if is_internal(error):
+            record.failure = error
+        return error_answer(error, record.id)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> Response:
+        return await known(request, invalid_field(error.errors()))
+
+    @app.exception_handler(HTTPException)
+    async def refused(request: Request, error: HTTPException) -> Response:
+        return http_error_answer(error)
+
+    @app.exception_handler(ClientDisconnect)
+    async def gone(request: Request, error: ClientDisconnect) -> Response:
+        return await known(request, ClientGone("The client has gone."))
+
+
+def _describe(app: FastAPI, *, secured: bool) -> None:
+    made: dict[str, Any] = {}
+
+    def openapi() -> dict[str, Any]:
+        if not made:
+            made.update(document(app, secured=secured))
+        return made
+
+    app.openapi = openapi  # type: ignore[method-assign]  # FastAPI's documented way
+
 
 def about_router() -> APIRouter:
-    """The routes that only tell."""
+    """The routes of models, presets, health and metrics."""
     router = APIRouter()
     keyed = [Depends(has_passed_the_gate)]
 
@@ -150,135 +279,3 @@ def _presets(context: Context) -> list[PresetAnswer]:
         fields = preset_fields(name, context.manifest.steps)
         answers.append(PresetAnswer(name=name, fields={field: values[field] for field in fields}))
     return answers
-
-
-SWEEP_SECONDS = 5.0
-"""How often faces whose time is over are dropped, though nobody asks for them."""
-
-
-def create_app(
-    worker: Worker,
-    settings: ServerSettings,
-    manifest: ExportManifest,
-    *,
-    backend: str | None = None,
-    tracing: Tracing | None = None,
-    faces: Faces | None = None,
-) -> FastAPI:
-    """The application; the worker stays the caller's, who closes it.
-
-    `manifest` is of the export that the worker serves, `backend` what /v1/models says about it.
-    `tracing` replaces what the settings say, `faces` the registry of this process. Raises
-    `MissingDependency` and `InvalidRequest` for what the settings name and this machine lacks.
-    """
-    context = _context(worker, settings, manifest, backend, tracing, faces)
-
-    @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        sweeping = asyncio.create_task(_sweep(context))
-        try:
-            yield
-        finally:
-            sweeping.cancel()
-            with suppress(asyncio.CancelledError):
-                await sweeping
-            context.close()
-
-    app = FastAPI(
-        title="FastFace-TRT",
-        version=__version__,
-        lifespan=lifespan,
-        redoc_url=None,
-        # A client that sends what no route takes gets an error, not a redirect to follow.
-        redirect_slashes=False,
-    )
-    app.state.context = context
-    app.include_router(images_router())
-    app.include_router(faces_router())
-    app.include_router(about_router())
-    if settings.ui:
-        app.include_router(page_router(manifest))
-    _handle_errors(app)
-    _describe(app, secured=bool(settings.api_keys))
-    # The last added is the first that a request passes.
-    app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes, seconds=settings.body_timeout)
-    app.add_middleware(Gate, keys=context.keys, limit=context.limit, admission=context.admission)
-    app.add_middleware(Front, metrics=context.metrics, tracing=context.tracing)
-    return app
-
-
-def _context(
-    worker: Worker,
-    settings: ServerSettings,
-    manifest: ExportManifest,
-    backend: str | None,
-    tracing: Tracing | None,
-    faces: Faces | None,
-) -> Context:
-    admission = Admission(worker, settings.max_requests)
-    faces = faces or OwnFaces(settings.faces_ttl, settings.max_faces)
-    if tracing is None:
-        tracing = Spans() if settings.telemetry else Tracing()
-    return Context(
-        worker=worker,
-        settings=settings,
-        manifest=manifest,
-        backend=backend,
-        started=int(time.time()),
-        admission=admission,
-        keys=ApiKeys(settings.api_keys),
-        limit=RateLimit(settings.requests_per_minute),
-        faces=faces,
-        checks=Checks.load(settings.checks),
-        signer=open_signer(settings),
-        metrics=Metrics(worker, lambda: admission.state, lambda: faces.count),
-        tracing=tracing,
-        threads=ThreadPoolExecutor(PICTURE_THREADS, thread_name_prefix="fastface-pictures"),
-    )
-
-
-async def _sweep(context: Context) -> None:
-    """Drop faces whose time is over, and as often what workers keep of any face."""
-    forgotten = time.monotonic()
-    while True:
-        await asyncio.sleep(min(SWEEP_SECONDS, context.settings.faces_ttl))
-        await context.faces.forget_expired()
-        if time.monotonic() - forgotten >= context.settings.faces_ttl:
-            forgotten = time.monotonic()
-            context.worker.forget()
-
-
-def _handle_errors(app: FastAPI) -> None:
-    @app.exception_handler(FastFaceError)
-    async def known(request: Request, error: FastFaceError) -> Response:
-        record = record_of(request.scope)
-        record.outcome = "disconnected" if isinstance(error, ClientGone) else error.code
-        if is_internal(error):
-            record.failure = error
-        return error_answer(error, record.id)
-
-    @app.exception_handler(RequestValidationError)
-    async def invalid(request: Request, error: RequestValidationError) -> Response:
-        return await known(request, invalid_field(error.errors()))
-
-    @app.exception_handler(HTTPException)
-    async def refused(request: Request, error: HTTPException) -> Response:
-        return http_error_answer(error)
-
-    @app.exception_handler(ClientDisconnect)
-    async def gone(request: Request, error: ClientDisconnect) -> Response:
-        return await known(request, ClientGone("The client has gone."))
-
-
-def _describe(app: FastAPI, *, secured: bool) -> None:
-    made: dict[str, Any] = {}
-
-    def openapi() -> dict[str, Any]:
-        if not made:
-            made.update(document(app, secured=secured))
-        return made
-
-    app.openapi = openapi  # type: ignore[method-assign]  # FastAPI's documented way
-
-
-__all__ = ["create_app"]

@@ -47,12 +47,12 @@ from fastface_trt.serving.storage.release import (
     check_tag,
     is_address,
     object_name,
-    parse,
     parse_address,
+    parse_document,
     release_name,
     sha256_of,
     tag_name,
-    written,
+    to_json,
 )
 
 
@@ -98,7 +98,7 @@ def publish(
         if engine.manifest is not None:
             known = engine.manifest
             sent[engine.key] = sender.folder(engine.folder, known, known.files, ENGINE_MANIFEST)
-    content = written(Release(export=entry, engines=sent))
+    content = to_json(Release(export=entry, engines=sent))
     release = sha256_of(content)
     storage.write(release_name(release), [content])
     if tag is not None:
@@ -148,7 +148,7 @@ def obtain(address: str, *, home: Path | None = None, progress: Progress = _sile
     content = _document(
         storage, release_name(pinned.reference), pinned.reference, RELEASE_LIMIT, home
     )
-    release = parse(content, Release, f"Release {pinned.reference[:12]}")
+    release = parse_document(content, Release, f"Release {pinned.reference[:12]}")
     manifest = _manifest(storage, release.export, ExportManifest, home)
     where = f"The export of release {pinned.reference[:12]}"
     check_places(manifest.files(), EXPORT_MANIFEST, where)
@@ -233,7 +233,7 @@ class _Sender:
         check_places(files, manifest_name, str(folder))
         for file in files:
             self._send(file.sha256, file.bytes, folder / file.path)
-        content = written(manifest)
+        content = to_json(manifest)
         entry = ManifestEntry(bytes=len(content), sha256=sha256_of(content))
         if self._lacks(entry.sha256, entry.bytes):
             self._storage.write(object_name(entry.sha256), [content])
@@ -258,7 +258,7 @@ def _checked_blocks(path: Path, sha256: str, size: int) -> Iterator[bytes]:
 
 def _manifest(storage: Storage, entry: ManifestEntry, kind: type[Manifest], home: Path) -> Manifest:
     content = _document(storage, object_name(entry.sha256), entry.sha256, entry.bytes, home)
-    return parse(content, kind, f"{kind.__name__} {entry.sha256[:12]}")
+    return parse_document(content, kind, f"{kind.__name__} {entry.sha256[:12]}")
 
 
 def _document(storage: Storage, name: str, sha256: str, limit: int, home: Path) -> bytes:

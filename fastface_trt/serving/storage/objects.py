@@ -1,10 +1,10 @@
-"""Files in shared storage by name, through fsspec: a directory, s3://, gs://, memory://.
+"""`Storage`: files in shared storage by name; `LocalObjects`: contents by hash on this machine.
 
-What stands under a name is whole: a directory gets it by a rename, an object store by finishing the
-upload. A reader who comes too early finds nothing; a writer who is killed leaves nothing, or in a
-directory a hidden file.
+Storage is reached through fsspec: a directory, s3://, gs://, memory://. What stands under a name is
+whole: a directory gets it by a rename, an object store by finishing the upload. A reader who comes
+too early finds nothing; a writer who is killed leaves nothing, or in a directory a hidden file.
 
-Contents by hash on this machine: fetched from shared storage once, checked while they stream.
+Objects are fetched from it once per machine, and checked while they stream:
 
     ROOT/objects/HASH         contents, complete and checked when they were fetched
     ROOT/objects/HASH.part    as far as they came; the next process goes on from there
@@ -16,7 +16,6 @@ Folders made of objects share their bytes with them through hard links where the
 import errno
 import hashlib
 import os
-import secrets
 import shutil
 import time
 from collections.abc import Iterable, Iterator
@@ -27,7 +26,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from fastface_trt.engines.files import sha256_file, storage_errors
+from fastface_trt.engines.files import atomic_file, sha256_file, storage_errors
 from fastface_trt.errors import (
     ExportIncomplete,
     FastFaceError,
@@ -39,6 +38,8 @@ from fastface_trt.serving.storage.release import object_name
 
 BLOCK = 1 << 20
 """Bytes that are read or written at once."""
+_UNUSED_AFTER_SECONDS = 24 * 3600
+_NO_LINKS = {errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.ENOSYS}
 
 
 class Storage:
@@ -157,20 +158,9 @@ class Storage:
 def _write_to_directory(path: Path, blocks: Iterable[bytes]) -> None:
     with storage_errors(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}")
-        try:
-            with open(temporary, "xb") as file:
-                for block in blocks:
-                    file.write(block)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-
-
-_UNUSED_AFTER_SECONDS = 24 * 3600
-_NO_LINKS = {errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.ENOSYS}
+        with atomic_file(path) as file:
+            for block in blocks:
+                file.write(block)
 
 
 class LocalObjects:

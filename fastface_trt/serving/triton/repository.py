@@ -2,12 +2,10 @@
 
 OUT/fastface-triton.json             what is in it; written last
 OUT/README.md
-OUT/fastface/config.pbtxt
+OUT/fastface/config.pbtxt            with our settings as its string parameters
 OUT/fastface/1/model.py
 OUT/fastface/1/export/               the export's manifest and small files, no ONNX modules
 OUT/fastface/1/engines/KEY/          engines out of the cache, under their own keys
-
-Our settings as the string parameters of a `config.pbtxt`, and back.
 """
 
 import json
@@ -39,9 +37,6 @@ from fastface_trt.errors import InvalidRequest
 from fastface_trt.runtime.export_folder import find_export, with_schedule_of
 from fastface_trt.serving.settings import Seconds, WorkerSettings
 from fastface_trt.serving.triton.model_config import (
-    INPUTS,
-    OUTPUTS,
-    STEP_OUTPUTS,
     DynamicBatching,
     InstanceGroup,
     InstanceKind,
@@ -49,44 +44,7 @@ from fastface_trt.serving.triton.model_config import (
     QueuePolicy,
     TransactionPolicy,
 )
-
-
-class TritonSettings(WorkerSettings):
-    """Our parameters in `config.pbtxt`; paths are relative to the version's folder."""
-
-    drain_seconds: Seconds = 30.0
-
-    def to_parameters(self) -> dict[str, str]:
-        """What differs from the defaults, as strings for `config.pbtxt`."""
-        values = self.model_dump(mode="json", exclude_defaults=True)
-        return {
-            name: value if isinstance(value, str) else json.dumps(value)
-            for name, value in values.items()
-        }
-
-    @classmethod
-    def from_parameters(cls, parameters: Mapping[str, str], folder: Path) -> "TritonSettings":
-        """The inverse of `to_parameters`, with paths below `folder`.
-
-        Names in capitals are Triton's own. Raises `InvalidRequest` for a value that is not valid.
-        """
-        values: dict[str, Any] = {k: v for k, v in parameters.items() if not k.isupper()}
-        try:
-            if "engine_options" in values:
-                values["engine_options"] = json.loads(values["engine_options"])
-            settings = cls.model_validate(values)
-        except (ValidationError, json.JSONDecodeError) as error:
-            where, problem = (
-                first_problem(error) if isinstance(error, ValidationError) else ("it", str(error))
-            )
-            raise InvalidRequest(
-                f"The parameters of config.pbtxt are not valid at {where}: {problem}.",
-                "Write the repository again: fastface-trt export-triton.",
-            ) from None
-        export = settings.export if settings.export == "mini" else str(folder / settings.export)
-        cache = None if settings.cache is None else folder / settings.cache
-        return settings.model_copy(update={"export": export, "cache": cache})
-
+from fastface_trt.serving.triton.tensors import INPUTS, OUTPUTS, STEP_OUTPUTS
 
 REPOSITORY_FILE = "fastface-triton.json"
 MODEL, VERSION = "fastface", "1"
@@ -208,6 +166,43 @@ def model_config(
         model_transaction_policy=TransactionPolicy(options.decoupled),
         parameters=settings.to_parameters() | triton,
     )
+
+
+class TritonSettings(WorkerSettings):
+    """Our parameters in `config.pbtxt`; paths are relative to the version's folder."""
+
+    drain_seconds: Seconds = 30.0
+
+    def to_parameters(self) -> dict[str, str]:
+        """What differs from the defaults, as strings for `config.pbtxt`."""
+        values = self.model_dump(mode="json", exclude_defaults=True)
+        return {
+            name: value if isinstance(value, str) else json.dumps(value)
+            for name, value in values.items()
+        }
+
+    @classmethod
+    def from_parameters(cls, parameters: Mapping[str, str], folder: Path) -> "TritonSettings":
+        """The inverse of `to_parameters`, with paths below `folder`.
+
+        Names in capitals are Triton's own. Raises `InvalidRequest` for a value that is not valid.
+        """
+        values: dict[str, Any] = {k: v for k, v in parameters.items() if not k.isupper()}
+        try:
+            if "engine_options" in values:
+                values["engine_options"] = json.loads(values["engine_options"])
+            settings = cls.model_validate(values)
+        except (ValidationError, json.JSONDecodeError) as error:
+            where, problem = (
+                first_problem(error) if isinstance(error, ValidationError) else ("it", str(error))
+            )
+            raise InvalidRequest(
+                f"The parameters of config.pbtxt are not valid at {where}: {problem}.",
+                "Write the repository again: fastface-trt export-triton.",
+            ) from None
+        export = settings.export if settings.export == "mini" else str(folder / settings.export)
+        cache = None if settings.cache is None else folder / settings.cache
+        return settings.model_copy(update={"export": export, "cache": cache})
 
 
 def _request_counts(unet: EngineManifest) -> Sequence[int]:

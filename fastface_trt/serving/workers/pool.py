@@ -34,7 +34,7 @@ from fastface_trt.serving.workers.messages import (
 )
 from fastface_trt.serving.workers.process import WORKER_PROGRAM, Ledger, Slot, WorkerProcess
 
-_SECONDS_BETWEEN_LOOKS = 0.1
+_SECONDS_BETWEEN_CHECKS = 0.1
 _SECONDS_TO_LEAVE = 10.0
 
 log = logging.getLogger(__name__)
@@ -142,11 +142,9 @@ class WorkerPool(Closing):
             self._ledger.submit(task, on_event, process)
 
     def cancel(self, task_id: str) -> None:
-        """See `Worker.cancel`."""
         self._ledger.cancel(task_id)
 
     def analyze(self, pixels: Pixels, index: int | None = None) -> "Future[Face]":
-        """See `Worker.analyze`."""
         with self._changed:
             try:
                 return self._ledger.analyze(pixels, index, self._require_ready())
@@ -156,20 +154,18 @@ class WorkerPool(Closing):
                 return future
 
     def forget(self) -> None:
-        """See `Worker.forget`."""
         with self._changed:
             for slot in self._slots:
                 if slot.process is not None:
                     slot.process.send(Forget())
 
     def drain(self, seconds: float) -> bool:
-        """See `Worker.drain`."""
         with self._changed:
             self._draining = True
             return self._changed.wait_for(lambda: len(self._ledger) == 0, seconds)
 
     def close(self) -> None:
-        """See `Worker.close`; workers that do not leave in ten seconds are killed."""
+        """Workers that do not leave in ten seconds are killed."""
         with self._changed:
             if self._closed:
                 return
@@ -208,8 +204,8 @@ class WorkerPool(Closing):
                 self._settings,
                 slot.environment,
                 slot.name,
-                self._told,
-                self._died,
+                self._on_message,
+                self._on_death,
                 program=self._program,
             )
         except OSError as error:  # no memory or no process left for now
@@ -219,7 +215,7 @@ class WorkerPool(Closing):
         slot.process = process
         process.start_reading()
 
-    def _told(self, process: WorkerProcess, message: FromWorker) -> None:
+    def _on_message(self, process: WorkerProcess, message: FromWorker) -> None:
         """A message of a worker, on its reader's thread."""
         match message:
             case Report():
@@ -240,7 +236,7 @@ class WorkerPool(Closing):
             case TaskFailed():
                 self._ledger.finish(message)
 
-    def _died(self, process: WorkerProcess, status: int) -> None:
+    def _on_death(self, process: WorkerProcess, status: int) -> None:
         """A worker has gone: its tasks wait for another, and its slot for a new process."""
         with self._changed:
             slot = self._slot_of(process)
@@ -267,7 +263,7 @@ class WorkerPool(Closing):
         """Start what is due, hand out what waits, end what is late; on a thread of its own."""
         while True:
             with self._changed:
-                self._changed.wait(_SECONDS_BETWEEN_LOOKS)
+                self._changed.wait(_SECONDS_BETWEEN_CHECKS)
                 if self._closed:
                     return
                 now = monotonic()

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 HERE = Path(__file__).parent
-SOURCES = HERE.parent.parent / "engines" / "kernels"
+SOURCES = HERE.parents[2] / "engines" / "kernels"
 COMPILER = shutil.which("g++")
 
 

@@ -11,9 +11,6 @@ import onnxruntime
 import pytest
 
 from fastface_trt.engines.ort import (
-    libraries as onnxruntime_libraries,
-)
-from fastface_trt.engines.ort import (
     session as onnxruntime_session,
 )
 from fastface_trt.engines.ort.session import PROVIDERS, check_provider, open_session
@@ -174,7 +171,7 @@ LAYOUTS = {
 PROBE = """
 import sys, types, ctypes
 sys.path.insert(0, sys.argv[1])
-from fastface_trt.engines import onnxruntime_libraries as libraries
+from fastface_trt.engines.ort import session as libraries
 runtime = types.ModuleType("onnxruntime")
 runtime.cuda_version = sys.argv[2]
 if sys.argv[3] == "own":
@@ -217,7 +214,7 @@ def fake_library(folder, soname, needs=None):
 @pytest.mark.parametrize("cuda", LAYOUTS)
 def test_libraries_in_packages_are_found_without_a_path(tmp_path, cuda, own):
     major = int(cuda.split(".")[0])
-    names = onnxruntime_libraries.library_names("cuda", major)
+    names = onnxruntime_session.library_names("cuda", major)
     for number, name in enumerate(names):
         part = name.removeprefix("lib").split(".")[0].lower()
         package = LAYOUTS[cuda].get("", LAYOUTS[cuda].get(part, part))
@@ -249,12 +246,12 @@ def test_a_cpu_build_opens_no_library(monkeypatch):
     def refuse(*_, **__):
         raise AssertionError("a CPU build has none")
 
-    monkeypatch.setattr(onnxruntime_libraries.ctypes, "CDLL", refuse)
+    monkeypatch.setattr(onnxruntime_session.ctypes, "CDLL", refuse)
     for version in ("", None):
         runtime = SimpleNamespace(cuda_version=version)
-        onnxruntime_libraries.open_libraries.__wrapped__(runtime, "cuda")
+        onnxruntime_session.open_libraries.__wrapped__(runtime, "cuda")
     runtime = SimpleNamespace(cuda_version="13.0")
-    onnxruntime_libraries.open_libraries.__wrapped__(runtime, "cpu")
+    onnxruntime_session.open_libraries.__wrapped__(runtime, "cpu")
 
 
 def test_libraries_that_are_missing_are_named(monkeypatch):

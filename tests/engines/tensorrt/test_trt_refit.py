@@ -11,8 +11,7 @@ import re
 import numpy as np
 import pytest
 
-from fastface_trt.engines.cache import EngineCache, find_donors
-from fastface_trt.engines.hardware import is_weight
+from fastface_trt.engines.cache import EngineCache, refit_base
 from fastface_trt.engines.manifest import BuildReport, FileEntry, Probe
 from fastface_trt.engines.onnx.file import OnnxFile
 from fastface_trt.engines.refit import refit
@@ -23,7 +22,13 @@ from fastface_trt.engines.tensorrt.network import MessageLog, name_weights, pars
 from fastface_trt.engines.tensorrt.options import TensorRTOptions
 from fastface_trt.engines.tensorrt.plan import PLAN
 from fastface_trt.engines.tensorrt.profiles import make_profiles
-from fastface_trt.engines.weight_map import EngineWeight, digest_weights, find_change, make_map
+from fastface_trt.engines.weight_map import (
+    EngineWeight,
+    digest_weights,
+    find_change,
+    is_weight,
+    make_map,
+)
 from fastface_trt.errors import BackendUnavailable, BuildFailed, EngineMismatch, StorageError
 from tests.engines.tiny_models import write_module
 
@@ -313,6 +318,6 @@ def test_without_a_gpu_it_says_so(tmp_path, modules):
     if builder_module.cuda_hardware()["gpu"] != "unknown":
         pytest.skip("this machine has a GPU")
     exact = builder(refittable=True)
-    assert find_donors(cache.manifests(), cache.root, *modules[1], exact)
+    assert refit_base(cache.near_matches(modules[1][0], exact), *modules[1])
     with pytest.raises(BackendUnavailable, match="finds no NVIDIA GPU"):
         refit(cache, *modules[1], exact)
