@@ -2,7 +2,6 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-INSTALLED := build/installed
 # A CPU build of torch is enough for export and tests; the range for users is in pyproject.toml.
 TORCH ?= torch==2.13.0
 
@@ -30,10 +29,7 @@ demo: $(VENV)/.runtime
 test: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	# The wheel as a user gets it, which is also where mypy finds the packages under their names.
-	rm -rf $(INSTALLED) build/lib
-	$(BIN)/pip install --quiet --no-deps --target $(INSTALLED) .
-	MYPYPATH=$(INSTALLED) $(BIN)/mypy
+	$(BIN)/mypy
 	$(BIN)/pytest -m "not long and not engines and not serving and not gpu"
 
 # Tests that take minutes: kills at random moments, more shapes, more seeds.
@@ -59,15 +55,12 @@ test-serving: setup
 	$(BIN)/pytest -m serving
 
 # On a machine with a GPU: pictures, kernels, memory, serving and the full-size UNet, in at most eight
-# minutes and without a network; writes benchmarks/results/gpu-<machine>.json. The package is put
-# together from this folder by links, so nothing is installed; GPU_PYTHON needs what it needs, pytest,
-# and onnxruntime-gpu. FASTFACE_TEST_BACKEND names another backend.
+# minutes and without a network; writes benchmarks/results/gpu-<machine>.json. Nothing is installed;
+# GPU_PYTHON needs what the package needs, pytest, and onnxruntime-gpu. FASTFACE_TEST_BACKEND names
+# another backend.
 GPU_PYTHON ?= python3
-LINKED := build/linked
 test-gpu:
-	mkdir -p $(LINKED)/fastface_trt
-	ln -sfn $(CURDIR)/fastface_trt/* $(CURDIR)/engines $(CURDIR)/export $(CURDIR)/runtime $(LINKED)/fastface_trt
-	cd $(LINKED) && $(GPU_PYTHON) -m pytest -m gpu $(CURDIR)/tests/gpu
+	$(GPU_PYTHON) -m pytest -m gpu tests/gpu
 
 # Latency of the mini model: stage by stage in out/bench, and beside PyTorch, diffusers and plain ONNX
 # Runtime in benchmarks/results/peers-mini.json. About six minutes on a quiet machine.

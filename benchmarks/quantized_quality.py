@@ -88,7 +88,7 @@ def generate(export: Path, data: Dataset, judges: Sequence[Judge]) -> tuple[Qual
             final: dict[int, NDArray[np.float32]] = {}
 
             def keep(trace: StepTrace, final: dict[int, NDArray[np.float32]] = final) -> None:
-                final[trace.job] = np.asarray(trace.latents)
+                final[trace.index] = np.asarray(trace.latents)
 
             result = fastface.generate(
                 [fastface.request(p.prompt, preset=PRESET, seed=p.seed) for p in part],

@@ -2,8 +2,8 @@
 
 Between two UNet calls a GPU runs this instead of arithmetic on the host, so the latents stay where
 they are. Everything that varies is an input, and every row has its own: requests with different
-guidance, rescaling and schedulers share a call. `runtime/guidance.py` and `runtime/denoise.py` hold
-the same arithmetic in numpy; names and layout of the inputs are in `engines/contract.py`.
+guidance, rescaling and schedulers share a call. `runtime/guidance.py` and `runtime/sampling.py`
+hold the same arithmetic in numpy; names and layout of the inputs are in `engines/contract.py`.
 
 Shape legend: R requests, G branches, B = R·G rows (requests-major), C latent channels, h × w latent
 size, N = C·h·w.

@@ -125,29 +125,26 @@ class CheckpointWeights:
         )
 
     def text_encoder(self, name: str) -> Model:
-        """See `Weights`."""
         return self._source.text_encoder(name)
 
     def image_encoder(self) -> Model:
-        """See `Weights`."""
         if self.adapter_kind == "pulid":
             return load_eva_tower(self._image_encoder.path, self._options.dtype)
         return load_image_encoder(self._image_encoder.path, self._options.dtype)
 
     def image_normalisation(self) -> Normalisation:
-        """See `Weights`; CLIP's own where the folder has no preprocessor configuration."""
+        """CLIP's own where the folder has no preprocessor configuration."""
         file = self._image_encoder.path / "preprocessor_config.json"
         values = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
         mean, std = values.get("image_mean", CLIP_MEAN), values.get("image_std", CLIP_STD)
         return (mean[0], mean[1], mean[2]), (std[0], std[1], std[2])
 
     def projection(self) -> Model:
-        """See `Weights`."""
         projection = load_projection(self._adapter, self._options.zero_tokens)
         return projection.to(self._options.dtype)
 
     def vae(self) -> Model:
-        """See `Weights`; in float16 the checkpoint's fp16 VAE where it has one.
+        """In float16 the checkpoint's fp16 VAE where it has one.
 
         SDXL's own VAE overflows in fp16 and says so in its configuration; it stays in float32.
         """
@@ -164,7 +161,6 @@ class CheckpointWeights:
         return vae.float() if overflows else vae
 
     def unet(self) -> Model:
-        """See `Weights`."""
         options, checkpoint = self._options, self._options.checkpoint
         unet = self._source.unet()
         if checkpoint.unet and not options.base:
@@ -188,7 +184,6 @@ class CheckpointWeights:
         return HubItem(item.location, item.revision, path or None, item.licence)
 
     def copy_tokenizer(self, name: str, folder: Path) -> None:
-        """See `Weights`."""
         folder.mkdir()
         for file in _TOKENIZER_FILES:
             source = self._source.tokenizer(name) / file
@@ -225,31 +220,24 @@ class RandomWeights:
         self.loras: list[LoraFused] = []
 
     def text_encoder(self, name: str) -> Model:
-        """See `Weights`."""
         return full_size.random_text_encoder(name, self._dtype)
 
     def image_encoder(self) -> Model:
-        """See `Weights`."""
         if self.adapter_kind == "pulid":
             return full_size.random_eva_tower(self._dtype)
         return full_size.random_image_encoder(self._dtype)
 
     def image_normalisation(self) -> Normalisation:
-        """See `Weights`."""
         return CLIP_MEAN, CLIP_STD
 
     def projection(self) -> Model:
-        """See `Weights`."""
         return full_size.random_projection(self._dtype, self.adapter_kind, self._zero_tokens)
 
     def vae(self) -> Model:
-        """See `Weights`."""
         return full_size.random_vae(self._dtype)
 
     def unet(self) -> Model:
-        """See `Weights`."""
         return full_size.random_unet(self._dtype, self.orthogonal)
 
     def copy_tokenizer(self, name: str, folder: Path) -> None:
-        """See `Weights`."""
         write_byte_tokenizer(folder, PAD_TOKENS[name])

@@ -1,7 +1,7 @@
 """The registry of checkpoints: weights, sampler, steps and size that belong together.
 
 Importable without torch, so that the command line can list it. Revisions are commit hashes of the
-hub repositories, so an export is reproducible; `--revision` and `--base` replace them.
+hub repositories, so an export is reproducible; `--base` takes other weights, and `ID@REVISION`.
 """
 
 from collections.abc import Mapping
@@ -13,7 +13,6 @@ from fastface_trt.errors import UnknownName
 from fastface_trt.mini import folders
 
 OPENRAIL_PP = "CreativeML Open RAIL++-M"
-OPENRAIL = "CreativeML Open RAIL-M"
 FACEID_LICENCE = "non-commercial research (InsightFace embeddings)"
 
 

@@ -2,6 +2,6 @@
 
 Files in the order of one request: `request` (what is asked), `images` and `face` (the face),
 `tokenizer` and `conditioning` (what the UNet is told), `schedule`, `guidance`, `manipulation`
-(host scalars per step), `noise`, `job` (all of these for one picture), `denoise` (the loop),
-`advance` (guidance and the scheduler's step), `trace` (what callbacks see), `png` (the file).
+(host scalars per step), `sampling` (from noise to latents), `stages` and `pipeline` (all of it in
+order), `picture_file` (the file).
 """

@@ -32,7 +32,7 @@ from fastface_trt.runtime.face import ChannelOrder, Face, FaceAnalyzer
 from fastface_trt.runtime.images import PictureSource, load_picture
 from fastface_trt.runtime.modules import ModuleSet
 from fastface_trt.runtime.request import GenerationRequest, request_for
-from fastface_trt.runtime.sampling import DenoiseReport, OnStep, denoise
+from fastface_trt.runtime.sampling import OnStep, denoise
 from fastface_trt.runtime.stages import Stages
 from fastface_trt.runtime.timeline import NO_TIMELINE, Timeline
 
@@ -42,7 +42,8 @@ class GenerationResult:
     """Pictures of one call, in the order of the requests.
 
     images: PIL RGB pictures. requests: what made each. parameters: per picture what `write_picture`
-    stores. seconds: wall-clock time per stage (`face`, `text`, `unet`, `vae`, `total`).
+    stores. seconds: wall-clock time per stage (`face`, `text` with the noise, `unet`, `vae`,
+    `total`).
     unet_samples: rows evaluated in all; branches: per picture and step the branches that ran.
     warnings: what was changed or cut, in sentences.
     """
@@ -249,19 +250,17 @@ class FastFace(Closing):
             with self._timed(seconds, "face"):
                 tokens = self._face_tokens(faces, face_index, channel_order, timeline)
             with self._timed(seconds, "text"):
-                jobs = [
-                    self.stages.job(request, one, timeline)
+                samples = [
+                    self.stages.sample(request, one, timeline)
                     for request, one in zip(requests, tokens, strict=True)
                 ]
-            report = DenoiseReport()
             with self._timed(seconds, "unet"):
                 latents = denoise(
                     self._modules["unet"],
-                    jobs,
+                    samples,
                     guidance=self.stages.guidance,
                     on_step=on_step,
                     max_rows=max_rows,
-                    report=report,
                     timeline=timeline,
                 )
             parameters = [self.parameters(request) for request in requests]
@@ -276,8 +275,8 @@ class FastFace(Closing):
             requests,
             parameters,
             seconds,
-            sum(report.rows),
-            [[step.branches for step in job.guidance] for job in jobs],
+            sum(request.unet_samples for request in requests),
+            [[step.branches for step in sample.guidance_steps] for sample in samples],
             self.warnings(requests),
         )
 

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastface_trt.engines.manifest import ExportManifest
-from fastface_trt.runtime.noise import standard_noise
+from fastface_trt.runtime.sampling import standard_noise
 from fastface_trt.runtime.stages import Stages
 
 EXAMPLES = 2
@@ -20,7 +20,6 @@ EXAMPLES = 2
 SMOOTHNESS = 1.0
 """Standard deviation of the examples' blur, in latent pixels. Neighbours in a picture are alike;
 latents without any such likeness are nothing that the decoder was trained on."""
-
 
 WIDEST = 2.0
 """Standard deviation of latents that is shown as it is; finished ones have about 1. Some schedules

@@ -1,7 +1,7 @@
 """The stages of a picture over one export's engines, each by itself.
 
 `FastFace.generate` runs them for one batch from start to end. A server's batcher calls them one by
-one: it prepares a job when the client comes, and takes its run a step further with whoever else is
+one: it makes a sample when the client comes, and takes it a step further with whoever else is
 there.
 
 Shape legend: C latent channels, h × w latent size, T image tokens.
@@ -22,9 +22,9 @@ from fastface_trt.runtime.sampling import (
     EngineGuidance,
     Guidance,
     HostGuidance,
-    Job,
+    NoiseSource,
     OnStep,
-    Run,
+    Sample,
     require_finite,
     take_step,
 )
@@ -33,9 +33,9 @@ from fastface_trt.runtime.timeline import NO_TIMELINE, Timeline
 
 
 class Stages:
-    """Face tokens, job, UNet steps and decoding with the engines of a `ModuleSet`.
+    """Face tokens, samples, UNet steps and decoding with the engines of a `ModuleSet`.
 
-    Threads may share it; a run belongs to one thread at a time.
+    Threads may share it; a sample belongs to one thread at a time.
     """
 
     def __init__(self, modules: ModuleSet) -> None:
@@ -58,18 +58,25 @@ class Stages:
         """Image tokens [T, C] of a face; kept for the next call with the same face."""
         return self._conditioner.image_tokens(face, channel_order, timeline)
 
-    def job(
-        self, request: GenerationRequest, face_tokens: Tensor, timeline: Timeline = NO_TIMELINE
-    ) -> Job:
-        """The request with its prompt encoded and its schedule resolved; see `check_size`."""
+    def sample(
+        self,
+        request: GenerationRequest,
+        face_tokens: Tensor,
+        timeline: Timeline = NO_TIMELINE,
+        *,
+        noise: NoiseSource | None = None,
+    ) -> Sample:
+        """The request before its first step: prompt encoded, schedule resolved, noise drawn.
+
+        `noise` takes the place of what the request's seed stands for. See `check_size`.
+        """
         manifest = self._modules.manifest
         factor = manifest.vae_scale_factor
-        return Job.prepare(
-            request,
-            make_schedule(manifest.scheduler, request.steps),
-            self._conditioner.conditions(request, face_tokens, timeline),
-            (manifest.latent_channels, request.height // factor, request.width // factor),
-        )
+        shape = manifest.latent_channels, request.height // factor, request.width // factor
+        schedule = make_schedule(manifest.scheduler, request.steps)
+        conditions = self._conditioner.conditions(request, face_tokens, timeline)
+        with timeline.span("noise", self.device):
+            return Sample(request, schedule, conditions, shape, self.device, noise)
 
     @property
     def guidance(self) -> Guidance:
@@ -78,16 +85,14 @@ class Stages:
             return HostGuidance()
         return EngineGuidance(self._modules["guidance_step"])
 
-    def start(self, job: Job, index: int = 0) -> Run:
-        """A run of the job, before its first step."""
-        return Run(job, self.device, index)
+    def step(
+        self, samples: Sequence[Sample], on_step: OnStep | None = None, *, wait: bool = False
+    ) -> None:
+        """One UNet call for samples that agree in `Sample.sharing`; see `take_step`.
 
-    def step(self, runs: Sequence[Run], on_step: OnStep | None = None) -> None:
-        """One UNet call for runs that agree in `Run.sharing`; see `take_step` for what it raises.
-
-        At most as many runs as the largest of `request_counts`.
+        At most as many samples as the largest of `request_counts`.
         """
-        take_step(self._modules["unet"], self.guidance, runs, on_step=on_step)
+        take_step(self._modules["unet"], self.guidance, samples, on_step=on_step, wait=wait)
 
     def decode(
         self,

@@ -101,7 +101,7 @@ class Recorder(Timeline):
     def span(
         self, name: str, device: Device | None = None, **attributes: Any
     ) -> AbstractContextManager[Any]:
-        """See `Timeline.span`. Spans of a thread nest; an exception ends them too."""
+        """Spans of a thread nest; an exception ends them too."""
         return _Block(self, name, device, attributes)
 
     def spans(self) -> list[Span]:

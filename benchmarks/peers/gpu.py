@@ -41,7 +41,6 @@ class WithPng:
         return getattr(self._peer, name)
 
     def picture(self, work: Work) -> Image.Image:
-        """See `Peer`."""
         image = self._peer.picture(work)
         encode_picture(np.asarray(image), parameters={})
         return image

@@ -69,11 +69,9 @@ class OnnxRuntimePlainPeer:
         self._sessions: dict[str, Any] = {}
 
     def work(self, work: Work) -> Work:
-        """See `Peer`."""
         return work
 
     def unet_samples(self, work: Work) -> int:
-        """See `Peer`."""
         return (3 if work.guided else 1) * work.request.steps
 
     def prepare(self, work: Work) -> float | None:
@@ -89,12 +87,10 @@ class OnnxRuntimePlainPeer:
         """See `Peer`."""
 
     def picture(self, work: Work) -> Image.Image:
-        """See `Peer`."""
         return self.made(work).picture
 
     @torch.no_grad()
     def made(self, work: Work) -> Made:
-        """See `Peer`."""
         unet = self._sessions[self._unet_key(work)]
 
         def predict(

@@ -27,29 +27,23 @@ class FastFacePeer:
         self.label = f"FastFace-TRT, {branches}, {features} text and face features"
 
     def work(self, work: Work) -> Work:
-        """See `Peer`."""
         return work
 
     def unet_samples(self, work: Work) -> int:
-        """See `Peer`."""
         return replace(work.request, plan=self._plan).unet_samples
 
     def prepare(self, work: Work) -> float | None:
-        """See `Peer`."""
         return None
 
     def before(self) -> None:
-        """See `Peer`."""
         if self._features == "fresh":
             self._fastface.forget()
 
     def picture(self, work: Work) -> Image.Image:
-        """See `Peer`."""
         request = replace(work.request, plan=self._plan)
         return self._fastface.generate([request], [work.face]).images[0]
 
     def made(self, work: Work) -> Made:
-        """See `Peer`."""
         kept: list[StepTrace] = []
         request = replace(work.request, plan=self._plan)
         result = self._fastface.generate([request], [work.face], on_step=kept.append)

@@ -30,26 +30,21 @@ class PyTorchPeer:
         self.decoder: Any = models.pipeline.vae.decode
 
     def work(self, work: Work) -> Work:
-        """See `Peer`."""
         return work
 
     def unet_samples(self, work: Work) -> int:
-        """See `Peer`."""
         return (3 if work.guided else 1) * work.request.steps
 
     def prepare(self, work: Work) -> float | None:
-        """See `Peer`."""
         return None
 
     def before(self) -> None:
         """See `Peer`."""
 
     def picture(self, work: Work) -> Image.Image:
-        """See `Peer`."""
         return self._picture(self._latents(work))
 
     def made(self, work: Work) -> Made:
-        """See `Peer`."""
         latents = self._latents(work)
         return Made(self._picture(latents), latents[0].cpu().numpy())
 
@@ -143,19 +138,15 @@ class DiffusersPeer(PyTorchPeer):
     label = "plain diffusers with IP-Adapter, no AM, no DCG"
 
     def work(self, work: Work) -> Work:
-        """See `Peer`."""
         return work.with_preset("plain")
 
     def unet_samples(self, work: Work) -> int:
-        """See `Peer`."""
         return work.request.steps
 
     def picture(self, work: Work) -> Image.Image:
-        """See `Peer`."""
         return self._run(work, "pil").images[0]
 
     def made(self, work: Work) -> Made:
-        """See `Peer`."""
         latents = self._run(work, "latent").images
         return Made(self.picture(work), latents[0].float().cpu().numpy())
 

@@ -9,9 +9,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from fastface_trt.runtime.face import Face
-from fastface_trt.runtime.noise import INITIAL_LATENTS, standard_noise
 from fastface_trt.runtime.presets import preset_fields
 from fastface_trt.runtime.request import GenerationRequest
+from fastface_trt.runtime.sampling import INITIAL_LATENTS, standard_noise
 
 
 @dataclass(frozen=True)

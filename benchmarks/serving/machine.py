@@ -67,18 +67,18 @@ def measured_machine(fastface: FastFace, rounds: int, max_running: int) -> Machi
                 stages.forget()
                 started = perf_counter()
                 tokens = stages.image_tokens(blank_face(measuring))
-                runs = [stages.start(stages.job(request, tokens))]
+                samples = [stages.sample(request, tokens)]
                 preparation = perf_counter() - started
-                runs += [stages.start(stages.job(request, tokens)) for _ in range(requests - 1)]
+                samples += [stages.sample(request, tokens) for _ in range(requests - 1)]
                 times: dict[int, float] = {}
-                while not runs[0].finished:
-                    rows = requests * len(runs[0].guidance.branches)
+                while not samples[0].finished:
+                    rows = requests * len(samples[0].guidance.branches)
                     started = perf_counter()
-                    stages.step(runs)
+                    stages.step(samples)
                     stages.device.synchronize()
                     times[rows] = perf_counter() - started
                 started = perf_counter()
-                stages.decode(runs[0].latents)
+                stages.decode(samples[0].latents)
                 decoding = perf_counter() - started
                 if measuring:
                     for rows, taken in times.items():

@@ -129,7 +129,7 @@ class CudaDevice:
         return tensor
 
     def borrow(self, source: object, *, writable: bool = False) -> DeviceTensor:
-        """See `Device`: memory of this GPU, by DLPack or the CUDA Array Interface."""
+        """Memory of this GPU, by DLPack or the CUDA Array Interface."""
         if isinstance(source, DeviceTensor):
             return source
         stream = int(self.stream().handle)

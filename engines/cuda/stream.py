@@ -62,7 +62,7 @@ class Stream:
             self._borrowed.append(memory)
 
     def lend(self, address: int, stream: int | None) -> int:
-        """See `device.Lender`; on any thread."""
+        """On any thread."""
         with self.lock:
             self._require_open()
             self.lent.add(address, self.handle, stream)
@@ -168,11 +168,9 @@ class Memory:
         return self.stream.lent.ordinal
 
     def lend(self, stream: int | None = None) -> int:
-        """See `device.Lender`."""
         return self.stream.lend(self.address, stream)
 
     def copy_of(self, tensor: DeviceTensor) -> DeviceTensor:
-        """See `device.Lender`."""
         return self.stream.copy_of(tensor)
 
     def __del__(self) -> None:

@@ -166,7 +166,6 @@ class OnnxRuntimeBuilder:
         return self._identity(module, operator=True)
 
     def check_runs_here(self) -> None:
-        """See `EngineBuilder`."""
         check_provider(self.provider)
 
     def takes(self, manifest: EngineManifest) -> bool:

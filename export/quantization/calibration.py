@@ -1,9 +1,8 @@
-"""What a UNet is run on while its ranges are measured.
+"""Calibration of 8-bit exports: what a UNet is run on while its ranges are measured.
 
-Calibration of 8-bit exports: prompts and faces run through the pipeline, step by step.
-
-The prompts cycle through presets that together evaluate every branch and every manipulation, since
-a guided or manipulated run takes the UNet where a plain one does not.
+`PipelineCalibration` takes prompts and faces through the pipeline, step by step. The prompts cycle
+through presets that together evaluate every branch and every manipulation, since a guided or
+manipulated run takes the UNet where a plain one does not.
 """
 
 from collections.abc import Sequence
@@ -33,8 +32,13 @@ from fastface_trt.runtime.images import load_picture
 from fastface_trt.runtime.modules import ModuleSet
 from fastface_trt.runtime.presets import preset_fields
 from fastface_trt.runtime.request import GenerationRequest
-from fastface_trt.runtime.sampling import DenoiseReport, Job, denoise
+from fastface_trt.runtime.sampling import Sample, denoise
 from fastface_trt.runtime.schedule import make_schedule
+
+PRESETS = ("plain", "am1+dcg", "am2+dcg")
+PICTURES = 32
+_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+_FIRST_SEED = 1_000_000  # away from the seeds that people try
 
 
 class Calibration(Protocol):
@@ -67,7 +71,6 @@ class RandomCalibration:
         self.latents: list[NDArray[np.float32]] = []
 
     def run(self, unet: Engine, manifest: ExportManifest, folder: Path, progress: Progress) -> int:
-        """See `Calibration`."""
         generator = np.random.default_rng(0)
         self.latents = []
         sizes = {
@@ -97,12 +100,6 @@ class RandomCalibration:
             inputs[contract.MANIPULATION][:] = 0
             unet(**inputs)
         return self._calls * self._rows
-
-
-PRESETS = ("plain", "am1+dcg", "am2+dcg")
-PICTURES = 32
-_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
-_FIRST_SEED = 1_000_000  # away from the seeds that people try
 
 
 def default_prompts() -> list[str]:
@@ -178,8 +175,8 @@ class PipelineCalibration:
 
         Raises `InvalidRequest` for a picture without a face, and what the pipeline raises.
         """
-        report = DenoiseReport()
         self.latents = []
+        rows = 0
         with ModuleSet(
             folder, builder_for("onnxruntime"), EngineCache(), progress, manifest=manifest
         ) as modules:
@@ -197,15 +194,17 @@ class PipelineCalibration:
                 ).for_adapter(manifest.adapter_kind)
                 conditions = conditioner.conditions(request, tokens[index % len(tokens)])
                 factor = manifest.vae_scale_factor
-                job = Job.prepare(
+                sample = Sample(
                     request,
                     make_schedule(manifest.scheduler, manifest.steps),
                     conditions,
                     (manifest.latent_channels, request.height // factor, request.width // factor),
+                    unet.device,
                 )
-                (final,) = denoise(unet, [job], report=report)
+                (final,) = denoise(unet, [sample])
                 self.latents.append(unet.device.download(final))
-        return sum(report.rows)
+                rows += request.unet_samples
+        return rows
 
     def _analyse(self, manifest: ExportManifest, folder: Path) -> list[Face]:
         local = folder / manifest.face_model

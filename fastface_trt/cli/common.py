@@ -25,7 +25,7 @@ class Counts(click.ParamType[tuple[int, ...]]):
     name = "LIST"
 
     def convert(self, value: Any, param: Any, ctx: Any) -> tuple[int, ...]:
-        """See click; a default that is a tuple already stays one."""
+        """A default that is a tuple already stays one."""
         if isinstance(value, tuple):
             return value
         try:

@@ -253,7 +253,7 @@ def generate(
                 line(f"{face} has {one.count} faces; the largest is used (--face-index chooses).")
 
         def on_step(trace: StepTrace) -> None:
-            if trace.job == len(jobs) - 1:
+            if trace.index == len(jobs) - 1:
                 phase(f"step {trace.step + 1} of {trace.steps}")
 
         files = _paths(out, jobs, given["seed"], form)

@@ -55,7 +55,7 @@ def ray_options(command: Command) -> Command:
 def serve_on_ray(
     worker: WorkerSettings, server: ServerSettings, workers: int | None, given: Mapping[str, Any]
 ) -> None:
-    """See `run_on_ray`; `given` holds the values of `ray_options`."""
+    """`given` holds the values of `ray_options`."""
     from fastface_trt.serving.ray.arguments import Placement
     from fastface_trt.serving.ray.run import run_on_ray
 

@@ -10,7 +10,7 @@ lies on a GPU is never brought to the host behind the caller's back.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -21,10 +21,9 @@ from fastface_trt.engines.contract import IMAGE_TOKENS
 from fastface_trt.engines.device import Array, Device, DeviceTensor, HostDevice, Tensor, dtype_name
 from fastface_trt.errors import Cancelled, InvalidRequest
 from fastface_trt.runtime.face import CROP_SIZE, EMBEDDING_SIZE, ChannelOrder, Face
-from fastface_trt.runtime.noise import INITIAL_LATENTS
 from fastface_trt.runtime.pipeline import FastFace
 from fastface_trt.runtime.request import GenerationRequest
-from fastface_trt.runtime.sampling import Job
+from fastface_trt.runtime.sampling import INITIAL_LATENTS, NoiseSource, noise_of
 
 Foreign: TypeAlias = Any
 """An object with one of the protocols above."""
@@ -300,25 +299,23 @@ class Session:
         target = None if out is None else output(self.device, out, request.height, request.width)
         noise = None
         if latents is not None:
-            noise = host_values(
+            initial = host_values(
                 latents,
                 name="The initial latents",
                 shape=self.latent_shape(request),
                 device=self.device,
             )
-        job = stages.job(request, self._ready(tokens))
-        if noise is not None:
-            job = _starting_from(job, noise)
-        run = stages.start(job)
-        while not run.finished:
-            stages.step([run])
-            if on_progress is not None and on_progress(run.step, request.steps) is False:
-                raise Cancelled(f"The run was cancelled after step {run.step}.")
-        pixels = self._write(run.latents, target) if decode else None
+            noise = _starting_from(initial, request)
+        sample = stages.sample(request, self._ready(tokens), noise=noise)
+        while not sample.finished:
+            stages.step([sample])
+            if on_progress is not None and on_progress(sample.step, request.steps) is False:
+                raise Cancelled(f"The run was cancelled after step {sample.step}.")
+        pixels = self._write(sample.latents, target) if decode else None
         self.device.signal(stream=stream, event=done)
         return Output(
             pixels,
-            run.latents,
+            sample.latents,
             self._fastface.parameters(request),
             tuple(self._fastface.warnings([request])),
         )
@@ -372,8 +369,6 @@ class Session:
         )
 
 
-def _starting_from(job: Job, noise: NDArray[np.float32]) -> Job:
-    def source(stream: int, shape: tuple[int, ...]) -> NDArray[np.float32]:
-        return noise if stream == INITIAL_LATENTS else job.noise(stream, shape)
-
-    return replace(job, noise=source)
+def _starting_from(initial: NDArray[np.float32], request: GenerationRequest) -> NoiseSource:
+    drawn = noise_of(request)
+    return lambda stream, shape: initial if stream == INITIAL_LATENTS else drawn(stream, shape)

@@ -177,11 +177,9 @@ class IdentityJudge(Judge):
         self._view = view
 
     def load(self, data: Dataset) -> None:
-        """See `Judge`."""
         self._view.load(data)
 
     def judge(self, samples: Sequence[Sample]) -> list[float | None]:
-        """See `Judge`."""
         found = [self._view.similarities(sample) for sample in samples]
         return [None if similarity is None else similarity[0] for similarity in found]
 
@@ -198,7 +196,6 @@ class OtherPeopleJudge(IdentityJudge):
     )
 
     def judge(self, samples: Sequence[Sample]) -> list[float | None]:
-        """See `Judge`."""
         found = [self._view.similarities(sample) for sample in samples]
         return [None if similarity is None else similarity[1] for similarity in found]
 
@@ -215,7 +212,6 @@ class NoFaceJudge(IdentityJudge):
     )
 
     def judge(self, samples: Sequence[Sample]) -> list[float | None]:
-        """See `Judge`."""
         return [float(self._view.face(sample) is None) for sample in samples]
 
 
@@ -315,11 +311,9 @@ class ClipJudge(Judge):
         self._clip = clip
 
     def load(self, data: Dataset) -> None:
-        """See `Judge`."""
         self._clip.load()
 
     def judge(self, samples: Sequence[Sample]) -> list[float | None]:
-        """See `Judge`."""
         return [float(self._clip.text(s.pair.prompt) @ self._clip.whole(s)) for s in samples]
 
 
@@ -339,12 +333,10 @@ class FaceClipJudge(ClipJudge):
         self._view = view
 
     def load(self, data: Dataset) -> None:
-        """See `Judge`."""
         super().load(data)
         self._view.load(data)
 
     def judge(self, samples: Sequence[Sample]) -> list[float | None]:
-        """See `Judge`."""
         return [self._one(sample) for sample in samples]
 
     def _one(self, sample: Sample) -> float | None:
@@ -384,7 +376,6 @@ class AestheticJudge(ClipJudge):
         self._layers: list[tuple[NDArray[np.float32], NDArray[np.float32]]] = []
 
     def load(self, data: Dataset) -> None:
-        """See `Judge`."""
         super().load(data)
         if self._layers:
             return
@@ -397,7 +388,6 @@ class AestheticJudge(ClipJudge):
         self._layers = linear_layers(tensors, self._clip.width, path)
 
     def judge(self, samples: Sequence[Sample]) -> list[float | None]:
-        """See `Judge`."""
         return [self._one(sample) for sample in samples]
 
     def _one(self, sample: Sample) -> float:
@@ -449,7 +439,6 @@ class RewardJudge(Judge):
         self._model: Any = None
 
     def load(self, data: Dataset) -> None:
-        """See `Judge`."""
         if self._model is not None:
             return
         try:
@@ -469,7 +458,6 @@ class RewardJudge(Judge):
             ) from error
 
     def judge(self, samples: Sequence[Sample]) -> list[float | None]:
-        """See `Judge`."""
         return [
             float(self._model.score(sample.pair.prompt, Image.fromarray(sample.picture)))
             for sample in samples

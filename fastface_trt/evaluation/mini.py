@@ -150,7 +150,7 @@ class SceneJudge(Judge):
         self._networks = networks
 
     def load(self, data: Dataset) -> None:
-        """See `Judge`; refuses prompts whose style and place are not known."""
+        """Refuses prompts whose style and place are not known."""
         if any(pair.scene is None for pair in data.pairs):
             raise InvalidRequest(
                 f"The mini model's judge {self.column.name} knows only the mini model's prompts.",
@@ -158,7 +158,6 @@ class SceneJudge(Judge):
             )
 
     def judge(self, samples: Sequence[Sample]) -> list[float | None]:
-        """See `Judge`."""
         return [self._one(sample) for sample in samples]
 
     def _one(self, sample: Sample) -> float:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from .identity import Identity
-from .pen import Floats, Pen, ellipse_points, shade
+from fastface_trt.mini.identity import Identity
+from fastface_trt.mini.pen import Floats, Pen, ellipse_points, shade
 
 
 def draw_back_hair(pen: Pen, person: Identity) -> None:

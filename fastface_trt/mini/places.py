@@ -11,7 +11,7 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image
 
-from .pen import Colour, Frame, Pen, ellipse_points, shade
+from fastface_trt.mini.pen import Colour, Frame, Pen, ellipse_points, shade
 
 
 def _gradient(size: int, top: Colour, bottom: Colour) -> Image.Image:

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from .hair import draw_back_hair, draw_front_hair
-from .identity import Identity
-from .pen import Colour, Floats, Pen, ellipse_points, shade
+from fastface_trt.mini.hair import draw_back_hair, draw_front_hair
+from fastface_trt.mini.identity import Identity
+from fastface_trt.mini.pen import Colour, Floats, Pen, ellipse_points, shade
 
 EYE_Y = -0.10
 MOUTH_Y = 0.60

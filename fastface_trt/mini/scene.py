@@ -8,12 +8,12 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from .identity import Identity
-from .pen import Frame, Pen
-from .places import CLOTHES, draw_place
-from .portrait import draw_person, face_outline, key_points
-from .prompts import Scene
-from .styles import OUTLINES, apply_style
+from fastface_trt.mini.identity import Identity
+from fastface_trt.mini.pen import Frame, Pen
+from fastface_trt.mini.places import CLOTHES, draw_place
+from fastface_trt.mini.portrait import draw_person, face_outline, key_points
+from fastface_trt.mini.prompts import Scene
+from fastface_trt.mini.styles import OUTLINES, apply_style
 
 PICTURE_SIZE = 96
 

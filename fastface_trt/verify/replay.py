@@ -29,14 +29,14 @@ from fastface_trt.engines.tensorrt.options import TensorRTOptions
 from fastface_trt.errors import MissingDependency, UnknownName, WeightsError
 from fastface_trt.runtime.guidance import FACE, TEXT, TEXT_AND_FACE, UNCONDITIONAL, VARIANTS
 from fastface_trt.runtime.manipulation import AttentionManipulation
-from fastface_trt.runtime.noise import INITIAL_LATENTS
 from fastface_trt.runtime.request import GenerationRequest
 from fastface_trt.runtime.sampling import (
+    INITIAL_LATENTS,
     Condition,
     EngineGuidance,
     Guidance,
     HostGuidance,
-    Job,
+    Sample,
     StepTrace,
     denoise,
     require_finite,
@@ -106,14 +106,14 @@ def read_manipulation(case: Mapping[str, Any]) -> AttentionManipulation:
     return AttentionManipulation.from_dict(parts)
 
 
-def make_job(
+def make_sample(
     case: Mapping[str, Any],
     recording: Recording,
     tokens: Callable[[str], Array],
     plan: Plan,
     device: Device,
-) -> Job:
-    """A recorded case as a job of the denoising loop on `device`; it assumes no parameter."""
+) -> Sample:
+    """A recorded case as a sample on `device`; it assumes no parameter."""
     name, guidance = str(case["name"]), case.get("guidance") or {}
     timesteps = case.get("timesteps")
     config = case["scheduler"]
@@ -158,20 +158,21 @@ def make_job(
             )
         return np.asarray(recorded[0], dtype=np.float32)
 
-    return Job(
+    sample = Sample(
         request,
         schedule,
-        request.guidance_steps(),
         {
             UNCONDITIONAL: told(negative_text, negative_pooled, no_face),
             TEXT: told(text, pooled, no_face),
             FACE: told(negative_text, negative_pooled, face),
             TEXT_AND_FACE: told(text, pooled, face),
         },
-        recording.require(name, "time_ids")[0],
         latents.shape[1:],
+        device,
         noise,
     )
+    sample.time_ids = recording.require(name, "time_ids")[0]
+    return sample
 
 
 def replay(
@@ -201,19 +202,20 @@ def replay(
         name = str(case["name"])
         engine, guidance = provider.unet(float(case.get("faceid_lora_scale", 1.0)))
         tokens = partial(provider.image_tokens, recording)
-        job = make_job(case, recording, tokens, plan, engine.device)
+        sample = make_sample(case, recording, tokens, plan, engine.device)
+        order = VARIANTS[sample.request.dcg_variant][0]
 
-        def record(trace: StepTrace, name: str = name, job: Job = job) -> None:
+        def record(trace: StepTrace, name: str = name, order: Sequence[str] = order) -> None:
             key = f"{name}.step{trace.step}"
             if plan == "full":
-                order, predictions = VARIANTS[job.request.dcg_variant][0], trace.predictions
+                predictions = trace.predictions
                 results[f"{key}.model_input"] = trace.model_input[None]
                 results[f"{key}.eps"] = np.stack([predictions[b] for b in order])
             results[f"{key}.guided"] = trace.guided[None]
             results[f"{key}.latents"] = trace.latents[None]
 
-        progress(f"{name}: {len(job.schedule)} steps")
-        (latents,) = denoise(engine, [job], guidance=guidance, on_step=record)
+        progress(f"{name}: {len(sample.schedule)} steps")
+        (latents,) = denoise(engine, [sample], guidance=guidance, on_step=record)
         require_finite(engine.device, latents)
     provider.close()
     with storage_errors(out.parent):
@@ -355,4 +357,4 @@ class _UNetProvider:
             self._builder.device().close()
 
 
-__all__ = ["Recording", "make_job", "read_manipulation", "replay"]
+__all__ = ["Recording", "make_sample", "read_manipulation", "replay"]

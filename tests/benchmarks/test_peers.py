@@ -15,8 +15,7 @@ from benchmarks.peers.measure import compare_peers, run_rounds, speed_ratio
 from benchmarks.peers.work import Made, Unready
 from fastface_trt import FastFace
 from fastface_trt.engines.device import HostDevice
-from fastface_trt.runtime.noise import INITIAL_LATENTS
-from fastface_trt.verify.replay import Recording, make_job
+from fastface_trt.verify.replay import Recording, make_sample
 from tests.conftest import GOLDEN
 
 PIPELINE = GOLDEN / "pipeline"
@@ -70,16 +69,16 @@ def test_the_loop_follows_the_authors_recording(recording, recorded_unets, name)
 
     (case,) = recording.select([name])
     tokens = recording.require(name, "iptokens")
-    job = make_job(case, recording, lambda _: tokens, "full", HostDevice())
+    sample = make_sample(case, recording, lambda _: tokens, "full", HostDevice())
     unet = recorded_unets(float(case.get("faceid_lora_scale", 1.0)))
-    attention.configure(unet, job.request.manipulation, job.request.ip_scales())
+    attention.configure(unet, sample.request.manipulation, sample.request.ip_scales())
     config = dict(case["scheduler"])
     scheduler = getattr(diffusers, config.pop("class"))(**config)
-    told = [job.conditions[branch] for branch in ("u", "i", "ti")]
+    told = [sample.conditions[branch] for branch in ("u", "i", "ti")]
     conditions = Conditions(
         torch.from_numpy(np.stack([condition.text for condition in told])),
         torch.from_numpy(np.stack([condition.pooled for condition in told])),
-        torch.from_numpy(np.stack([job.time_ids] * 3)),
+        torch.from_numpy(np.stack([sample.time_ids] * 3)),
         torch.from_numpy(np.stack([condition.image_tokens for condition in told])),
     )
 
@@ -96,10 +95,10 @@ def test_the_loop_follows_the_authors_recording(recording, recorded_unets, name)
             return_dict=False,
         )[0]
 
-    noise = torch.from_numpy(job.noise(INITIAL_LATENTS, job.latent_shape))[None]
+    noise = torch.from_numpy(recording.require(name, "latents"))
     with torch.no_grad():
-        ours = denoise(predict, job.request, conditions, noise, scheduler).numpy()
-    recorded = recording.tensors[f"{name}.step{len(job.schedule) - 1}.latents"]
+        ours = denoise(predict, sample.request, conditions, noise, scheduler).numpy()
+    recorded = recording.tensors[f"{name}.step{len(sample.schedule) - 1}.latents"]
     apart = np.linalg.norm(ours - recorded) / np.linalg.norm(recorded)
     assert apart < (2e-3 if "am2" in name else 1e-3)
 

@@ -12,7 +12,7 @@ from fastface_trt.engines import dlpack
 from fastface_trt.engines.device import DeviceTensor
 from fastface_trt.errors import InvalidRequest
 from fastface_trt.mini import folders
-from fastface_trt.runtime.noise import INITIAL_LATENTS, standard_noise
+from fastface_trt.runtime.sampling import INITIAL_LATENTS, standard_noise
 from tests.engines.gpu_double import simulated_gpu
 
 pytestmark = pytest.mark.usefixtures("quick_collections")

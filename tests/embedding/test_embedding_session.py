@@ -10,7 +10,7 @@ from fastface_trt.embedding.session import Session
 from fastface_trt.errors import Cancelled, InvalidRequest
 from fastface_trt.mini import folders
 from fastface_trt.runtime.face import Face
-from fastface_trt.runtime.noise import INITIAL_LATENTS, standard_noise
+from fastface_trt.runtime.sampling import INITIAL_LATENTS, standard_noise
 
 PROMPT = "photo; person in a garden"
 BYTES = 96 * 96 * 3

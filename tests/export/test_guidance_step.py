@@ -13,7 +13,7 @@ from fastface_trt.engines.device import HostDevice
 from fastface_trt.errors import EngineFailed
 from fastface_trt.export.guidance_step import write_guidance_step
 from fastface_trt.runtime.request import GenerationRequest
-from fastface_trt.runtime.sampling import EngineGuidance, HostGuidance, Job, require_finite
+from fastface_trt.runtime.sampling import EngineGuidance, HostGuidance, Sample, require_finite
 from fastface_trt.runtime.schedule import Schedule, Step
 
 SHAPE = (4, 8, 16)
@@ -34,8 +34,8 @@ def engine(written):
         yield opened
 
 
-def jobs():
-    """Three branches each, and everything else different."""
+def samples(seed=0, **changes):
+    """Three branches each, and everything else different; latents and noise are of `seed`."""
     schedules = [
         Schedule((Step(999, 1, 1.1, -0.4, 0.0), Step(499, 0.7, 0.9, -0.3, 0.0)), 1.0),
         Schedule((Step(999, 0.3, 1.0, -2.5, 0.6), Step(499, 0.2, 1.0, -1.5, 0.0)), 14.0),
@@ -50,58 +50,51 @@ def jobs():
         replace(base, steps=1, rescale=0.0),
     ]
     return [
-        Job.prepare(request, schedule, {}, SHAPE)
-        for request, schedule in zip(requests, schedules, strict=True)
+        Sample(replace(request, seed=seed + index, **changes), schedule, {}, SHAPE, HostDevice())
+        for index, (request, schedule) in enumerate(zip(requests, schedules, strict=True))
     ]
 
 
-def tensors(batch, seed=0, offset=0.0):
+def predicted(batch, seed=0, offset=0.0):
     rng = np.random.default_rng(seed)
     spread = rng.uniform(0.5, 2.0, (3 * len(batch), 1, 1, 1))
-    prediction = (offset + spread * rng.standard_normal((3 * len(batch), *SHAPE))).astype("f4")
-    latents = [rng.standard_normal(SHAPE).astype("f4") for _ in batch]
-    noise = [
-        rng.standard_normal(SHAPE).astype("f4") if job.schedule.steps[0].noise else None
-        for job in batch
-    ]
-    return prediction, latents, noise
+    return (offset + spread * rng.standard_normal((3 * len(batch), *SHAPE))).astype("f4")
 
 
-def float64_reference(batch, prediction, latents, noise):
-    """Spec section 2 and x' = a x + b ε + c z, written out."""
-    following, guided, samples = [], [], []
+def float64_reference(batch, prediction):
+    """Spec section 2 and x' = a x + b ε + c z, written out: (ε, x', k x') of each sample."""
+    results = []
     rows = iter(prediction.astype(np.float64))
-    for job, x, z in zip(batch, latents, noise, strict=True):
-        alpha, beta = (getattr(job.request, name) for name in ("alpha", "beta"))
+    for sample in batch:
+        x, z = sample.latents, sample.noise[0]
+        alpha, beta = (getattr(sample.request, name) for name in ("alpha", "beta"))
         first, second, third = next(rows), next(rows), next(rows)  # u, then the variant's two
         e = {
             1: first + alpha * (second - first) + beta * (third - second),
             2: first + alpha * (second - first) + beta * (third - second),
             3: first + alpha * (second - first) + beta * (third - first),
-        }[job.request.dcg_variant]
-        phi = job.request.rescale
+        }[sample.request.dcg_variant]
+        phi = sample.request.rescale
         if phi is not None:
             mean = (second.std(ddof=1) + third.std(ddof=1)) / 2
             e = e * (phi * mean / e.std(ddof=1) + 1 - phi)
-        row = job.schedule.steps[0]
+        row = sample.schedule.steps[0]
         new = row.latents * x.astype(np.float64) + row.prediction * e
         new = new if z is None else new + row.noise * z
-        k = job.schedule.steps[1].input_scale if len(job.schedule) > 1 else 1.0
-        following.append(new)
-        guided.append(e)
-        samples.append(k * new)
-    return following, guided, samples
+        k = sample.schedule.steps[1].input_scale if len(sample.schedule) > 1 else 1.0
+        results.append((e, new, k * new))
+    return results
 
 
 @pytest.mark.parametrize("offset", [0.0, 100.0])  # where a one-pass variance cancels
 def test_both_guidances_equal_float64(engine, offset):
-    batch = jobs()
-    given = tensors(batch, offset=offset)
-    expected = float64_reference(batch, *given)
+    batch = samples()
+    prediction = predicted(batch, offset=offset)
+    expected = float64_reference(batch, prediction)
     tolerance = 2e-6 * (1 + offset)
     for guidance in (HostGuidance(), EngineGuidance(engine)):
-        ours = guidance(batch, [0] * len(batch), *given)
-        for mine, theirs in zip((ours.latents, ours.guided, ours.samples), expected, strict=True):
+        ours = guidance(batch, prediction)
+        for mine, theirs in zip(ours, expected, strict=True):
             np.testing.assert_allclose(np.stack(mine), np.stack(theirs), rtol=3e-6, atol=tolerance)
 
 
@@ -111,34 +104,32 @@ def test_engine_and_host_agree_on_every_branch_count(engine):
         2: (1.0, 1.0, 0.75),
         3: (1.5, 3.0, 0.75),
     }.items():
-        one = replace(jobs()[0].request, alpha=alpha, beta=beta, rescale=rescale, plan="exact")
-        batch = [replace(job, request=one, guidance=one.guidance_steps()) for job in jobs()[:2]]
-        assert len(batch[0].guidance[0].branches) == plan
-        prediction, latents, noise = tensors(batch, seed=plan)
-        prediction = prediction[: plan * len(batch)]
-        host = HostGuidance()(batch, [0] * len(batch), prediction, latents, noise)
-        ours = EngineGuidance(engine)(batch, [0] * len(batch), prediction, latents, noise)
-        np.testing.assert_allclose(ours.latents, host.latents, rtol=2e-6, atol=2e-6)
-        np.testing.assert_allclose(ours.samples, host.samples, rtol=2e-6, atol=2e-6)
+        batch = samples(plan, alpha=alpha, beta=beta, rescale=rescale, dcg_variant=2, plan="exact")
+        batch = batch[:2]
+        assert [len(sample.guidance.branches) for sample in batch] == [plan] * 2
+        prediction = predicted(batch, seed=plan)[: plan * len(batch)]
+        host, ours = (
+            guide(batch, prediction) for guide in (HostGuidance(), EngineGuidance(engine))
+        )
+        np.testing.assert_allclose(ours, host, rtol=2e-6, atol=2e-6)
 
 
 def test_a_flat_prediction_is_left_alone(engine):
-    batch = jobs()[:1]
-    _, latents, noise = tensors(batch)
+    batch = samples()[:1]
     prediction = np.full((3, *SHAPE), 0.25, np.float32)
     for guidance in (HostGuidance(), EngineGuidance(engine)):
-        (guided,) = guidance(batch, [0] * len(batch), prediction, latents, noise).guided
-        np.testing.assert_allclose(guided, 0.25)
+        (result,) = guidance(batch, prediction)
+        np.testing.assert_allclose(result.guided, 0.25)
 
 
 def test_what_is_not_finite_reaches_the_last_latents(engine):
-    batch = jobs()[:2]
-    prediction, latents, noise = tensors(batch)
+    batch = samples()[:2]
+    prediction = predicted(batch)
     prediction[4, 1, 2, 3] = np.nan
-    ours = EngineGuidance(engine)(batch, [0] * len(batch), prediction, latents, noise)
-    require_finite(HostDevice(), ours.latents[0])
+    fine, bad = EngineGuidance(engine)(batch, prediction)
+    require_finite(HostDevice(), fine.latents)
     with pytest.raises(EngineFailed, match="not finite"):
-        require_finite(HostDevice(), ours.latents[1])
+        require_finite(HostDevice(), bad.latents)
 
 
 def test_the_tensorrt_parser_takes_it_and_no_product_may_run_in_tf32(written):

@@ -117,10 +117,11 @@ def test_requests_equal_the_oracle(fastface, oracle, preset):
     """Empty negative prompts are zeros here, so the branches without text are among them."""
     request = fastface.request("photo; person", preset=preset, seed=1).for_adapter("pulid")
     tokens = fastface._face_tokens([face()], None, "bgr", NO_TIMELINE)
-    job = fastface.stages.job(request, tokens[0])
-    guidance = fastface.stages.guidance
-    (ours,) = denoise(fastface._modules["unet"], [job], guidance=guidance)
-    (expected,) = denoise(oracle, [job], guidance=guidance)
+    stages = fastface.stages
+    ours, expected = (
+        denoise(unet, [stages.sample(request, tokens[0])], guidance=stages.guidance)[0]
+        for unet in (fastface._modules["unet"], oracle)
+    )
     assert relative(np.asarray(ours), np.asarray(expected)) < 2e-3
 
 

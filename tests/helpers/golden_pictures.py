@@ -1,4 +1,4 @@
-"""Makes the golden pictures: `python tests/golden_pictures.py` writes tests/golden/pictures.
+"""`python -m tests.helpers.golden_pictures` writes the golden pictures, tests/golden/pictures.
 
 They are what the mini model's published weights make in eager PyTorch: text and image encoders,
 projection, UNet and VAE are the models of transformers, diffusers and `export.oracle`, the sampler
@@ -26,7 +26,7 @@ from fastface_trt.export.weights import CheckpointWeights
 from fastface_trt.mini import folders
 from fastface_trt.runtime.face import FaceAnalyzer, clip_pixels
 from fastface_trt.runtime.images import load_picture
-from fastface_trt.runtime.noise import INITIAL_LATENTS, standard_noise
+from fastface_trt.runtime.sampling import INITIAL_LATENTS, standard_noise
 
 FOLDER = Path(__file__).parents[1] / "golden" / "pictures"
 STEPS, SIDE, IP_ADAPTER_SCALE = 4, 96, 0.8

@@ -12,10 +12,8 @@ from fastface_trt.errors import Cancelled, EngineFailed
 from fastface_trt.runtime.request import GenerationRequest
 from fastface_trt.runtime.sampling import (
     Condition,
-    DenoiseReport,
     HostGuidance,
-    Job,
-    Run,
+    Sample,
     denoise,
     take_step,
 )
@@ -47,7 +45,7 @@ class ArithmeticUNet:
         return {contract.NOISE_PREDICTION: wave.astype(np.float32)}
 
 
-def job(request, seed=0):
+def sample_of(request, seed=0):
     rng = np.random.default_rng(seed)
     conditions = {
         branch: Condition(
@@ -57,7 +55,7 @@ def job(request, seed=0):
     }
     checkpoint = "turbo" if seed % 2 else "hyper"
     schedule = make_schedule(dict(CHECKPOINTS[checkpoint].scheduler), request.steps)
-    return Job.prepare(request, schedule, conditions, SHAPE)
+    return Sample(request, schedule, conditions, SHAPE, HostDevice())
 
 
 def requests():
@@ -72,42 +70,51 @@ def requests():
     ]
 
 
+def each_alone():
+    return [
+        denoise(ArithmeticUNet(), [sample_of(request, seed)])[0]
+        for seed, request in enumerate(requests())
+    ]
+
+
 @pytest.mark.parametrize("max_rows", [None, 3, 5])
 def test_a_batch_gives_what_single_runs_give(max_rows):
-    jobs = [job(request, seed) for seed, request in enumerate(requests())]
-    together = denoise(ArithmeticUNet(), jobs, max_rows=max_rows)
-    for one, expected in zip(jobs, together, strict=True):
-        np.testing.assert_allclose(denoise(ArithmeticUNet(), [one])[0], expected, atol=1e-6)
+    samples = [sample_of(request, seed) for seed, request in enumerate(requests())]
+    together = denoise(ArithmeticUNet(), samples, max_rows=max_rows)
+    for one, expected in zip(together, each_alone(), strict=True):
+        np.testing.assert_allclose(one, expected, atol=1e-6)
 
 
 def test_exact_plan_equals_the_full_one():
     for request in requests():
-        exact = denoise(ArithmeticUNet(), [job(request)])[0]
-        full = denoise(ArithmeticUNet(), [job(replace(request, plan="full"))])[0]
+        exact = denoise(ArithmeticUNet(), [sample_of(request)])[0]
+        full = denoise(ArithmeticUNet(), [sample_of(replace(request, plan="full"))])[0]
         assert np.linalg.norm(exact - full) / np.linalg.norm(full) < 1e-5
 
 
 def test_lean_plan_differs_a_little():
     request = GenerationRequest("a").with_preset("dcg")
-    full = denoise(ArithmeticUNet(), [job(request)])[0]
-    lean = denoise(ArithmeticUNet(), [job(replace(request, plan="lean"))])[0]
+    full = denoise(ArithmeticUNet(), [sample_of(request)])[0]
+    lean = denoise(ArithmeticUNet(), [sample_of(replace(request, plan="lean"))])[0]
     assert 0 < np.linalg.norm(lean - full) / np.linalg.norm(full) < 0.5
 
 
 def test_rows_of_the_calls():
-    report = DenoiseReport()
-    denoise(ArithmeticUNet(), [job(requests()[0])], report=report)
-    assert report.rows == [2, 3, 3, 2]
     unet = ArithmeticUNet()
-    denoise(unet, [job(requests()[2])])  # scope branch: one parameter row per UNet row
+    denoise(unet, [sample_of(requests()[0])])
+    assert unet.rows == [(2, 1), (3, 1), (3, 1), (2, 1)]
+    assert sum(rows for rows, _ in unet.rows) == requests()[0].unet_samples
+    unet = ArithmeticUNet()
+    denoise(unet, [sample_of(requests()[2])])  # scope branch: one parameter row per UNet row
     assert unet.rows == [(2, 2), (3, 3), (3, 3), (2, 2)]
 
 
 def test_calls_hold_as_many_requests_as_the_engine_takes():
-    one = job(requests()[0])
     whole, parts = ArithmeticUNet(), ArithmeticUNet(request_counts=(1, 2))
-    expected = denoise(whole, [one] * 5)
-    np.testing.assert_array_equal(denoise(parts, [one] * 5), expected)
+    expected, ours = (
+        denoise(unet, [sample_of(requests()[0]) for _ in range(5)]) for unet in (whole, parts)
+    )
+    np.testing.assert_array_equal(ours, expected)
     assert whole.rows == [(10, 5), (15, 5), (15, 5), (10, 5)]
     assert parts.rows[:3] == [(4, 2), (4, 2), (2, 1)]
     assert len(parts.rows) == 12
@@ -118,7 +125,7 @@ def test_cancelling_stops_after_the_step():
     with pytest.raises(Cancelled):
         denoise(
             ArithmeticUNet(),
-            [job(requests()[0])],
+            [sample_of(requests()[0])],
             on_step=lambda trace: seen.append(trace.step) or trace.step < 1,
         )
     assert seen == [0, 1]
@@ -126,12 +133,16 @@ def test_cancelling_stops_after_the_step():
 
 def test_trace_holds_what_the_step_used():
     traces = []
-    one = job(requests()[0])
-    final = denoise(ArithmeticUNet(), [one], on_step=lambda trace: traces.append(trace))[0]
+    samples = [sample_of(requests()[0], seed) for seed in range(2)]
+    final = denoise(ArithmeticUNet(), samples, on_step=traces.append)
+    assert [(t.index, t.step, t.steps) for t in traces] == [
+        (index, step, 4) for step in range(4) for index in range(2)
+    ]
+    traces = [t for t in traces if t.index == 1]
     assert [sorted(t.predictions) for t in traces] == [["i", "ti"]] + [["i", "ti", "u"]] * 2 + [
         ["i", "ti"]
     ]
-    np.testing.assert_array_equal(traces[-1].latents, final)
+    np.testing.assert_array_equal(traces[-1].latents, final[1])
 
 
 def test_output_that_is_not_finite_is_an_error():
@@ -140,22 +151,47 @@ def test_output_that_is_not_finite_is_an_error():
             return {contract.NOISE_PREDICTION: np.full_like(inputs[contract.SAMPLE], np.nan)}
 
     with pytest.raises(EngineFailed, match="not finite at step 1"):
-        denoise(Broken(), [job(requests()[0])])
+        denoise(Broken(), [sample_of(requests()[0])])
 
 
-def test_runs_at_different_steps_share_a_call():
-    jobs = [job(request, seed) for seed, request in enumerate(requests())]
-    expected = [denoise(ArithmeticUNet(), [one])[0] for one in jobs]
+class LateDevice(HostDevice):
+    """Tells of a failure when it is waited for, as a GPU does."""
+
+    def synchronize(self):
+        raise EngineFailed("An asynchronous failure.")
+
+
+def test_a_step_that_fails_leaves_the_samples_as_they_were():
+    class HalfBroken(ArithmeticUNet):
+        def __call__(self, **inputs):
+            outputs = super().__call__(**inputs)
+            outputs[contract.NOISE_PREDICTION][-1] = np.nan
+            return outputs
+
+    late = ArithmeticUNet()
+    late.device = LateDevice()
+    for unet, wait in ((HalfBroken(), False), (late, True)):
+        samples = [sample_of(requests()[0], seed) for seed in range(3)]
+        before = [(s.step, s.latents, s.model_input) for s in samples]
+        with pytest.raises(EngineFailed):
+            take_step(unet, HostGuidance(), samples, wait=wait)
+        for sample, (step, latents, model_input) in zip(samples, before, strict=True):
+            assert sample.step == step
+            assert sample.latents is latents
+            assert sample.model_input is model_input
+
+
+def test_samples_at_different_steps_share_a_call():
     unet = ArithmeticUNet()
-    waiting = [Run(one, HostDevice()) for one in jobs]
+    waiting = [sample_of(request, seed) for seed, request in enumerate(requests())]
     running, mixed = [], 0
-    while waiting or any(not run.finished for run in running):
+    while waiting or any(not sample.finished for sample in running):
         running += waiting[:1]  # one comes in before every call
         del waiting[:1]
-        active = [run for run in running if not run.finished]
-        group = [run for run in active if run.sharing == active[-1].sharing]
-        mixed += len({run.step for run in group}) > 1
+        active = [sample for sample in running if not sample.finished]
+        group = [sample for sample in active if sample.sharing == active[-1].sharing]
+        mixed += len({sample.step for sample in group}) > 1
         take_step(unet, HostGuidance(), group)
     assert mixed > 0
-    for run, alone in zip(running, expected, strict=True):
-        np.testing.assert_allclose(run.latents, alone, atol=1e-6)
+    for sample, alone in zip(running, each_alone(), strict=True):
+        np.testing.assert_allclose(sample.latents, alone, atol=1e-6)

@@ -1,7 +1,7 @@
 """The mini model's pictures against golden ones from eager PyTorch, by perceptual distance.
 
-The golden pictures come from tests/golden_pictures.py, which shares no engine with the runtime.
-Bytes are not compared: another kernel rounds otherwise, and a pixel moves by a step.
+The golden pictures come from tests/helpers/golden_pictures.py, which shares no engine with the
+runtime. Bytes are not compared: another kernel rounds otherwise, and a pixel moves by a step.
 """
 
 import json

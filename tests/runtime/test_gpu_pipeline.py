@@ -1,8 +1,9 @@
 """The whole pipeline on the simulated GPU: the mini model's pictures, and what crosses to the host.
 
 Every line between `FastFace.load` and the picture is what runs on a GPU; the driver and TensorRT's
-runtime are doubles that compute with ONNX Runtime (see `engines/fake_cuda.py`). The simulation runs
-work only when something waits for it, so the pictures are equal only if every wait is in its place.
+runtime are doubles that compute with ONNX Runtime (see `tests/engines/fake_cuda.py`). The
+simulation runs work only when something waits for it, so the pictures are equal only if every wait
+is in its place.
 """
 
 import gc

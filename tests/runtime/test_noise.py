@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 from fastface_trt.errors import InvalidRequest
-from fastface_trt.runtime.noise import standard_noise
+from fastface_trt.runtime.sampling import standard_noise
 
 MASK = 2**64 - 1
 

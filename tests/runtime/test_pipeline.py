@@ -24,7 +24,7 @@ from fastface_trt.errors import (
 from fastface_trt.mini import folders
 from fastface_trt.mini.folders import SAMPLE_FACES
 from fastface_trt.runtime.manipulation import AttentionManipulation, PartManipulation
-from fastface_trt.runtime.noise import standard_noise
+from fastface_trt.runtime.sampling import standard_noise
 from fastface_trt.runtime.timeline import Recorder
 from tests.helpers import face_models
 

@@ -37,10 +37,12 @@ def finished(fastface):
         face = fastface.analyze(SAMPLE_FACES / f"{name}.png")
         request = fastface.request(prompt, preset="am1+dcg", seed=seed)
         request = request.for_adapter(fastface.manifest.adapter_kind)
-        run = stages.start(stages.job(request, stages.image_tokens(face)))
-        while not run.finished:
-            stages.step([run])
-        found.append((np.array(stages.device.download(run.latents)), stages.decode(run.latents)))
+        sample = stages.sample(request, stages.image_tokens(face))
+        while not sample.finished:
+            stages.step([sample])
+        found.append(
+            (np.array(stages.device.download(sample.latents)), stages.decode(sample.latents))
+        )
     return found
 
 

@@ -17,8 +17,6 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 from ...mini.prompts import (
     ACTION_NAMES,
     PLACE_NAMES,
-    STYLE_NAMES,
-    Scene,
     all_scenes,
     canonical_prompt,
     varied_prompt,
@@ -68,12 +66,6 @@ def encode_scenes(
         states.append(encoded[0].half())
         pooled.append(encoded[1].half())
     return TextTable(torch.stack(states), torch.stack(pooled))
-
-
-def scenes_of(labels: Tensor) -> list[Scene]:
-    """Return the scenes named by (style, place, action) labels [n, 3]."""
-    rows = labels.tolist()
-    return [Scene(STYLE_NAMES[s], PLACE_NAMES[p], ACTION_NAMES[a]) for s, p, a in rows]
 
 
 def load_text(checkpoint: Path, path: Path, seed: int) -> TextTable:

@@ -1,9 +1,4 @@
-"""A worker inside one process: strangers' pictures in the same UNet calls, continuously.
-
-Finding faces on a thread of its own, beside the engines' work.
-
-Resident memory of this process.
-"""
+"""A worker inside one process: strangers' pictures in the same UNet calls, continuously."""
 
 import itertools
 import logging
@@ -22,99 +17,12 @@ from fastface_trt.errors import Busy, EngineFailed, FastFaceError, Unavailable
 from fastface_trt.runtime.face import Face
 from fastface_trt.runtime.pipeline import FastFace
 from fastface_trt.serving.batching.cost import CostModel
-from fastface_trt.serving.batching.entry import Entry, LatencyBudget, Plan, remaining
+from fastface_trt.serving.batching.entry import Demand, Entry, LatencyBudget, remaining
 from fastface_trt.serving.batching.loop import Clock, EngineLoop, Preview, TaskTable
 from fastface_trt.serving.settings import WorkerSettings
 from fastface_trt.serving.work import Load, OnEvent, Pixels, State, Task
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Asked:
-    pixels: Pixels
-    index: int | None
-    future: Future[Face]
-
-
-class FaceAnalysis:
-    """One thread that analyses one picture at a time; at most `max_waiting` pictures wait."""
-
-    def __init__(self, fastface: FastFace, max_waiting: int) -> None:
-        self._fastface = fastface
-        self._max_waiting = max_waiting
-        self._changed = threading.Condition()
-        self._asked: deque[_Asked] = deque()
-        self._closed = False
-        self._thread = threading.Thread(target=self._serve, name="face-analysis", daemon=True)
-
-    def start(self) -> None:
-        """Start the thread."""
-        self._thread.start()
-
-    def submit(self, pixels: Pixels, index: int | None) -> Future[Face]:
-        """The face of a picture, later; the future raises `Busy` where too many wait already."""
-        asked = _Asked(pixels, index, Future())
-        with self._changed:
-            error: FastFaceError | None = None
-            if self._closed:
-                error = Unavailable("This worker takes no more pictures.", "Try another.")
-            elif len(self._asked) >= self._max_waiting:
-                error = Busy("Too many pictures wait for face analysis.", "Try again soon.")
-            if error is None:
-                self._asked.append(asked)
-                self._changed.notify()
-        if error is not None:
-            asked.future.set_exception(error)
-        return asked.future
-
-    def close(self) -> None:
-        """Finish the picture at hand and refuse the others with `Unavailable`."""
-        with self._changed:
-            self._closed = True
-            self._changed.notify()
-        if self._thread.ident is not None:
-            self._thread.join()
-
-    def _serve(self) -> None:
-        while (asked := self._next()) is not None:
-            if asked.future.set_running_or_notify_cancel():
-                self._analyze(asked)
-        for left in self._asked:
-            if left.future.set_running_or_notify_cancel():
-                left.future.set_exception(Unavailable("This worker was closed.", "Try another."))
-        self._asked.clear()
-
-    def _next(self) -> _Asked | None:
-        with self._changed:
-            self._changed.wait_for(lambda: self._closed or self._asked)
-            return None if self._closed else self._asked.popleft()
-
-    def _analyze(self, asked: _Asked) -> None:
-        try:
-            face = self._fastface.analyze(asked.pixels, index=asked.index)
-        except FastFaceError as error:
-            asked.future.set_exception(error)
-        except Exception:
-            _log.exception("Face analysis failed.")
-            asked.future.set_exception(
-                EngineFailed("The face could not be analysed.", "Try another picture.")
-            )
-        else:
-            asked.future.set_result(face)
-
-
-_STATM = Path("/proc/self/statm")
-
-
-def resident_bytes() -> int:
-    """Resident memory in bytes; 0 on systems without /proc."""
-    try:
-        pages = int(_STATM.read_text().split()[1])
-    except OSError:
-        return 0
-    return pages * os.sysconf("SC_PAGE_SIZE")
-
 
 SOONEST_RETRY = 0.1
 """Seconds that a refused client should wait at least."""
@@ -182,7 +90,7 @@ class Batcher(Closing):
     def load(self) -> Load:
         """How busy it is now."""
         entries = self._table.entries()
-        waiting = sum(entry.run is None for entry in entries)
+        waiting = sum(entry.sample is None for entry in entries)
         tally = self._loop.tally
         return Load(
             waiting,
@@ -204,7 +112,7 @@ class Batcher(Closing):
         try:
             entry.request = task.request.for_adapter(manifest.adapter_kind)
             self._fastface.stages.check_size(entry.request)
-            entry.plan = Plan.of(entry.request, manifest)
+            entry.demand = Demand.of(entry.request, manifest)
         except FastFaceError as error:
             entry.refused = error
         self._table.add(entry, lambda others: self._admit(entry, others))
@@ -238,7 +146,7 @@ class Batcher(Closing):
             self._fastface.close()
 
     def _admit(self, entry: Entry, others: Sequence[Entry]) -> None:
-        waiting = sum(other.run is None for other in others)
+        waiting = sum(other.sample is None for other in others)
         if waiting >= self._settings.max_waiting:
             # Half of the queue is gone then, so that not all of those who come back are refused.
             soon = self._backlog_seconds(others) / 2
@@ -255,3 +163,86 @@ class Batcher(Closing):
 
 def _busy(message: str, seconds: float) -> Busy:
     return Busy(message, "Try again later.", retry_after=max(seconds, SOONEST_RETRY))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Asked:
+    pixels: Pixels
+    index: int | None
+    future: Future[Face]
+
+
+class FaceAnalysis:
+    """A thread beside the engines that analyses one picture at a time; `max_waiting` may wait."""
+
+    def __init__(self, fastface: FastFace, max_waiting: int) -> None:
+        self._fastface = fastface
+        self._max_waiting = max_waiting
+        self._changed = threading.Condition()
+        self._asked: deque[_Asked] = deque()
+        self._closed = False
+        self._thread = threading.Thread(target=self._serve, name="face-analysis", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def submit(self, pixels: Pixels, index: int | None) -> Future[Face]:
+        """The face of a picture, later; the future raises `Busy` where too many wait already."""
+        asked = _Asked(pixels, index, Future())
+        with self._changed:
+            error: FastFaceError | None = None
+            if self._closed:
+                error = Unavailable("This worker takes no more pictures.", "Try another.")
+            elif len(self._asked) >= self._max_waiting:
+                error = Busy("Too many pictures wait for face analysis.", "Try again soon.")
+            if error is None:
+                self._asked.append(asked)
+                self._changed.notify()
+        if error is not None:
+            asked.future.set_exception(error)
+        return asked.future
+
+    def close(self) -> None:
+        """Finish the picture at hand and refuse the others with `Unavailable`."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        if self._thread.ident is not None:
+            self._thread.join()
+
+    def _serve(self) -> None:
+        while (asked := self._next()) is not None:
+            if asked.future.set_running_or_notify_cancel():
+                self._analyze(asked)
+        for left in self._asked:
+            if left.future.set_running_or_notify_cancel():
+                left.future.set_exception(Unavailable("This worker was closed.", "Try another."))
+        self._asked.clear()
+
+    def _next(self) -> _Asked | None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed or self._asked)
+            return None if self._closed else self._asked.popleft()
+
+    def _analyze(self, asked: _Asked) -> None:
+        try:
+            face = self._fastface.analyze(asked.pixels, index=asked.index)
+        except FastFaceError as error:
+            asked.future.set_exception(error)
+        except Exception:
+            _log.exception("Face analysis failed.")
+            asked.future.set_exception(
+                EngineFailed("The face could not be analysed.", "Try another picture.")
+            )
+        else:
+            asked.future.set_result(face)
+
+
+def resident_bytes() -> int:
+    """Resident memory in bytes; 0 on systems without /proc."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:
+        return 0
+    return pages * os.sysconf("SC_PAGE_SIZE")

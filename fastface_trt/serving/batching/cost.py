@@ -13,8 +13,8 @@ from math import exp
 WEIGHT = 0.2
 """Of the newest measurement: the mean follows a change within about five calls."""
 
-PACE_SECONDS = 2.0
-"""Over how long the pace is averaged: work of this age counts e times less than the newest."""
+SLOWDOWN_SECONDS = 2.0
+"""Over how long the slowdown is averaged: work of this age counts e times less than the newest."""
 
 FullRows = Callable[[int], int]
 """Rows per step of a task to the rows of the fullest call that it can be in."""
@@ -63,13 +63,13 @@ class CostModel:
 
     def observe_round(self, expected: float, seconds: float) -> None:
         """Work of so many expected seconds, as `seconds_shared` adds them up, took so long."""
-        fade = exp(-seconds / PACE_SECONDS)
+        fade = exp(-seconds / SLOWDOWN_SECONDS)
         with self._lock:
             self._expected = fade * self._expected + expected
             self._spent = fade * self._spent + seconds
 
     @property
-    def pace(self) -> float:
+    def slowdown(self) -> float:
         """Seconds that pass for each second that is expected of full calls.
 
         Above 1 where calls are not full, where there is work between them, and where the machine
@@ -129,7 +129,7 @@ class CostModel:
         for task, count in Counter(tasks).items():
             shared += count * self.seconds_shared(task, full_rows)
             longest = max(longest, self.seconds_alone(task))
-        return self.pace * max(shared, longest)
+        return self.slowdown * max(shared, longest)
 
     def seconds_behind(
         self, task: Remaining, ahead: Iterable[Remaining], full_rows: FullRows, company: int = 1
@@ -143,7 +143,7 @@ class CostModel:
         before = sum(
             count * self.seconds_shared(other, full_rows) for other, count in Counter(ahead).items()
         )
-        return self.pace * (before + own)
+        return self.slowdown * (before + own)
 
     def _around(self, task: Remaining) -> float:
         preparation = self.preparation_seconds() if task.unprepared else 0.0

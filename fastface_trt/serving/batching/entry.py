@@ -1,11 +1,4 @@
-"""A task inside the batcher: what it will need, how far it is, and where its time went.
-
-The latency budget: asked at the door, and once more when a task would begin.
-
-An estimate at the door may turn out wrong: the machine becomes slower, or others take more than
-was measured. Whoever would be late then is refused before work goes into the picture, which also
-brings those behind back into their time.
-"""
+"""A task inside the batcher: how far it is, what it will need, and whether it comes in time."""
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
@@ -14,48 +7,17 @@ from math import inf
 from fastface_trt.engines.manifest import ExportManifest
 from fastface_trt.errors import Cancelled, DeadlinePassed, FastFaceError
 from fastface_trt.runtime.request import GenerationRequest
-from fastface_trt.runtime.sampling import Run
+from fastface_trt.runtime.sampling import Sample, shares_statistics
 from fastface_trt.serving.batching.cost import CostModel, Remaining
 from fastface_trt.serving.batching.policy import Candidate, Policy
 from fastface_trt.serving.work import OnEvent, Task
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """What a request will need of the UNet, known before anything of it is encoded.
-
-    rows: of each step. latent_shape: (C, h, w).
-    """
-
-    rows: tuple[int, ...]
-    latent_shape: tuple[int, int, int]
-    shares_statistics: bool
-
-    @classmethod
-    def of(cls, request: GenerationRequest, manifest: ExportManifest) -> "Plan":
-        """The plan of a request for an export."""
-        factor = manifest.vae_scale_factor
-        return cls(
-            tuple(len(step.branches) for step in request.guidance_steps()),
-            (manifest.latent_channels, request.height // factor, request.width // factor),
-            not (request.manipulation.uses_softmask and request.scope == "branch"),
-        )
-
-    @property
-    def area(self) -> int:
-        """Latent pixels of one row."""
-        return self.latent_shape[1] * self.latent_shape[2]
-
-    def sharing(self, step: int) -> Hashable:
-        """What `Run.sharing` will be before that step, counted from 0."""
-        return self.rows[step], self.latent_shape, self.shares_statistics
 
 
 @dataclass(slots=True, eq=False)
 class Entry:
     """A task from `submit` to its last event. Times are in seconds of the batcher's clock.
 
-    `refused` is what is wrong with the request, where something is: it has no plan then.
+    `refused` is what is wrong with the request, where something is: it has no demand then.
     """
 
     order: int
@@ -63,9 +25,9 @@ class Entry:
     on_event: OnEvent
     request: GenerationRequest
     submitted: float
-    plan: Plan | None = None
+    demand: "Demand | None" = None
     refused: FastFaceError | None = None
-    run: Run | None = None
+    sample: Sample | None = None
     warnings: tuple[str, ...] = ()
     passed_over: int = 0
     cancelled: bool = False
@@ -88,7 +50,7 @@ class Entry:
     @property
     def finished(self) -> bool:
         """Whether only decoding is left."""
-        return self.run is not None and self.run.finished
+        return self.sample is not None and self.sample.finished
 
     def candidate(self, latency_budget: float = inf) -> Candidate:
         """What the policy wants to know; not for one that is refused or finished.
@@ -96,34 +58,70 @@ class Entry:
         A task that is allowed so many seconds since it came has a deadline that only the order of
         the calls knows of.
         """
-        assert self.plan is not None
-        step = 0 if self.run is None else self.run.step
+        assert self.demand is not None
+        step = 0 if self.sample is None else self.sample.step
         return Candidate(
             self.order,
-            self.plan.sharing(0) if self.run is None else self.run.sharing,
-            self.plan.rows[step],
-            self.plan.area,
-            self.run is not None,
-            len(self.plan.rows) - step,
+            self.demand.sharing(step),
+            self.demand.rows[step],
+            self.demand.area,
+            self.sample is not None,
+            len(self.demand.rows) - step,
             self.passed_over,
             min(
                 inf if self.task.deadline is None else self.task.deadline,
                 self.submitted + latency_budget,
             ),
-            not self.plan.shares_statistics,
+            not self.demand.shares_statistics,
         )
 
     def remaining(self) -> Remaining | None:
         """What is left to do; None for one that is refused. For any thread."""
-        run = self.run
-        if self.plan is None:
+        sample = self.sample
+        if self.demand is None:
             return None
-        step = 0 if run is None else run.step
-        return Remaining(self.plan.rows[step:], self.plan.area, run is None)
+        step = 0 if sample is None else sample.step
+        return Remaining(self.demand.rows[step:], self.demand.area, sample is None)
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """What a request will need of the UNet, known before anything of it is encoded.
+
+    rows: of each step. latent_shape: (C, h, w).
+    """
+
+    rows: tuple[int, ...]
+    latent_shape: tuple[int, int, int]
+    shares_statistics: bool
+
+    @classmethod
+    def of(cls, request: GenerationRequest, manifest: ExportManifest) -> "Demand":
+        """The demand of a request to an export."""
+        factor = manifest.vae_scale_factor
+        return cls(
+            tuple(len(step.branches) for step in request.guidance_steps()),
+            (manifest.latent_channels, request.height // factor, request.width // factor),
+            shares_statistics(request),
+        )
+
+    @property
+    def area(self) -> int:
+        """Latent pixels of one row."""
+        return self.latent_shape[1] * self.latent_shape[2]
+
+    def sharing(self, step: int) -> Hashable:
+        """What `Sample.sharing` will be before that step, counted from 0."""
+        return self.rows[step], self.latent_shape, self.shares_statistics
 
 
 class LatencyBudget:
-    """Estimates against the seconds that a task may take from `submit` on; None allows any time."""
+    """Estimates against the seconds that a task may take from `submit` on; None allows any time.
+
+    It is asked when a task comes and once more before it begins: an estimate may turn out wrong,
+    because the machine became slower or others took more than was measured. Whoever would be late
+    then is refused before work goes into the picture, which brings those behind back into time.
+    """
 
     def __init__(self, seconds: float | None, cost: CostModel, clock: Callable[[], float]) -> None:
         self.seconds = inf if seconds is None else seconds

@@ -10,10 +10,6 @@ cancelled, late or closed meanwhile. As long as there are tasks, it
 Decoding goes before UNet calls: it is the shortest way to a picture in somebody's hands, and it
 frees the room that a waiting task needs, so that the next call is fuller. It cannot starve the
 steps, since between two UNet calls no more is decoded than the first one finished.
-
-The tasks of a batcher and its state: what its threads share, behind one lock.
-
-The pictures that a batcher makes before it takes tasks, and when it doubts its engines.
 """
 
 import logging
@@ -29,20 +25,217 @@ from fastface_trt.errors import Busy, FastFaceError, OutOfMemory, Unavailable
 from fastface_trt.runtime.face import CROP_SIZE, EMBEDDING_SIZE, PORTRAIT_SIZE, Face
 from fastface_trt.runtime.pipeline import FastFace
 from fastface_trt.runtime.request import GenerationRequest
-from fastface_trt.runtime.sampling import Run
+from fastface_trt.runtime.sampling import Sample
 from fastface_trt.serving.batching.cost import CostModel
-from fastface_trt.serving.batching.engine_work import EngineWork, latent_area, shown
 from fastface_trt.serving.batching.entry import Entry, LatencyBudget
+from fastface_trt.serving.batching.measured_stages import MeasuredStages, for_client, latent_area
 from fastface_trt.serving.batching.policy import Policy
 from fastface_trt.serving.settings import WorkerSettings
 from fastface_trt.serving.work import Event, PictureDone, Pixels, State, StepDone, TaskFailed
+
+_log = logging.getLogger(__name__)
+
+Preview = Callable[[NDArray[np.float32]], Pixels]
+"""Latents [C,h,w] to a small RGB picture, uint8 [H,W,3]."""
+
+Clock = Callable[[], float]
+"""Seconds, never going back."""
 
 Admit = Callable[[Sequence[Entry]], None]
 """Raises where a new task must not come behind these."""
 
 
+@dataclass(slots=True)
+class Tally:
+    """UNet calls and the rows in them; written by the engine thread."""
+
+    calls: int = 0
+    rows: int = 0
+
+
+class EngineLoop:
+    """What the engine thread does from the first engine to the last event."""
+
+    def __init__(
+        self,
+        fastface: FastFace,
+        settings: WorkerSettings,
+        table: "TaskTable",
+        cost: CostModel,
+        budget: LatencyBudget,
+        preview: Preview | None,
+        clock: Clock,
+    ) -> None:
+        self.tally = Tally()
+        self._fastface = fastface
+        self._settings = settings
+        self._table = table
+        self._cost = cost
+        self._budget = budget
+        self._stages = MeasuredStages(fastface, cost)
+        self._preview = preview
+        self._clock = clock
+        self._policy = Policy(settings.max_running, settings.max_passed_over)
+
+    @property
+    def policy(self) -> Policy:
+        """Who goes into a call; with the engines' limits once they are open."""
+        return self._policy
+
+    def run(self) -> None:
+        """The body of the thread; returns when the table is closed or the engines are dead."""
+        try:
+            self._start()
+            while entries := self._table.wait_for_work():
+                self._round(entries)
+        except Exception as error:
+            # What a user can mend has a sentence; only a surprise needs a traceback.
+            surprise = not isinstance(error, FastFaceError)
+            _log.critical("The engines failed for good: %s", error, exc_info=surprise)
+            self._table.dead(for_client(error))
+        finally:
+            for entry in self._table.entries():
+                self._fail(entry, Unavailable("The worker stopped.", "Try again later."))
+
+    def _start(self) -> None:
+        self._fastface.warm_up()
+        self._policy = Policy(
+            self._settings.max_running,
+            self._settings.max_passed_over,
+            self._fastface.stages.request_counts,
+            self._settings.max_rows,
+            self._cost.call_seconds,
+        )
+        self._policy = warm_up(self._fastface, self._stages, self._policy, self._cost)
+        self._table.ready()
+
+    def _round(self, entries: Sequence[Entry]) -> None:
+        alive = [entry for entry in entries if not self._ended(entry)]
+        started = perf_counter()
+        finished = next((entry for entry in alive if entry.finished), None)
+        expected = self._call(alive) if finished is None else self._decode(finished)
+        self._cost.observe_round(expected, perf_counter() - started)
+
+    def _ended(self, entry: Entry) -> bool:
+        error = entry.ending(self._clock())
+        if error is not None:
+            self._fail(entry, error)
+        return error is not None
+
+    def _call(self, entries: Sequence[Entry]) -> float:
+        """One UNet call; the seconds that it was expected to take."""
+        by_order = {entry.order: entry for entry in entries}
+        choice = self._policy.choose([e.candidate(self._budget.seconds) for e in entries])
+        running = [entry for entry in entries if entry.sample is not None]
+        going, expected = [], 0.0
+        for entry in (by_order[one.order] for one in choice.go):
+            if entry.sample is None:
+                if not self._in_time(entry, running) or not self._prepared(entry):
+                    continue
+                expected += self._cost.preparation_seconds()
+            going.append(entry)
+        if not going:
+            return expected
+        for one in choice.passed_over:
+            by_order[one.order].passed_over += 1
+        now = self._clock()
+        for entry in going:
+            entry.passed_over = 0
+            entry.called = now if entry.called is None else entry.called
+        samples = [entry.sample for entry in going if entry.sample is not None]
+        expected += sum(self._expected_seconds(sample) for sample in samples)
+        rows = sum(len(sample.guidance.branches) for sample in samples)
+        stepped = self._stages.step(samples)
+        if stepped.out_of_memory:
+            self._policy = self._policy.with_fewer_rows(rows)
+            _log.warning("UNet calls have %d rows at most now.", self._policy.max_rows)
+        self.tally.calls, self.tally.rows = self.tally.calls + 1, self.tally.rows + rows
+        for entry, error in zip(going, stepped.errors, strict=True):
+            if error is None:
+                self._stepped(entry)
+            else:
+                self._fail(entry, error)
+        self._test_suspect_engines()
+        return expected
+
+    def _expected_seconds(self, sample: Sample) -> float:
+        rows = len(sample.guidance.branches)
+        full = self._policy.full_rows(rows, not sample.shares_statistics)
+        return self._cost.step_seconds(latent_area(sample), rows, full)
+
+    def _in_time(self, entry: Entry, running: Sequence[Entry]) -> bool:
+        late = self._budget.late_by(entry, running, self._policy)
+        if late > 0:
+            message = "The picture waited longer than was expected, and would come too late."
+            self._fail(entry, Busy(message, "Try again later.", retry_after=late))
+        return late <= 0
+
+    def _prepared(self, entry: Entry) -> bool:
+        try:
+            entry.sample, entry.warnings = self._stages.prepare(entry.task, entry.request)
+        except FastFaceError as error:
+            self._fail(entry, error)
+            self._test_suspect_engines()
+            return False
+        return True
+
+    def _stepped(self, entry: Entry) -> None:
+        sample = entry.sample
+        assert sample is not None
+        if sample.finished:
+            entry.denoised = self._clock()
+        preview = None
+        if entry.task.previews and self._preview is not None:
+            try:
+                preview = self._preview(self._stages.download(sample.latents))
+            except Exception:
+                _log.exception("A preview failed; the picture goes on without it.")
+        self._send(entry, StepDone(entry.task.id, sample.step, len(sample.schedule), preview))
+
+    def _decode(self, entry: Entry) -> float:
+        """Decode a finished picture; the seconds that it was expected to take."""
+        assert entry.sample is not None
+        assert entry.called is not None
+        assert entry.denoised is not None
+        expected = self._cost.decoding_seconds(latent_area(entry.sample))
+        try:
+            pixels = self._stages.decode(entry.sample)
+        except FastFaceError as error:
+            self._fail(entry, error)
+            self._test_suspect_engines()
+            return expected
+        seconds = {
+            "queue": entry.called - entry.submitted,
+            "denoise": entry.denoised - entry.called,
+            "decode": self._clock() - entry.denoised,
+        }
+        parameters = self._fastface.parameters(entry.request)
+        done = PictureDone(entry.task.id, pixels, parameters, entry.warnings, seconds)
+        self._end(entry, done)
+        return expected
+
+    def _test_suspect_engines(self) -> None:
+        """Raise what a picture of nobody fails with, once too much failed to be the requests."""
+        if self._stages.suspect:
+            _log.error("Too many failures in a row: the engines are put to the test.")
+            self_test(self._fastface, self._stages)
+
+    def _fail(self, entry: Entry, error: FastFaceError) -> None:
+        self._end(entry, TaskFailed(entry.task.id, error))
+
+    def _end(self, entry: Entry, event: Event) -> None:
+        self._send(entry, event)
+        self._table.remove(entry)
+
+    def _send(self, entry: Entry, event: Event) -> None:
+        try:
+            entry.on_event(event)
+        except Exception:
+            _log.exception("Telling the events of a task failed.")
+
+
 class TaskTable:
-    """Tasks by id in the order in which they came; threads may share it.
+    """The tasks of a batcher, in the order in which they came, and its state; threads may share it.
 
     Only the engine thread removes tasks, after it told their last event, so `drain` returns when
     everybody was told.
@@ -135,8 +328,6 @@ _PROMPT = "photo; a person in a garden"
 _PLAIN, _GUIDED = "plain", "am1+dcg"
 """Between them their steps have one, two and three branches."""
 
-_log = logging.getLogger(__name__)
-
 
 def blank_face(seed: int = 0) -> Face:
     """A face of nobody: a random direction and grey pixels."""
@@ -155,7 +346,7 @@ def blank_face(seed: int = 0) -> Face:
     )
 
 
-def warm_up(fastface: FastFace, work: EngineWork, policy: Policy, cost: CostModel) -> Policy:
+def warm_up(fastface: FastFace, stages: MeasuredStages, policy: Policy, cost: CostModel) -> Policy:
     """Make pictures with every number of branches, alone and in the fullest call.
 
     The fullest call claims its memory now: where there is too little, the policy that is returned
@@ -165,17 +356,17 @@ def warm_up(fastface: FastFace, work: EngineWork, policy: Policy, cost: CostMode
     """
     plain, guided = (_request(fastface, preset) for preset in (_PLAIN, _GUIDED))
     for request in (plain, guided):
-        work.make([request], blank_face())
-    policy = _fitting(guided, work, policy)
+        stages.make([request], blank_face())
+    policy = _fitting(guided, stages, policy)
     cost.clear()
     for requests in ([plain], [guided], [guided] * _most(guided, policy)):
-        work.make(requests, blank_face())
+        stages.make(requests, blank_face())
     return policy
 
 
-def self_test(fastface: FastFace, work: EngineWork) -> None:
+def self_test(fastface: FastFace, stages: MeasuredStages) -> None:
     """One guided picture through every engine; raises what fails."""
-    work.make([_request(fastface, _GUIDED)], blank_face())
+    stages.make([_request(fastface, _GUIDED)], blank_face())
 
 
 def _request(fastface: FastFace, preset: str) -> GenerationRequest:
@@ -191,212 +382,14 @@ def _most(request: GenerationRequest, policy: Policy) -> int:
     return policy.size(_rows(request), policy.max_running)
 
 
-def _fitting(request: GenerationRequest, work: EngineWork, policy: Policy) -> Policy:
+def _fitting(request: GenerationRequest, stages: MeasuredStages, policy: Policy) -> Policy:
     """The policy with as many rows as there is memory for."""
     while (count := _most(request, policy)) > 1:
         try:
-            work.make([request] * count, blank_face())
+            stages.make([request] * count, blank_face())
         except OutOfMemory as error:
             policy = policy.with_fewer_rows(count * _rows(request))
             _log.warning("%s UNet calls have %d rows at most now.", error, policy.max_rows)
         else:
             break
     return policy
-
-
-Preview = Callable[[NDArray[np.float32]], Pixels]
-"""Latents [C,h,w] to a small RGB picture, uint8 [H,W,3]."""
-
-Clock = Callable[[], float]
-"""Seconds, never going back."""
-
-_log_loop = logging.getLogger(__name__)
-
-
-@dataclass(slots=True)
-class Tally:
-    """UNet calls and the rows in them; written by the engine thread."""
-
-    calls: int = 0
-    rows: int = 0
-
-
-class EngineLoop:
-    """What the engine thread does from the first engine to the last event."""
-
-    def __init__(
-        self,
-        fastface: FastFace,
-        settings: WorkerSettings,
-        table: TaskTable,
-        cost: CostModel,
-        budget: LatencyBudget,
-        preview: Preview | None,
-        clock: Clock,
-    ) -> None:
-        self.tally = Tally()
-        self._fastface = fastface
-        self._settings = settings
-        self._table = table
-        self._cost = cost
-        self._budget = budget
-        self._work = EngineWork(fastface, cost)
-        self._preview = preview
-        self._clock = clock
-        self._policy = Policy(settings.max_running, settings.max_passed_over)
-
-    @property
-    def policy(self) -> Policy:
-        """Who goes into a call; with the engines' limits once they are open."""
-        return self._policy
-
-    def run(self) -> None:
-        """The body of the thread; returns when the table is closed or the engines are dead."""
-        try:
-            self._start()
-            while entries := self._table.wait_for_work():
-                self._round(entries)
-        except Exception as error:
-            # What a user can mend has a sentence; only a surprise needs a traceback.
-            surprise = not isinstance(error, FastFaceError)
-            _log_loop.critical("The engines failed for good: %s", error, exc_info=surprise)
-            self._table.dead(shown(error))
-        finally:
-            for entry in self._table.entries():
-                self._fail(entry, Unavailable("The worker stopped.", "Try again later."))
-
-    def _start(self) -> None:
-        self._fastface.warm_up()
-        self._policy = Policy(
-            self._settings.max_running,
-            self._settings.max_passed_over,
-            self._fastface.stages.request_counts,
-            self._settings.max_rows,
-            self._cost.call_seconds,
-        )
-        self._policy = warm_up(self._fastface, self._work, self._policy, self._cost)
-        self._table.ready()
-
-    def _round(self, entries: Sequence[Entry]) -> None:
-        alive = [entry for entry in entries if not self._ended(entry)]
-        started = perf_counter()
-        finished = next((entry for entry in alive if entry.finished), None)
-        expected = self._call(alive) if finished is None else self._decode(finished)
-        self._cost.observe_round(expected, perf_counter() - started)
-
-    def _ended(self, entry: Entry) -> bool:
-        error = entry.ending(self._clock())
-        if error is not None:
-            self._fail(entry, error)
-        return error is not None
-
-    def _call(self, entries: Sequence[Entry]) -> float:
-        """One UNet call; the seconds that it was expected to take."""
-        by_order = {entry.order: entry for entry in entries}
-        choice = self._policy.choose([e.candidate(self._budget.seconds) for e in entries])
-        running = [entry for entry in entries if entry.run is not None]
-        going, expected = [], 0.0
-        for entry in (by_order[one.order] for one in choice.go):
-            if entry.run is None:
-                if not self._in_time(entry, running) or not self._prepared(entry):
-                    continue
-                expected += self._cost.preparation_seconds()
-            going.append(entry)
-        if not going:
-            return expected
-        for one in choice.passed_over:
-            by_order[one.order].passed_over += 1
-        now = self._clock()
-        for entry in going:
-            entry.passed_over = 0
-            entry.called = now if entry.called is None else entry.called
-        runs = [entry.run for entry in going if entry.run is not None]
-        expected += sum(self._expected_seconds(run) for run in runs)
-        rows = sum(len(run.guidance.branches) for run in runs)
-        stepped = self._work.step(runs)
-        if stepped.out_of_memory:
-            self._policy = self._policy.with_fewer_rows(rows)
-            _log_loop.warning("UNet calls have %d rows at most now.", self._policy.max_rows)
-        self.tally.calls, self.tally.rows = self.tally.calls + 1, self.tally.rows + rows
-        for entry, error in zip(going, stepped.errors, strict=True):
-            if error is None:
-                self._stepped(entry)
-            else:
-                self._fail(entry, error)
-        self._test_suspect_engines()
-        return expected
-
-    def _expected_seconds(self, run: Run) -> float:
-        rows = len(run.guidance.branches)
-        full = self._policy.full_rows(rows, not run.shares_statistics)
-        return self._cost.step_seconds(latent_area(run), rows, full)
-
-    def _in_time(self, entry: Entry, running: Sequence[Entry]) -> bool:
-        late = self._budget.late_by(entry, running, self._policy)
-        if late > 0:
-            message = "The picture waited longer than was expected, and would come too late."
-            self._fail(entry, Busy(message, "Try again later.", retry_after=late))
-        return late <= 0
-
-    def _prepared(self, entry: Entry) -> bool:
-        try:
-            entry.run, entry.warnings = self._work.prepare(entry.task, entry.request)
-        except FastFaceError as error:
-            self._fail(entry, error)
-            self._test_suspect_engines()
-            return False
-        return True
-
-    def _stepped(self, entry: Entry) -> None:
-        run = entry.run
-        assert run is not None
-        if run.finished:
-            entry.denoised = self._clock()
-        preview = None
-        if entry.task.previews and self._preview is not None:
-            try:
-                preview = self._preview(self._work.download(run.latents))
-            except Exception:
-                _log_loop.exception("A preview failed; the picture goes on without it.")
-        self._tell(entry, StepDone(entry.task.id, run.step, len(run.job.schedule), preview))
-
-    def _decode(self, entry: Entry) -> float:
-        """Decode a finished picture; the seconds that it was expected to take."""
-        assert entry.run is not None
-        assert entry.called is not None
-        assert entry.denoised is not None
-        expected = self._cost.decoding_seconds(latent_area(entry.run))
-        try:
-            pixels = self._work.decode(entry.run)
-        except FastFaceError as error:
-            self._fail(entry, error)
-            self._test_suspect_engines()
-            return expected
-        seconds = {
-            "queue": entry.called - entry.submitted,
-            "denoise": entry.denoised - entry.called,
-            "decode": self._clock() - entry.denoised,
-        }
-        parameters = self._fastface.parameters(entry.request)
-        done = PictureDone(entry.task.id, pixels, parameters, entry.warnings, seconds)
-        self._end(entry, done)
-        return expected
-
-    def _test_suspect_engines(self) -> None:
-        """Raise what a picture of nobody fails with, once too much failed to be the requests."""
-        if self._work.suspect:
-            _log_loop.error("Too many failures in a row: the engines are put to the test.")
-            self_test(self._fastface, self._work)
-
-    def _fail(self, entry: Entry, error: FastFaceError) -> None:
-        self._end(entry, TaskFailed(entry.task.id, error))
-
-    def _end(self, entry: Entry, event: Event) -> None:
-        self._tell(entry, event)
-        self._table.remove(entry)
-
-    def _tell(self, entry: Entry, event: Event) -> None:
-        try:
-            entry.on_event(event)
-        except Exception:
-            _log_loop.exception("Telling the events of a task failed.")

@@ -1,8 +1,8 @@
 """Who goes into the next UNet call: a pure choice, without threads, clocks or engines.
 
-Runs that agree in `Run.sharing` can share a call, at whatever step each is, so tasks that come
-while others are on their way fill the rows that these leave free. Three wishes pull against each
-other, and this is their order:
+Samples that agree in `Sample.sharing` can share a call, at whatever step each is, so tasks that
+come while others are on their way fill the rows that these leave free. Three wishes pull against
+each other, and this is their order:
 
 1. Nobody that could go is passed over by more than `max_passed_over` calls. Where one round over
    everybody takes more calls than that, nobody is passed over by more than this round.
@@ -30,7 +30,7 @@ _AS_GOOD = 0.95
 class Candidate:
     """A task before its next UNet call.
 
-    order: of arrival, unique. sharing: see `Run.sharing`. rows: of its next step. area: latent
+    order: of arrival, unique. sharing: see `Sample.sharing`. rows: of its next step. area: latent
     pixels of one row. steps_left: with the next one. passed_over: calls in a row that it could have
     been in. deadline: in seconds of any clock, infinite for none. row_is_request: its every row is
     a request to the engine, because it has statistics of its own.
@@ -60,7 +60,7 @@ class Policy:
     """The choice, for one engine and one set of limits; see the module.
 
     request_counts: requests that a UNet call may hold, None for any number. max_rows: of a call,
-    which only a run that needs more by itself exceeds. max_running: tasks begun at once.
+    which only a sample that needs more by itself exceeds. max_running: tasks begun at once.
     """
 
     max_running: int

@@ -109,25 +109,15 @@ class Faces(Protocol):
         """How many there are, as far as this process knows."""
         ...
 
-    async def add(self, owner: str, face: Face) -> RegisteredFace:
-        """See `FaceRegistry`."""
-        ...
+    async def add(self, owner: str, face: Face) -> RegisteredFace: ...
 
-    async def get(self, owner: str, name: str) -> RegisteredFace:
-        """See `FaceRegistry`."""
-        ...
+    async def get(self, owner: str, name: str) -> RegisteredFace: ...
 
-    async def of(self, owner: str) -> list[RegisteredFace]:
-        """See `FaceRegistry`."""
-        ...
+    async def of(self, owner: str) -> list[RegisteredFace]: ...
 
-    async def delete(self, owner: str, name: str) -> None:
-        """See `FaceRegistry`."""
-        ...
+    async def delete(self, owner: str, name: str) -> None: ...
 
-    async def forget_expired(self) -> None:
-        """See `FaceRegistry`."""
-        ...
+    async def forget_expired(self) -> None: ...
 
     def close(self) -> None:
         """The server stops: forget what only it has."""
@@ -142,29 +132,22 @@ class OwnFaces:
 
     @property
     def count(self) -> int:
-        """See `Faces`."""
         return len(self._registry)
 
     async def add(self, owner: str, face: Face) -> RegisteredFace:
-        """See `Faces`."""
         return self._registry.add(owner, face)
 
     async def get(self, owner: str, name: str) -> RegisteredFace:
-        """See `Faces`."""
         return self._registry.get(owner, name)
 
     async def of(self, owner: str) -> list[RegisteredFace]:
-        """See `Faces`."""
         return self._registry.of(owner)
 
     async def delete(self, owner: str, name: str) -> None:
-        """See `Faces`."""
         self._registry.delete(owner, name)
 
     async def forget_expired(self) -> None:
-        """See `Faces`."""
         self._registry.forget_expired()
 
     def close(self) -> None:
-        """See `Faces`."""
         self._registry.clear()

@@ -171,7 +171,6 @@ class Front:
         self._app, self._metrics, self._tracing = app, metrics, tracing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """See ASGI."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -241,7 +240,6 @@ class Gate:
         self._app, self._keys, self._limit, self._admission = app, keys, limit, admission
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """See ASGI."""
         if scope["type"] != "http" or not path_of(scope).startswith("/v1/"):
             await self._app(scope, receive, send)
             return

@@ -56,7 +56,6 @@ class PictureStream(Response):
         self._previewed: set[tuple[int, int]] = set()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """See ASGI."""
         record = self.order.record
         try:
             await unless_disconnected(receive, self._send_all(send))

@@ -16,7 +16,6 @@ class JsonLines(logging.Formatter):
     """A record as one line of JSON: time, level, logger, message, and the fields it carries."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """See `logging.Formatter`."""
         values: dict[str, Any] = {
             "time": datetime.fromtimestamp(record.created, timezone.utc).isoformat(),
             "level": record.levelname.lower(),

@@ -88,7 +88,6 @@ class _OfWorker(Collector):
         return []
 
     def collect(self) -> Iterable[Metric]:
-        """See `Collector`."""
         load, state = self._worker.load(), self._state()
         for name, text, value in (
             ("fastface_tasks_waiting", "Tasks before their first step.", load.waiting),

@@ -51,26 +51,21 @@ class SharedFaces:
         return self._count
 
     async def add(self, owner: str, face: Face) -> RegisteredFace:
-        """See `FaceRegistry.add`."""
         one: RegisteredFace = await self._call("add", owner, face)
         return one
 
     async def get(self, owner: str, name: str) -> RegisteredFace:
-        """See `FaceRegistry.get`."""
         one: RegisteredFace = await self._call("get", owner, name)
         return one
 
     async def of(self, owner: str) -> list[RegisteredFace]:
-        """See `FaceRegistry.of`."""
         faces: list[RegisteredFace] = await self._call("of", owner)
         return faces
 
     async def delete(self, owner: str, name: str) -> None:
-        """See `FaceRegistry.delete`."""
         await self._call("delete", owner, name)
 
     async def forget_expired(self) -> None:
-        """See `FaceRegistry.forget_expired`."""
         try:
             await self._call("forget_expired")
         except Unavailable:

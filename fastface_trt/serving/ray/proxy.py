@@ -34,7 +34,6 @@ class ProxyAnswers:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """See ASGI."""
         if scope["type"] != "http" or scope["path"].startswith(_RAYS_PATHS):
             await self._app(scope, receive, send)
             return

@@ -57,7 +57,6 @@ class Served:
         await started
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """See ASGI."""
         self._requests += 1
         self._idle.clear()
         try:
@@ -109,7 +108,7 @@ class Current:
             task.add_done_callback(self._retiring.discard)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """See ASGI. Start and end of an app's life are those of the exports, not of the server."""
+        """Start and end of an app's life are those of the exports, not of the server."""
         if scope["type"] == "lifespan":
             await _live(receive, send)
             return

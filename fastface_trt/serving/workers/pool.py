@@ -142,11 +142,9 @@ class WorkerPool(Closing):
             self._ledger.submit(task, on_event, process)
 
     def cancel(self, task_id: str) -> None:
-        """See `Worker.cancel`."""
         self._ledger.cancel(task_id)
 
     def analyze(self, pixels: Pixels, index: int | None = None) -> "Future[Face]":
-        """See `Worker.analyze`."""
         with self._changed:
             try:
                 return self._ledger.analyze(pixels, index, self._require_ready())
@@ -156,20 +154,18 @@ class WorkerPool(Closing):
                 return future
 
     def forget(self) -> None:
-        """See `Worker.forget`."""
         with self._changed:
             for slot in self._slots:
                 if slot.process is not None:
                     slot.process.send(Forget())
 
     def drain(self, seconds: float) -> bool:
-        """See `Worker.drain`."""
         with self._changed:
             self._draining = True
             return self._changed.wait_for(lambda: len(self._ledger) == 0, seconds)
 
     def close(self) -> None:
-        """See `Worker.close`; workers that do not leave in ten seconds are killed."""
+        """Workers that do not leave in ten seconds are killed."""
         with self._changed:
             if self._closed:
                 return

@@ -85,10 +85,10 @@ def moments(generator, count, until, burst=1):
 def alone(stages, task):
     """Latents and pixels of a task with nobody beside it."""
     tokens = stages.image_tokens(task.face, task.channel_order)
-    run = stages.start(stages.job(task.request.for_adapter("faceid-plus-v2"), tokens))
-    while not run.finished:
-        stages.step([run])
-    return run.latents, stages.decode(run.latents)
+    sample = stages.sample(task.request.for_adapter("faceid-plus-v2"), tokens)
+    while not sample.finished:
+        stages.step([sample])
+    return sample.latents, stages.decode(sample.latents)
 
 
 def assert_same_as_alone(crowd, stages, tasks, tolerance):

@@ -1,4 +1,4 @@
-"""A FastFace made of arithmetic: real requests, jobs, runs and guidance, engines that obey a test.
+"""A FastFace made of arithmetic: real requests, samples and guidance, engines that obey a test.
 
 What a UNet call does is said by words in the prompts of its rows:
 
@@ -214,10 +214,10 @@ class ArithmeticFastFace(FastFace):
 def picture_alone(request, face, channel_order="bgr"):
     """What a request gives by itself, with nobody beside it."""
     stages = ArithmeticFastFace().stages
-    run = stages.start(stages.job(request, stages.image_tokens(face, channel_order)))
-    while not run.finished:
-        stages.step([run])
-    return stages.decode(run.latents)
+    sample = stages.sample(request, stages.image_tokens(face, channel_order))
+    while not sample.finished:
+        stages.step([sample])
+    return stages.decode(sample.latents)
 
 
 class Events:

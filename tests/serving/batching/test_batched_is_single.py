@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from fastface_trt import FastFace
 from fastface_trt.errors import EngineFailed
 from fastface_trt.serving.batching import Batcher
-from fastface_trt.serving.batching.entry import Plan
+from fastface_trt.serving.batching.entry import Demand
 from fastface_trt.serving.settings import WorkerSettings
 from tests.serving.batching.batching_crowds import (
     Crowd,
@@ -92,12 +92,12 @@ def test_what_will_share_is_known_before_anything_is_encoded(mini):
     tokens = mini.stages.image_tokens(None)
     for index in range(60):
         request = random_task(mini, generator, str(index)).request
-        plan = Plan.of(request, mini.manifest)
-        run = mini.stages.start(mini.stages.job(request, tokens))
-        for step, row in enumerate(run.job.schedule.steps):
-            run.step = step
-            assert run.sharing == plan.sharing(step), row
-            assert plan.rows[step] == len(run.guidance.branches)
+        demand = Demand.of(request, mini.manifest)
+        sample = mini.stages.sample(request, tokens)
+        for step, row in enumerate(sample.schedule.steps):
+            sample.step = step
+            assert sample.sharing == demand.sharing(step), row
+            assert demand.rows[step] == len(sample.guidance.branches)
 
 
 def test_a_small_crowd_over_the_mini_model(mini):

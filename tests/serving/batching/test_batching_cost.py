@@ -87,17 +87,17 @@ def test_the_pace_scales_every_estimate(cost):
     task = Remaining((2,) * 4, AREA)
     backlog = cost.backlog_seconds([task] * 9, lambda rows: 6)
     behind = cost.seconds_behind(task, [task], lambda rows: 6)
-    assert cost.pace == 1
+    assert cost.slowdown == 1
     cost.observe_round(expected=1.0, seconds=3.0)
-    assert cost.pace == pytest.approx(3)
+    assert cost.slowdown == pytest.approx(3)
     assert cost.backlog_seconds([task] * 9, lambda rows: 6) == pytest.approx(3 * backlog)
     assert cost.seconds_behind(task, [task], lambda rows: 6) == pytest.approx(3 * behind)
     # Two seconds of work later what was before counts e times less.
     cost.observe_round(expected=2.0, seconds=2.0)
-    assert cost.pace == pytest.approx((3 / math.e + 2) / (1 / math.e + 2))
+    assert cost.slowdown == pytest.approx((3 / math.e + 2) / (1 / math.e + 2))
     for _ in range(20):
         cost.observe_round(expected=1.0, seconds=1.0)
-    assert cost.pace == pytest.approx(1, abs=1e-3)
+    assert cost.slowdown == pytest.approx(1, abs=1e-3)
 
 
 def test_company_takes_turns(cost):

@@ -7,7 +7,7 @@ import pytest
 
 from fastface_trt.errors import Cancelled, EngineFailed, OutOfMemory, Unavailable
 from fastface_trt.serving.batching import Batcher
-from fastface_trt.serving.batching.engine_work import PATIENCE
+from fastface_trt.serving.batching.measured_stages import PATIENCE
 from fastface_trt.serving.settings import WorkerSettings
 from fastface_trt.serving.work import PictureDone, State, StepDone, TaskFailed
 from tests.serving.batching.batching_fakes import (
@@ -101,7 +101,7 @@ def test_what_a_client_can_mend_reaches_it(fastface, batcher, monkeypatch):
     def full(*args):
         raise OutOfMemory("The GPU has less free memory than this picture needs.", "Ask smaller.")
 
-    monkeypatch.setattr(fastface.stages, "job", full)
+    monkeypatch.setattr(fastface.stages, "sample", full)
     events = Events()
     for index in range(2 * PATIENCE):
         batcher.submit(task(fastface, str(index)), events)
@@ -134,25 +134,23 @@ def test_what_does_not_fit_into_memory_shows_before_the_first_client(fastface):
         assert all(isinstance(events.ending(str(index)), PictureDone) for index in range(20))
 
 
-def test_a_call_that_fails_late_leaves_the_runs_as_they_were(fastface, batcher, monkeypatch):
-    """As on a device, whose failures show when it is waited for and the runs have moved on."""
-    events, step, told = Events(), fastface.stages.step, []
+def test_a_call_that_fails_late_is_made_again_for_each(fastface, batcher, monkeypatch):
+    """As on a device, whose failures show when it is waited for."""
+    events, told = Events(), []
     tasks = [task(fastface, str(index), seed=index) for index in range(3)]
 
-    def late(runs):
-        step(runs)
-        if len(runs) > 1 and not told:
-            told.append(len(runs))
-            for run in runs:
-                run.latents, run.sample = run.latents * 0, run.sample * 0
+    def late():
+        if fastface.unet.calls[-1][1] > 1 and not told:
+            told.append(fastface.unet.calls[-1])
             raise EngineFailed("An asynchronous failure.")
 
-    monkeypatch.setattr(fastface.stages, "step", late)
+    monkeypatch.setattr(fastface.unet.device, "synchronize", late)
     submit_together(fastface, batcher, events, tasks)
     for one in tasks:
         done = events.ending(one.id)
         np.testing.assert_array_equal(done.pixels, picture_alone(one.request, one.face))
     assert told
+    events.check(["opener", *(one.id for one in tasks)])
 
 
 def test_a_client_whose_events_cannot_be_told_harms_nobody(fastface, batcher):

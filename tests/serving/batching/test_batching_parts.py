@@ -10,7 +10,7 @@ import pytest
 from fastface_trt.errors import Busy, EngineFailed, NoFaceFound, Unavailable
 from fastface_trt.serving.batching.batcher import FaceAnalysis, resident_bytes
 from fastface_trt.serving.batching.cost import Remaining
-from fastface_trt.serving.batching.entry import Entry, Plan
+from fastface_trt.serving.batching.entry import Demand, Entry
 from tests.serving.batching.batching_fakes import WAIT, ArithmeticFastFace, Events, task
 
 FACE = np.full((4, 4, 3), 7, np.uint8)
@@ -87,18 +87,18 @@ def test_closing_finishes_one_and_refuses_the_rest(fastface, analysis):
 def test_what_is_left_of_a_task_shrinks_with_its_steps():
     fastface = ArithmeticFastFace()
     one = task(fastface, "a", preset="am1+dcg", deadline=4.0)
-    entry = Entry(7, one, Events(), one.request, 0.0, Plan.of(one.request, fastface.manifest))
+    entry = Entry(7, one, Events(), one.request, 0.0, Demand.of(one.request, fastface.manifest))
     assert entry.remaining() == Remaining((2, 3, 3, 2), 576, unprepared=True)
     assert not entry.candidate().begun
     stages = fastface.stages
-    entry.run = stages.start(stages.job(one.request, stages.image_tokens(one.face)))
-    stages.step([entry.run])
+    entry.sample = stages.sample(one.request, stages.image_tokens(one.face))
+    stages.step([entry.sample])
     assert entry.remaining() == Remaining((3, 3, 2), 576, unprepared=False)
     candidate = entry.candidate()
     assert (candidate.order, candidate.rows, candidate.steps_left) == (7, 3, 3)
     assert candidate.begun
     assert candidate.deadline == 4.0
-    assert candidate.sharing == entry.run.sharing
+    assert candidate.sharing == entry.sample.sharing
     assert not entry.finished
 
 
