@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 
 .PHONY: setup demo test test-long test-engines test-serving test-gpu \
-	test-onnxruntime-versions test-onnxruntime-bounds bench bench-full-width sizing evaluate \
+	docs test-onnxruntime-versions test-onnxruntime-bounds bench bench-full-width sizing evaluate \
 	evaluate-quantized mini-export full-size full-size-engines operator-library clean
 
 # The light runtime: no torch, no diffusers.
@@ -18,7 +18,7 @@ $(VENV)/.runtime: pyproject.toml
 # Everything: export and the tools of developers.
 $(VENV)/.full: $(VENV)/.runtime
 	$(BIN)/pip install --quiet $(TORCH)
-	$(BIN)/pip install --quiet --editable '.[export,bench,evaluate,serve,telemetry,provenance,ray,dev]'
+	$(BIN)/pip install --quiet --editable '.[export,bench,evaluate,serve,telemetry,provenance,ray,docs,dev]'
 	touch $@
 
 setup: $(VENV)/.full
@@ -61,6 +61,11 @@ test-serving: setup
 GPU_PYTHON ?= python3
 test-gpu:
 	$(GPU_PYTHON) -m pytest -m gpu tests/gpu
+
+# The site of docs/ in build/site, whose pages open from a disk; a link that leads nowhere is an error.
+docs: $(VENV)/.runtime
+	$(BIN)/pip install --quiet --editable '.[docs]'
+	$(BIN)/mkdocs build --quiet --strict
 
 # Latency of the mini model: stage by stage in out/bench, and beside PyTorch, diffusers and plain ONNX
 # Runtime in benchmarks/results/peers-mini.json. About six minutes on a quiet machine.

@@ -22,14 +22,11 @@ from fastface_trt.cli.build import build_display
 from fastface_trt.cli.common import console, timed_lines
 from fastface_trt.engines.backends import make_builder
 from fastface_trt.engines.cache import EngineCache
-from fastface_trt.engines.manifest import (
-    EXPORT_MANIFEST,
-    EngineManifest,
-    ExportManifest,
-    read_manifest,
-)
+from fastface_trt.engines.manifest import EXPORT_MANIFEST, EngineManifest
 from fastface_trt.engines.tensorrt.flavour import find_flavour
-from fastface_trt.measure.machine import GB, describe_machine
+from fastface_trt.measure.machine import describe_machine
+from fastface_trt.measure.memory import GB
+from fastface_trt.runtime.export_folder import Export
 
 RESULT = Path("benchmarks/results/full-size-build.json")
 
@@ -45,7 +42,7 @@ def main(folder: Path, cache: Path, modules: tuple[str, ...], branches: str, kee
     if not (folder / EXPORT_MANIFEST).is_file():
         command = ["export", "--checkpoint", "hyper", "--random-weights", "--fp16", str(folder)]
         subprocess.run(["fastface-trt", *command], check=True)
-    manifest = read_manifest(folder / EXPORT_MANIFEST, ExportManifest)
+    manifest = Export.open(folder).manifest
     store = EngineCache(cache)
     screen = console()
     line = timed_lines(screen)

@@ -23,10 +23,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 from rich.console import Console
-from rich.table import Table
 from skimage.metrics import structural_similarity
 
 from fastface_trt.measure.machine import describe_machine
+from fastface_trt.measure.tables import Table, print_table
 from fastface_trt.mini.folders import SAMPLE_FACES
 
 ROOT: Final = Path(__file__).parents[1]
@@ -192,20 +192,21 @@ def build_wheel(folder: Path) -> Path:
 
 def table_of(cells: Sequence[Cell]) -> Table:
     """The cells as a table: versions, distances, seconds, and what failed."""
-    table = Table(title="onnxruntime versions", show_lines=False)
-    for heading in ("Python", "onnxruntime", "golden pictures", "worst SSIM", "seconds", "why"):
-        table.add_column(heading, overflow="fold")
+    rows = []
     for cell in cells:
         worst = min((p["similarity"] for p in cell.pictures.values()), default=None)
-        table.add_row(
-            cell.versions.get("python", cell.python),
-            cell.onnxruntime,
-            "yes" if cell.passed else "no" if cell.ran else "not run",
-            "-" if worst is None else f"{worst:.5f}",
-            f"{sum(cell.seconds.values()):.0f}",
-            cell.reason or "-",
+        rows.append(
+            (
+                cell.versions.get("python", cell.python),
+                cell.onnxruntime,
+                "yes" if cell.passed else "no" if cell.ran else "not run",
+                "-" if worst is None else f"{worst:.5f}",
+                f"{sum(cell.seconds.values()):.0f}",
+                cell.reason or "-",
+            )
         )
-    return table
+    heads = ("Python", "onnxruntime", "golden pictures", "worst SSIM", "seconds", "why")
+    return Table("onnxruntime versions", heads, tuple(rows), words=len(heads))
 
 
 @click.command()
@@ -241,7 +242,7 @@ def main(only: tuple[str, ...], bounds: bool, out: Path | None, environments: Pa
             "cells": [asdict(cell) for cell in cells],
         }
         out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    Console(highlight=False).print(table_of(cells))
+    print_table(Console(highlight=False), table_of(cells))
     if not all(cell.passed for cell in cells if cell.ran):
         raise click.exceptions.Exit(1)
 

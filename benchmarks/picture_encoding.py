@@ -13,7 +13,6 @@ isal zlib-ng fpng-py. The deflate libraries compress rows that are filtered as o
 
 import io
 import json
-import os
 import platform
 import struct
 import zlib
@@ -29,7 +28,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from fastface_trt.measure.machine import describe_machine
+from fastface_trt.measure.machine import describe_machine, load_average
+from fastface_trt.measure.tables import Table, markdown_rows
 from fastface_trt.runtime.picture_file import PictureFormat, encode_picture
 
 Pixels = NDArray[np.uint8]
@@ -178,19 +178,27 @@ def measure(pictures: dict[str, Pixels], turns: int, chosen: list[Way]) -> list[
     return results
 
 
-def table(results: list[Result]) -> str:
-    """The results as a Markdown table."""
-    lines = [
-        "| picture | format | way | ms | processor ms | times as fast | as cheap | kB | size |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for one in results:
-        lines.append(
-            f"| {one.picture} | {one.format} | {one.way} | {one.milliseconds:.1f} | "
-            f"{one.processor_milliseconds:.1f} | {one.faster:.1f} | {one.cheaper:.1f} | "
-            f"{one.bytes / 1000:.0f} | {one.size:.2f} |"
-        )
-    return "\n".join(lines)
+def table(results: list[Result]) -> Table:
+    """The results as a table."""
+    return Table(
+        "Encoding a picture, times as fast and as cheap as Pillow",
+        ("picture", "format", "way", "ms", "processor ms", "faster", "cheaper", "kB", "size"),
+        tuple(
+            (
+                one.picture,
+                one.format,
+                one.way,
+                f"{one.milliseconds:.1f}",
+                f"{one.processor_milliseconds:.1f}",
+                f"{one.faster:.1f}",
+                f"{one.cheaper:.1f}",
+                f"{one.bytes / 1000:.0f}",
+                f"{one.size:.2f}",
+            )
+            for one in results
+        ),
+        words=3,
+    )
 
 
 def _key(way: Way) -> str:
@@ -296,7 +304,7 @@ def main(turns: int, side: int, out: Path) -> None:
     results = measure({"photograph": photograph(side), "noise": noise(side)}, turns, chosen)
     report = {
         "machine": describe_machine(),
-        "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        "load_average": load_average(),
         "python": platform.python_version(),
         "zlib": zlib.ZLIB_RUNTIME_VERSION,
         "turns": turns,
@@ -304,7 +312,7 @@ def main(turns: int, side: int, out: Path) -> None:
         "results": [asdict(one) for one in results],
     }
     out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    click.echo(table(results))
+    click.echo("\n".join(markdown_rows(table(results))))
 
 
 if __name__ == "__main__":

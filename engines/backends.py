@@ -224,8 +224,7 @@ def make_builder(
                 "See `fastface-trt build --help`.",
             ) from None
     flavour = find_flavour(backend)
-    factor = manifest.vae_scale_factor
-    sizes = {"latent_sizes": ((manifest.height // factor, manifest.width // factor),)}
+    sizes = {"latent_sizes": (manifest.latent_shape()[1:],)}
     return builder_for(
         backend,
         options=TensorRTOptions.checked(flavour, **(sizes | given)),

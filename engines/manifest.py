@@ -183,6 +183,22 @@ class ExportManifest(Strict):
     random_weights: bool = False
     tool_versions: dict[str, str] = {}
 
+    def latent_shape(
+        self, height: int | None = None, width: int | None = None
+    ) -> tuple[int, int, int]:
+        """(C, h, w) of the latents of a picture; without `height` and `width` of the export's own.
+
+        A side that `size_unit` does not divide is rounded down.
+        """
+        height, width = height or self.height, width or self.width
+        factor = self.vae_scale_factor
+        return self.latent_channels, height // factor, width // factor
+
+    @property
+    def size_unit(self) -> int:
+        """What divides the sides of pictures, in pixels: the UNet halves the latents twice."""
+        return self.vae_scale_factor * 4
+
     def files(self) -> list[FileEntry]:
         """Every file of the export, modules' and others'."""
         modules = self.modules.values()

@@ -1,7 +1,23 @@
 """Export: from an SDXL checkpoint and an adapter to ONNX modules. The only importer of torch.
 
-In the order of one export: `checkpoints` (what the names mean), `options`, `sources` and `weights`
-(models on disk), `adapter` and `projection` (the face), `attention` and `functions` (decoupled
-attention, eager and as ONNX), `modules` (what is exported), `onnx_writer` (one module), `exporter`
-(all of them and the manifest). `oracle` runs the same UNet in PyTorch.
+In the order of one export: `options`, `sources` and `weights` (models on disk), `adapters` (the
+face), `attention` and `functions` (decoupled attention, eager and as ONNX), `modules` (what is
+exported), `onnx_writer` (one module), `exporter` (all of them and the manifest). `oracle` runs the
+same UNet in PyTorch.
 """
+
+from importlib.util import find_spec
+
+from fastface_trt.errors import MissingDependency
+
+
+class TorchMissing(MissingDependency, ImportError):
+    """Nothing of this package can be imported; an `ImportError` for who says more than this."""
+
+
+if find_spec("torch") is None:
+    missing = TorchMissing(
+        "Exporting needs torch.", "Install it with: pip install 'fastface-trt[export]'."
+    )
+    missing.name = "torch"
+    raise missing

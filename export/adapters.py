@@ -5,27 +5,23 @@ start with the index of a layer in `unet.attn_processors`: `N.to_k_ip`, `N.to_v_
 projection, the LoRA `N.to_{q,k,v,out}_lora.{down,up}`. A PuLID file has `id_adapter` and
 `id_adapter_attn_layers` with `N.id_to_k` and `N.id_to_v`, and no LoRA.
 
-The face projections of IP-Adapter FaceID and FaceID-Plus-v2: embeddings in, image tokens out.
+The projection makes image tokens of a face: FaceID and FaceID-Plus-v2 of its embedding (and CLIP
+features), PuLID for SDXL of an embedding and the features of a vision tower. PuLID 1.1 (`IDFormer`)
+lets learned queries read the features, version 1 (`IDEncoder`) is made of MLPs alone; the
+arithmetic is that of PuLID's public code (Guo et al. 2024). Parameter names are those of the
+published files, so that their tensors load as they are.
 
-Parameter names are those of the published adapter files, so a file's `image_proj` part loads as it
-is. Shape legend: B rows, E face-embedding size (512), S CLIP positions, K CLIP width, T tokens,
-C text width of the UNet, I inner width of the resampler.
-
-The id encoders of PuLID for SDXL: an embedding and a picture's features in, id tokens out.
-
-Version 1.1 (`IDFormer`) lets learned queries read the features, version 1 (`IDEncoder`) is made of
-MLPs alone. Parameter names are those of the published files' `id_adapter` part, so it loads as it
-is; the arithmetic is that of PuLID's public code (Guo et al. 2024).
-
-Shape legend: B rows, E face-embedding size (512), P width of the picture's embedding (768), V = 5
-levels of the vision tower, S positions of a level, K its width (1024), I id tokens (5), Q queries
-(32), T tokens with the zero ones, W inner width, C text width of the UNet.
+Shape legend: B rows, E face-embedding size (512), P width of the picture's embedding (768), S
+positions of a level, K its width, V = 5 levels of the vision tower, I inner width of the resampler
+or PuLID's id tokens (5), Q queries (32), W inner width, T tokens, C text width of the UNet.
 """
+
+from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, cast
+from typing import ClassVar, TypeAlias, cast
 
 import torch
 import torch.nn.functional as functional
@@ -36,76 +32,173 @@ from fastface_trt.errors import WeightsError
 from fastface_trt.export.attention import attach_processors
 from fastface_trt.export.precision import Model
 
+State = dict[str, Tensor]
+Projection: TypeAlias = "FaceProjection | FaceIdProjection | IDFormer | IDEncoder"
+
 HEAD_SIZE = 64
+EMBEDDING = 512
+LEVELS = 5
+ID_TOKENS = 5
+
+_USE = (
+    "Use ip-adapter-faceid-plusv2_sdxl.bin, ip-adapter-faceid_sdxl.bin, pulid_v1.1.safetensors or "
+    "a file of the same layout."
+)
+_LORA_TARGETS = {"to_q": "to_q", "to_k": "to_k", "to_v": "to_v", "to_out": "to_out.0"}
 
 
-class PerceiverAttention(nn.Module):
-    """Tokens attend to the CLIP features and to themselves; the width of a head is 64."""
+@dataclass(frozen=True)
+class AdapterWeights:
+    """The two parts of an adapter file under the names of an IP-Adapter, and which kind it is."""
 
-    def __init__(self, width: int, inner: int) -> None:
-        super().__init__()
-        self.heads = max(1, inner // HEAD_SIZE)
-        self.norm1 = nn.LayerNorm(width)
-        self.norm2 = nn.LayerNorm(width)
-        self.to_q = nn.Linear(width, inner, bias=False)
-        self.to_kv = nn.Linear(width, inner * 2, bias=False)
-        self.to_out = nn.Linear(inner, width, bias=False)
+    kind: AdapterKind
+    image_proj: State
+    ip_adapter: State
 
-    def forward(self, features_BSC: Tensor, tokens_BTC: Tensor) -> Tensor:
-        """Attended tokens [B,T,C]."""
-        features = self.norm1(features_BSC)
-        tokens = self.norm2(tokens_BTC)
-        q_BTI = self.to_q(tokens)
-        k_BSI, v_BSI = self.to_kv(torch.cat((features, tokens), dim=1)).chunk(2, dim=-1)
-        q, k, v = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (q_BTI, k_BSI, v_BSI))
-        attended = functional.scaled_dot_product_attention(q, k, v)
-        return self.to_out(attended.transpose(1, 2).flatten(2))
+    @property
+    def tokens(self) -> int:
+        """Image tokens per face: 4 in the published IP-Adapter files."""
+        return load_projection(self).tokens
+
+    @property
+    def has_lora(self) -> bool:
+        """Whether the file has a LoRA for the UNet's attention."""
+        return any("_lora." in key for key in self.ip_adapter)
 
 
-def feed_forward(width: int, inner: int) -> nn.Sequential:
-    """The MLP of a resampler's layer, its norm first."""
-    return nn.Sequential(
-        nn.LayerNorm(width),
-        nn.Linear(width, inner, bias=False),
-        nn.GELU(),
-        nn.Linear(inner, width, bias=False),
-    )
+def read_adapter(path: Path) -> AdapterWeights:
+    """Read an adapter file and tell its kind by its keys.
+
+    Raises `WeightsError` for a file of no kind that `AdapterKind` names.
+    """
+    parts: dict[str, State] = {}
+    for key, tensor in read_tensors(path).items():
+        part, _, rest = key.partition(".")
+        parts.setdefault(part, {})[rest] = tensor
+    if "id_adapter" in parts and "id_adapter_attn_layers" in parts:
+        attention = {_ip_adapter_name(key): v for key, v in parts["id_adapter_attn_layers"].items()}
+        return AdapterWeights("pulid", parts["id_adapter"], attention)
+    if "image_proj" not in parts or "ip_adapter" not in parts:
+        raise WeightsError(
+            f"{path.name} is neither an IP-Adapter nor a PuLID file: it lacks image_proj or "
+            "ip_adapter.",
+            _USE,
+        )
+    kind = _ip_adapter_kind(path.name, parts["image_proj"])
+    return AdapterWeights(kind, parts["image_proj"], parts["ip_adapter"])
 
 
-class PerceiverResampler(nn.Module):
-    """Layers of attention and feed-forward that let the tokens read the CLIP features."""
+def _ip_adapter_name(key: str) -> str:
+    """PuLID's name of an attention weight as an IP-Adapter's; both number layers alike."""
+    return key.replace("id_to_k", "to_k_ip").replace("id_to_v", "to_v_ip")
 
-    def __init__(
-        self, width: int, inner: int, hidden: int, depth: int, features: int, output: int
-    ) -> None:
-        super().__init__()
-        self.proj_in = nn.Linear(features, width)
-        self.proj_out = nn.Linear(width, output)
-        self.norm_out = nn.LayerNorm(output)
-        self.layers = nn.ModuleList(
-            nn.ModuleList((PerceiverAttention(width, inner), feed_forward(width, hidden)))
-            for _ in range(depth)
+
+def _ip_adapter_kind(name: str, image_proj: State) -> AdapterKind:
+    if "perceiver_resampler.proj_in.weight" in image_proj:
+        return "faceid-plus-v2"
+    # Other IP-Adapters have a `proj` too; FaceID's normalises its tokens outside of it.
+    if image_proj.keys() >= {"proj.0.weight", "proj.2.weight", "norm.weight"}:
+        return "faceid"
+    raise WeightsError(f"{name} is neither a FaceID-Plus-v2 nor a FaceID adapter.", _USE)
+
+
+def read_tensors(path: Path) -> State:
+    """Tensors of a `.safetensors` or a `.bin` file (weights only), nested dicts joined by dots."""
+    if not path.is_file():
+        raise WeightsError(f"There is no file {path}.", "Check the path, or download it again.")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        nested = torch.load(path, map_location="cpu", weights_only=True)
+        return {
+            f"{outer}.{inner}" if isinstance(value, dict) else outer: tensor
+            for outer, value in nested.items()
+            for inner, tensor in (value.items() if isinstance(value, dict) else [("", value)])
+        }
+    except Exception as error:
+        raise WeightsError(
+            f"{path.name} is not a readable weights file ({type(error).__name__}).",
+            "It may be truncated or hold something else: download it again.",
+        ) from error
+
+
+def load_projection(adapter: AdapterWeights, zero_tokens: int | None = None) -> Projection:
+    """The face projection of an adapter, in float32.
+
+    `zero_tokens` is PuLID's; None takes the number that its demonstration does. Raises
+    `WeightsError` when a tensor is missing or of another shape.
+    """
+    state = {key: tensor.float() for key, tensor in adapter.image_proj.items()}
+    try:
+        if adapter.kind == "faceid":
+            return FaceIdProjection.from_state_dict(state)
+        if adapter.kind == "faceid-plus-v2":
+            return FaceProjection.from_state_dict(state)
+        encoder = IDFormer if "latents" in state else IDEncoder
+        return encoder.from_state_dict(state, zero_tokens)
+    except (KeyError, RuntimeError, IndexError) as error:
+        raise WeightsError(
+            f"The adapter's projection is incomplete: {str(error).splitlines()[0]}.",
+            "Download the adapter again.",
+        ) from error
+
+
+@torch.no_grad()
+def attach_adapter(
+    unet: Model, adapter: AdapterWeights, *, lora_scale: float, orthogonal: Orthogonal = "off"
+) -> None:
+    """Attach decoupled attention to `unet` and fuse the adapter's LoRA: W ← W + scale · up · down.
+
+    Works on the UNet in place. `lora_scale` is the user-facing scale of the LoRA (1.0 and 0.5 in
+    the paper), separate from λ; it is fused, so another value is another export. Raises
+    `WeightsError` when a layer is missing, left over, or of another shape.
+    """
+    attach_processors(unet, orthogonal)
+    remaining = dict(adapter.ip_adapter)
+
+    def take(key: str) -> Tensor:
+        if key not in remaining:
+            raise WeightsError(
+                f"The adapter does not fit this checkpoint: it has no {key}.",
+                "Use an adapter made for the same base model (SDXL adapters for SDXL checkpoints).",
+            )
+        return remaining.pop(key)
+
+    for index, name in enumerate(unet.attn_processors):
+        attention = unet.get_submodule(name.removesuffix(".processor"))
+        if name.endswith("attn2.processor"):
+            for projection in ("to_k_ip", "to_v_ip"):
+                key = f"{index}.{projection}.weight"
+                _assign(getattr(attention.processor, projection).weight, take(key), key)
+        for source, target in _LORA_TARGETS.items() if adapter.has_lora else ():
+            down = take(f"{index}.{source}_lora.down.weight").float()
+            up = take(f"{index}.{source}_lora.up.weight").float()
+            weight = attention.get_submodule(target).weight
+            if (up.shape[0], down.shape[1]) != tuple(weight.shape) or up.shape[1] != down.shape[0]:
+                raise WeightsError(
+                    f"The adapter does not fit this checkpoint: the LoRA of {index}.{source} is "
+                    f"{up.shape[0]}x{down.shape[1]}, the UNet's weight {tuple(weight.shape)}.",
+                    "Use an adapter made for the same base model.",
+                )
+            weight.copy_(weight.float() + lora_scale * (up @ down))
+    if remaining:
+        raise WeightsError(
+            f"The adapter does not fit this checkpoint: {len(remaining)} of its tensors have no "
+            f"place in the UNet, first {next(iter(remaining))}.",
+            "Use an adapter made for the same base model.",
         )
 
-    def forward(self, tokens_BTC: Tensor, features_BSK: Tensor) -> Tensor:
-        """Resampled tokens [B,T,C]."""
-        features = self.proj_in(features_BSK)
-        for layer in self.layers:
-            attention, feed_forward = cast(nn.ModuleList, layer)
-            tokens_BTC = attention(features, tokens_BTC) + tokens_BTC
-            tokens_BTC = feed_forward(tokens_BTC) + tokens_BTC
-        return self.norm_out(self.proj_out(tokens_BTC))
 
-
-def _mlp_sizes(state: dict[str, Tensor]) -> dict[str, int]:
-    """Sizes of the MLP that both adapters begin with."""
-    width = state["norm.weight"].shape[0]
-    return {
-        "tokens": state["proj.2.weight"].shape[0] // width,
-        "embedding": state["proj.0.weight"].shape[1],
-        "mlp_hidden": state["proj.0.weight"].shape[0],
-        "width": width,
-    }
+def _assign(parameter: nn.Parameter, value: Tensor, key: str) -> None:
+    if parameter.shape != value.shape:
+        raise WeightsError(
+            f"The adapter does not fit this checkpoint: {key} is {tuple(value.shape)}, "
+            f"the UNet needs {tuple(parameter.shape)}.",
+            "Use an adapter made for the same base model (SDXL adapters for SDXL checkpoints).",
+        )
+    parameter.copy_(value)
 
 
 class FaceIdProjection(nn.Module):
@@ -128,7 +221,7 @@ class FaceIdProjection(nn.Module):
         return {"face_embeds": (self._embedding,)}
 
     @classmethod
-    def from_state_dict(cls, state: dict[str, Tensor]) -> "FaceIdProjection":
+    def from_state_dict(cls, state: State) -> FaceIdProjection:
         """Build and load from a file's `image_proj` part; sizes are read off its tensors."""
         module = cls(**_mlp_sizes(state))
         module.load_state_dict(state)
@@ -175,7 +268,7 @@ class FaceProjection(nn.Module):
         }
 
     @classmethod
-    def from_state_dict(cls, state: dict[str, Tensor]) -> "FaceProjection":
+    def from_state_dict(cls, state: State) -> FaceProjection:
         """Build and load from a file's `image_proj` part; sizes are read off its tensors."""
         resampler = "perceiver_resampler."
         depth = len({k.split(".")[2] for k in state if k.startswith(resampler + "layers.")})
@@ -195,29 +288,73 @@ class FaceProjection(nn.Module):
         return tokens_BTC + self.shortcut_scale * self.perceiver_resampler(tokens_BTC, clip_embeds)
 
 
-EMBEDDING = 512
-LEVELS = 5
-ID_TOKENS = 5
+def _mlp_sizes(state: State) -> dict[str, int]:
+    """Sizes of the MLP that both adapters begin with."""
+    width = state["norm.weight"].shape[0]
+    return {
+        "tokens": state["proj.2.weight"].shape[0] // width,
+        "embedding": state["proj.0.weight"].shape[1],
+        "mlp_hidden": state["proj.0.weight"].shape[0],
+        "width": width,
+    }
 
-State = dict[str, Tensor]
+
+class PerceiverResampler(nn.Module):
+    """Layers of attention and feed-forward that let the tokens read the CLIP features."""
+
+    def __init__(
+        self, width: int, inner: int, hidden: int, depth: int, features: int, output: int
+    ) -> None:
+        super().__init__()
+        self.proj_in = nn.Linear(features, width)
+        self.proj_out = nn.Linear(width, output)
+        self.norm_out = nn.LayerNorm(output)
+        self.layers = nn.ModuleList(
+            nn.ModuleList((PerceiverAttention(width, inner), feed_forward(width, hidden)))
+            for _ in range(depth)
+        )
+
+    def forward(self, tokens_BTC: Tensor, features_BSK: Tensor) -> Tensor:
+        """Resampled tokens [B,T,C]."""
+        features = self.proj_in(features_BSK)
+        for layer in self.layers:
+            attention, feed_forward = cast(nn.ModuleList, layer)
+            tokens_BTC = attention(features, tokens_BTC) + tokens_BTC
+            tokens_BTC = feed_forward(tokens_BTC) + tokens_BTC
+        return self.norm_out(self.proj_out(tokens_BTC))
 
 
-def _mapping(sizes: Sequence[int]) -> nn.Sequential:
-    """Three linear layers, the first two normalised and leaky: every MLP of PuLID."""
+class PerceiverAttention(nn.Module):
+    """Tokens attend to the CLIP features and to themselves; the width of a head is 64."""
+
+    def __init__(self, width: int, inner: int) -> None:
+        super().__init__()
+        self.heads = max(1, inner // HEAD_SIZE)
+        self.norm1 = nn.LayerNorm(width)
+        self.norm2 = nn.LayerNorm(width)
+        self.to_q = nn.Linear(width, inner, bias=False)
+        self.to_kv = nn.Linear(width, inner * 2, bias=False)
+        self.to_out = nn.Linear(inner, width, bias=False)
+
+    def forward(self, features_BSC: Tensor, tokens_BTC: Tensor) -> Tensor:
+        """Attended tokens [B,T,C]."""
+        features = self.norm1(features_BSC)
+        tokens = self.norm2(tokens_BTC)
+        q_BTI = self.to_q(tokens)
+        k_BSI, v_BSI = self.to_kv(torch.cat((features, tokens), dim=1)).chunk(2, dim=-1)
+        q, k, v = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (q_BTI, k_BSI, v_BSI))
+        attended = functional.scaled_dot_product_attention(q, k, v)
+        return self.to_out(attended.transpose(1, 2).flatten(2))
+
+
+def feed_forward(width: int, inner: int) -> nn.Sequential:
+    """The MLP of a resampler's layer, its norm first."""
     return nn.Sequential(
-        nn.Linear(sizes[0], sizes[1]),
-        nn.LayerNorm(sizes[1]),
-        nn.LeakyReLU(),
-        nn.Linear(sizes[1], sizes[2]),
-        nn.LayerNorm(sizes[2]),
-        nn.LeakyReLU(),
-        nn.Linear(sizes[2], sizes[3]),
+        nn.LayerNorm(width),
+        nn.Linear(width, inner, bias=False),
+        nn.GELU(),
+        nn.Linear(inner, width, bias=False),
     )
-
-
-def _mapping_sizes(state: State, name: str) -> tuple[int, ...]:
-    first, second, third = (state[f"{name}.{layer}.weight"].shape for layer in (0, 3, 6))
-    return first[1], first[0], second[0], third[0]
 
 
 class _IdEncoder(nn.Module):
@@ -281,7 +418,7 @@ class IDFormer(_IdEncoder):
         self.id_embedding_mapping = _mapping(identity)
 
     @classmethod
-    def from_state_dict(cls, state: State, zero_tokens: int | None = None) -> "IDFormer":
+    def from_state_dict(cls, state: State, zero_tokens: int | None = None) -> IDFormer:
         """Build and load from a file's `id_adapter` part; sizes are read off its tensors."""
         module = cls(
             queries=state["latents"].shape[1],
@@ -343,7 +480,7 @@ class IDEncoder(_IdEncoder):
             self.add_module(f"mapping_patch_{level}", _mapping(features))
 
     @classmethod
-    def from_state_dict(cls, state: State, zero_tokens: int | None = None) -> "IDEncoder":
+    def from_state_dict(cls, state: State, zero_tokens: int | None = None) -> IDEncoder:
         """Build and load from a file's `id_adapter` part; sizes are read off its tensors."""
         features = _mapping_sizes(state, "mapping_0")
         module = cls(
@@ -369,163 +506,19 @@ class IDEncoder(_IdEncoder):
         return self._with_zero_tokens(torch.cat(tokens, dim=1))
 
 
-Projection = FaceProjection | FaceIdProjection | IDFormer | IDEncoder
-_USE = (
-    "Use ip-adapter-faceid-plusv2_sdxl.bin, ip-adapter-faceid_sdxl.bin, pulid_v1.1.safetensors or "
-    "a file of the same layout."
-)
-_LORA_TARGETS = {"to_q": "to_q", "to_k": "to_k", "to_v": "to_v", "to_out": "to_out.0"}
+def _mapping(sizes: Sequence[int]) -> nn.Sequential:
+    """Three linear layers, the first two normalised and leaky: every MLP of PuLID."""
+    return nn.Sequential(
+        nn.Linear(sizes[0], sizes[1]),
+        nn.LayerNorm(sizes[1]),
+        nn.LeakyReLU(),
+        nn.Linear(sizes[1], sizes[2]),
+        nn.LayerNorm(sizes[2]),
+        nn.LeakyReLU(),
+        nn.Linear(sizes[2], sizes[3]),
+    )
 
 
-@dataclass(frozen=True)
-class AdapterWeights:
-    """The two parts of an adapter file under the names of an IP-Adapter, and which kind it is."""
-
-    kind: AdapterKind
-    image_proj: State
-    ip_adapter: State
-
-    @property
-    def tokens(self) -> int:
-        """Image tokens per face: 4 in the published IP-Adapter files."""
-        return load_projection(self).tokens
-
-    @property
-    def has_lora(self) -> bool:
-        """Whether the file has a LoRA for the UNet's attention."""
-        return any("_lora." in key for key in self.ip_adapter)
-
-
-def read_tensors(path: Path) -> State:
-    """Tensors of a `.safetensors` or a `.bin` file (weights only), nested dicts joined by dots."""
-    if not path.is_file():
-        raise WeightsError(f"There is no file {path}.", "Check the path, or download it again.")
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        nested = torch.load(path, map_location="cpu", weights_only=True)
-        return {
-            f"{outer}.{inner}" if isinstance(value, dict) else outer: tensor
-            for outer, value in nested.items()
-            for inner, tensor in (value.items() if isinstance(value, dict) else [("", value)])
-        }
-    except Exception as error:
-        raise WeightsError(
-            f"{path.name} is not a readable weights file ({type(error).__name__}).",
-            "It may be truncated or hold something else: download it again.",
-        ) from error
-
-
-def read_adapter(path: Path) -> AdapterWeights:
-    """Read an adapter file and tell its kind by its keys.
-
-    Raises `WeightsError` for a file of no kind that `AdapterKind` names.
-    """
-    parts: dict[str, State] = {}
-    for key, tensor in read_tensors(path).items():
-        part, _, rest = key.partition(".")
-        parts.setdefault(part, {})[rest] = tensor
-    if "id_adapter" in parts and "id_adapter_attn_layers" in parts:
-        attention = {_ip_adapter_name(key): v for key, v in parts["id_adapter_attn_layers"].items()}
-        return AdapterWeights("pulid", parts["id_adapter"], attention)
-    if "image_proj" not in parts or "ip_adapter" not in parts:
-        raise WeightsError(
-            f"{path.name} is neither an IP-Adapter nor a PuLID file: it lacks image_proj or "
-            "ip_adapter.",
-            _USE,
-        )
-    kind = _ip_adapter_kind(path.name, parts["image_proj"])
-    return AdapterWeights(kind, parts["image_proj"], parts["ip_adapter"])
-
-
-def _ip_adapter_name(key: str) -> str:
-    """PuLID's name of an attention weight as an IP-Adapter's; both number layers alike."""
-    return key.replace("id_to_k", "to_k_ip").replace("id_to_v", "to_v_ip")
-
-
-def _ip_adapter_kind(name: str, image_proj: State) -> AdapterKind:
-    if "perceiver_resampler.proj_in.weight" in image_proj:
-        return "faceid-plus-v2"
-    # Other IP-Adapters have a `proj` too; FaceID's normalises its tokens outside of it.
-    if image_proj.keys() >= {"proj.0.weight", "proj.2.weight", "norm.weight"}:
-        return "faceid"
-    raise WeightsError(f"{name} is neither a FaceID-Plus-v2 nor a FaceID adapter.", _USE)
-
-
-def load_projection(adapter: AdapterWeights, zero_tokens: int | None = None) -> Projection:
-    """The face projection of an adapter, in float32.
-
-    `zero_tokens` is PuLID's; None takes the number that its demonstration does. Raises
-    `WeightsError` when a tensor is missing or of another shape.
-    """
-    state = {key: tensor.float() for key, tensor in adapter.image_proj.items()}
-    try:
-        if adapter.kind == "faceid":
-            return FaceIdProjection.from_state_dict(state)
-        if adapter.kind == "faceid-plus-v2":
-            return FaceProjection.from_state_dict(state)
-        encoder = IDFormer if "latents" in state else IDEncoder
-        return encoder.from_state_dict(state, zero_tokens)
-    except (KeyError, RuntimeError, IndexError) as error:
-        raise WeightsError(
-            f"The adapter's projection is incomplete: {str(error).splitlines()[0]}.",
-            "Download the adapter again.",
-        ) from error
-
-
-def _assign(parameter: nn.Parameter, value: Tensor, key: str) -> None:
-    if parameter.shape != value.shape:
-        raise WeightsError(
-            f"The adapter does not fit this checkpoint: {key} is {tuple(value.shape)}, "
-            f"the UNet needs {tuple(parameter.shape)}.",
-            "Use an adapter made for the same base model (SDXL adapters for SDXL checkpoints).",
-        )
-    parameter.copy_(value)
-
-
-@torch.no_grad()
-def attach_adapter(
-    unet: Model, adapter: AdapterWeights, *, lora_scale: float, orthogonal: Orthogonal = "off"
-) -> None:
-    """Attach decoupled attention to `unet` and fuse the adapter's LoRA: W ← W + scale · up · down.
-
-    Works on the UNet in place. `lora_scale` is the user-facing scale of the LoRA (1.0 and 0.5 in
-    the paper), separate from λ; it is fused, so another value is another export. Raises
-    `WeightsError` when a layer is missing, left over, or of another shape.
-    """
-    attach_processors(unet, orthogonal)
-    remaining = dict(adapter.ip_adapter)
-
-    def take(key: str) -> Tensor:
-        if key not in remaining:
-            raise WeightsError(
-                f"The adapter does not fit this checkpoint: it has no {key}.",
-                "Use an adapter made for the same base model (SDXL adapters for SDXL checkpoints).",
-            )
-        return remaining.pop(key)
-
-    for index, name in enumerate(unet.attn_processors):
-        attention = unet.get_submodule(name.removesuffix(".processor"))
-        if name.endswith("attn2.processor"):
-            for projection in ("to_k_ip", "to_v_ip"):
-                key = f"{index}.{projection}.weight"
-                _assign(getattr(attention.processor, projection).weight, take(key), key)
-        for source, target in _LORA_TARGETS.items() if adapter.has_lora else ():
-            down = take(f"{index}.{source}_lora.down.weight").float()
-            up = take(f"{index}.{source}_lora.up.weight").float()
-            weight = attention.get_submodule(target).weight
-            if (up.shape[0], down.shape[1]) != tuple(weight.shape) or up.shape[1] != down.shape[0]:
-                raise WeightsError(
-                    f"The adapter does not fit this checkpoint: the LoRA of {index}.{source} is "
-                    f"{up.shape[0]}x{down.shape[1]}, the UNet's weight {tuple(weight.shape)}.",
-                    "Use an adapter made for the same base model.",
-                )
-            weight.copy_(weight.float() + lora_scale * (up @ down))
-    if remaining:
-        raise WeightsError(
-            f"The adapter does not fit this checkpoint: {len(remaining)} of its tensors have no "
-            f"place in the UNet, first {next(iter(remaining))}.",
-            "Use an adapter made for the same base model.",
-        )
+def _mapping_sizes(state: State, name: str) -> tuple[int, ...]:
+    first, second, third = (state[f"{name}.{layer}.weight"].shape for layer in (0, 3, 6))
+    return first[1], first[0], second[0], third[0]

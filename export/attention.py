@@ -1,18 +1,17 @@
 """Decoupled attention for the UNet being exported: eager arithmetic, and the node it exports as.
 
-Shape legend: B = R·G rows, R requests, G branches, H heads, N query positions, T image tokens,
-L text positions, D head size, C = H·D channels.
-
-PuLID's orthogonalisation: what the id attention adds is freed from what the text already says.
-
-With i = λ f(A) V' the id attention's result and h the text attention's, the part of i along h is,
-per channel over the N positions of a picture, p = (Σ h i / Σ h²) h. Version 1 adds i − p. Version 2
+With PuLID, `orthogonalize` frees what the id attention adds from what the text already says. With
+i = λ f(A) V' the id attention's result and h the text attention's, the part of i along h is, per
+channel over the N positions of a picture, p = (Σ h i / Σ h²) h. Version 1 adds i − p. Version 2
 adds i + (m − 1) p, where m [B,1,N,1] says how much a position looks at the face: the first tokens'
 share of softmax(Q K'ᵀ), not scaled by √D, averaged over heads. Both are linear in i, so λ and the
 attention manipulation before them commute with it. The map behind m is never manipulated.
 
-Shape legend: B rows, H heads, N query positions, T image tokens, D head size.
+Shape legend: B = R·G rows, R requests, G branches, H heads, N query positions, T image tokens,
+L text positions, D head size, C = H·D channels.
 """
+
+from __future__ import annotations
 
 from typing import Any
 
@@ -34,149 +33,27 @@ from fastface_trt.export.precision import Model
 FACE_TOKENS = 5
 """The tokens whose share of attention counts as looking at the face."""
 
-
-def orthogonalize(
-    image_BHND: Tensor, text_BHND: Tensor, q_BHND: Tensor, k_BHTD: Tensor, variant: Orthogonal
-) -> Tensor:
-    """What is added to the text attention, [B,H,N,D] in the dtype of `image_BHND`.
-
-    Where the text attention is zero (an empty prompt whose embedding is zeros) nothing is along it.
-    """
-    if variant == "off":
-        return image_BHND
-    dtype = torch.promote_types(image_BHND.dtype, torch.float32)
-    image, text = image_BHND.to(dtype), text_BHND.to(dtype)
-    along = (text * image).sum(-2, keepdim=True)
-    length = (text * text).sum(-2, keepdim=True).clamp_min(1e-30)
-    projection = along / length * text
-    if variant == "v1":
-        return (image - projection).to(image_BHND.dtype)
-    logits = (q_BHND @ k_BHTD.transpose(-2, -1)).to(dtype)
-    shares_BHNT = torch.softmax(logits, dim=-1)
-    of_face_B1N1 = shares_BHNT[..., :FACE_TOKENS].sum(-1, keepdim=True).mean(1, keepdim=True)
-    return (image + (of_face_B1N1 - 1) * projection).to(image_BHND.dtype)
-
-
 Row = dict[str, Tensor]
 
 
-def _normalize(x_RGHNT: Tensor) -> Tensor:
-    """norm(X) of Eq. 8, per request and token, 0 where X is flat."""
-    minimum = x_RGHNT.amin((1, 2, 3), keepdim=True)
-    extent = x_RGHNT.amax((1, 2, 3), keepdim=True) - minimum
-    return (x_RGHNT - minimum) / extent.clamp_min(1e-12)
+def attach_processors(unet: Model, orthogonal: Orthogonal = "off") -> None:
+    """Give every attention of a diffusers UNet the processors of this file.
 
-
-def _match_statistics(x: Tensor, reference: Tensor, weight: Tensor) -> Tensor:
-    """w x + (1 − w) AdaIN(x, reference) of Eq. 10 over the last axis, unbiased std."""
-    gain = reference.std(-1, keepdim=True) / (x.std(-1, keepdim=True) + 1e-6)
-    blended = (x - x.mean(-1, keepdim=True)) * gain + reference.mean(-1, keepdim=True)
-    return weight * x + (1 - weight) * blended
-
-
-def _quantile(x_RGHNT: Tensor, level_R: Tensor) -> Tensor:
-    """torch.quantile over N at one level per request, [R,G,H,1,T]."""
-    per_request = [
-        torch.quantile(x, level, dim=2, keepdim=True)
-        for x, level in zip(x_RGHNT, level_R, strict=True)
-    ]
-    return torch.stack(per_request)
-
-
-def _softmask(a_RGHNT: Tensor, row: Row) -> Tensor:
-    """AM2, Eq. 8 to 10 with appendix E; see `functions.Softmask`."""
-    tokens = torch.arange(a_RGHNT.shape[-1], device=a_RGHNT.device)
-    inverted = (tokens == 0) & (row["invert_first_token"] > 0.5)
-    entering = torch.where(inverted, 1 - a_RGHNT, a_RGHNT)
-    quantile = _quantile(entering, row["quantile"].flatten()).clamp_min(1e-6)
-    shifted = row["sharpness"] * (_normalize(entering) - quantile)
-    mask = torch.minimum(row["scale"] * _normalize(torch.sigmoid(shifted)), row["upper_bound"])
-    leaving = torch.where(inverted, mask.amax(3, keepdim=True) - mask, mask)
-    return _match_statistics(leaving, a_RGHNT, row["adain_weight"])
-
-
-def decoupled_attention(
-    q_BHND: Tensor, k_BHTD: Tensor, v_BHTD: Tensor, manipulation_RP: Tensor, ip_scale_R: Tensor
-) -> Tensor:
-    """λ · f(A) V' of Eq. 6, the eager meaning of `functions.DecoupledAttention`.
-
-    Returns [B,H,N,D] in the dtype of q. Any floating dtype works; float64 gives the reference that
-    tests compare backends with.
+    Cross-attentions (`attn2`) become decoupled ones with fresh `to_k_ip` and `to_v_ip`; the order
+    of `unet.attn_processors` is kept, since adapter files number their layers by it.
     """
-    requests = manipulation_RP.shape[0]
-    statistics = torch.promote_types(q_BHND.dtype, torch.float32)
-    row = {
-        name: column[:, None, None, None, None]
-        for name, column in zip(
-            MANIPULATION_COLUMNS, manipulation_RP.to(statistics).unbind(1), strict=True
+    processors: dict[str, Any] = {}
+    for name in unet.attn_processors:
+        if name.endswith("attn1.processor"):
+            processors[name] = SelfAttentionProcessor()
+            continue
+        attention = unet.get_submodule(name.removesuffix(".processor"))
+        part = name.split("_", 1)[0].split(".", 1)[0]
+        processor = DecoupledAttentionProcessor(
+            part, attention.to_q.out_features, unet.config.cross_attention_dim, orthogonal
         )
-    }
-    scaled = q_BHND / q_BHND.shape[-1] ** 0.5
-    a_BHNT = torch.softmax((scaled @ k_BHTD.transpose(-2, -1)).to(statistics), dim=-1)
-    a = a_BHNT.unflatten(0, (requests, -1))
-    v = v_BHTD.to(statistics).unflatten(0, (requests, -1))
-
-    scale_power = torch.minimum(row["scale"] * a.pow(row["power"]), row["upper_bound"])  # Eq. 7
-    is_softmask = row["kind"] == KINDS.index("softmask")
-    f = torch.where(row["kind"] == KINDS.index("scale_power"), scale_power, a)
-    if bool(is_softmask.any()):
-        f = torch.where(is_softmask, _softmask(a, row), f)
-    hidden = f @ v
-    if bool(is_softmask.any()):
-        matched = _match_statistics(hidden, a @ v, row["adain_weight"])
-        hidden = torch.where(is_softmask, matched, hidden)
-    scaled_by_lambda = hidden * ip_scale_R.to(statistics)[:, None, None, None, None]
-    return scaled_by_lambda.flatten(0, 1).to(q_BHND.dtype)
-
-
-def _heads(x: Tensor, heads: int) -> Tensor:
-    """[B, N, H·D] to [B, H, N, D]."""
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
-
-
-def _attend(q_BHND: Tensor, k_BHLD: Tensor, v_BHLD: Tensor, operator: Spelling) -> Tensor:
-    """softmax(Q Kᵀ / √D) V, [B,H,N,D].
-
-    The exporter would put √(1/√D) on Q and on K and turn K by way of three reshapes. Builders fuse
-    an attention that they recognise: scale on Q alone, product, softmax, product, in one type.
-    """
-    if not torch.onnx.is_in_onnx_export():
-        return functional.scaled_dot_product_attention(q_BHND, k_BHLD, v_BHLD)
-    if operator == "onnx":
-        return onnx_attention(q_BHND, k_BHLD, v_BHLD)
-    scaled = q_BHND * q_BHND.shape[-1] ** -0.5
-    return torch.softmax(scaled @ k_BHLD.transpose(-2, -1), dim=-1) @ v_BHLD
-
-
-class SelfAttentionProcessor:
-    """Plain attention over the picture; takes and ignores what the decoupled blocks need."""
-
-    attention_operator: Spelling = "spelled"
-
-    def __call__(
-        self,
-        attn: Model,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        temb: Tensor | None = None,
-        *,
-        image_tokens: Tensor | None = None,
-        ip_adapter_scale: Tensor | None = None,
-        attention_manipulation: Tensor | None = None,
-    ) -> Tensor:
-        """Attn(Q, K, V) of hidden_states [B,N,C] with itself, or with encoder_hidden_states."""
-        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-        q_BHND, k_BHLD, v_BHLD = (
-            _heads(projection(x), attn.heads)
-            for projection, x in (
-                (attn.to_q, hidden_states),
-                (attn.to_k, context),
-                (attn.to_v, context),
-            )
-        )
-        attended = _attend(q_BHND, k_BHLD, v_BHLD, self.attention_operator)
-        return attn.to_out[0](attended.transpose(1, 2).flatten(2))
+        processors[name] = processor.to(attention.to_q.weight.device, attention.to_q.weight.dtype)
+    unet.set_attn_processor(processors)
 
 
 class DecoupledAttentionProcessor(nn.Module):
@@ -236,21 +113,142 @@ class DecoupledAttentionProcessor(nn.Module):
         return attn.to_out[0]((text + image).transpose(1, 2).flatten(2))
 
 
-def attach_processors(unet: Model, orthogonal: Orthogonal = "off") -> None:
-    """Give every attention of a diffusers UNet the processors of this file.
+class SelfAttentionProcessor:
+    """Plain attention over the picture; takes and ignores what the decoupled blocks need."""
 
-    Cross-attentions (`attn2`) become decoupled ones with fresh `to_k_ip` and `to_v_ip`; the order
-    of `unet.attn_processors` is kept, since adapter files number their layers by it.
-    """
-    processors: dict[str, Any] = {}
-    for name in unet.attn_processors:
-        if name.endswith("attn1.processor"):
-            processors[name] = SelfAttentionProcessor()
-            continue
-        attention = unet.get_submodule(name.removesuffix(".processor"))
-        part = name.split("_", 1)[0].split(".", 1)[0]
-        processor = DecoupledAttentionProcessor(
-            part, attention.to_q.out_features, unet.config.cross_attention_dim, orthogonal
+    attention_operator: Spelling = "spelled"
+
+    def __call__(
+        self,
+        attn: Model,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+        *,
+        image_tokens: Tensor | None = None,
+        ip_adapter_scale: Tensor | None = None,
+        attention_manipulation: Tensor | None = None,
+    ) -> Tensor:
+        """Attn(Q, K, V) of hidden_states [B,N,C] with itself, or with encoder_hidden_states."""
+        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        q_BHND, k_BHLD, v_BHLD = (
+            _heads(projection(x), attn.heads)
+            for projection, x in (
+                (attn.to_q, hidden_states),
+                (attn.to_k, context),
+                (attn.to_v, context),
+            )
         )
-        processors[name] = processor.to(attention.to_q.weight.device, attention.to_q.weight.dtype)
-    unet.set_attn_processor(processors)
+        attended = _attend(q_BHND, k_BHLD, v_BHLD, self.attention_operator)
+        return attn.to_out[0](attended.transpose(1, 2).flatten(2))
+
+
+def _attend(q_BHND: Tensor, k_BHLD: Tensor, v_BHLD: Tensor, operator: Spelling) -> Tensor:
+    """softmax(Q Kᵀ / √D) V, [B,H,N,D].
+
+    The exporter would put √(1/√D) on Q and on K and turn K by way of three reshapes. Builders fuse
+    an attention that they recognise: scale on Q alone, product, softmax, product, in one type.
+    """
+    if not torch.onnx.is_in_onnx_export():
+        return functional.scaled_dot_product_attention(q_BHND, k_BHLD, v_BHLD)
+    if operator == "onnx":
+        return onnx_attention(q_BHND, k_BHLD, v_BHLD)
+    scaled = q_BHND * q_BHND.shape[-1] ** -0.5
+    return torch.softmax(scaled @ k_BHLD.transpose(-2, -1), dim=-1) @ v_BHLD
+
+
+def _heads(x: Tensor, heads: int) -> Tensor:
+    """[B, N, H·D] to [B, H, N, D]."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def decoupled_attention(
+    q_BHND: Tensor, k_BHTD: Tensor, v_BHTD: Tensor, manipulation_RP: Tensor, ip_scale_R: Tensor
+) -> Tensor:
+    """λ · f(A) V' of Eq. 6, the eager meaning of `functions.DecoupledAttention`.
+
+    Returns [B,H,N,D] in the dtype of q. Any floating dtype works; float64 gives the reference that
+    tests compare backends with.
+    """
+    requests = manipulation_RP.shape[0]
+    statistics = torch.promote_types(q_BHND.dtype, torch.float32)
+    row = {
+        name: column[:, None, None, None, None]
+        for name, column in zip(
+            MANIPULATION_COLUMNS, manipulation_RP.to(statistics).unbind(1), strict=True
+        )
+    }
+    scaled = q_BHND / q_BHND.shape[-1] ** 0.5
+    a_BHNT = torch.softmax((scaled @ k_BHTD.transpose(-2, -1)).to(statistics), dim=-1)
+    a = a_BHNT.unflatten(0, (requests, -1))
+    v = v_BHTD.to(statistics).unflatten(0, (requests, -1))
+
+    scale_power = torch.minimum(row["scale"] * a.pow(row["power"]), row["upper_bound"])  # Eq. 7
+    is_softmask = row["kind"] == KINDS.index("softmask")
+    f = torch.where(row["kind"] == KINDS.index("scale_power"), scale_power, a)
+    if bool(is_softmask.any()):
+        f = torch.where(is_softmask, _softmask(a, row), f)
+    hidden = f @ v
+    if bool(is_softmask.any()):
+        matched = _match_statistics(hidden, a @ v, row["adain_weight"])
+        hidden = torch.where(is_softmask, matched, hidden)
+    scaled_by_lambda = hidden * ip_scale_R.to(statistics)[:, None, None, None, None]
+    return scaled_by_lambda.flatten(0, 1).to(q_BHND.dtype)
+
+
+def _softmask(a_RGHNT: Tensor, row: Row) -> Tensor:
+    """AM2, Eq. 8 to 10 with appendix E; see `functions.Softmask`."""
+    tokens = torch.arange(a_RGHNT.shape[-1], device=a_RGHNT.device)
+    inverted = (tokens == 0) & (row["invert_first_token"] > 0.5)
+    entering = torch.where(inverted, 1 - a_RGHNT, a_RGHNT)
+    quantile = _quantile(entering, row["quantile"].flatten()).clamp_min(1e-6)
+    shifted = row["sharpness"] * (_normalize(entering) - quantile)
+    mask = torch.minimum(row["scale"] * _normalize(torch.sigmoid(shifted)), row["upper_bound"])
+    leaving = torch.where(inverted, mask.amax(3, keepdim=True) - mask, mask)
+    return _match_statistics(leaving, a_RGHNT, row["adain_weight"])
+
+
+def _quantile(x_RGHNT: Tensor, level_R: Tensor) -> Tensor:
+    """torch.quantile over N at one level per request, [R,G,H,1,T]."""
+    per_request = [
+        torch.quantile(x, level, dim=2, keepdim=True)
+        for x, level in zip(x_RGHNT, level_R, strict=True)
+    ]
+    return torch.stack(per_request)
+
+
+def _match_statistics(x: Tensor, reference: Tensor, weight: Tensor) -> Tensor:
+    """w x + (1 − w) AdaIN(x, reference) of Eq. 10 over the last axis, unbiased std."""
+    gain = reference.std(-1, keepdim=True) / (x.std(-1, keepdim=True) + 1e-6)
+    blended = (x - x.mean(-1, keepdim=True)) * gain + reference.mean(-1, keepdim=True)
+    return weight * x + (1 - weight) * blended
+
+
+def _normalize(x_RGHNT: Tensor) -> Tensor:
+    """norm(X) of Eq. 8, per request and token, 0 where X is flat."""
+    minimum = x_RGHNT.amin((1, 2, 3), keepdim=True)
+    extent = x_RGHNT.amax((1, 2, 3), keepdim=True) - minimum
+    return (x_RGHNT - minimum) / extent.clamp_min(1e-12)
+
+
+def orthogonalize(
+    image_BHND: Tensor, text_BHND: Tensor, q_BHND: Tensor, k_BHTD: Tensor, variant: Orthogonal
+) -> Tensor:
+    """What is added to the text attention, [B,H,N,D] in the dtype of `image_BHND`.
+
+    Where the text attention is zero (an empty prompt whose embedding is zeros) nothing is along it.
+    """
+    if variant == "off":
+        return image_BHND
+    dtype = torch.promote_types(image_BHND.dtype, torch.float32)
+    image, text = image_BHND.to(dtype), text_BHND.to(dtype)
+    along = (text * image).sum(-2, keepdim=True)
+    length = (text * text).sum(-2, keepdim=True).clamp_min(1e-30)
+    projection = along / length * text
+    if variant == "v1":
+        return (image - projection).to(image_BHND.dtype)
+    logits = (q_BHND @ k_BHTD.transpose(-2, -1)).to(dtype)
+    shares_BHNT = torch.softmax(logits, dim=-1)
+    of_face_B1N1 = shares_BHNT[..., :FACE_TOKENS].sum(-1, keepdim=True).mean(1, keepdim=True)
+    return (image + (of_face_B1N1 - 1) * projection).to(image_BHND.dtype)

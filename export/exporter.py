@@ -5,7 +5,6 @@ not the sum. The folder appears under its name only when everything in it is com
 """
 
 import gc
-import resource
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -34,6 +33,7 @@ from fastface_trt.export.probe import write_probe
 from fastface_trt.export.quantization.modules import quantize_unet, quantize_vae
 from fastface_trt.export.quantization.ranges import calibration_twin, modelopt_version
 from fastface_trt.export.weights import CheckpointWeights, RandomWeights, Weights
+from fastface_trt.measure.memory import GB, peak_bytes
 
 _PACKAGES = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "fastface-trt")
 _TOKENIZERS = ("tokenizer", "tokenizer_2")
@@ -84,11 +84,6 @@ def run_export(options: ExportOptions, out: Path, progress: Progress) -> ExportM
     return manifest
 
 
-def peak_gb() -> float:
-    """Peak resident memory of this process so far, in GB (2³⁰ bytes)."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
 def _write(
     name: str,
     make: Callable[[], ModuleExport],
@@ -113,7 +108,7 @@ def _write(
     gc.collect()  # modules and their graphs hold each other in cycles
     size = sum(f.bytes for f in spec.files) / 2**20
     seconds = perf_counter() - started
-    progress(f"{name}: {size:.1f} MB in {seconds:.0f} s, peak memory {peak_gb():.1f} GB")
+    progress(f"{name}: {size:.1f} MB in {seconds:.0f} s, peak memory {peak_bytes() / GB:.1f} GB")
     return spec
 
 

@@ -15,9 +15,9 @@ from torch import nn
 from fastface_trt.engines.manifest import AdapterKind, Orthogonal
 from fastface_trt.export.adapters import FaceIdProjection, FaceProjection, IDFormer
 from fastface_trt.export.attention import attach_processors
-from fastface_trt.export.byte_tokenizer import VOCABULARY
 from fastface_trt.export.face_modules import EvaVisionTower
 from fastface_trt.export.precision import Model
+from fastface_trt.runtime.tokenizer import VOCABULARY
 
 WEIGHT_STD = 0.02
 

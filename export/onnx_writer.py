@@ -1,7 +1,10 @@
 """Write one module as ONNX: trace it, attach the function bodies, choose how weights are stored.
 
-The PyTorch module that an exported node came from, kept as one short note per node.
+Every node keeps the name of the PyTorch module that it came from, and no more of what the exporter
+noted.
 """
+
+from __future__ import annotations
 
 import ast
 import logging
@@ -26,26 +29,7 @@ from fastface_trt.export.quantization.graph import quantize_graph
 _TORCH_SCOPES = "pkg.torch.onnx.name_scopes"
 """Where PyTorch's exporter lists the names of the modules around a node, outermost first."""
 
-
-def keep_only_modules(model: ir.Model) -> None:
-    """Replace the exporter's metadata by the name of the innermost PyTorch module of each node.
-
-    Its stack traces hold paths of the machine that exported, and its lists of scopes are a fortieth
-    of a small model. Builders quote the name in errors; quantisation finds layers by it.
-    """
-    for node in model.graph.all_nodes():
-        scopes = node.metadata_props.get(_TORCH_SCOPES)
-        node.metadata_props.clear()
-        # From the whole model ("") inwards; the last entry is the node itself.
-        module = str(ast.literal_eval(scopes)[-2]) if scopes else ""
-        if module and not module.startswith("_"):  # the exporter's own word for "no module"
-            node.metadata_props[MODULE_KEY] = module
-    for value in model.graph.initializers.values():
-        value.metadata_props.clear()
-
-
 MODEL_FILE = "model.onnx"
-
 EXTERNAL_DATA_BYTES = 512 * 2**20
 """Weights beyond this go into a file beside the graph; protobuf itself ends at 2 GiB."""
 
@@ -62,80 +46,6 @@ _DTYPES: dict[ir.DataType, DType] = {
     ir.DataType.INT64: "int64",
     ir.DataType.UINT8: "uint8",
 }
-
-
-def _dynamic_shapes(export: ModuleExport) -> dict[str, dict[int, Any]]:
-    """Torch's description of the dynamic sizes of every input, one Dim object per name."""
-    dims: dict[str, Any] = {}
-
-    def dim(name: str) -> Any:
-        multiple = export.multiples.get(name, 1)
-        if multiple == 1:
-            return dims.setdefault(name, torch.export.Dim(name, min=1))
-        return multiple * dims.setdefault(name, torch.export.Dim(f"{name}_units", min=2))
-
-    return {
-        name: {
-            axis: dim(size)
-            for axis, size in enumerate(export.shapes[name])
-            if isinstance(size, str)
-        }
-        for name in export.inputs
-    }
-
-
-def _attach_functions(model: ir.Model) -> None:
-    """Put the function bodies into a model that holds `DecoupledAttention` nodes."""
-    if not any(n.op_type == FUNCTION_NAME for n in model.graph.all_nodes()):
-        return
-    (tokens,) = (value.shape[1] for value in model.graph.inputs if value.name == IMAGE_TOKENS)
-    for script in attention_functions(tokens):
-        function = ir.from_proto(script.to_function_proto())
-        # What the bodies use means the same in every opset from theirs to the model's.
-        function.opset_imports[""] = model.opset_imports[""]
-        model.functions[function.identifier()] = function
-    model.opset_imports[FUNCTION_DOMAIN] = 1
-
-
-def _store_as_fp16(model: ir.Model) -> None:
-    """Replace large float32 weights by float16 ones behind a Cast.
-
-    Halves the files; a builder folds the casts away, so engines compute in float32 as before.
-    """
-    nodes = []
-    for name, value in list(model.graph.initializers.items()):
-        tensor = value.const_value
-        if tensor is None or tensor.dtype != ir.DataType.FLOAT:
-            continue
-        if tensor.size < FP16_STORAGE_ELEMENTS:
-            continue
-        stored = ir.Value(
-            name=f"{name}.fp16",
-            shape=tensor.shape,
-            type=ir.TensorType(ir.DataType.FLOAT16),
-            const_value=ir.Tensor(tensor.numpy().astype(np.float16), name=f"{name}.fp16"),
-        )
-        cast = ir.node("Cast", [stored], {"to": ir.DataType.FLOAT}, num_outputs=1)
-        cast.outputs[0].shape, cast.outputs[0].type = tensor.shape, value.type
-        value.replace_all_uses_with(cast.outputs[0])
-        del model.graph.initializers[name]
-        cast.outputs[0].name = name
-        model.graph.initializers[stored.name] = stored
-        nodes.append(cast)
-    if nodes:
-        model.graph.insert_before(model.graph[0], nodes)
-
-
-def _name_dimensions(model: ir.Model, export: ModuleExport) -> None:
-    """Give the graph's inputs and outputs the shapes of the manifest, names included."""
-    for value in (*model.graph.inputs, *model.graph.outputs):
-        value.shape = ir.Shape(export.shapes[value.name])
-
-
-def _opset(module: nn.Module) -> int:
-    """The opset of the functions, or a later one that a bfloat16 module needs."""
-    is_bfloat16 = any(p.dtype == torch.bfloat16 for p in module.parameters())
-    return max(OPSET, BFLOAT16_OPSET) if is_bfloat16 else OPSET
 
 
 def write_module(export: ModuleExport, folder: Path, *, fp16_storage: bool = False) -> ModuleSpec:
@@ -187,3 +97,94 @@ def write_module(export: ModuleExport, folder: Path, *, fp16_storage: bool = Fal
         outputs=tuple(spec(v) for v in model.graph.outputs),
         files=tuple(describe_file(folder, path) for path in paths),
     )
+
+
+def _dynamic_shapes(export: ModuleExport) -> dict[str, dict[int, Any]]:
+    """Torch's description of the dynamic sizes of every input, one Dim object per name."""
+    dims: dict[str, Any] = {}
+
+    def dim(name: str) -> Any:
+        multiple = export.multiples.get(name, 1)
+        if multiple == 1:
+            return dims.setdefault(name, torch.export.Dim(name, min=1))
+        return multiple * dims.setdefault(name, torch.export.Dim(f"{name}_units", min=2))
+
+    return {
+        name: {
+            axis: dim(size)
+            for axis, size in enumerate(export.shapes[name])
+            if isinstance(size, str)
+        }
+        for name in export.inputs
+    }
+
+
+def _attach_functions(model: ir.Model) -> None:
+    """Put the function bodies into a model that holds `DecoupledAttention` nodes."""
+    if not any(n.op_type == FUNCTION_NAME for n in model.graph.all_nodes()):
+        return
+    (tokens,) = (value.shape[1] for value in model.graph.inputs if value.name == IMAGE_TOKENS)
+    for script in attention_functions(tokens):
+        function = ir.from_proto(script.to_function_proto())
+        # What the bodies use means the same in every opset from theirs to the model's.
+        function.opset_imports[""] = model.opset_imports[""]
+        model.functions[function.identifier()] = function
+    model.opset_imports[FUNCTION_DOMAIN] = 1
+
+
+def keep_only_modules(model: ir.Model) -> None:
+    """Replace the exporter's metadata by the name of the innermost PyTorch module of each node.
+
+    Its stack traces hold paths of the machine that exported, and its lists of scopes are a fortieth
+    of a small model. Builders quote the name in errors; quantisation finds layers by it.
+    """
+    for node in model.graph.all_nodes():
+        scopes = node.metadata_props.get(_TORCH_SCOPES)
+        node.metadata_props.clear()
+        # From the whole model ("") inwards; the last entry is the node itself.
+        module = str(ast.literal_eval(scopes)[-2]) if scopes else ""
+        if module and not module.startswith("_"):  # the exporter's own word for "no module"
+            node.metadata_props[MODULE_KEY] = module
+    for value in model.graph.initializers.values():
+        value.metadata_props.clear()
+
+
+def _store_as_fp16(model: ir.Model) -> None:
+    """Replace large float32 weights by float16 ones behind a Cast.
+
+    Halves the files; a builder folds the casts away, so engines compute in float32 as before.
+    """
+    nodes = []
+    for name, value in list(model.graph.initializers.items()):
+        tensor = value.const_value
+        if tensor is None or tensor.dtype != ir.DataType.FLOAT:
+            continue
+        if tensor.size < FP16_STORAGE_ELEMENTS:
+            continue
+        stored = ir.Value(
+            name=f"{name}.fp16",
+            shape=tensor.shape,
+            type=ir.TensorType(ir.DataType.FLOAT16),
+            const_value=ir.Tensor(tensor.numpy().astype(np.float16), name=f"{name}.fp16"),
+        )
+        cast = ir.node("Cast", [stored], {"to": ir.DataType.FLOAT}, num_outputs=1)
+        cast.outputs[0].shape, cast.outputs[0].type = tensor.shape, value.type
+        value.replace_all_uses_with(cast.outputs[0])
+        del model.graph.initializers[name]
+        cast.outputs[0].name = name
+        model.graph.initializers[stored.name] = stored
+        nodes.append(cast)
+    if nodes:
+        model.graph.insert_before(model.graph[0], nodes)
+
+
+def _name_dimensions(model: ir.Model, export: ModuleExport) -> None:
+    """Give the graph's inputs and outputs the shapes of the manifest, names included."""
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        value.shape = ir.Shape(export.shapes[value.name])
+
+
+def _opset(module: nn.Module) -> int:
+    """The opset of the functions, or a later one that a bfloat16 module needs."""
+    is_bfloat16 = any(p.dtype == torch.bfloat16 for p in module.parameters())
+    return max(OPSET, BFLOAT16_OPSET) if is_bfloat16 else OPSET

@@ -1,11 +1,8 @@
 """The PyTorch oracle: the UNet in eager PyTorch behind the same call as an engine.
 
 It runs the eager arithmetic of `attention` with torch's own quantile, so it is a reference for
-engines of any backend, in float32 or float64.
-
-One UNet exported once, with the guidance step that runs beside it on a GPU.
-
-The replay tool's store of ONNX files, keyed by what they came from.
+engines of any backend, in float32 or float64. For engines to compare, `export_unet_once` keeps one
+ONNX file per UNet, with the guidance step that runs beside it on a GPU, keyed by what it came from.
 """
 
 import hashlib

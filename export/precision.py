@@ -9,8 +9,6 @@
 
 Latents are float32 everywhere because a scheduler adds small steps to them. Features have the type
 that the module which takes them computes in, so that a tensor goes from engine to engine as it is.
-
-The type of models that come from diffusers and transformers.
 """
 
 from typing import Any, Literal, TypeAlias, get_args
@@ -21,12 +19,9 @@ from torch import Tensor, nn
 
 Precision = Literal["fp32", "fp16", "bf16", "fp8", "int8"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
-
 QuantizedFormat = Literal["fp8", "int8"]
 QUANTIZED_FORMATS: tuple[QuantizedFormat, ...] = get_args(QuantizedFormat)
-
 StoredType = Literal["fp32", "fp16", "bf16"]
-
 _STORED: dict[Precision, StoredType] = {
     "fp32": "fp32",
     "fp16": "fp16",
@@ -39,6 +34,9 @@ _DTYPES: dict[StoredType, torch.dtype] = {
     "fp16": torch.float16,
     "bf16": torch.bfloat16,
 }
+Model: TypeAlias = Any
+"""A diffusers or transformers module. Their attributes are made at run time from a configuration,
+so a type checker knows none of them; naming the type says at least what is meant."""
 
 
 def stored_type(precision: Precision) -> StoredType:
@@ -79,8 +77,3 @@ def keep_group_norms_in_float32(module: nn.Module) -> None:
             wide = Float32GroupNorm(norm.num_groups, norm.num_channels, norm.eps, device="meta")
             wide.weight, wide.bias = norm.weight, norm.bias
             setattr(owner, name, wide)
-
-
-Model: TypeAlias = Any
-"""A diffusers or transformers module. Their attributes are made at run time from a configuration,
-so a type checker knows none of them; naming the type says at least what is meant."""

@@ -3,8 +3,6 @@
 Loading is lazy because a full-size export would not fit otherwise: each component is loaded,
 exported and dropped before the next. The hub client's own settings (`HF_HOME`, `HF_HUB_OFFLINE`,
 tokens) apply.
-
-What the libraries print while they load, kept off the terminal of a command.
 """
 
 import hashlib

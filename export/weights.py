@@ -22,7 +22,6 @@ from fastface_trt.engines.manifest import AdapterKind, LoraFused, Orthogonal, So
 from fastface_trt.errors import InvalidRequest
 from fastface_trt.export import full_size
 from fastface_trt.export.adapters import attach_adapter, load_projection, read_adapter
-from fastface_trt.export.byte_tokenizer import PAD_TOKENS, write_byte_tokenizer
 from fastface_trt.export.face_modules import load_eva_tower
 from fastface_trt.export.options import ExportOptions
 from fastface_trt.export.precision import Model
@@ -35,6 +34,7 @@ from fastface_trt.export.sources import (
     locate,
 )
 from fastface_trt.mini.folders import FACE_MODEL
+from fastface_trt.runtime.tokenizer import PAD_TOKENS, write_byte_tokenizer
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)

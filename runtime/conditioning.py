@@ -1,9 +1,8 @@
 """What the UNet is told: text and image tokens of every branch of a request.
 
-Shape legend: L = 77 text positions, C text width of the UNet, P pooled width, T image tokens,
-K CLIP width, S CLIP positions.
+Prompts and faces repeat and encoders cost, so what was encoded is kept for the next request.
 
-Keeping what is asked for again: prompts and faces repeat, and detectors and encoders cost.
+Shape legend: L = 77 text positions, C text width of the UNet, P pooled width, T image tokens.
 """
 
 from collections import OrderedDict
@@ -18,43 +17,13 @@ from numpy.typing import NDArray
 from fastface_trt.engines.contract import IMAGE_TOKENS
 from fastface_trt.engines.device import Tensor, dtype_name
 from fastface_trt.errors import InvalidRequest
+from fastface_trt.runtime.export_folder import ModuleSet
 from fastface_trt.runtime.face import ChannelOrder, Face, FaceParser, clip_pixels, portrait_pixels
 from fastface_trt.runtime.guidance import FACE, TEXT, TEXT_AND_FACE, UNCONDITIONAL
-from fastface_trt.runtime.modules import ModuleSet
 from fastface_trt.runtime.request import GenerationRequest
 from fastface_trt.runtime.sampling import Condition
 from fastface_trt.runtime.timeline import NO_TIMELINE, Timeline
 from fastface_trt.runtime.tokenizer import ClipTokenizer
-
-Value = TypeVar("Value")
-
-
-class Recent(Generic[Value]):
-    """At most `size` values by key, the most recently used ones; threads may share it."""
-
-    def __init__(self, size: int) -> None:
-        self._size = size
-        self._values: OrderedDict[Hashable, Value] = OrderedDict()
-        self._lock = Lock()
-
-    def get(self, key: Hashable) -> Value | None:
-        """The value of `key`, None when it is not here or was pushed out."""
-        with self._lock:
-            if key in self._values:
-                self._values.move_to_end(key)
-            return self._values.get(key)
-
-    def put(self, key: Hashable, value: Value) -> None:
-        """Keep a value; the one that was not used for longest makes room."""
-        with self._lock:
-            self._values[key] = value
-            while len(self._values) > self._size:
-                self._values.popitem(last=False)
-
-    def clear(self) -> None:
-        """Let go of everything."""
-        with self._lock:
-            self._values.clear()
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,12 +35,6 @@ class TextEmbedding:
     cut: str = ""
 
 
-def _identity(face: Face) -> tuple[Hashable, ...]:
-    """What tells one face from another, for every adapter."""
-    portrait = None if face.portrait_bgr is None else face.portrait_bgr.tobytes()
-    return face.embedding.tobytes(), face.embedding_norm, face.crop_bgr.tobytes(), portrait
-
-
 class Conditioner:
     """Encodes prompts and faces with an export's engines; what it returns stays on their device.
 
@@ -81,14 +44,30 @@ class Conditioner:
 
     def __init__(self, modules: ModuleSet) -> None:
         self._modules = modules
+        export = modules.export
         self._tokenizers = [
-            ClipTokenizer.from_folder(modules.folder / name)
-            for name in ("tokenizer", "tokenizer_2")
+            ClipTokenizer.from_folder(export.folder / name) for name in ("tokenizer", "tokenizer_2")
         ]
-        parser = modules.manifest.face_parser
-        self._parser = FaceParser(modules.folder / parser) if parser else None
+        self._parser = FaceParser(export.face_parser) if export.face_parser else None
         self._texts: Recent[TextEmbedding] = Recent(256)
         self._tokens: Recent[Tensor] = Recent(64)
+
+    def conditions(
+        self,
+        request: GenerationRequest,
+        face_tokens: Tensor,
+        timeline: Timeline = NO_TIMELINE,
+    ) -> Mapping[str, Condition]:
+        """Text and image tokens of the four branches u, t, i and ti of a request."""
+        text = self.text(request.prompt, timeline)
+        nothing = self.negative_text(request.negative_prompt, text, timeline)
+        no_face = self.image_tokens(None, timeline=timeline)
+        return {
+            UNCONDITIONAL: Condition(nothing.text, nothing.pooled, no_face),
+            TEXT: Condition(text.text, text.pooled, no_face),
+            FACE: Condition(nothing.text, nothing.pooled, face_tokens),
+            TEXT_AND_FACE: Condition(text.text, text.pooled, face_tokens),
+        }
 
     def text(self, prompt: str, timeline: Timeline = NO_TIMELINE) -> TextEmbedding:
         """Both encoders' penultimate hidden states side by side, and the second's pooled output."""
@@ -155,6 +134,11 @@ class Conditioner:
         self._tokens.put(key, tokens)
         return tokens
 
+    def forget(self) -> None:
+        """Drop every encoding that is kept; before the device is closed."""
+        self._texts.clear()
+        self._tokens.clear()
+
     def _no_face(self, timeline: Timeline) -> Mapping[str, Tensor]:
         """Inputs of the projection in the branches that know no face."""
         manifest = self._modules.manifest
@@ -212,24 +196,39 @@ class Conditioner:
         with timeline.span("image_encoder", self._modules.device):
             return encoder(pixel_values=pixels)
 
-    def conditions(
-        self,
-        request: GenerationRequest,
-        face_tokens: Tensor,
-        timeline: Timeline = NO_TIMELINE,
-    ) -> Mapping[str, Condition]:
-        """Text and image tokens of the four branches u, t, i and ti of a request."""
-        text = self.text(request.prompt, timeline)
-        nothing = self.negative_text(request.negative_prompt, text, timeline)
-        no_face = self.image_tokens(None, timeline=timeline)
-        return {
-            UNCONDITIONAL: Condition(nothing.text, nothing.pooled, no_face),
-            TEXT: Condition(text.text, text.pooled, no_face),
-            FACE: Condition(nothing.text, nothing.pooled, face_tokens),
-            TEXT_AND_FACE: Condition(text.text, text.pooled, face_tokens),
-        }
 
-    def forget(self) -> None:
-        """Drop every encoding that is kept; before the device is closed."""
-        self._texts.clear()
-        self._tokens.clear()
+def _identity(face: Face) -> tuple[Hashable, ...]:
+    """What tells one face from another, for every adapter."""
+    portrait = None if face.portrait_bgr is None else face.portrait_bgr.tobytes()
+    return face.embedding.tobytes(), face.embedding_norm, face.crop_bgr.tobytes(), portrait
+
+
+Value = TypeVar("Value")
+
+
+class Recent(Generic[Value]):
+    """At most `size` values by key, the most recently used ones; threads may share it."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._values: OrderedDict[Hashable, Value] = OrderedDict()
+        self._lock = Lock()
+
+    def get(self, key: Hashable) -> Value | None:
+        """The value of `key`, None when it is not here or was pushed out."""
+        with self._lock:
+            if key in self._values:
+                self._values.move_to_end(key)
+            return self._values.get(key)
+
+    def put(self, key: Hashable, value: Value) -> None:
+        """Keep a value; the one that was not used for longest makes room."""
+        with self._lock:
+            self._values[key] = value
+            while len(self._values) > self._size:
+                self._values.popitem(last=False)
+
+    def clear(self) -> None:
+        """Let go of everything."""
+        with self._lock:
+            self._values.clear()

@@ -1,18 +1,79 @@
-"""Which export is meant, and with whose schedule it runs."""
+"""An export: which folder is meant, what its manifest says, and its modules opened as engines."""
 
 import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 
 from fastface_trt.checkpoints import find_checkpoint
-from fastface_trt.engines.manifest import ExportManifest
+from fastface_trt.engines.cache import EngineCache
+from fastface_trt.engines.device import Device
+from fastface_trt.engines.engine import Closing, Engine, EngineBuilder, Progress
+from fastface_trt.engines.files import verify_files
+from fastface_trt.engines.manifest import (
+    EXPORT_MANIFEST,
+    EngineManifest,
+    ExportManifest,
+    ModuleSpec,
+    read_manifest,
+)
+from fastface_trt.errors import ExportIncomplete, UnknownName
 from fastface_trt.mini import folders
+from fastface_trt.runtime.schedule import Schedule, make_schedule
+
+
+@dataclass(frozen=True, slots=True)
+class Export:
+    """A folder of ONNX modules, and what its manifest says of them."""
+
+    folder: Path
+    manifest: ExportManifest
+
+    @classmethod
+    def open(
+        cls, export: str | os.PathLike[str] = "mini", *, schedule_of: str | None = None
+    ) -> "Export":
+        """The export that is meant by `find_export`; only its manifest is read.
+
+        `schedule_of` names a checkpoint of the registry whose sampler and steps stand in for the
+        export's own. Raises `ExportIncomplete`, `ManifestError`, `UnknownName`.
+        """
+        folder = find_export(export)
+        manifest = read_manifest(folder / EXPORT_MANIFEST, ExportManifest)
+        if schedule_of is not None:
+            manifest = with_schedule_of(manifest, schedule_of)
+        return cls(folder, manifest)
+
+    @property
+    def face_model(self) -> Path | str:
+        """Detector and recogniser: a folder of the export, or the name of an InsightFace pack."""
+        local = self.folder / self.manifest.face_model
+        return local if local.is_dir() else self.manifest.face_model
+
+    @property
+    def face_parser(self) -> Path | None:
+        """The ONNX file that finds the background around a face for PuLID."""
+        parser = self.manifest.face_parser
+        return None if parser is None else self.folder / parser
+
+    def module(self, name: str) -> ModuleSpec:
+        """The module `name`; raise `UnknownName` where the export has no such one."""
+        if name not in self.manifest.modules:
+            raise UnknownName("module", name, self.manifest.modules)
+        return self.manifest.modules[name]
+
+    def schedule(self, steps: int) -> Schedule:
+        """The scheduler's arithmetic for so many steps."""
+        return make_schedule(self.manifest.scheduler, steps)
 
 
 def find_export(export: str | os.PathLike[str]) -> Path:
-    """The folder of an export; the name `mini` means the one that ships with the package."""
-    if str(export) == "mini" and not Path("mini").is_dir():
-        return folders.EXPORT
-    return Path(export)
+    """The folder of an export; the string `mini` means the one that ships with the package.
+
+    A folder of that name in the working directory is `./mini`, or a `Path`.
+    """
+    return folders.EXPORT if export == "mini" else Path(export)
 
 
 def with_schedule_of(manifest: ExportManifest, checkpoint: str) -> ExportManifest:
@@ -28,3 +89,83 @@ def with_schedule_of(manifest: ExportManifest, checkpoint: str) -> ExportManifes
             "allowed_steps": entry.allowed_steps,
         }
     )
+
+
+class ModuleSet(Closing, Mapping[str, Engine]):
+    """An export's engines by module name, opened at first use and closed together.
+
+    They are taken from the cache, and built where they are missing; with `build=False` a missing
+    engine is an error instead. The small files beside the modules are checked at once, a module's
+    own files when it has to be built.
+    """
+
+    def __init__(
+        self,
+        export: Export,
+        builder: EngineBuilder,
+        cache: EngineCache,
+        progress: Progress = lambda line: None,
+        *,
+        build: bool = True,
+    ) -> None:
+        verify_files(export.folder, export.manifest.extra_files, ExportIncomplete)
+        self.export = export
+        self.builder = builder
+        self._cache = cache
+        self._progress = progress
+        self._build = build
+        self._open: dict[str, Engine] = {}
+        self._device: Device | None = None
+        self._lock = Lock()
+
+    @property
+    def manifest(self) -> ExportManifest:
+        """The manifest of the export."""
+        return self.export.manifest
+
+    @property
+    def device(self) -> Device:
+        """Where the tensors of all these engines live; closed with them."""
+        with self._lock:
+            self._device = self._device or self.builder.device()
+            return self._device
+
+    def __getitem__(self, name: str) -> Engine:
+        """The engine of module `name`; raise `ExportIncomplete` when the export lacks it."""
+        with self._lock:
+            if name not in self._open:
+                spec = self.manifest.modules.get(name)
+                if spec is None:
+                    raise ExportIncomplete(
+                        f"{self.export.folder} has no module {name}, "
+                        f"which {self.builder.backend} needs.",
+                        "It comes from an earlier version: export the model again.",
+                    )
+                self._open[name] = self._cache.open(
+                    spec, self.export.folder, self.builder, self._progress, build=self._build
+                )
+            return self._open[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.manifest.modules)
+
+    def __len__(self) -> int:
+        return len(self.manifest.modules)
+
+    def engine_manifests(self) -> dict[str, EngineManifest]:
+        """Manifests of the engines that the cache has for these modules, by module name."""
+        found = {
+            name: self._cache.find(spec, self.builder)
+            for name, spec in self.manifest.modules.items()
+        }
+        return {name: manifest for name, manifest in found.items() if manifest is not None}
+
+    def close(self) -> None:
+        """Close every engine that was opened, then their device."""
+        with self._lock:
+            for engine in self._open.values():
+                engine.close()
+            self._open.clear()
+            if self._device is not None:
+                self._device.close()
+                self._device = None

@@ -1,7 +1,4 @@
-"""`FastFace`: an export opened on a backend, ready to turn faces and prompts into pictures.
-
-What a generation returns: pictures, the requests that made them, and the numbers.
-"""
+"""`FastFace`: an export opened on a backend, ready to turn faces and prompts into pictures."""
 
 import hashlib
 import os
@@ -17,24 +14,24 @@ from PIL import Image
 from fastface_trt import __version__
 from fastface_trt.engines.backends import make_builder
 from fastface_trt.engines.cache import EngineCache
-from fastface_trt.engines.device import Device, Tensor
+from fastface_trt.engines.device import Device, HostDevice
 from fastface_trt.engines.engine import Closing, Progress
-from fastface_trt.engines.manifest import (
-    EXPORT_MANIFEST,
-    EngineManifest,
-    ExportManifest,
-    read_manifest,
-)
+from fastface_trt.engines.manifest import EngineManifest, ExportManifest
 from fastface_trt.errors import InvalidRequest
 from fastface_trt.runtime.conditioning import Recent
-from fastface_trt.runtime.export_folder import find_export, with_schedule_of
+from fastface_trt.runtime.export_folder import Export, ModuleSet
 from fastface_trt.runtime.face import ChannelOrder, Face, FaceAnalyzer
 from fastface_trt.runtime.images import PictureSource, load_picture
-from fastface_trt.runtime.modules import ModuleSet
 from fastface_trt.runtime.request import GenerationRequest, request_for
 from fastface_trt.runtime.sampling import OnStep, denoise
 from fastface_trt.runtime.stages import Stages
 from fastface_trt.runtime.timeline import NO_TIMELINE, Timeline
+
+FaceInput: TypeAlias = PictureSource | Face
+"""A picture with a face (path, bytes, PIL, RGB array), or a face that was analysed before."""
+
+OnPicture: TypeAlias = Callable[[int, Image.Image, Mapping[str, Any]], None]
+"""Is given the index of a request, its picture (RGB) and what `write_picture` stores in it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,10 +39,10 @@ class GenerationResult:
     """Pictures of one call, in the order of the requests.
 
     images: PIL RGB pictures. requests: what made each. parameters: per picture what `write_picture`
-    stores. seconds: wall-clock time per stage (`face`, `text` with the noise, `unet`, `vae`,
-    `total`).
-    unet_samples: rows evaluated in all; branches: per picture and step the branches that ran.
-    warnings: what was changed or cut, in sentences.
+    stores. seconds: wall-clock time per stage (`face`, `text` with the noise, `unet`, `vae`) and
+    their `total`, without what it took to build and open models. unet_samples: rows evaluated in
+    all; branches: per picture and step the branches that ran. warnings: what was changed or cut, in
+    sentences.
     """
 
     images: list[Image.Image]
@@ -55,13 +52,6 @@ class GenerationResult:
     unet_samples: int
     branches: list[list[tuple[str, ...]]]
     warnings: list[str] = field(default_factory=list)
-
-
-FaceInput: TypeAlias = PictureSource | Face
-"""A picture with a face (path, bytes, PIL, RGB array), or a face that was analysed before."""
-
-OnPicture: TypeAlias = Callable[[int, Image.Image, Mapping[str, Any]], None]
-"""Is given the index of a request, its picture (RGB) and what `write_picture` stores in it."""
 
 
 class FastFace(Closing):
@@ -91,49 +81,35 @@ class FastFace(Closing):
         progress: Progress | None = None,
         schedule_of: str | None = None,
     ) -> "FastFace":
-        """Open an export (a folder, or `mini`) on a backend, building the engines it lacks.
+        """Open an export (see `find_export`) on a backend, building the engines it lacks.
 
         `cache` is the engine cache's folder, `threads` the CPU threads per module (default: all
-        cores). `engine_options` are the backend's own (see `builders.make_builder`); without any an
+        cores). `engine_options` are the backend's own (see `backends.make_builder`); without any an
         engine that was built with others serves too. With `build=False` a missing engine is an
         `EngineMismatch` instead of minutes of building. `licence_acknowledged` confirms the licence
         of downloaded face models. `schedule_of` names a checkpoint of the registry whose sampler
         and steps are used instead of the export's own. Raises `ExportIncomplete`, `ManifestError`,
         `BackendUnavailable`, `BuildFailed`, `UnknownName`.
         """
-        folder = find_export(export)
+        opened = Export.open(export, schedule_of=schedule_of)
         store = EngineCache(None if cache is None else Path(cache))
-        manifest = read_manifest(folder / EXPORT_MANIFEST, ExportManifest)
-        if schedule_of is not None:
-            manifest = with_schedule_of(manifest, schedule_of)
         builder = make_builder(
-            manifest,
-            backend,
-            threads=threads,
-            options=engine_options,
-            cache=store,
+            opened.manifest, backend, threads=threads, options=engine_options, cache=store
         )
-        modules = ModuleSet(
-            folder,
-            builder,
-            store,
-            progress or (lambda line: None),
-            build=build,
-            manifest=manifest,
+        modules = ModuleSet(opened, builder, store, progress or (lambda line: None), build=build)
+        return cls(
+            modules, FaceAnalyzer.of_export(opened, licence_acknowledged=licence_acknowledged)
         )
-        name = modules.manifest.face_model
-        local = modules.folder / name
-        faces = FaceAnalyzer(
-            local if local.is_dir() else name,
-            licence_acknowledged=licence_acknowledged,
-            portraits=modules.manifest.adapter_kind == "pulid",
-        )
-        return cls(modules, faces)
 
     @property
     def manifest(self) -> ExportManifest:
         """The manifest of the export."""
         return self._modules.manifest
+
+    @property
+    def device(self) -> Device:
+        """Where the tensors of the engines live."""
+        return self._modules.device
 
     def warm_up(self) -> None:
         """Build and open all engines now, so that the first picture does not wait for them."""
@@ -171,6 +147,7 @@ class FastFace(Closing):
         *,
         preset: str = "plain",
         num_images_per_prompt: int = 1,
+        steps: int | None = None,
         num_inference_steps: int | None = None,
         face_index: int | None = None,
         channel_order: ChannelOrder = "bgr",
@@ -183,7 +160,9 @@ class FastFace(Closing):
 
         `prompt` and `face` are single or lists of equal length. `preset` is one of
         `presets.PRESETS`; `fields` are further fields of `GenerationRequest` (seed, height, width,
-        negative_prompt, ip_adapter_scale, alpha, beta, rescale, manipulation, …) and override it.
+        negative_prompt, ip_adapter_scale, alpha, beta, guidance_rescale, manipulation, …) as
+        `request.parse_request` reads them, and override it. `num_inference_steps` is diffusers'
+        name of `steps`.
         Raises `InvalidRequest`, `UnknownName` and the errors of `analyze`.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
@@ -197,19 +176,17 @@ class FastFace(Closing):
                 f"{len(prompts)} prompts and {len(faces)} faces do not pair up.",
                 "Give equally many, or one of either.",
             )
-        if "steps" in fields:
-            raise InvalidRequest("A call takes num_inference_steps, not steps.", "Rename it.")
         if num_images_per_prompt < 1:
             raise InvalidRequest("num_images_per_prompt is below 1.", "Ask for at least one.")
+        fields["num_inference_steps"] = num_inference_steps
         requests = [
-            self.request(text, preset=preset, steps=num_inference_steps, picture=picture, **fields)
+            self.request(text, preset=preset, steps=steps, image_index=index, **fields)
             for text in prompts
-            for picture in range(num_images_per_prompt)
+            for index in range(num_images_per_prompt)
         ]
-        pictures = [one for one in faces for _ in range(num_images_per_prompt)]
         return self.generate(
             requests,
-            pictures,
+            [one for one in faces for _ in range(num_images_per_prompt)],
             face_index=face_index,
             channel_order=channel_order,
             max_rows=max_rows,
@@ -220,7 +197,7 @@ class FastFace(Closing):
     def request(
         self, prompt: str, *, preset: str = "plain", steps: int | None = None, **fields: Any
     ) -> GenerationRequest:
-        """A request with this export's size and steps, a preset's fields, and then `fields`."""
+        """A request with this export's size and steps; see `request.parse_request`."""
         return request_for(self.manifest, prompt, preset=preset, steps=steps, **fields)
 
     def generate(
@@ -243,56 +220,64 @@ class FastFace(Closing):
         meanwhile. `timeline` is told the stages of this call: see `runtime.timeline`.
         """
         requests = [request.for_adapter(self.manifest.adapter_kind) for request in requests]
+        for request in requests:
+            self.stages.check_size(request)
+        if not all(isinstance(face, Face) for face in faces):
+            self._faces.load()
         seconds: dict[str, float] = {}
-        with self._timed(seconds, "total"):
-            for request in requests:
-                self.stages.check_size(request)
-            with self._timed(seconds, "face"):
-                tokens = self._face_tokens(faces, face_index, channel_order, timeline)
-            with self._timed(seconds, "text"):
-                samples = [
-                    self.stages.sample(request, one, timeline)
-                    for request, one in zip(requests, tokens, strict=True)
-                ]
-            with self._timed(seconds, "unet"):
-                latents = denoise(
-                    self._modules["unet"],
-                    samples,
-                    guidance=self.stages.guidance,
-                    on_step=on_step,
-                    max_rows=max_rows,
-                    timeline=timeline,
-                )
-            parameters = [self.parameters(request) for request in requests]
-            images = []
-            with self._timed(seconds, "vae"):
-                for index, one in enumerate(latents):
-                    images.append(Image.fromarray(self.stages.decode(one, timeline)))
-                    if on_picture is not None:
-                        on_picture(index, images[-1], parameters[index])
+        with _timed(seconds, "face"):
+            found = self._analyze_each(faces, face_index, timeline)
+        self._open_engines()  # after the faces: who has none need not wait for a build
+        with _timed(seconds, "face", self.device):
+            tokens = {
+                key: self.stages.image_tokens(face, channel_order, timeline)
+                for key, face in found.items()
+            }
+        with _timed(seconds, "text", self.device):
+            samples = [
+                self.stages.sample(request, tokens[id(face)], timeline)
+                for request, face in zip(requests, faces, strict=True)
+            ]
+        with _timed(seconds, "unet", self.device):
+            latents = denoise(
+                self._modules["unet"],
+                samples,
+                guidance=self.stages.guidance,
+                on_step=on_step,
+                max_rows=max_rows,
+                timeline=timeline,
+            )
+        parameters = [self.parameters(request) for request in requests]
+        images = []
+        with _timed(seconds, "vae", self.device):
+            for index, one in enumerate(latents):
+                images.append(Image.fromarray(self.stages.decode(one, timeline)))
+                if on_picture is not None:
+                    on_picture(index, images[-1], parameters[index])
         return GenerationResult(
             images,
             requests,
             parameters,
-            seconds,
+            seconds | {"total": sum(seconds.values())},
             sum(request.unet_samples for request in requests),
             [[step.branches for step in sample.guidance_steps] for sample in samples],
             self.warnings(requests),
         )
 
-    def _face_tokens(
-        self,
-        faces: Sequence[FaceInput],
-        index: int | None,
-        order: ChannelOrder,
-        timeline: Timeline,
-    ) -> list[Tensor]:
-        analysed: dict[int, Tensor] = {}
-        for face in faces:  # the same object many times is one face
-            if id(face) not in analysed:
-                found = self.analyze(face, index=index, timeline=timeline)
-                analysed[id(face)] = self.stages.image_tokens(found, order, timeline)
-        return [analysed[id(face)] for face in faces]
+    def _analyze_each(
+        self, faces: Sequence[FaceInput], index: int | None, timeline: Timeline
+    ) -> dict[int, Face]:
+        """The faces by `id` of what they were found in: the same object many times is one face."""
+        objects = {id(face): face for face in faces}
+        return {
+            key: self.analyze(face, index=index, timeline=timeline) for key, face in objects.items()
+        }
+
+    def _open_engines(self) -> None:
+        """Build and open what every picture needs."""
+        for name in self._modules:
+            if name != "guidance_step" or not isinstance(self.device, HostDevice):
+                self._modules[name]
 
     def parameters(self, request: GenerationRequest) -> Mapping[str, Any]:
         """What `write_picture` stores in a picture of this request, as JSON values."""
@@ -320,18 +305,6 @@ class FastFace(Closing):
                 warnings.append(f"The prompt is longer than 77 tokens; this was cut: {cut!r}.")
         return warnings
 
-    @contextmanager
-    def _timed(self, seconds: dict[str, float], stage: str) -> Iterator[None]:
-        started = perf_counter()
-        yield
-        self._modules.device.synchronize()  # or the time would be that of queueing the work
-        seconds[stage] = perf_counter() - started
-
-    @property
-    def device(self) -> Device:
-        """Where the tensors of the engines live."""
-        return self._modules.device
-
     def engines(self) -> dict[str, EngineManifest]:
         """What is known of each module's engine: its key, size and build. Only those that exist."""
         return self._modules.engine_manifests()
@@ -347,4 +320,11 @@ class FastFace(Closing):
         self._modules.close()
 
 
-__all__ = ["FaceInput", "FastFace", "find_export", "with_schedule_of"]
+@contextmanager
+def _timed(seconds: dict[str, float], stage: str, device: Device | None = None) -> Iterator[None]:
+    """Add the seconds that the block takes, its work on the device included, to the stage's."""
+    started = perf_counter()
+    yield
+    if device is not None:
+        device.synchronize()  # or the time would be that of queueing the work
+    seconds[stage] = seconds.get(stage, 0.0) + perf_counter() - started

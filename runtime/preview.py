@@ -45,14 +45,12 @@ class LatentPreview:
         UNet's final latents are scaled to: mean 0 and variance 1 in every channel. Raises what
         `Stages.decode` raises.
         """
-        factor = manifest.vae_scale_factor
-        shape = manifest.latent_channels, manifest.height // factor, manifest.width // factor
         inputs, colours = [], []
         for example in range(EXAMPLES):
-            latents_Chw = smooth_latents(shape, example)
+            latents_Chw = smooth_latents(manifest.latent_shape(), example)
             pixels_HW3 = stages.decode(stages.device.upload(latents_Chw))
             inputs.append(_rows(latents_Chw))
-            colours.append(_block_means(pixels_HW3, factor).reshape(-1, 3))
+            colours.append(_block_means(pixels_HW3, manifest.vae_scale_factor).reshape(-1, 3))
         weights, *_ = np.linalg.lstsq(np.concatenate(inputs), np.concatenate(colours), rcond=None)
         return cls(weights.astype(np.float32))
 

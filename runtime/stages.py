@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from fastface_trt.engines import contract
 from fastface_trt.engines.device import Device, HostDevice, Tensor
 from fastface_trt.runtime.conditioning import Conditioner
+from fastface_trt.runtime.export_folder import ModuleSet
 from fastface_trt.runtime.face import ChannelOrder, Face
-from fastface_trt.runtime.modules import ModuleSet
 from fastface_trt.runtime.request import GenerationRequest, check_size
 from fastface_trt.runtime.sampling import (
     EngineGuidance,
@@ -28,7 +28,6 @@ from fastface_trt.runtime.sampling import (
     require_finite,
     take_step,
 )
-from fastface_trt.runtime.schedule import make_schedule
 from fastface_trt.runtime.timeline import NO_TIMELINE, Timeline
 
 
@@ -70,10 +69,9 @@ class Stages:
 
         `noise` takes the place of what the request's seed stands for. See `check_size`.
         """
-        manifest = self._modules.manifest
-        factor = manifest.vae_scale_factor
-        shape = manifest.latent_channels, request.height // factor, request.width // factor
-        schedule = make_schedule(manifest.scheduler, request.steps)
+        export = self._modules.export
+        shape = export.manifest.latent_shape(request.height, request.width)
+        schedule = export.schedule(request.steps)
         conditions = self._conditioner.conditions(request, face_tokens, timeline)
         with timeline.span("noise", self.device):
             return Sample(request, schedule, conditions, shape, self.device, noise)

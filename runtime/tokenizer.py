@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,8 @@ from fastface_trt.errors import InvalidRequest, WeightsError
 BOS = "<|startoftext|>"
 EOS = "<|endoftext|>"
 DEFAULT_LENGTH = 77
+VOCABULARY: Final = 49408
+PAD_TOKENS: Final = {"tokenizer": EOS, "tokenizer_2": "!"}
 
 _WORDS = (
     r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
@@ -219,3 +221,22 @@ def _length(config: Mapping[str, Any], folder: Path) -> int:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 3:
         raise WeightsError(f"The tokenizer in {folder} has the length {value!r}.", _MEND)
     return DEFAULT_LENGTH if value > 1_000_000 else int(value)
+
+
+def write_byte_tokenizer(folder: Path, pad_token: str) -> None:
+    """A CLIP tokenizer without merges: one token per byte, special tokens at CLIP's numbers.
+
+    Random weights make nothing of words, but the number of tokens and the path are the real ones.
+    """
+    folder.mkdir(parents=True)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = [*alphabet, *(f"{ch}</w>" for ch in alphabet)]
+    vocabulary = {word: index for index, word in enumerate(words)}
+    vocabulary |= {BOS: VOCABULARY - 2, EOS: VOCABULARY - 1}
+    (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
+    (folder / "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")
+    special = {"bos_token": BOS, "eos_token": EOS, "unk_token": EOS}
+    (folder / "special_tokens_map.json").write_text(json.dumps({**special, "pad_token": pad_token}))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({**special, "pad_token": pad_token, "model_max_length": 77})
+    )

@@ -18,19 +18,18 @@ from typing import Any
 import click
 from rich.console import Console
 
-from benchmarks.peers.measure import PeerResult, compare_peers, load_average
-from benchmarks.peers.report import markdown, plot, rich_table
+from benchmarks.peers.measure import PeerResult, compare_peers
+from benchmarks.peers.report import markdown, plot, table_of
 from benchmarks.peers.work import Peer, Work, versions
 from fastface_trt import FastFace
 from fastface_trt.errors import FastFaceError
-from fastface_trt.measure.machine import describe_machine
+from fastface_trt.measure.machine import BUSY, describe_machine, load_average
+from fastface_trt.measure.tables import print_table
 from fastface_trt.mini import folders
 
 PACKAGES = ("fastface-trt", "torch", "diffusers", "transformers", "onnxruntime", "numpy")
 PRESETS = ("am1+dcg", "am2+dcg", "plain")
 PROMPT, NEGATIVE_PROMPT, SEED = "photo; person in a garden, smiling", "blurry", 7
-BUSY = 0.5
-"""Load average above which the results say that they were disturbed."""
 
 RESULTS = Path(__file__).parents[1] / "results"
 FACE = folders.EXPORT.parent / "faces" / "ada.png"
@@ -77,9 +76,7 @@ def make_work(fastface: FastFace, preset: str, **fields: Any) -> Work:
     request = fastface.request(
         PROMPT, preset=preset, seed=SEED, negative_prompt=NEGATIVE_PROMPT, **fields
     )
-    manifest = fastface.manifest
-    factor = manifest.vae_scale_factor
-    shape = (manifest.latent_channels, request.height // factor, request.width // factor)
+    shape = fastface.manifest.latent_shape(request.height, request.width)
     return Work(preset, request, fastface.analyze(FACE), shape)
 
 
@@ -110,7 +107,7 @@ def report(
 ) -> None:
     """Print the tables and write JSON, Markdown and the plot beside each other."""
     for preset, results in tables.items():
-        console.print(rich_table(preset, results))
+        print_table(console, table_of(preset, results))
     machine = facts["machine"]
     named = f"{machine['processor']}, {machine['cores']} cores"
     if "gpu" in machine:

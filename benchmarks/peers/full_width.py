@@ -19,13 +19,13 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table
 
-from benchmarks.peers.measure import RESAMPLES, Ratio, load_average
 from benchmarks.peers.step_jobs import Job
 from benchmarks.peers.work import versions
 from fastface_trt.errors import EngineFailed
-from fastface_trt.measure.machine import describe_machine
+from fastface_trt.measure.machine import describe_machine, load_average
+from fastface_trt.measure.statistics import RESAMPLES, Ratio, interval_of
+from fastface_trt.measure.tables import Table, markdown_rows, print_table
 from fastface_trt.runtime.presets import preset_fields
 from fastface_trt.runtime.request import GenerationRequest
 
@@ -55,8 +55,7 @@ def ratio_of_medians(
         return float(np.median(rng.choice(np.asarray(values), len(values))))
 
     ratios = [reference(resampled) / own(resampled) for _ in range(RESAMPLES)]
-    low, high = np.percentile(ratios, [2.5, 97.5])
-    return Ratio(reference(median) / own(median), float(low), float(high))
+    return Ratio(reference(median) / own(median), *interval_of(ratios))
 
 
 def picture_seconds(
@@ -160,43 +159,38 @@ def _speed(
 
 
 def _show(facts: dict[str, Any], out: Path, console: Console) -> None:
-    columns = (
-        "UNet",
-        "s per sample",
-        "times as fast",
-        "samples per picture",
-        "s per picture",
-        "times as fast",
-        "peak GB",
-        "distance",
-    )
-    table = Table(title=facts["what"], title_justify="left")
-    for column in columns:
-        table.add_column(column, justify="left" if column == "UNet" else "right")
     machine = facts["machine"]
+    table = Table(
+        facts["what"],
+        (
+            "UNet",
+            "s per sample",
+            "times as fast",
+            "samples per picture",
+            "s per picture",
+            "times as fast",
+            "peak GB",
+            "distance",
+        ),
+        tuple(
+            (
+                name,
+                f"{peer['seconds_per_sample']:.3g}",
+                str(Ratio(**peer["speed_per_sample"])),
+                str(peer["samples_per_picture"]),
+                f"{peer['seconds_per_picture']:.3g}",
+                str(Ratio(**peer["speed_per_picture"])),
+                f"{peer['peak_memory_gb']:.1f}",
+                f"{peer['difference']:.1e}",
+            )
+            for name, peer in facts["peers"].items()
+        ),
+    )
+    print_table(console, table)
     lines = [
-        f"{facts['what']}; medians of {facts['repeats']} calls; {machine['processor']}, "
+        f"{table.title}; medians of {facts['repeats']} calls; {machine['processor']}, "
         f"{machine['cores']} cores.",
         "",
-        "| " + " | ".join(columns) + " |",
-        "|" + "---|" * len(columns),
+        *markdown_rows(table),
     ]
-    for name, peer in facts["peers"].items():
-        row = (
-            name,
-            f"{peer['seconds_per_sample']:.3g}",
-            _ratio_text(peer["speed_per_sample"]),
-            str(peer["samples_per_picture"]),
-            f"{peer['seconds_per_picture']:.3g}",
-            _ratio_text(peer["speed_per_picture"]),
-            f"{peer['peak_memory_gb']:.1f}",
-            f"{peer['difference']:.1e}",
-        )
-        table.add_row(*row)
-        lines.append("| " + " | ".join(row) + " |")
-    console.print(table)
     out.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-
-def _ratio_text(ratio: dict[str, float]) -> str:
-    return f"{ratio['median']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})"

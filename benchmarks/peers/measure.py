@@ -6,32 +6,20 @@ spin for a while after its work and would take the next peer's cores.
 """
 
 import gc
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 from time import perf_counter, sleep
 from typing import Any
 
-import numpy as np
-
 from benchmarks.peers.equality import Difference, difference
 from benchmarks.peers.work import Made, Peer, Unready, Work
+from fastface_trt.measure.statistics import Ratio
 
 PAUSE = 0.1
 """Seconds between two peers."""
 
-RESAMPLES = 5000
 WARM_UP = 2
-
-
-@dataclass(frozen=True)
-class Ratio:
-    """Median over rounds with its 95 % bootstrap interval."""
-
-    median: float
-    low: float
-    high: float
 
 
 @dataclass(frozen=True)
@@ -73,15 +61,6 @@ class PeerResult:
                 "rounds": list(self.seconds),
             }
         return values
-
-
-def speed_ratio(reference: Sequence[float], own: Sequence[float]) -> Ratio:
-    """How many times as fast as the reference: the median over rounds, percentile bootstrap."""
-    ratios = np.asarray(reference, np.float64) / np.asarray(own, np.float64)
-    rng = np.random.default_rng(0)
-    resampled = np.median(ratios[rng.integers(len(ratios), size=(RESAMPLES, len(ratios)))], axis=1)
-    low, high = np.percentile(resampled, [2.5, 97.5])
-    return Ratio(float(np.median(ratios)), float(low), float(high))
 
 
 def run_rounds(
@@ -152,7 +131,7 @@ def compare_peers(
             peer.work(work).preset,
             peer.unet_samples(work),
             tuple(seconds.get(peer.name, ())),
-            speed_ratio(seconds[reference.name], seconds[peer.name])
+            Ratio.paired(seconds[reference.name], seconds[peer.name])
             if peer.name in seconds
             else None,
             set_up[peer.name],
@@ -161,10 +140,3 @@ def compare_peers(
         )
         for peer in peers
     ]
-
-
-def load_average() -> float | None:
-    """Processes that wanted a core over the last minute; more than this one's means a busy machine,
-    on which ratios of programs that synchronise threads differently mean nothing.
-    """
-    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None

@@ -8,7 +8,6 @@ Shape legend: B rows, C latent channels, h × w latent size, T image tokens.
 """
 
 import json
-import resource
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -20,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastface_trt.engines import contract
+from fastface_trt.measure.memory import GB, peak_bytes
 from fastface_trt.runtime.presets import scale_power
 
 TOKENS, TEXT_POSITIONS = 4, 77
@@ -214,8 +214,10 @@ def main(path: str) -> None:
     job = Job(**values | {"rows": tuple(values["rows"])})
     started = perf_counter()
     found = RUNNERS[job.kind](job)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    facts = {"peak_memory_gb": round(peak, 2), "process_seconds": perf_counter() - started}
+    facts = {
+        "peak_memory_gb": round(peak_bytes() / GB, 2),
+        "process_seconds": perf_counter() - started,
+    }
     job.result.write_text(json.dumps(found | facts), encoding="utf-8")
 
 

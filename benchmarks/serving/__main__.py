@@ -8,9 +8,7 @@ from pathlib import Path
 
 import click
 from rich.console import Console
-from rich.table import Table
 
-from benchmarks.peers.measure import load_average
 from benchmarks.serving.machine import assumed_accelerator, measured_machine
 from benchmarks.serving.measured import Result, compare, make_works
 from benchmarks.serving.plots import measured_plot, simulation_plot
@@ -18,43 +16,46 @@ from benchmarks.serving.servers import Limits
 from benchmarks.serving.simulation import Point, report, simulate
 from fastface_trt import FastFace
 from fastface_trt.errors import FastFaceError
-from fastface_trt.measure.machine import describe_machine
+from fastface_trt.measure.machine import BUSY, describe_machine, load_average
 from fastface_trt.measure.style import require_matplotlib, save
+from fastface_trt.measure.tables import Table, print_table
 
 RESULTS = Path(__file__).parents[1] / "results"
-BUSY = 0.5
-"""Load average above which the results say that they were disturbed."""
 
 
 def points_table(title: str, points: list[Point]) -> Table:
     """The simulation as a table."""
-    table = Table(title=title)
-    for column in ("load", "server", "pictures/s", "p50 s", "p99 s", "rows", "fill", "refused"):
-        table.add_column(column, justify="left" if column == "server" else "right")
-    for point in points:
-        table.add_row(
-            f"{point.load:g}",
-            point.server,
-            f"{point.throughput:.2f}",
-            f"{point.p50:.2f}",
-            f"{point.p99:.2f}",
-            f"{point.rows:.1f}",
-            f"{point.fill:.0%}",
-            f"{point.refused:.0%}",
-        )
-    return table
+    return Table(
+        title,
+        ("server", "load", "pictures/s", "p50 s", "p99 s", "rows", "fill", "refused"),
+        tuple(
+            (
+                point.server,
+                f"{point.load:g}",
+                f"{point.throughput:.2f}",
+                f"{point.p50:.2f}",
+                f"{point.p99:.2f}",
+                f"{point.rows:.1f}",
+                f"{point.fill:.0%}",
+                f"{point.refused:.0%}",
+            )
+            for point in points
+        ),
+    )
 
 
 def measured_table(results: list[Result]) -> Table:
     """The ways on the mini model as a table."""
-    table = Table(title="mini model, times the throughput of one by one")
-    for column in ("requests", "way", "median [95 % interval]", "simulated"):
-        table.add_column(column)
-    for result in results:
-        for name, ratio in result.speed.items():
-            interval = f"{ratio.median:.2f} [{ratio.low:.2f}, {ratio.high:.2f}]"
-            table.add_row(result.work, name, interval, f"{result.predicted[name]:.2f}")
-    return table
+    return Table(
+        "mini model, times the throughput of one by one",
+        ("requests", "way", "median (95 % interval)", "simulated"),
+        tuple(
+            (result.work, name, str(ratio), f"{result.predicted[name]:.2f}")
+            for result in results
+            for name, ratio in result.speed.items()
+        ),
+        words=2,
+    )
 
 
 @click.command(help=__doc__)
@@ -78,8 +79,8 @@ def main(rounds: int, requests: int, simulated: int, running: int, out: Path) ->
     machines = {machine.name: machine for machine in (own, assumed_accelerator())}
     points = {name: simulate(machine, simulated, limits) for name, machine in machines.items()}
     for name, rows in points.items():
-        console.print(points_table(name, rows))
-    console.print(measured_table(results))
+        print_table(console, points_table(name, rows))
+    print_table(console, measured_table(results))
     facts = {
         "what": "one by one, static batches and continuous batching of the same requests",
         "machine": describe_machine(),

@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.peers.measure import Ratio, run_rounds, speed_ratio
+from benchmarks.peers.measure import run_rounds
 from benchmarks.serving.machine import Machine
 from benchmarks.serving.servers import SERVERS, Arrival, Limits
 from benchmarks.serving.simulation import PRESETS, STEPS
 from fastface_trt import FastFace
+from fastface_trt.measure.statistics import Ratio
 from fastface_trt.runtime.face import Face
 from fastface_trt.runtime.request import GenerationRequest
 from fastface_trt.serving.batching import Batcher
@@ -155,7 +156,7 @@ def compare(
         work.name,
         count,
         seconds,
-        {name: speed_ratio(seconds[reference], seconds[name]) for name in names},
+        {name: Ratio.paired(seconds[reference], seconds[name]) for name in names},
         predict(work, machine, limits),
         (load.calls - started.calls) // rounds,
         (load.rows - started.rows) // rounds,

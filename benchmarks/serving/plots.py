@@ -8,7 +8,7 @@ from benchmarks.serving.machine import Machine
 from benchmarks.serving.measured import Result
 from benchmarks.serving.servers import SERVERS
 from benchmarks.serving.simulation import Point
-from fastface_trt.measure.style import INK, add_legend, colour, name_axes, new_figure
+from fastface_trt.measure.style import LIGHT, add_legend, name_axes, new_figure, title
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -22,7 +22,7 @@ def simulation_plot(simulated: Mapping[str, tuple[Machine, Sequence[Point]]]) ->
         for index, name in enumerate(SERVERS):
             own = [point for point in points if point.server == name]
             loads = [point.load for point in own]
-            style = {"color": colour(index), "marker": "o", "markersize": 3}
+            style = {"color": LIGHT.colour(index), "marker": "o", "markersize": 3}
             panels[0].plot(loads, [point.throughput for point in own], label=name, **style)
             panels[1].plot(loads, [point.p50 for point in own], label=f"{name}, p50", **style)
             panels[1].plot(
@@ -47,7 +47,7 @@ def simulation_plot(simulated: Mapping[str, tuple[Machine, Sequence[Point]]]) ->
             va="bottom",
             fontsize=6,
         )
-    figure.suptitle("Serving in simulated time, Poisson arrivals, four presets mixed", fontsize=11)
+    title(figure, "Serving in simulated time, Poisson arrivals, four presets mixed")
     return figure
 
 
@@ -57,29 +57,28 @@ def measured_plot(results: Sequence[Result], subtitle: str) -> "Figure":
     for panel, result in zip(axes, results, strict=True):
         for place, name in enumerate(SERVERS):
             ratio = result.speed[name]
-            panel.barh(place, ratio.median, color=colour(place), height=0.6)
+            panel.barh(place, ratio.median, color=LIGHT.colour(place), height=0.6)
             reach = [[ratio.median - ratio.low], [ratio.high - ratio.median]]
-            panel.errorbar(ratio.median, place, xerr=reach, ecolor=INK, capsize=3)
-            panel.plot(result.predicted[name], place, marker="D", color=INK, markersize=4)
+            panel.errorbar(ratio.median, place, xerr=reach, ecolor=LIGHT.ink, capsize=3)
+            panel.plot(result.predicted[name], place, marker="D", color=LIGHT.ink, markersize=4)
             panel.annotate(
-                f"{ratio.median:.2f}× [{ratio.low:.2f}, {ratio.high:.2f}]",
+                f"{ratio}×",
                 (max(ratio.high, result.predicted[name]), place),
                 xytext=(6, 0),
                 textcoords="offset points",
                 va="center",
                 fontsize=8,
             )
-        panel.axvline(1, color=INK, linewidth=0.8, linestyle=":")
+        panel.axvline(1, color=LIGHT.ink, linewidth=0.8, linestyle=":")
         panel.set_yticks(range(len(SERVERS)), list(SERVERS), fontsize=8)
         panel.invert_yaxis()
         rounds = len(next(iter(result.seconds.values())))
-        title = f"{result.work}: {result.requests} requests at once, n = {rounds} rounds"
-        name_axes(panel, title, "", "")
+        work = f"{result.work}: {result.requests} requests at once, n = {rounds} rounds"
+        name_axes(panel, work, "", "")
     highest = max(ratio.high for result in results for ratio in result.speed.values())
     axes[-1].set_xlim(0, 1.3 * highest)
     axes[-1].set_xlabel(
-        "times the throughput of one by one (bars: median and 95 % interval; diamonds: simulated)",
-        fontsize=9,
+        "times the throughput of one by one (bars: median and 95 % interval; diamonds: simulated)"
     )
-    figure.suptitle(f"Serving the mini model three ways\n{fill(subtitle, 95)}", fontsize=10)
+    title(figure, f"Serving the mini model three ways\n{fill(subtitle, 95)}")
     return figure

@@ -168,9 +168,11 @@ class Memory:
         return self.stream.lent.ordinal
 
     def lend(self, stream: int | None = None) -> int:
+        """See `device.Lender`."""
         return self.stream.lend(self.address, stream)
 
     def copy_of(self, tensor: DeviceTensor) -> DeviceTensor:
+        """See `device.Lender`."""
         return self.stream.copy_of(tensor)
 
     def __del__(self) -> None:

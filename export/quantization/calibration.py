@@ -27,13 +27,12 @@ from fastface_trt.mini.prompts import (
     canonical_prompt,
 )
 from fastface_trt.runtime.conditioning import Conditioner
+from fastface_trt.runtime.export_folder import Export, ModuleSet
 from fastface_trt.runtime.face import Face, FaceAnalyzer
 from fastface_trt.runtime.images import load_picture
-from fastface_trt.runtime.modules import ModuleSet
 from fastface_trt.runtime.presets import preset_fields
 from fastface_trt.runtime.request import GenerationRequest
 from fastface_trt.runtime.sampling import Sample, denoise
-from fastface_trt.runtime.schedule import make_schedule
 
 PRESETS = ("plain", "am1+dcg", "am2+dcg")
 PICTURES = 32
@@ -177,11 +176,10 @@ class PipelineCalibration:
         """
         self.latents = []
         rows = 0
-        with ModuleSet(
-            folder, builder_for("onnxruntime"), EngineCache(), progress, manifest=manifest
-        ) as modules:
+        export = Export(folder, manifest)
+        with ModuleSet(export, builder_for("onnxruntime"), EngineCache(), progress) as modules:
             conditioner = Conditioner(modules)
-            tokens = [conditioner.image_tokens(face) for face in self._analyse(manifest, folder)]
+            tokens = [conditioner.image_tokens(face) for face in self._analyse(export)]
             for index in range(self._pictures):
                 progress(f"unet: calibrating, picture {index + 1} of {self._pictures}")
                 request = GenerationRequest(
@@ -193,12 +191,11 @@ class PipelineCalibration:
                     **preset_fields(PRESETS[index % len(PRESETS)], manifest.steps),
                 ).for_adapter(manifest.adapter_kind)
                 conditions = conditioner.conditions(request, tokens[index % len(tokens)])
-                factor = manifest.vae_scale_factor
                 sample = Sample(
                     request,
-                    make_schedule(manifest.scheduler, manifest.steps),
+                    export.schedule(manifest.steps),
                     conditions,
-                    (manifest.latent_channels, request.height // factor, request.width // factor),
+                    manifest.latent_shape(),
                     unet.device,
                 )
                 (final,) = denoise(unet, [sample])
@@ -206,13 +203,8 @@ class PipelineCalibration:
                 rows += request.unet_samples
         return rows
 
-    def _analyse(self, manifest: ExportManifest, folder: Path) -> list[Face]:
-        local = folder / manifest.face_model
-        analyzer = FaceAnalyzer(
-            local if local.is_dir() else manifest.face_model,
-            licence_acknowledged=self._licence_acknowledged,
-            portraits=manifest.adapter_kind == "pulid",
-        )
+    def _analyse(self, export: Export) -> list[Face]:
+        analyzer = FaceAnalyzer.of_export(export, licence_acknowledged=self._licence_acknowledged)
         faces = []
         for path in self._faces[: self._pictures]:
             try:

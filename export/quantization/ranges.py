@@ -1,4 +1,4 @@
-"""The ranges of a module's layers, measured by NVIDIA ModelOpt while the module runs.
+"""Which layers of a UNet or a VAE are quantised, and their ranges, measured by NVIDIA ModelOpt.
 
 fp8 is ModelOpt's preset FP8_DEFAULT_CFG: E4M3, one scale per tensor. int8 is INT8_SMOOTHQUANT_CFG
 with the exponent that ModelOpt's diffusers example gives for SDXL: one scale per tensor for inputs
@@ -9,8 +9,6 @@ convolutions only, which no factor helps: both formats take the largest magnitud
 Attention follows NVIDIA's fp8 recipe for SDXL (ModelOpt, and its MLPerf submissions since v4.1):
 queries, keys and values per tensor as measured, the softmax, which ends at 1, by the fixed scale
 1/448.
-
-Which layers of a UNet or a VAE are quantised, and why the others are not.
 """
 
 import contextlib
@@ -30,6 +28,25 @@ from torch import nn
 
 from fastface_trt.errors import MissingDependency, WeightsError
 from fastface_trt.export.precision import QUANTIZED_FORMATS, Model, QuantizedFormat
+
+SMOOTHING_EXPONENT = 0.8
+_E4M3: dict[str, Any] = {"num_bits": (4, 3), "axis": None}
+_WEIGHTS: dict[QuantizedFormat, dict[str, Any]] = {
+    "fp8": _E4M3,
+    "int8": {"num_bits": 8, "axis": 0},
+}
+_INPUTS: dict[QuantizedFormat, dict[str, Any]] = {
+    "fp8": _E4M3,
+    "int8": {"num_bits": 8, "axis": None},
+}
+_ALGORITHMS: dict[QuantizedFormat, Any] = {
+    "fp8": "max",
+    "int8": {"method": "smoothquant", "alpha": SMOOTHING_EXPONENT},
+}
+METHODS: Mapping[QuantizedFormat, str] = {
+    "fp8": "max",
+    "int8": f"smoothquant {SMOOTHING_EXPONENT}, max",
+}
 
 
 @dataclass(frozen=True)
@@ -55,6 +72,7 @@ EXCLUSIONS = (
     # arXiv:2405.17873); a floating-point code has the exponent for it. 77 tokens a row.
     Exclusion(r"\.attn2\.to_[kv]$", "keys and values of the text", ("int8",)),
 )
+
 
 VAE_EXCLUSIONS = (
     Exclusion(r"(^|\.)(post_quant_conv|conv_in)$", "first convolution"),
@@ -107,27 +125,6 @@ def _choose(
         reason = next(reasons, None)
         (quantized if reason is None else excluded.setdefault(reason, [])).append(name)
     return LayerChoice(tuple(quantized), {why: tuple(names) for why, names in excluded.items()})
-
-
-SMOOTHING_EXPONENT = 0.8
-
-_E4M3: dict[str, Any] = {"num_bits": (4, 3), "axis": None}
-_WEIGHTS: dict[QuantizedFormat, dict[str, Any]] = {
-    "fp8": _E4M3,
-    "int8": {"num_bits": 8, "axis": 0},
-}
-_INPUTS: dict[QuantizedFormat, dict[str, Any]] = {
-    "fp8": _E4M3,
-    "int8": {"num_bits": 8, "axis": None},
-}
-_ALGORITHMS: dict[QuantizedFormat, Any] = {
-    "fp8": "max",
-    "int8": {"method": "smoothquant", "alpha": SMOOTHING_EXPONENT},
-}
-METHODS: Mapping[QuantizedFormat, str] = {
-    "fp8": "max",
-    "int8": f"smoothquant {SMOOTHING_EXPONENT}, max",
-}
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,11 @@ import numpy as np
 from pydantic import ValidationError
 
 from fastface_trt.bench.report import BenchReport, Case, Distribution
+from fastface_trt.bench.tables import interval_text
 from fastface_trt.engines.manifest import first_problem
 from fastface_trt.errors import InvalidRequest
 from fastface_trt.measure import statistics
-from fastface_trt.measure.tables import Table, interval_text
+from fastface_trt.measure.tables import Table
 
 _SAME_MACHINE = ("processor", "cores", "gpu")
 _SAME_WORK = ("checkpoint", "width", "height", "steps", "plan", "presets")

@@ -1,8 +1,7 @@
 """Calling the pipeline again and again, with a recorder at its stages.
 
-What a benchmark asks of the pipeline, and which ways of calling it are measured.
-
-Spans for other programs: NVTX ranges while they last, and a trace file afterwards.
+A `Workload` says which ways of calling it are measured, `Measurement` takes turns between them.
+Their spans can be shown by other programs: as NVTX ranges while they last, as a trace file after.
 """
 
 import os
@@ -30,7 +29,7 @@ from fastface_trt.bench.report import (
 )
 from fastface_trt.engines.engine import Progress
 from fastface_trt.errors import MissingDependency
-from fastface_trt.measure.statistics import median_interval
+from fastface_trt.measure.statistics import Ratio
 from fastface_trt.runtime.face import Face
 from fastface_trt.runtime.guidance import BRANCH_PLANS
 from fastface_trt.runtime.guidance import BranchPlan as PlanName
@@ -39,6 +38,12 @@ from fastface_trt.runtime.pipeline import FaceInput, FastFace
 from fastface_trt.runtime.presets import PRESETS
 from fastface_trt.runtime.request import GenerationRequest
 from fastface_trt.runtime.timeline import Ranges, Recorder, Span
+
+First: TypeAlias = Callable[[str, float], None]
+"""Told which case the first call was, a warm-up or not, and its seconds."""
+
+CALL = "call"
+"""The span around everything from the call to the bytes of its PNGs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,13 +132,6 @@ class Workload:
                     )
                 )
         return plans
-
-
-First: TypeAlias = Callable[[str, float], None]
-"""Told which case the first call was, a warm-up or not, and its seconds."""
-
-CALL = "call"
-"""The span around everything from the call to the bytes of its PNGs."""
 
 
 @dataclass(slots=True)
@@ -317,12 +315,9 @@ def paired_ratios(cases: Sequence[Case]) -> list[PairedRatio]:
 
 
 def _paired(case: Case, over: Case) -> PairedRatio:
-    ratios = np.array(case.seconds.samples) / np.array(over.seconds.samples)
+    ratio = Ratio.paired(case.seconds.samples, over.seconds.samples)
     return PairedRatio(
-        case=case.label,
-        over=over.label,
-        ratio=float(np.median(ratios)),
-        interval=median_interval(ratios),
+        case=case.label, over=over.label, ratio=ratio.median, interval=(ratio.low, ratio.high)
     )
 
 

@@ -1,7 +1,4 @@
-"""Pictures of a report: where the time goes, and how it grows. Each is a matplotlib figure.
-
-The roofline: what was achieved against what this machine could do at best.
-"""
+"""Figures of a report: where the time goes, how it grows, and what the machine could do at best."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,82 +7,21 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fastface_trt.bench.report import BenchReport, Case, RooflineReport, Stage
+from fastface_trt.bench.tables import detailed
 from fastface_trt.measure.style import (
-    COLOURS,
-    INK,
+    LIGHT,
+    MARKERS,
     add_legend,
-    colour,
     name_axes,
     new_figure,
     require_matplotlib,
     save,
 )
-from fastface_trt.measure.tables import detailed
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-
-def roofline_plot(roofline: RooflineReport) -> "Figure":
-    """Left: achieved time and floor per stage. Right: FLOP/s over FLOP per byte under the roofs."""
-    from matplotlib.ticker import FuncFormatter, NullFormatter
-
-    stages = roofline.stages
-    figure, (bars, roof) = new_figure(11, max(4.2, 0.34 * len(stages) + 1.5), columns=2)
-    places = np.arange(len(stages))
-    floor = np.array([stage.floor_seconds for stage in stages]) * 1000
-    achieved = np.array([stage.achieved_seconds for stage in stages]) * 1000
-    bars.barh(places - 0.2, achieved, 0.38, color=colour(0), label="achieved (median)")
-    bars.barh(places + 0.2, floor, 0.38, color=colour(2), label="floor of this machine")
-    for place, most, least in zip(places, achieved, floor, strict=True):
-        times = f" {most / least:.1f}×" if least > 0 else ""
-        bars.text(max(most, least), float(place), times, va="center", fontsize=7, color=INK)
-    bars.set_yticks(places, [stage.stage for stage in stages])
-    bars.set_ylim(len(stages) - 0.4, -0.6)
-    name_axes(bars, f"{roofline.case} (n = {roofline.n})", "ms per call", "stage")
-    bars.set_xlim(right=1.2 * max(achieved.max(), floor.max()))
-    add_legend(bars, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2)
-
-    peak, bandwidth = roofline.matmul_flops_per_second, roofline.copy_bytes_per_second
-    intensity = np.array([stage.flops / stage.bytes for stage in stages if stage.bytes])
-    left, right = _decades([*intensity, peak / bandwidth])
-    x = np.geomspace(left, right, 100)
-    roof.loglog(x, np.minimum(x * bandwidth, peak) / 1e9, color=INK, label="roof of this machine")
-    counted = [stage for stage in stages if stage.bytes and stage.flops]
-    rates = [stage.flops / stage.achieved_seconds / 1e9 for stage in counted]
-    for index, (stage, rate) in enumerate(zip(counted, rates, strict=True)):
-        roof.plot(
-            stage.flops / stage.bytes,
-            rate,
-            linestyle="none",
-            color=colour(index // 4),
-            marker="os^D"[index % 4],
-            label=stage.stage,
-        )
-    for axis in (roof.xaxis, roof.yaxis):
-        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axis.set_minor_formatter(NullFormatter())
-    roof.set_xlim(left, right)
-    roof.set_ylim(*_decades([peak / 1e9, *rates]))
-    name_axes(
-        roof,
-        f"Roofline: {peak / 1e9:.0f} GFLOP/s (matmul), {bandwidth / 1e9:.1f} GB/s (copy)",
-        "arithmetic intensity, FLOP per byte",
-        "GFLOP/s",
-    )
-    add_legend(roof, fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    return figure
-
-
-def _decades(values: Sequence[float]) -> tuple[float, float]:
-    """Powers of ten with all values well between them."""
-    low, high = np.log10(min(values)), np.log10(max(values))
-    return float(10 ** np.floor(low - 0.1)), float(10 ** np.ceil(high + 0.1))
-
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
 
 _KINDS = {
     "face": ("read_picture", "face_detection", "face_recognition"),
@@ -110,8 +46,6 @@ def write_plots(report: BenchReport, folder: Path) -> list[Path]:
     if len({case.concurrency for case in report.cases}) > 1:
         drawn["throughput-over-concurrency"] = lambda: throughput_over_concurrency(report)
     if report.roofline is not None:
-        pass
-
         roofline = report.roofline
         drawn["roofline"] = lambda: roofline_plot(roofline)
     folder.mkdir(parents=True, exist_ok=True)
@@ -131,7 +65,7 @@ def stage_waterfall(report: BenchReport, preset: str) -> "Figure":
     figure, panels = new_figure(
         9, 1.6 + 0.24 * sum(counts), rows=len(cases), sharex=True, height_ratios=counts
     )
-    colours = {kind: COLOURS[at] for at, kind in enumerate(_KINDS)} | {"other": "#7F7F7F"}
+    colours = {kind: LIGHT.colour(at) for at, kind in enumerate((*_KINDS, "other"))}
     for axes, case in zip(panels, cases, strict=True):
         _waterfall(axes, case, colours)
         name_axes(
@@ -141,9 +75,9 @@ def stage_waterfall(report: BenchReport, preset: str) -> "Figure":
             "",
             "stage",
         )
-    panels[-1].set_xlabel("time since the call, ms (bars: median; line: p95)", fontsize=9)
+    panels[-1].set_xlabel("time since the call, ms (bars: median; line: p95)")
     handles = [Patch(color=value, label=kind) for kind, value in colours.items()]
-    figure.legend(handles=handles, loc="outside lower center", ncols=6, fontsize=8, frameon=False)
+    add_legend(figure, handles=handles, loc="outside lower center", ncols=6)
     return figure
 
 
@@ -154,8 +88,8 @@ def _waterfall(axes: "Axes", case: Case, colours: dict[str, str]) -> None:
         shade = colours[_kind(stage)]
         axes.barh(place, median, left=start, color=shade, height=0.7)
         end = start + max(late, median)
-        axes.plot([start + median, end], [place, place], color=INK, linewidth=1)
-        axes.text(end, place, f"  {median:.1f}", va="center", fontsize=7, color=INK)
+        axes.plot([start + median, end], [place, place], color=LIGHT.ink, linewidth=1)
+        axes.text(end, place, f"  {median:.1f}", va="center", fontsize=7, color=LIGHT.ink)
         start += median
     axes.set_yticks(range(len(case.stages)), [stage.label for stage in case.stages])
     axes.invert_yaxis()
@@ -174,14 +108,14 @@ def latency_distribution(report: BenchReport) -> "Figure":
         values = np.sort(np.array(case.seconds.samples)) * 1000
         share = np.arange(len(values) + 1) / len(values)
         style = "-" if case.features == "fresh" else "--"
-        shade = colour(index // 2)
+        shade = LIGHT.colour(index // 2)
         name = f"{case.label} (n = {case.seconds.n})"
         axes.step([values[0], *values], share, style, where="post", color=shade, label=name)
         for percent, mark in ((50, "o"), (95, "^"), (99, "s")):
             at = np.percentile(values, percent)
             axes.plot(at, percent / 100, mark, color=shade, markersize=5)
     for mark, name in (("o", "median"), ("^", "p95"), ("s", "p99")):
-        axes.plot([], [], mark, color=INK, markersize=5, label=name)
+        axes.plot([], [], mark, color=LIGHT.ink, markersize=5, label=name)
     name_axes(
         axes, "Distribution of end-to-end times", "time per call, ms", "share of calls done by then"
     )
@@ -196,7 +130,7 @@ def unet_samples(report: BenchReport) -> "Figure":
     plans = ("full", "exact", "lean")
     steps = report.work.steps
     figure, (axes,) = new_figure(max(6.5, 1.9 * len(presets) + 2), 4.2)
-    shades = [COLOURS[5], COLOURS[4], COLOURS[2], COLOURS[3]]
+    shades = [LIGHT.colour(index) for index in (5, 1, 2, 3)]
     for plan in report.branch_plans:
         place = presets.index(plan.preset) + (plans.index(plan.plan) - 1) * 0.27
         bottom = 0
@@ -206,7 +140,9 @@ def unet_samples(report: BenchReport) -> "Figure":
             if steps <= 8:
                 middle = bottom + len(branches) / 2
                 text = str(len(branches))
-                axes.text(place, middle, text, ha="center", va="center", fontsize=7, color=INK)
+                axes.text(
+                    place, middle, text, ha="center", va="center", fontsize=7, color=LIGHT.ink
+                )
             bottom += len(branches)
         ran = plan.plan == report.work.plan and plan.preset in report.work.presets
         weight = "bold" if ran else "normal"
@@ -244,8 +180,8 @@ def latency_over_requests(report: BenchReport) -> "Figure":
                     *((c.seconds.median, *c.seconds.median_interval) for c in cases), strict=True
                 )
             )
-            axes.fill_between(counts, low, high, color=colour(index), alpha=0.2, linewidth=0)
-            axes.plot(counts, middle, "o-", color=colour(index), label=name)
+            axes.fill_between(counts, low, high, color=LIGHT.colour(index), alpha=0.2, linewidth=0)
+            axes.plot(counts, middle, "o-", color=LIGHT.colour(index), label=name)
             axes.set_xticks(counts)
     requests = "requests in one call"
     name_axes(whole, "Time per call (band: 95 % interval of the median)", requests, "median, ms")
@@ -269,7 +205,7 @@ def throughput_over_concurrency(report: BenchReport) -> "Figure":
         rates = [case.throughput.pictures_per_second for case in cases]
         least = min(case.throughput.pictures for case in cases)
         name = f"{preset} (at least {least} pictures each)"
-        axes.plot(threads, rates, "o-", color=colour(index), label=name)
+        axes.plot(threads, rates, "o-", color=LIGHT.colour(index), label=name)
         axes.set_xticks(threads)
     name_axes(
         axes,
@@ -285,3 +221,62 @@ def throughput_over_concurrency(report: BenchReport) -> "Figure":
 
 def _steady(case: Case, preset: str) -> bool:
     return case.preset == preset and case.features == "cached"
+
+
+def roofline_plot(roofline: RooflineReport) -> "Figure":
+    """Left: achieved time and floor per stage. Right: FLOP/s over FLOP per byte under the roofs."""
+    from matplotlib.ticker import FuncFormatter, NullFormatter
+
+    stages = roofline.stages
+    figure, (bars, roof) = new_figure(11, max(4.2, 0.34 * len(stages) + 1.5), columns=2)
+    places = np.arange(len(stages))
+    floor = np.array([stage.floor_seconds for stage in stages]) * 1000
+    achieved = np.array([stage.achieved_seconds for stage in stages]) * 1000
+    bars.barh(places - 0.2, achieved, 0.38, color=LIGHT.colour(0), label="achieved (median)")
+    bars.barh(places + 0.2, floor, 0.38, color=LIGHT.colour(2), label="floor of this machine")
+    for place, most, least in zip(places, achieved, floor, strict=True):
+        times = f" {most / least:.1f}×" if least > 0 else ""
+        bars.text(max(most, least), float(place), times, va="center", fontsize=7, color=LIGHT.ink)
+    bars.set_yticks(places, [stage.stage for stage in stages])
+    bars.set_ylim(len(stages) - 0.4, -0.6)
+    name_axes(bars, f"{roofline.case} (n = {roofline.n})", "ms per call", "stage")
+    bars.set_xlim(right=1.2 * max(achieved.max(), floor.max()))
+    add_legend(bars, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2)
+
+    peak, bandwidth = roofline.matmul_flops_per_second, roofline.copy_bytes_per_second
+    intensity = np.array([stage.flops / stage.bytes for stage in stages if stage.bytes])
+    left, right = _decades([*intensity, peak / bandwidth])
+    x = np.geomspace(left, right, 100)
+    roof.loglog(
+        x, np.minimum(x * bandwidth, peak) / 1e9, color=LIGHT.ink, label="roof of this machine"
+    )
+    counted = [stage for stage in stages if stage.bytes and stage.flops]
+    rates = [stage.flops / stage.achieved_seconds / 1e9 for stage in counted]
+    for index, (stage, rate) in enumerate(zip(counted, rates, strict=True)):
+        roof.plot(
+            stage.flops / stage.bytes,
+            rate,
+            linestyle="none",
+            color=LIGHT.colour(index // 4),
+            marker=MARKERS[index % 4],
+            label=stage.stage,
+        )
+    for axis in (roof.xaxis, roof.yaxis):
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.set_minor_formatter(NullFormatter())
+    roof.set_xlim(left, right)
+    roof.set_ylim(*_decades([peak / 1e9, *rates]))
+    name_axes(
+        roof,
+        f"Roofline: {peak / 1e9:.0f} GFLOP/s (matmul), {bandwidth / 1e9:.1f} GB/s (copy)",
+        "arithmetic intensity, FLOP per byte",
+        "GFLOP/s",
+    )
+    add_legend(roof, fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    return figure
+
+
+def _decades(values: Sequence[float]) -> tuple[float, float]:
+    """Powers of ten with all values well between them."""
+    low, high = np.log10(min(values)), np.log10(max(values))
+    return float(10 ** np.floor(low - 0.1)), float(10 ** np.ceil(high + 0.1))

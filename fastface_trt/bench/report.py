@@ -12,6 +12,7 @@ from pydantic import Field
 
 from fastface_trt.engines.manifest import Strict
 from fastface_trt.measure import statistics
+from fastface_trt.measure.machine import Environment
 
 BENCH_FILE: Final = "bench.json"
 
@@ -158,38 +159,6 @@ class EngineFacts(Strict):
     key: str
     bytes: int
     build_seconds: float
-
-
-class GpuState(Strict):
-    """What NVML reports of the GPU at one moment; None where it does not."""
-
-    name: str
-    driver: str
-    sm_megahertz: int | None
-    memory_megahertz: int | None
-    celsius: int | None
-    watts: float | None
-    throttled: tuple[str, ...] = ()
-
-
-class MachineState(Strict):
-    """What changes from minute to minute; None where the system does not tell."""
-
-    load_average: float | None
-    cpu_megahertz: float | None
-    gpu: GpuState | None
-
-
-class Environment(Strict):
-    """What the numbers were taken on and with; `start` and `end` are states around the runs."""
-
-    machine: dict[str, str | int | float]
-    backend: str
-    threads: int
-    versions: dict[str, str]
-    engine_keys: tuple[str, ...]
-    start: MachineState
-    end: MachineState
 
 
 class Work(Strict):

@@ -1,12 +1,10 @@
-"""What this machine can do at best, and the least time that a module can take on it.
+"""What this machine can do at best, and the least time that a call's stages can take on it.
 
 The floor is the roofline model's (Williams, Waterman, Patterson 2009): a module takes at least its
 operations over the machine's rate of operations, and at least its bytes over the rate of bytes.
 Both rates are measured here, with the backend that is benchmarked, so that the floor is one that
 this machine has been seen to reach: products of matrices of several shapes, the best of them, and
 copies of arrays far larger than any cache.
-
-The floor of every stage of a measured call: what its module must compute and move.
 """
 
 import os
@@ -26,8 +24,9 @@ from fastface_trt.engines.cache import EngineCache
 from fastface_trt.engines.device import Device, HostDevice, Tensor
 from fastface_trt.engines.engine import Engine, EngineBuilder
 from fastface_trt.engines.files import describe_file
-from fastface_trt.engines.manifest import ExportManifest, ModuleSpec, TensorSpec
+from fastface_trt.engines.manifest import ModuleSpec, TensorSpec
 from fastface_trt.errors import MissingDependency
+from fastface_trt.runtime.export_folder import Export
 
 Bound = Literal["operations", "bytes"]
 RateType = Literal["float32", "float16"]
@@ -247,8 +246,7 @@ class StageWork(Protocol):
 
 def stage_floors(
     stages: Iterable[StageWork],
-    manifest: ExportManifest,
-    export: Path,
+    export: Export,
     rates: MachineRates,
     *,
     height: int,
@@ -259,12 +257,12 @@ def stage_floors(
     `height` and `width` in pixels. Stages without a module (tokenising, PNG) are left out, and so
     is what computes no products of matrices. Raises what `count_module` raises.
     """
-    factor = manifest.vae_scale_factor
-    size = {"height": height // factor, "width": width // factor}
+    manifest = export.manifest
+    size = dict(zip(("height", "width"), manifest.latent_shape(height, width)[1:], strict=True))
 
     @cache
     def count(module: str, batch: int, requests: int) -> OperationCount:
-        path = export / manifest.modules[module].files[0].path
+        path = export.folder / manifest.modules[module].files[0].path
         return count_module(path, size | {"batch": batch, "requests": requests})
 
     floors: dict[str, Floor] = {}

@@ -1,35 +1,20 @@
-"""A whole benchmark: load, measure, report, and the folder that it is written to.
-
-From starting a process to its first picture on the disk.
-
-    python -m fastface_trt.bench.run JSON
-
-is the process: it notes the time at each phase's end and prints them as a line of JSON. The clock
-is `time.monotonic`, which counts from the same moment in all processes of a machine.
-
-What to doubt in a report, in sentences: outliers, drift, throttling, and company.
-"""
+"""A whole benchmark: load, measure, say what to doubt, and write the folder of the report."""
 
 import json
-import subprocess
-import sys
-import time
 from collections.abc import Mapping, Sequence
 from datetime import date
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
-from fastface_trt.bench import plots
+from fastface_trt.bench import plots, tables
+from fastface_trt.bench.cold_start import measure_cold_starts
 from fastface_trt.bench.measure import First, Measurement, Workload, chrome_trace, paired_ratios
 from fastface_trt.bench.report import (
     BENCH_FILE,
     BenchReport,
     Case,
     ColdStart,
-    Distribution,
     EngineFacts,
-    Environment,
     Memory,
     make_roofline,
 )
@@ -42,159 +27,18 @@ from fastface_trt.engines.files import (
     storage_errors,
     write_text_durably,
 )
-from fastface_trt.engines.manifest import EXPORT_MANIFEST, ExportManifest, read_manifest
-from fastface_trt.errors import EngineFailed, MissingDependency
-from fastface_trt.measure import machine as gpu
-from fastface_trt.measure import statistics, tables
+from fastface_trt.errors import MissingDependency
+from fastface_trt.measure import statistics
 from fastface_trt.measure.machine import (
+    Environment,
     describe_environment,
+    gpu_bytes,
     machine_state,
-    peak_host_bytes,
 )
-from fastface_trt.runtime.export_folder import find_export
+from fastface_trt.measure.memory import peak_bytes
+from fastface_trt.runtime.export_folder import Export
 from fastface_trt.runtime.pipeline import FastFace
 from fastface_trt.runtime.timeline import Ranges
-
-_PHASES = ("imports", "load", "picture", "write")
-
-
-def measure_cold_starts(settings: dict[str, Any], runs: int) -> ColdStart:
-    """Start `runs` processes one after the other; `settings` are the arguments of `first_picture`.
-
-    Raises `EngineFailed` with the last line that a process wrote when it fails.
-    """
-    seconds: dict[str, list[float]] = {phase: [] for phase in _PHASES}
-    totals: list[float] = []
-    peak = 0
-    for _ in range(runs):
-        with TemporaryDirectory() as folder:
-            given = json.dumps(settings | {"out": str(Path(folder) / "first.png")})
-            started = time.monotonic()
-            child = subprocess.run(
-                [sys.executable, "-m", "fastface_trt.bench.run", given],
-                capture_output=True,
-                text=True,
-                check=False,
-            )
-        if child.returncode != 0:
-            last = (child.stderr.strip().splitlines() or ["it said nothing"])[-1]
-            raise EngineFailed(f"A fresh process made no picture: {last}.", "")
-        ends = json.loads(child.stdout.splitlines()[-1])
-        peak = max(peak, ends["peak_host_bytes"])
-        before = started
-        for phase in _PHASES:
-            seconds[phase].append(ends[phase] - before)
-            before = ends[phase]
-        totals.append(before - started)
-    return ColdStart(
-        to_first_picture=Distribution.of(totals),
-        **{phase: Distribution.of(values) for phase, values in seconds.items()},
-        peak_host_bytes=peak,
-    )
-
-
-def first_picture(
-    *,
-    load: dict[str, Any],
-    prompt: str,
-    face: str,
-    preset: str,
-    fields: dict[str, Any],
-    out: str,
-) -> dict[str, float]:
-    """Make one picture in this process and return when each phase ended.
-
-    `load` are arguments of `FastFace.load`, `fields` of `FastFace.request`.
-    """
-    import numpy as np
-
-    from fastface_trt.measure.machine import peak_host_bytes
-    from fastface_trt.runtime.picture_file import write_picture
-    from fastface_trt.runtime.pipeline import FastFace
-
-    ends = {"imports": time.monotonic()}
-    with FastFace.load(**load) as fastface:
-        fastface.warm_up()
-        ends["load"] = time.monotonic()
-        request = fastface.request(prompt, preset=preset, **fields)
-        result = fastface.generate([request], [Path(face)])
-        ends["picture"] = time.monotonic()
-        write_picture(out, np.asarray(result.images[0]), parameters=result.parameters[0])
-        ends["write"] = time.monotonic()
-    return ends | {"peak_host_bytes": peak_host_bytes()}
-
-
-if __name__ == "__main__":
-    print(json.dumps(first_picture(**json.loads(sys.argv[1]))))
-
-
-_DRIFT_SAID_FROM = 0.02
-"""Smaller changes between the halves of a run are of no use to anybody."""
-
-
-def notes(
-    cases: Sequence[Case], environment: Environment, cold_start: ColdStart | None
-) -> list[str]:
-    """Sentences about everything that could make these numbers differ from another run's."""
-    said = [sentence for case in cases for sentence in _case(case)]
-    said += _environment(environment)
-    fewest = min(case.seconds.n for case in cases)
-    if fewest < 100:
-        said.append(
-            f"Some percentiles rest on as few as {fewest} samples; p99 of fewer than 100 is close "
-            "to their maximum."
-        )
-    if cold_start is not None:
-        said.append(
-            "Cold starts read engines and packages that the system may hold in memory; the first "
-            "start after a reboot takes longer."
-        )
-    return said
-
-
-def _case(case: Case) -> list[str]:
-    said = []
-    seconds = case.seconds
-    if seconds.outliers:
-        outside = [seconds.samples[at] for at in seconds.outliers]
-        worst = max(outside, key=lambda value: abs(value - seconds.median))
-        said.append(
-            f"{case.label}: {len(seconds.outliers)} of {seconds.n} calls lie outside Tukey's "
-            f"fences, the farthest at {worst * 1000:.1f} ms with a median of "
-            f"{seconds.median * 1000:.1f} ms; all are counted."
-        )
-    ratio, low, high = statistics.drift(seconds.samples)
-    if abs(ratio - 1) > _DRIFT_SAID_FROM and not low <= 1 <= high:
-        change = f"{abs(ratio - 1):.0%} {'slower' if ratio > 1 else 'faster'}"
-        said.append(
-            f"{case.label}: the second half of the calls was {change} than the first (ratio "
-            f"{ratio:.2f}, 95 % interval {low:.2f} to {high:.2f}), so the machine changed its pace."
-        )
-    return said
-
-
-def _environment(environment: Environment) -> list[str]:
-    said = []
-    cores = int(environment.machine["cores"])
-    load = environment.start.load_average
-    if load is not None and load > cores / 2:
-        said.append(
-            f"The load average was {load:.1f} on {cores} cores before the first call: something "
-            "else was running."
-        )
-    load = environment.end.load_average
-    if load is not None and load > cores:
-        said.append(
-            f"The load average was {load:.1f} on {cores} cores after the last call; this command's "
-            "own threads count in it."
-        )
-    for when, state in (("before", environment.start), ("after", environment.end)):
-        if state.gpu is not None and state.gpu.throttled:
-            said.append(
-                f"{state.gpu.name} was throttled {when} the calls: "
-                f"{', '.join(state.gpu.throttled)}."
-            )
-    return said
 
 
 def run_benchmark(
@@ -257,7 +101,7 @@ def _measure(
         measurement = Measurement(fastface, workload, progress, ranges=ranges, first=first)
         cases = measurement.cases()
         end = machine_state()
-        memory = Memory(host_peak_bytes=peak_host_bytes(), device_bytes=gpu.held_bytes())
+        memory = Memory(host_peak_bytes=peak_bytes(), device_bytes=gpu_bytes())
     # Only now: a second process on the GPU while the first holds it would be another experiment.
     cold_start = None
     if workload.cold_starts:
@@ -296,10 +140,9 @@ def _measure(
 def _with_roofline(report: BenchReport, load: Mapping[str, Any], progress: Progress) -> BenchReport:
     """The report with the floors of one case's stages: one picture of the last preset, cached."""
     case = [one for one in report.cases if one.requests == one.concurrency == 1][-1]
-    export = find_export(load["export"])
-    manifest = read_manifest(export / EXPORT_MANIFEST, ExportManifest)
+    export = Export.open(load["export"])
     builder = make_builder(
-        manifest,
+        export.manifest,
         load["backend"],
         threads=load.get("threads"),
         options=load.get("engine_options"),
@@ -308,10 +151,11 @@ def _with_roofline(report: BenchReport, load: Mapping[str, Any], progress: Progr
     progress("Measuring what the machine can do at best")
     try:
         rates = measure_rates(
-            builder, dtype="float32" if on_host or manifest.precision == "fp32" else "float16"
+            builder,
+            dtype="float32" if on_host or export.manifest.precision == "fp32" else "float16",
         )
         floors = stage_floors(
-            case.stages, manifest, export, rates, height=report.work.height, width=report.work.width
+            case.stages, export, rates, height=report.work.height, width=report.work.width
         )
     except MissingDependency as error:
         said = (*report.notes, f"There is no roofline: {error.message} {error.mend}")
@@ -338,3 +182,72 @@ def _first_call(load: Mapping[str, Any], workload: Workload) -> dict[str, Any]:
         "preset": workload.presets[0],
         "fields": fields,
     }
+
+
+_DRIFT_SAID_FROM = 0.02
+"""Smaller changes between the halves of a run are of no use to anybody."""
+
+
+def notes(
+    cases: Sequence[Case], environment: Environment, cold_start: ColdStart | None
+) -> list[str]:
+    """Sentences about everything that could make these numbers differ from another run's."""
+    said = [sentence for case in cases for sentence in _case_notes(case)]
+    said += _environment_notes(environment)
+    fewest = min(case.seconds.n for case in cases)
+    if fewest < 100:
+        said.append(
+            f"Some percentiles rest on as few as {fewest} samples; p99 of fewer than 100 is close "
+            "to their maximum."
+        )
+    if cold_start is not None:
+        said.append(
+            "Cold starts read engines and packages that the system may hold in memory; the first "
+            "start after a reboot takes longer."
+        )
+    return said
+
+
+def _case_notes(case: Case) -> list[str]:
+    said = []
+    seconds = case.seconds
+    if seconds.outliers:
+        outside = [seconds.samples[at] for at in seconds.outliers]
+        worst = max(outside, key=lambda value: abs(value - seconds.median))
+        said.append(
+            f"{case.label}: {len(seconds.outliers)} of {seconds.n} calls lie outside Tukey's "
+            f"fences, the farthest at {worst * 1000:.1f} ms with a median of "
+            f"{seconds.median * 1000:.1f} ms; all are counted."
+        )
+    ratio, low, high = statistics.drift(seconds.samples)
+    if abs(ratio - 1) > _DRIFT_SAID_FROM and not low <= 1 <= high:
+        change = f"{abs(ratio - 1):.0%} {'slower' if ratio > 1 else 'faster'}"
+        said.append(
+            f"{case.label}: the second half of the calls was {change} than the first (ratio "
+            f"{ratio:.2f}, 95 % interval {low:.2f} to {high:.2f}), so the machine changed its pace."
+        )
+    return said
+
+
+def _environment_notes(environment: Environment) -> list[str]:
+    said = []
+    cores = int(environment.machine["cores"])
+    load = environment.start.load_average
+    if load is not None and load > cores / 2:
+        said.append(
+            f"The load average was {load:.1f} on {cores} cores before the first call: something "
+            "else was running."
+        )
+    load = environment.end.load_average
+    if load is not None and load > cores:
+        said.append(
+            f"The load average was {load:.1f} on {cores} cores after the last call; this command's "
+            "own threads count in it."
+        )
+    for when, state in (("before", environment.start), ("after", environment.end)):
+        if state.gpu is not None and state.gpu.throttled:
+            said.append(
+                f"{state.gpu.name} was throttled {when} the calls: "
+                f"{', '.join(state.gpu.throttled)}."
+            )
+    return said

@@ -17,6 +17,7 @@ from fastface_trt.bench.measure import Workload, nvtx_ranges
 from fastface_trt.bench.random_weights import random_export
 from fastface_trt.bench.report import BENCH_FILE, schema_text
 from fastface_trt.bench.run import run_benchmark, write_schema
+from fastface_trt.bench.tables import print_report
 from fastface_trt.cli import STARTED
 from fastface_trt.cli.common import (
     FILE,
@@ -32,9 +33,9 @@ from fastface_trt.cli.common import (
 )
 from fastface_trt.engines.cache import EngineCache
 from fastface_trt.errors import BadPicture, InvalidRequest, UnknownName
-from fastface_trt.measure.tables import print_report, print_table
+from fastface_trt.measure.tables import print_table
 from fastface_trt.mini.folders import SAMPLE_FACES
-from fastface_trt.runtime.export_folder import find_export
+from fastface_trt.runtime.export_folder import Export
 from fastface_trt.runtime.guidance import BRANCH_PLANS
 from fastface_trt.runtime.presets import PRESETS
 
@@ -196,7 +197,7 @@ def _bench(
         **counts,
     )
     line = timed_lines(console())
-    folder = find_export(export_folder)
+    folder = Export.open(export_folder).folder
     if random_weights and export_folder == "mini":
         folder = random_export(checkpoint, precision, workload.steps, EngineCache(cache), line)
     load = {

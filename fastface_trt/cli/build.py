@@ -34,11 +34,10 @@ from fastface_trt.cli.common import (
 from fastface_trt.engines.backends import make_builder
 from fastface_trt.engines.cache import EngineCache
 from fastface_trt.engines.files import storage_errors
-from fastface_trt.engines.manifest import EXPORT_MANIFEST, ExportManifest, read_manifest
 from fastface_trt.engines.tensorrt.options import DynamicProfile
 from fastface_trt.engines.tensorrt.plan import Event
-from fastface_trt.errors import InvalidRequest, UnknownName
-from fastface_trt.runtime.export_folder import find_export
+from fastface_trt.errors import InvalidRequest
+from fastface_trt.runtime.export_folder import Export
 
 _INDENT = "  "
 _DEEPEST = 3
@@ -219,11 +218,10 @@ def build(
     TensorRT-RTX builds on a machine without a GPU too, for machines with one. Ctrl-C stops a build
     at once and leaves nothing half-made.
     """
-    folder = find_export(export_folder)
-    manifest = read_manifest(folder / EXPORT_MANIFEST, ExportManifest)
+    export = Export.open(export_folder)
+    manifest = export.manifest
     for name in modules:
-        if name not in manifest.modules:
-            raise UnknownName("module", name, manifest.modules)
+        export.module(name)
     store = EngineCache(cache)
     screen = console()
     line = timed_lines(screen)
@@ -240,7 +238,7 @@ def build(
             module = manifest.modules[name]
             seconds = store.expected_seconds(module, builder)
             display.start_module(name, seconds)
-            engine, place = store.get(module, folder, builder, line)
+            engine, place = store.get(module, export.folder, builder, line)
             size = sum(f.bytes for f in engine.files) / 2**20
             facts = {"megabytes": size, "seconds": engine.build_seconds, "folder": str(place)}
             display.end_module(name, facts | engine.report.model_dump(mode="json"))

@@ -7,8 +7,7 @@ import click
 from fastface_trt.cli.common import FOLDER, console, timed_lines
 from fastface_trt.engines.backends import make_builder
 from fastface_trt.engines.cache import EngineCache
-from fastface_trt.engines.manifest import EXPORT_MANIFEST, ExportManifest, read_manifest
-from fastface_trt.runtime.export_folder import find_export
+from fastface_trt.runtime.export_folder import Export
 
 _cache = click.option("--cache", type=FOLDER, help="Engine cache folder [FASTFACE_CACHE].")
 
@@ -29,7 +28,7 @@ def publish(
     """
     from fastface_trt.serving.storage import distribution
 
-    manifest = read_manifest(find_export(export) / EXPORT_MANIFEST, ExportManifest)
+    manifest = Export.open(export).manifest
     entries = distribution.engines_of(manifest, EngineCache(cache)) if engines else []
     address = distribution.publish(
         export,

@@ -21,6 +21,7 @@ from rich.progress import (
 
 from fastface_trt.checkpoints import HubItem
 from fastface_trt.cli.common import (
+    EXPORT_HELP,
     FILE,
     FOLDER,
     backend_options,
@@ -55,7 +56,7 @@ def _steps(text: str | None) -> list[int] | None:
     default="mini",
     show_default=True,
     metavar="FOLDER",
-    help="An export's folder, or mini.",
+    help=EXPORT_HELP,
 )
 @click.option("--face", type=FILE, required=True, help="Picture with the face.")
 @click.option("--prompt", required=True, help="Text.")

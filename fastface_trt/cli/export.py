@@ -8,13 +8,7 @@ import click
 
 from fastface_trt.cli.common import FILE, FOLDER, console, licence_option, timed_lines
 from fastface_trt.errors import InvalidRequest, LicenceNotAcknowledged, MissingDependency
-from fastface_trt.export.quantization.calibration import (
-    PipelineCalibration,
-    default_faces,
-    default_prompts,
-    find_faces,
-    read_prompts,
-)
+from fastface_trt.measure.memory import GB, peak_bytes
 
 
 @click.command()
@@ -135,10 +129,17 @@ def export(
     """
     try:
         from fastface_trt.checkpoints import ADAPTERS, find_checkpoint
-        from fastface_trt.export.exporter import peak_gb, run_export
+        from fastface_trt.export.exporter import run_export
         from fastface_trt.export.options import ExportOptions
         from fastface_trt.export.precision import QUANTIZED_FORMATS
-        from fastface_trt.export.quantization.calibration import RandomCalibration
+        from fastface_trt.export.quantization.calibration import (
+            PipelineCalibration,
+            RandomCalibration,
+            default_faces,
+            default_prompts,
+            find_faces,
+            read_prompts,
+        )
         from fastface_trt.export.sources import parse_adapter, parse_item, quiet_libraries
     except ImportError as error:
         raise MissingDependency(
@@ -200,6 +201,6 @@ def export(
     size = sum(f.bytes for f in manifest.files()) / 2**30
     line(
         f"{target}: {size:.2f} GB in {perf_counter() - started:.0f} s, "
-        f"peak memory {peak_gb():.1f} GB"
+        f"peak memory {peak_bytes() / GB:.1f} GB"
     )
     click.echo(str(target))

@@ -16,7 +16,7 @@ from fastface_trt.engines.manifest import (
     read_manifest,
 )
 from fastface_trt.errors import ExportIncomplete
-from fastface_trt.runtime.export_folder import find_export
+from fastface_trt.runtime.export_folder import Export, find_export
 from fastface_trt.runtime.picture_file import FORMATS, read_parameters
 
 
@@ -43,7 +43,7 @@ def inspect(what: str, verify: bool, as_json: bool) -> None:
             )
             _show_module(out, engine.module)
     elif (path / EXPORT_MANIFEST).is_file():
-        export = read_manifest(path / EXPORT_MANIFEST, ExportManifest)
+        export = Export.open(path).manifest
         if verify:
             verify_files(path, export.files())
         if as_json:

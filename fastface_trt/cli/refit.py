@@ -7,10 +7,8 @@ import click
 from fastface_trt.cli.common import FOLDER, backend_options, console, timed_lines
 from fastface_trt.engines.backends import make_builder
 from fastface_trt.engines.cache import EngineCache
-from fastface_trt.engines.manifest import EXPORT_MANIFEST, ExportManifest, read_manifest
 from fastface_trt.engines.refit import RefitReport, refit
-from fastface_trt.errors import UnknownName
-from fastface_trt.runtime.export_folder import find_export
+from fastface_trt.runtime.export_folder import Export
 
 
 @click.command("refit")
@@ -31,24 +29,23 @@ def refit_command(
     they are put into a copy of an engine that the cache holds. The copy is compared with the
     export's probe before it counts.
     """
-    folder = find_export(export_folder)
-    manifest = read_manifest(folder / EXPORT_MANIFEST, ExportManifest)
-    start = None if base is None else read_manifest(base / EXPORT_MANIFEST, ExportManifest)
-    for known in (manifest, start):
-        for name in modules:
-            if known is not None and name not in known.modules:
-                raise UnknownName("module", name, known.modules)
+    export = Export.open(export_folder)
+    start = None if base is None else Export.open(base)
+    for name in modules:
+        export.module(name)
+        if start is not None:
+            start.module(name)
     store = EngineCache(cache)
-    builder = make_builder(manifest, backend, threads=threads, cache=store)
+    builder = make_builder(export.manifest, backend, threads=threads, cache=store)
     line = timed_lines(console())
-    for name in modules or manifest.modules:
+    for name in modules or export.manifest.modules:
         report = refit(
             store,
-            manifest.modules[name],
-            folder,
+            export.module(name),
+            export.folder,
             builder,
             line,
-            None if start is None else start.modules.get(name),
+            None if start is None else start.manifest.modules.get(name),
         )
         line(_words(report))
         click.echo(str(store.root / report.key))

@@ -1,7 +1,4 @@
-"""`serve`: pictures over HTTP.
-
-The options of `serve` for Ray Serve, and what they mean.
-"""
+"""`serve`: pictures over HTTP, by worker processes on this machine or by replicas on Ray."""
 
 import os
 import re
@@ -22,16 +19,34 @@ from fastface_trt.cli.common import (
     provider_option,
     timed_lines,
 )
-from fastface_trt.engines.manifest import EXPORT_MANIFEST, ExportManifest, read_manifest
 from fastface_trt.errors import InvalidRequest, MissingDependency, StorageError
-from fastface_trt.runtime.export_folder import find_export, with_schedule_of
+from fastface_trt.runtime.export_folder import Export
 from fastface_trt.serving.settings import ServerSettings, Settings, WorkerSettings
 
+Kind = TypeVar("Kind", bound=Settings)
+KEYS_VARIABLE = "FASTFACE_API_KEYS"
+MIN_KEY_LENGTH = 8
 _COUNT = click.IntRange(min=1)
+_SECONDS = click.FloatRange(min=0, min_open=True)
+_SETTINGS = WorkerSettings.model_fields | ServerSettings.model_fields
 _SHARE = click.FloatRange(min=0)
 
 
-def ray_options(command: Command) -> Command:
+def _setting(
+    name: str, kind: click.ParamType[Any], text: str, flag: str | None = None
+) -> Callable[[Command], Command]:
+    """An option for a setting of the worker or the server, with the setting's default."""
+    return click.option(
+        f"--{flag or name.replace('_', '-')}",
+        name,
+        type=kind,
+        default=_SETTINGS[name].default,
+        show_default=True,
+        help=text,
+    )
+
+
+def _ray_options(command: Command) -> Command:
     """`--ray` and what goes with it."""
     for option in (
         click.option("--replica-cpus", type=_SHARE, help="With --ray: CPUs of each replica [1]."),
@@ -52,150 +67,54 @@ def ray_options(command: Command) -> Command:
     return command
 
 
-def serve_on_ray(
-    worker: WorkerSettings, server: ServerSettings, workers: int | None, given: Mapping[str, Any]
-) -> None:
-    """`given` holds the values of `ray_options`."""
-    from fastface_trt.serving.ray.arguments import Placement
-    from fastface_trt.serving.ray.run import run_on_ray
-
-    names = {
-        "min_replicas": workers,
-        "max_replicas": given["max_replicas"],
-        "num_gpus": given["replica_gpus"],
-        "num_cpus": given["replica_cpus"],
-    }
-    placement = Placement.model_validate({n: v for n, v in names.items() if v is not None})
-    run_on_ray(worker, server, placement, address=given["ray_address"], say=click.echo)
-
-
-Kind = TypeVar("Kind", bound=Settings)
-
-KEYS_VARIABLE = "FASTFACE_API_KEYS"
-MIN_KEY_LENGTH = 8
-_SECONDS = click.FloatRange(min=0, min_open=True)
-_COUNT_SERVE = click.IntRange(min=1)
-
-
-def _of(settings: type[Settings], name: str) -> Any:
-    return settings.model_fields[name].default
-
-
-def _limit(
-    settings: type[Settings],
-    name: str,
-    kind: click.ParamType[Any],
-    text: str,
-    flag: str | None = None,
-) -> Callable[[Command], Command]:
-    """An option for a setting, with the setting's default."""
-    return click.option(
-        f"--{flag or name.replace('_', '-')}",
-        name,
-        type=kind,
-        default=_of(settings, name),
-        show_default=True,
-        help=text,
-    )
-
-
-def api_keys(file: Path | None, variable: str) -> tuple[str, ...]:
-    """The keys of a file, one per line, and of the environment, with commas or spaces between.
-
-    Raises `InvalidRequest` for a key that is too short to be one, `StorageError` for the file.
-    """
-    lines: list[str] = []
-    if file is not None:
-        try:
-            lines = file.read_text("utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise StorageError(
-                f"The keys in {file} cannot be read: {getattr(error, 'strerror', None) or error}.",
-                "Check its path and permissions.",
-            ) from None
-    keys = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
-    keys += filter(None, re.split(r"[\s,]+", variable))
-    if file is not None and not keys:
-        raise InvalidRequest(f"There are no keys in {file}.", "Write one per line.")
-    for key in keys:
-        if len(key) < MIN_KEY_LENGTH or not key.isascii() or not key.isprintable() or " " in key:
-            raise InvalidRequest(
-                "An API key is too short, or has characters that a header cannot carry.",
-                f"Take {MIN_KEY_LENGTH} letters and digits or more: openssl rand -hex 24.",
-            )
-    return tuple(dict.fromkeys(keys))
-
-
 @click.command()
 @backend_options
 @provider_option
 @click.option("--schedule-of", metavar="NAME", help="Sampler and steps of another checkpoint.")
-@click.option("--workers", type=_COUNT_SERVE, help="Processes with engines [one per GPU, or one].")
-@_limit(
-    WorkerSettings,
-    "max_waiting",
-    _COUNT_SERVE,
-    "Pictures that wait for their first step; the next gets 429.",
-)
-@_limit(WorkerSettings, "max_running", _COUNT_SERVE, "Pictures on their way in each worker.")
-@click.option("--max-rows", type=_COUNT_SERVE, help="Rows of a UNet call [what the engines take].")
+@click.option("--workers", type=_COUNT, help="Processes with engines [one per GPU, or one].")
+@_setting("max_waiting", _COUNT, "Pictures that wait for their first step; the next gets 429.")
+@_setting("max_running", _COUNT, "Pictures on their way in each worker.")
+@click.option("--max-rows", type=_COUNT, help="Rows of a UNet call [what the engines take].")
 @click.option(
     "--latency-budget",
     type=_SECONDS,
     metavar="SECONDS",
     help="Refuse with 429 what would not be done within this time.",
 )
-@click.option("--host", default=_of(ServerSettings, "host"), show_default=True, help="Address.")
-@_limit(ServerSettings, "port", click.IntRange(0, 65535), "0 takes a free one; the log says which.")
+@_setting("host", click.STRING, "Address.")
+@_setting("port", click.IntRange(0, 65535), "0 takes a free one; the log says which.")
 @click.option(
     "--api-keys-file",
     type=FILE,
     help=f"Keys of clients, one per line; also in {KEYS_VARIABLE}.",
 )
 @click.option("--allow-anonymous", is_flag=True, help="Let everybody in, whatever the address.")
-@click.option(
-    "--requests-per-minute", type=_COUNT_SERVE, help="Of each key, or address [any number]."
-)
-@_limit(
-    ServerSettings, "max_requests", _COUNT_SERVE, "Requests in work at once; the next gets 503."
-)
-@_limit(ServerSettings, "max_body_bytes", _COUNT_SERVE, "Of one request.")
-@_limit(ServerSettings, "max_picture_pixels", _COUNT_SERVE, "Of a face picture.")
-@_limit(ServerSettings, "max_faces", _COUNT_SERVE, "Registered faces; the next gets 429.")
-@_limit(ServerSettings, "body_timeout", _SECONDS, "Seconds for headers, and for a body.")
-@_limit(ServerSettings, "write_timeout", _SECONDS, "Seconds for a client to take what was written.")
-@_limit(
-    WorkerSettings,
+@click.option("--requests-per-minute", type=_COUNT, help="Of each key, or address [any number].")
+@_setting("max_requests", _COUNT, "Requests in work at once; the next gets 503.")
+@_setting("max_body_bytes", _COUNT, "Of one request.")
+@_setting("max_picture_pixels", _COUNT, "Of a face picture.")
+@_setting("max_faces", _COUNT, "Registered faces; the next gets 429.")
+@_setting("body_timeout", _SECONDS, "Seconds for headers, and for a body.")
+@_setting("write_timeout", _SECONDS, "Seconds for a client to take what was written.")
+@_setting(
     "max_passed_over",
     click.IntRange(min=0),
     "UNet calls that may pass over a picture for a fuller one.",
 )
-@_limit(
-    WorkerSettings, "stall_seconds", _SECONDS, "A worker that gets nothing done is started again."
-)
-@_limit(ServerSettings, "max_pictures", _COUNT_SERVE, "n of one request.")
-@_limit(ServerSettings, "max_connections", _COUNT_SERVE, "Open connections.")
-@_limit(
-    ServerSettings,
+@_setting("stall_seconds", _SECONDS, "A worker that gets nothing done is started again.")
+@_setting("max_pictures", _COUNT, "n of one request.")
+@_setting("max_connections", _COUNT, "Open connections.")
+@_setting(
     "max_connections_per_address",
     click.IntRange(min=0),
     "Of one client; 0 for any number (behind a proxy).",
 )
-@_limit(
-    ServerSettings,
-    "default_deadline",
-    _SECONDS,
-    "Seconds of a request that names no deadline.",
-    flag="deadline",
+@_setting(
+    "default_deadline", _SECONDS, "Seconds of a request that names no deadline.", flag="deadline"
 )
-@_limit(ServerSettings, "max_deadline", _SECONDS, "Seconds that a request may ask for.")
-@_limit(
-    ServerSettings,
-    "drain_seconds",
-    _SECONDS,
-    "After SIGTERM, until pictures on their way are ended.",
-)
-@_limit(ServerSettings, "faces_ttl", _SECONDS, "Seconds until a registered face is forgotten.")
+@_setting("max_deadline", _SECONDS, "Seconds that a request may ask for.")
+@_setting("drain_seconds", _SECONDS, "After SIGTERM, until pictures on their way are ended.")
+@_setting("faces_ttl", _SECONDS, "Seconds until a registered face is forgotten.")
 @click.option("--fetch-urls", is_flag=True, help="Take pictures by address (face_url).")
 @click.option("--ui", is_flag=True, help="Serve the web page at /.")
 @click.option("--log-prompts", is_flag=True, help="Write prompts to the log.")
@@ -210,7 +129,7 @@ def api_keys(file: Path | None, variable: str) -> tuple[str, ...]:
     metavar="MODULE:NAME",
     help="A check of prompts and pictures (repeatable).",
 )
-@ray_options
+@_ray_options
 @licence_option
 def serve(
     export_folder: str,
@@ -273,18 +192,59 @@ def _serve(
 
     check_binding(settings, allow_anonymous=allow_anonymous)
     if ray is not None:
-        serve_on_ray(worker_settings, settings, count, ray)
+        _serve_on_ray(worker_settings, settings, count, ray)
         return 0
     worker_settings = with_obtained(worker_settings, progress=timed_lines(console()))
-    manifest = read_manifest(find_export(worker_settings.export) / EXPORT_MANIFEST, ExportManifest)
-    if worker_settings.schedule_of is not None:
-        manifest = with_schedule_of(manifest, worker_settings.schedule_of)
+    export = Export.open(worker_settings.export, schedule_of=worker_settings.schedule_of)
     placed, environments = place_workers(worker_settings, count)
     pool = WorkerPool(placed, environments=environments)
-    app = create_app(pool, settings, manifest, backend=worker_settings.backend)
+    app = create_app(pool, settings, export.manifest, backend=worker_settings.backend)
     log_json(sys.stderr)
     with listen(settings) as listener, pool:
         status = run_server(app, pool, settings, listener)
     if pool.failure is not None:
         raise pool.failure
     return status
+
+
+def _serve_on_ray(
+    worker: WorkerSettings, server: ServerSettings, workers: int | None, given: Mapping[str, Any]
+) -> None:
+    from fastface_trt.serving.ray.arguments import Placement
+    from fastface_trt.serving.ray.run import run_on_ray
+
+    names = {
+        "min_replicas": workers,
+        "max_replicas": given["max_replicas"],
+        "num_gpus": given["replica_gpus"],
+        "num_cpus": given["replica_cpus"],
+    }
+    placement = Placement.model_validate({n: v for n, v in names.items() if v is not None})
+    run_on_ray(worker, server, placement, address=given["ray_address"], say=click.echo)
+
+
+def api_keys(file: Path | None, variable: str) -> tuple[str, ...]:
+    """The keys of a file, one per line, and of the environment, with commas or spaces between.
+
+    Raises `InvalidRequest` for a key that is too short to be one, `StorageError` for the file.
+    """
+    lines: list[str] = []
+    if file is not None:
+        try:
+            lines = file.read_text("utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise StorageError(
+                f"The keys in {file} cannot be read: {getattr(error, 'strerror', None) or error}.",
+                "Check its path and permissions.",
+            ) from None
+    keys = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+    keys += filter(None, re.split(r"[\s,]+", variable))
+    if file is not None and not keys:
+        raise InvalidRequest(f"There are no keys in {file}.", "Write one per line.")
+    for key in keys:
+        if len(key) < MIN_KEY_LENGTH or not key.isascii() or not key.isprintable() or " " in key:
+            raise InvalidRequest(
+                "An API key is too short, or has characters that a header cannot carry.",
+                f"Take {MIN_KEY_LENGTH} letters and digits or more: openssl rand -hex 24.",
+            )
+    return tuple(dict.fromkeys(keys))

@@ -11,9 +11,8 @@ from rich.table import Table
 from fastface_trt.cli.common import FOLDER, console, timed_lines
 from fastface_trt.engines.cache import EngineCache
 from fastface_trt.engines.engine import Progress
-from fastface_trt.engines.manifest import EXPORT_MANIFEST, ExportManifest, read_manifest
-from fastface_trt.errors import MissingDependency, UnknownName
-from fastface_trt.runtime.export_folder import find_export
+from fastface_trt.errors import MissingDependency
+from fastface_trt.runtime.export_folder import Export
 from fastface_trt.verify.inputs import module_inputs
 from fastface_trt.verify.layers import LayerReport, find_layer
 from fastface_trt.verify.modules import ModuleVerdict, verify_builder, verify_modules
@@ -66,14 +65,13 @@ def verify(
     The reference is ONNX Runtime on the CPU with all optimisations off; the exit code is 1 when a
     module is beyond the tolerance of its precision. --layers then looks inside such a module.
     """
-    folder = find_export(export)
-    manifest = read_manifest(folder / EXPORT_MANIFEST, ExportManifest)
+    opened = Export.open(export)
+    folder, manifest = opened.folder, opened.manifest
     for name in modules:
-        if name not in manifest.modules:
-            raise UnknownName("module", name, manifest.modules)
+        opened.module(name)
     line = timed_lines(console())
     if only_lint:
-        report, failed = _lint(folder, manifest, modules or tuple(manifest.modules), seed, line)
+        report, failed = _lint(opened, modules or tuple(manifest.modules), seed, line)
         _show(report, as_json, _print_lint)
         context.exit(FAILED if failed else 0)
     builder = verify_builder(backend, manifest, threads=threads)
@@ -127,7 +125,7 @@ def _show(report: dict[str, Any], as_json: bool, show: Any) -> None:
 
 
 def _lint(
-    folder: Path, manifest: ExportManifest, modules: tuple[str, ...], seed: int, line: Progress
+    export: Export, modules: tuple[str, ...], seed: int, line: Progress
 ) -> tuple[dict[str, Any], bool]:
     try:
         from fastface_trt.verify.lint import lint
@@ -135,12 +133,13 @@ def _lint(
         raise MissingDependency(
             f"Linting needs {error.name}.", "Install it with: pip install 'fastface-trt[export]'."
         ) from None
-    report: dict[str, Any] = {"export": str(folder), "lint": {}}
+    report: dict[str, Any] = {"export": str(export.folder), "lint": {}}
     failed = False
     for name in modules:
         line(f"Linting {name}")
-        inputs = module_inputs(manifest.modules[name], manifest, folder, seed=seed)
-        entries = lint(manifest.modules[name], folder, inputs)
+        module = export.module(name)
+        inputs = module_inputs(module, export.manifest, export.folder, seed=seed)
+        entries = lint(module, export.folder, inputs)
         failed = failed or any(entry.is_error for entry in entries)
         report["lint"][name] = [
             {"level": e.level, "source": e.source, "message": e.message, "nodes": list(e.nodes)}

@@ -24,7 +24,7 @@ def sources() -> tuple[Path, ...]:
 @click.option("--cmake-dir", is_flag=True, help="The folder for CMake's add_subdirectory.")
 @click.option("--sources", "want_sources", is_flag=True, help="The C++ files, one per line.")
 def embedding(includes: bool, cmake_dir: bool, want_sources: bool) -> None:
-    """Print where the C library's files lie; fastface_trt/embedding/README.md says how to use it.
+    """Print where the C library's files lie; docs/embedding.md says how to use it.
 
     Without an option the CMake folder.
     """

@@ -205,9 +205,7 @@ class Session:
 
     def latent_shape(self, request: GenerationRequest) -> tuple[int, int, int]:
         """(C, h, w) of a request's latents."""
-        manifest = self._fastface.manifest
-        factor = manifest.vae_scale_factor
-        return manifest.latent_channels, request.height // factor, request.width // factor
+        return self._fastface.manifest.latent_shape(request.height, request.width)
 
     def face(
         self,
@@ -322,7 +320,8 @@ class Session:
 
     def decode(self, latents: Foreign, *, out: Foreign | None = None) -> NDArray[np.uint8] | None:
         """The picture of final latents float32 [C,h,w]; see `generate` for `out` and the result."""
-        channels, factor = self._fastface.manifest.latent_channels, self._factor
+        manifest = self._fastface.manifest
+        channels, factor = manifest.latent_channels, manifest.vae_scale_factor
         shape = tuple(getattr(latents, "shape", ()))
         if len(shape) != 3 or shape[0] != channels:
             raise InvalidRequest(f"The latents are {list(shape)}, not [{channels}, h, w].", "")
@@ -356,10 +355,6 @@ class Session:
         assert isinstance(count, int)
         assert isinstance(width, int)
         return (count, width), given.dtype
-
-    @property
-    def _factor(self) -> int:
-        return self._fastface.manifest.vae_scale_factor
 
     def _square(self, source: Foreign | None, name: str, side: int) -> NDArray[np.uint8] | None:
         if source is None:

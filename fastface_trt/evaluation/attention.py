@@ -2,19 +2,11 @@
 
 The maps come out of the ONNX graph itself: a copy of the UNet that also returns them takes the
 place of the UNet's engine while one picture is made on ONNX Runtime. So they are what was computed,
-not what another implementation would have computed.
+not what another implementation would have computed. They are drawn before and after manipulation,
+as in figures 4 and 5 of the paper, with their numbers beside them.
 
 Shape legend: B rows of a UNet call (the branches of one request), H heads, N query positions,
 T image tokens, y × x latent grid of a block.
-
-A UNet engine that also returns attention maps, in the place of the UNet that a generation uses.
-
-Shape legend: B rows of a UNet call (the branches of one request), H heads, N query positions,
-T image tokens.
-
-Figures of attention maps before and after manipulation, and their numbers (figures 4 and 5).
-
-Shape legend: H heads, N query positions, T image tokens, y × x latent grid of a block.
 """
 
 from __future__ import annotations
@@ -37,7 +29,6 @@ from fastface_trt.engines.cache import EngineCache
 from fastface_trt.engines.device import Device, Tensor
 from fastface_trt.engines.engine import Closing, Engine, EngineBuilder, Progress
 from fastface_trt.engines.files import storage_errors, verify_files, write_text_durably
-from fastface_trt.engines.manifest import EXPORT_MANIFEST, ExportManifest, read_manifest
 from fastface_trt.engines.ort.builder import OnnxRuntimeBuilder
 from fastface_trt.errors import (
     EngineFailed,
@@ -49,142 +40,36 @@ from fastface_trt.errors import (
 from fastface_trt.measure.style import (
     LIGHT,
     Theme,
+    add_legend,
     colour_bar,
     dress,
-    dress_legend,
+    empty_figure,
     encode,
-    themed_figure,
+    name_axes,
+    new_figure,
     title,
 )
-from fastface_trt.runtime.export_folder import find_export
+from fastface_trt.runtime.export_folder import Export, ModuleSet
 from fastface_trt.runtime.face import FaceAnalyzer
 from fastface_trt.runtime.guidance import FACE, TEXT_AND_FACE
-from fastface_trt.runtime.modules import ModuleSet
 from fastface_trt.runtime.picture_file import write_picture
 from fastface_trt.runtime.pipeline import FaceInput, FastFace
 from fastface_trt.runtime.request import GenerationRequest
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from fastface_trt.verify.marked_outputs import MarkableModule
 
 Maps = NDArray[np.float32]
-
 _BEFORE: Final = ("Softmax", re.compile(r"a_BHTN(_\d+)?"))
 _AFTER: Final = ("Where", re.compile(r"f(_\d+)?"))
 """Operator and name of A and of f(A) in the body of `DecoupledAttention` (export/functions.py);
 inlining numbers the names."""
 
-
-class WatchedUnet(Closing):
-    """A UNet engine that also returns attention maps, seen as the plain UNet by the loop.
-
-    One request is denoised with it, so its calls are the steps in order.
-    """
-
-    def __init__(self, engine: Engine, names: Mapping[str, tuple[str, ...]]) -> None:
-        outputs = tuple(t for t in engine.spec.outputs if t.name == contract.NOISE_PREDICTION)
-        self.spec = engine.spec.model_copy(update={"outputs": outputs})
-        self.request_counts = engine.request_counts
-        self.keep: frozenset[int] = frozenset()
-        self.calls: list[dict[str, tuple[Maps, Maps]]] = []
-        self._engine, self._names = engine, names
-
-    @property
-    def device(self) -> Device:
-        """Where its tensors live."""
-        return self._engine.device
-
-    def __call__(self, **inputs: Tensor) -> dict[str, Tensor]:
-        """Run the UNet, keep the maps of this step, return the noise prediction alone."""
-        outputs = self._engine(**inputs)
-        kept: dict[str, tuple[Maps, Maps]] = {}
-        if len(self.calls) in self.keep:
-            for block, (before, after) in self._names.items():
-                a_BHTN = np.asarray(self.device.download(outputs[before]), dtype=np.float32)
-                # Inside the function rows are requests × (branches · heads).
-                f_BHTN = np.asarray(self.device.download(outputs[after]), dtype=np.float32)
-                f_BHTN = f_BHTN.reshape(a_BHTN.shape)
-                kept[block] = (a_BHTN.swapaxes(2, 3), f_BHTN.swapaxes(2, 3))
-        self.calls.append(kept)
-        return {contract.NOISE_PREDICTION: outputs[contract.NOISE_PREDICTION]}
-
-    def close(self) -> None:
-        """Close the engine behind it."""
-        self._engine.close()
-
-
-class WatchedModules(ModuleSet):
-    """The modules of an export, with another engine in the place of the UNet once it is watched."""
-
-    def __init__(
-        self, export: Path, builder: EngineBuilder, cache: EngineCache, progress: Progress
-    ) -> None:
-        super().__init__(export, builder, cache, progress)
-        self._say = progress
-        self._unet: WatchedUnet | None = None
-
-    def watch(self, folder: Path, choose: Callable[[Sequence[str]], Sequence[str]]) -> WatchedUnet:
-        """Build a copy of the UNet in the empty `folder` that returns the maps of chosen blocks.
-
-        Raises `MissingDependency` without the export extra, `ExportIncomplete`, `BuildFailed`,
-        `StorageError`, and what `choose` raises when it is shown the names of the blocks.
-        """
-        markable = open_unet(self.folder)
-        tensors = attention_tensors(markable)
-        blocks = choose(tuple(tensors))
-        with storage_errors(folder):
-            spec = markable.write([name for b in blocks for name in tensors[b]], folder / "onnx")
-        self._say(f"Building a UNet that returns the maps of {len(blocks)} blocks")
-        cache = EngineCache(folder / "engines")  # of no use to anybody afterwards
-        engine = cache.open(spec, folder / "onnx", self.builder, self._say)
-        names = {b: tuple(markable.output_name(name) for name in tensors[b]) for b in blocks}
-        self._unet = WatchedUnet(engine, names)
-        return self._unet
-
-    def __getitem__(self, name: str) -> Engine:
-        watched = self._unet if name == "unet" else None
-        return watched or super().__getitem__(name)
-
-    def close(self) -> None:
-        """Close the UNet's copy with the others."""
-        if self._unet is not None:
-            self._unet.close()
-        super().close()
-
-
-def open_unet(folder: Path) -> MarkableModule:
-    """The UNet of an export with its functions inlined; its files are verified first."""
-    try:
-        from fastface_trt.verify.marked_outputs import MarkableModule
-    except ImportError as error:
-        raise MissingDependency(
-            f"Attention maps need {error.name}.",
-            "Install it with: pip install 'fastface-trt[export]'.",
-        ) from None
-    module = read_manifest(folder / EXPORT_MANIFEST, ExportManifest).modules["unet"]
-    verify_files(folder, module.files)
-    return MarkableModule(module, folder, inline=True)
-
-
-def attention_tensors(markable: MarkableModule) -> dict[str, tuple[str, str]]:
-    """The names of A and f(A) per decoupled block, in the UNet's order."""
-    found: dict[str, dict[str, str]] = {}
-    for name in markable.names:
-        info = markable.info(name)
-        for kind, (op, pattern) in (("before", _BEFORE), ("after", _AFTER)):
-            if info.op == op and info.scope.endswith("attn2") and pattern.fullmatch(name):
-                found.setdefault(_block(info.scope), {})[kind] = name
-    if not found or any(len(pair) != 2 for pair in found.values()):
-        raise ExportIncomplete(
-            "The exported UNet has no attention maps that can be returned.",
-            "It comes from an earlier version: export the model again.",
-        )
-    return {block: (pair["before"], pair["after"]) for block, pair in found.items()}
-
-
-def _block(scope: str) -> str:
-    """`unet.up_blocks.0.attentions.1.transformer_blocks.0.attn2` without what all have."""
-    return scope.removeprefix("unet.").removesuffix(".attn2").replace(".transformer_blocks.", ".")
+NUMBERS = "attention.json"
+BINS: Final = 50
+_CELL: Final = 1.25  # inches per map
 
 
 @dataclass(frozen=True)
@@ -248,7 +133,7 @@ def decoupled_blocks(export: str | Path = "mini") -> tuple[str, ...]:
 
     Raises `MissingDependency` without the export extra, `ExportIncomplete`, `ManifestError`.
     """
-    return tuple(attention_tensors(open_unet(find_export(export))))
+    return tuple(attention_tensors(open_unet(Export.open(export))))
 
 
 def choose_blocks(known: Sequence[str], patterns: Sequence[str]) -> tuple[str, ...]:
@@ -290,14 +175,10 @@ def collect_attention(
     Raises `MissingDependency` without the export extra, `UnknownName` for a block,
     `InvalidRequest` for a step that the run has not, and the errors of `FastFace.generate`.
     """
-    folder = find_export(export)
+    opened = Export.open(export)
     builder = OnnxRuntimeBuilder(threads=threads)
-    modules = WatchedModules(folder, builder, EngineCache(cache), progress)
-    manifest = modules.manifest
-    local = folder / manifest.face_model
-    faces = FaceAnalyzer(
-        local if local.is_dir() else manifest.face_model, licence_acknowledged=licence_acknowledged
-    )
+    modules = WatchedModules(opened, builder, EngineCache(cache), progress)
+    faces = FaceAnalyzer.of_export(opened, licence_acknowledged=licence_acknowledged)
     # The copy's engine maps its weights from the folder, so it is closed first.
     with (
         TemporaryDirectory(prefix="fastface-attention-") as temporary,
@@ -310,14 +191,13 @@ def collect_attention(
         watched.keep = kept
         progress("Generating")
         result = fastface.generate([request], [found])
-    scale = manifest.vae_scale_factor
-    latent = (request.height // scale, request.width // scale)
+    _, *latent = opened.manifest.latent_shape(request.height, request.width)
     maps = tuple(
         BlockMaps(
             block,
             step,
             tuple(result.branches[0][step]),
-            block_grid(latent, before.shape[2]),
+            block_grid((latent[0], latent[1]), before.shape[2]),
             before,
             after,
         )
@@ -350,12 +230,116 @@ def block_grid(latent: tuple[int, int], positions: int) -> tuple[int, int]:
     raise EngineFailed(f"{positions} positions are no halving of latents of {latent}.")
 
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+class WatchedModules(ModuleSet):
+    """The modules of an export, with another engine in the place of the UNet once it is watched."""
 
-NUMBERS = "attention.json"
-BINS: Final = 50
-_CELL: Final = 1.25  # inches per map
+    def __init__(
+        self, export: Export, builder: EngineBuilder, cache: EngineCache, progress: Progress
+    ) -> None:
+        super().__init__(export, builder, cache, progress)
+        self._say = progress
+        self._unet: WatchedUnet | None = None
+
+    def watch(self, folder: Path, choose: Callable[[Sequence[str]], Sequence[str]]) -> WatchedUnet:
+        """Build a copy of the UNet in the empty `folder` that returns the maps of chosen blocks.
+
+        Raises `MissingDependency` without the export extra, `ExportIncomplete`, `BuildFailed`,
+        `StorageError`, and what `choose` raises when it is shown the names of the blocks.
+        """
+        markable = open_unet(self.export)
+        tensors = attention_tensors(markable)
+        blocks = choose(tuple(tensors))
+        with storage_errors(folder):
+            spec = markable.write([name for b in blocks for name in tensors[b]], folder / "onnx")
+        self._say(f"Building a UNet that returns the maps of {len(blocks)} blocks")
+        cache = EngineCache(folder / "engines")  # of no use to anybody afterwards
+        engine = cache.open(spec, folder / "onnx", self.builder, self._say)
+        names = {b: tuple(markable.output_name(name) for name in tensors[b]) for b in blocks}
+        self._unet = WatchedUnet(engine, names)
+        return self._unet
+
+    def __getitem__(self, name: str) -> Engine:
+        watched = self._unet if name == "unet" else None
+        return watched or super().__getitem__(name)
+
+    def close(self) -> None:
+        """Close the UNet's copy with the others."""
+        if self._unet is not None:
+            self._unet.close()
+        super().close()
+
+
+class WatchedUnet(Closing):
+    """A UNet engine that also returns attention maps, seen as the plain UNet by the loop.
+
+    One request is denoised with it, so its calls are the steps in order.
+    """
+
+    def __init__(self, engine: Engine, names: Mapping[str, tuple[str, ...]]) -> None:
+        outputs = tuple(t for t in engine.spec.outputs if t.name == contract.NOISE_PREDICTION)
+        self.spec = engine.spec.model_copy(update={"outputs": outputs})
+        self.request_counts = engine.request_counts
+        self.keep: frozenset[int] = frozenset()
+        self.calls: list[dict[str, tuple[Maps, Maps]]] = []
+        self._engine, self._names = engine, names
+
+    @property
+    def device(self) -> Device:
+        """Where its tensors live."""
+        return self._engine.device
+
+    def __call__(self, **inputs: Tensor) -> dict[str, Tensor]:
+        """Run the UNet, keep the maps of this step, return the noise prediction alone."""
+        outputs = self._engine(**inputs)
+        kept: dict[str, tuple[Maps, Maps]] = {}
+        if len(self.calls) in self.keep:
+            for block, (before, after) in self._names.items():
+                a_BHTN = np.asarray(self.device.download(outputs[before]), dtype=np.float32)
+                # Inside the function rows are requests × (branches · heads).
+                f_BHTN = np.asarray(self.device.download(outputs[after]), dtype=np.float32)
+                f_BHTN = f_BHTN.reshape(a_BHTN.shape)
+                kept[block] = (a_BHTN.swapaxes(2, 3), f_BHTN.swapaxes(2, 3))
+        self.calls.append(kept)
+        return {contract.NOISE_PREDICTION: outputs[contract.NOISE_PREDICTION]}
+
+    def close(self) -> None:
+        """Close the engine behind it."""
+        self._engine.close()
+
+
+def open_unet(export: Export) -> MarkableModule:
+    """The UNet of an export with its functions inlined; its files are verified first."""
+    try:
+        from fastface_trt.verify.marked_outputs import MarkableModule
+    except ImportError as error:
+        raise MissingDependency(
+            f"Attention maps need {error.name}.",
+            "Install it with: pip install 'fastface-trt[export]'.",
+        ) from None
+    module = export.manifest.modules["unet"]
+    verify_files(export.folder, module.files)
+    return MarkableModule(module, export.folder, inline=True)
+
+
+def attention_tensors(markable: MarkableModule) -> dict[str, tuple[str, str]]:
+    """The names of A and f(A) per decoupled block, in the UNet's order."""
+    found: dict[str, dict[str, str]] = {}
+    for name in markable.names:
+        info = markable.info(name)
+        for kind, (op, pattern) in (("before", _BEFORE), ("after", _AFTER)):
+            if info.op == op and info.scope.endswith("attn2") and pattern.fullmatch(name):
+                found.setdefault(_block(info.scope), {})[kind] = name
+    if not found or any(len(pair) != 2 for pair in found.values()):
+        raise ExportIncomplete(
+            "The exported UNet has no attention maps that can be returned.",
+            "It comes from an earlier version: export the model again.",
+        )
+    return {block: (pair["before"], pair["after"]) for block, pair in found.items()}
+
+
+def _block(scope: str) -> str:
+    """`unet.up_blocks.0.attentions.1.transformer_blocks.0.attn2` without what all have."""
+    return scope.removeprefix("unet.").removesuffix(".attn2").replace(".transformer_blocks.", ".")
 
 
 def maps_figure(run: AttentionRun, block: str, theme: Theme = LIGHT) -> Figure:
@@ -365,7 +349,7 @@ def maps_figure(run: AttentionRun, block: str, theme: Theme = LIGHT) -> Figure:
     """
     rows = [run.at(block, step) for step in run.steps]
     tokens, heads = rows[0].before.shape[3], rows[0].before.shape[1]
-    figure = themed_figure(2.8 + _CELL * 2 * tokens + 1.6, 1.0 + _CELL * len(rows), theme)
+    figure = empty_figure(2.8 + _CELL * 2 * tokens + 1.6, 1.0 + _CELL * len(rows), theme)
     ratios = [2.8, _CELL * tokens + 0.8, _CELL * tokens + 0.8]
     parts: Any = figure.subfigures(1, 3, width_ratios=ratios)
     left, middle, right = parts
@@ -382,16 +366,17 @@ def maps_figure(run: AttentionRun, block: str, theme: Theme = LIGHT) -> Figure:
         for row, (one, grid) in enumerate(zip(rows, grids, strict=True)):
             for token in range(tokens):
                 axes = panels[row][token]
+                dress(axes, theme, grid=False)
                 image = axes.imshow(grid[token], vmin=0, vmax=top, cmap=theme.sequence)
                 axes.set_xticks([])
                 axes.set_yticks([])
-                if row == 0:
-                    axes.set_title(f"token {token}")
-                if token == 0:
-                    axes.set_ylabel(f"step {one.step}")
-                if row == len(rows) - 1:
-                    axes.set_xlabel("x, latent cells", fontsize=7)
-                dress(axes, theme, grid=False)
+                name_axes(
+                    axes,
+                    f"token {token}" if row == 0 else "",
+                    "x, latent cells" if row == len(rows) - 1 else "",
+                    f"step {one.step}" if token == 0 else "",
+                )
+                axes.xaxis.label.set_fontsize(7)
         part.suptitle(name, color=theme.ink, fontsize=11)
         colour_bar(part, image, panels, quantity, theme)
     y, x = rows[0].shape
@@ -409,13 +394,13 @@ def histogram_figure(run: AttentionRun, block: str, theme: Theme = LIGHT) -> Fig
     """Histograms of A and f(A) per step and token, over heads and positions."""
     rows = [run.at(block, step) for step in run.steps]
     tokens = rows[0].before.shape[3]
-    figure = themed_figure(1.0 + 2.3 * tokens, 1.2 + 1.55 * len(rows), theme)
-    panels = figure.subplots(len(rows), tokens, sharex=True, sharey=True, squeeze=False)
+    size = 1.0 + 2.3 * tokens, 1.2 + 1.55 * len(rows)
+    figure, panels = new_figure(*size, len(rows), tokens, theme=theme, sharex=True, sharey=True)
     sides = [_sides(one) for one in rows]
     bins = np.linspace(0, max(float(after.max()) for _, after in sides), BINS + 1)
     for row, (one, (before, after)) in enumerate(zip(rows, sides, strict=True)):
         for token in range(tokens):
-            axes = panels[row][token]
+            axes = panels[row * tokens + token]
             axes.hist(
                 before[..., token].ravel(), bins, color=theme.colour(0), alpha=0.45, label="A"
             )
@@ -428,14 +413,13 @@ def histogram_figure(run: AttentionRun, block: str, theme: Theme = LIGHT) -> Fig
                 label="f(A)",
             )
             axes.set_yscale("log")
-            if row == 0:
-                axes.set_title(f"token {token}")
-            if token == 0:
-                axes.set_ylabel(f"step {one.step}\ncount")
-            if row == len(rows) - 1:
-                axes.set_xlabel("weight of the token")
-            dress(axes, theme)
-    dress_legend(panels[0][-1].legend(loc="upper right"), theme)
+            name_axes(
+                axes,
+                f"token {token}" if row == 0 else "",
+                "weight of the token" if row == len(rows) - 1 else "",
+                f"step {one.step}\ncount" if token == 0 else "",
+            )
+    add_legend(panels[tokens - 1], theme=theme, loc="upper right")
     heads, positions = before.shape[:2]
     title(
         figure,
@@ -517,11 +501,10 @@ def read_attention(folder: Path) -> list[tuple[str, str, Path]]:
 
 def _picture(part: Any, run: AttentionRun, theme: Theme) -> None:
     axes = part.subplots()
-    axes.imshow(np.asarray(run.picture))
-    axes.set_xlabel("x, pixels")
-    axes.set_ylabel("y, pixels")
     dress(axes, theme, grid=False)
-    axes.set_title(_wrapped(run.request.prompt), fontsize=8)
+    axes.imshow(np.asarray(run.picture))
+    name_axes(axes, "", "x, pixels", "y, pixels")
+    axes.set_title(_wrapped(run.request.prompt), fontsize=8, color=theme.ink)
 
 
 def _wrapped(text: str, width: int = 32) -> str:

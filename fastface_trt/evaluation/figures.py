@@ -1,11 +1,8 @@
-"""Which figures a run gets: that follows from what varies in it, never from its name.
+"""Which figures a run gets, which follows from what varies in it and never from its name.
 
 α and β together give heat maps, λ gives Pareto fronts, every numeric axis gives curves, what no
-curve shows gets bars, and every run with a baseline gets paired differences.
-
-Plots of a run: α × β heat maps, Pareto fronts, curves, bars and paired differences.
-
-Each draws into a new figure for one theme and puts the number of pairs behind it into its title.
+curve shows gets bars, and every run with a baseline gets paired differences. Each figure is drawn
+for one theme and says how many pairs are behind it.
 """
 
 from __future__ import annotations
@@ -34,20 +31,26 @@ from fastface_trt.measure.statistics import Interval
 from fastface_trt.measure.style import (
     MARKERS,
     Theme,
+    add_legend,
     colour_bar,
-    dress,
-    dress_legend,
-    themed_figure,
+    name_axes,
+    new_figure,
     title,
 )
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 MIN_CURVE: Final = 3
 """Points that make a curve."""
 
 MAX_BARS: Final = 24
+MAX_TICKS: Final = 8
+"""Values of an axis that each get a tick."""
+
+_COLUMNS: Final = 3
+"""Panels beside each other."""
 _INTERVALS: Final = "Intervals are 95 % bootstrap intervals over pairs."
 
 
@@ -220,17 +223,6 @@ def _names(groups: Sequence[Group]) -> frozenset[str]:
     return frozenset(setting.name for group in groups for setting in group.settings)
 
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-_COLUMNS = 3
-"""Panels beside each other."""
-
-MAX_TICKS = 8
-"""Values of an axis that each get a tick."""
-
-
 def heat_maps(
     run: RunView, group: Group, rows: Axis, columns: Axis, judges: Sequence[Column], theme: Theme
 ) -> Figure:
@@ -258,10 +250,8 @@ def heat_maps(
             )
         axes.set_xticks(range(width), [columns.short(v) for v in columns.values])
         axes.set_yticks(range(height), [rows.short(v) for v in rows.values])
-        axes.set_xlabel(columns.label)
-        axes.set_ylabel(rows.label)
-        axes.set_title(axis_label(judge))
-        dress(axes, theme, grid=False)
+        axes.grid(False)
+        name_axes(axes, axis_label(judge), columns.label, rows.label)
         colour_bar(figure, image, axes, judge.unit or judge.label, theme)
     others = "" if group.label == "all" else f", {group.label}"
     n = _n(run, group.settings)
@@ -307,10 +297,8 @@ def pareto_front(
                     fontsize=7.5,
                     color=colour,
                 )
-    axes.set_xlabel(axis_label(x))
-    axes.set_ylabel(axis_label(y))
-    dress(axes, theme)
-    dress_legend(axes.legend(title=f"points: {axis.label}"), theme)
+    name_axes(axes, "", axis_label(x), axis_label(y))
+    add_legend(axes, theme=theme, title=f"points: {axis.label}")
     settings = [setting for group in groups for setting in group.settings]
     title(figure, f"{y.label} against {x.label} over {axis.label}, {_n(run, settings)}", theme)
     return figure
@@ -351,9 +339,7 @@ def curves(
             )
         if len(axis.values) <= MAX_TICKS:
             axes.set_xticks([axis.scalar(value) for value in axis.values])
-        axes.set_xlabel(axis.label)
-        axes.set_ylabel(axis_label(judge))
-        dress(axes, theme)
+        name_axes(axes, "", axis.label, axis_label(judge))
     _shared_legend(figure, panels[0], theme)
     settings = [setting for group in groups for setting in group.settings]
     title(figure, f"Sensitivity to {axis.label}, {_n(run, settings)}", theme)
@@ -378,10 +364,8 @@ def bars(
             label="mean",
             error_kw={"elinewidth": 1, "capsize": 2, "ecolor": theme.ink, "label": "95 % interval"},
         )
-        _name_rows(axes, places, settings, named=index % _COLUMNS == 0)
-        axes.set_xlabel(axis_label(judge))
-        axes.set_title(judge.label)
-        dress(axes, theme)
+        _name_rows(axes, places, settings, named=bool(_row_title(index)))
+        name_axes(axes, judge.label, axis_label(judge), _row_title(index))
         axes.grid(False, axis="y")
     _shared_legend(figure, panels[0], theme)
     title(figure, f"Scores by setting, {_n(run, settings)}", theme)
@@ -418,10 +402,9 @@ def differences(
                 label=name,
             )
         axes.axvline(0, color=theme.ink, linewidth=0.8)
-        _name_rows(axes, places, settings, named=index % _COLUMNS == 0)
-        axes.set_xlabel(f"difference [{judge.unit}]" if judge.unit else "difference")
-        axes.set_title(axis_label(judge))
-        dress(axes, theme)
+        _name_rows(axes, places, settings, named=bool(_row_title(index)))
+        unit = f" [{judge.unit}]" if judge.unit else ""
+        name_axes(axes, axis_label(judge), f"difference{unit}", _row_title(index))
     _shared_legend(figure, panels[0], theme)
     title(figure, f"Difference to the baseline, pair by pair, {_n(run, settings)}", theme)
     return figure
@@ -439,20 +422,17 @@ def _panels(count: int, width: float, height: float, theme: Theme) -> tuple[Figu
     """A figure with `count` panels of `width` × `height` inches, `_COLUMNS` in a row."""
     columns = min(count, _COLUMNS)
     rows = ceil(count / columns)
-    figure = themed_figure(max(6.0, width * columns), height * rows + 0.7, theme)
-    grid = figure.subplots(rows, columns, squeeze=False).ravel()
-    for empty in grid[count:]:
+    size = max(6.0, width * columns), height * rows + 0.7
+    figure, panels = new_figure(*size, rows, columns, theme=theme)
+    for empty in panels[count:]:
         empty.set_visible(False)
-    return figure, list(grid[:count])
+    return figure, panels[:count]
 
 
 def _shared_legend(figure: Figure, axes: Axes, theme: Theme) -> None:
     handles, labels = axes.get_legend_handles_labels()
-    columns = min(len(labels), 4)
-    dress_legend(
-        figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=8.5),
-        theme,
-    )
+    where = {"loc": "outside lower center", "ncols": min(len(labels), 4)}
+    add_legend(figure, handles, labels, theme=theme, **where)
 
 
 def _name_rows(axes: Axes, places: Any, settings: Sequence[SettingView], *, named: bool) -> None:
@@ -460,8 +440,11 @@ def _name_rows(axes: Axes, places: Any, settings: Sequence[SettingView], *, name
     names = [setting.label.replace("$", r"\$") for setting in settings]
     axes.set_yticks(places, names if named else [""] * len(names))
     axes.set_ylim(-0.6, len(settings) - 0.4)
-    if named:
-        axes.set_ylabel("setting")
+
+
+def _row_title(index: int) -> str:
+    """What the rows of panel `index` are, said at the first panel of each line."""
+    return "setting" if index % _COLUMNS == 0 else ""
 
 
 def _ordered(group: Group, axis: Axis) -> list[SettingView]:

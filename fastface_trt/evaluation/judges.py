@@ -1,27 +1,22 @@
-"""The interface of judges: a column of numbers, one per picture, with its meaning in words.
+"""Judges: each gives columns of numbers, one per picture, with their meaning in words.
 
 Judges that look at the same thing (the face of a picture, its CLIP embedding) share it through a
 `Sample`, which remembers what was found, so that no network runs twice on one picture.
 
-Judges of the face: ID, similarity to other people, and pictures without a face (FFC).
+- Of the face: ID, similarity to other people, and pictures without a face (FFC), by InsightFace's
+  detector with a recogniser: buffalo_l's for photographs, one of its own for the mini model. The
+  detector is tried at 640 down to 320 pixels in steps of 64 (`runtime.face`), without the border
+  that a request's own picture is given.
+- By CLIP L/14: match of prompt and picture, of prompt and face area (FCS), and aesthetics. CLIP
+  runs in transformers, on the GPU where torch sees one, in float32. Pictures and prompts are
+  prepared by the runtime's own preprocessing and tokenizer, which are tested against transformers.
+- IR: ImageReward, a model of which picture of a prompt people prefer. The package `image-reward` is
+  optional and brings its own weights.
 
-The networks are InsightFace's detector with a recogniser: buffalo_l's for photographs, one of its
-own for the mini model. The detector is tried at 640 down to 320 pixels in steps of 64
-(`runtime.face`), without the border that a request's own picture is given.
-
-Judges by CLIP L/14: match of prompt and picture, of prompt and face area, and aesthetics.
-
-CLIP runs in transformers, on the GPU where torch sees one, in float32. Pictures and prompts are
-prepared by the runtime's own preprocessing and tokenizer, which are tested against transformers.
-No run of these judges with published weights has been made.
+`real_judges` are those of photographs, as the paper's protocol has them. No run of CLIP's judges or
+of ImageReward with published weights has been made.
 
 Shape legend: P width of CLIP's joint space (768 for L/14).
-
-The judge IR: ImageReward, a model of which picture of a prompt people prefer.
-
-The package `image-reward` is optional and brings its own weights. Not run with its weights.
-
-The judges of photographs, as the paper's protocol has them: ID, CLIP, AE, IR, FCS, FFC.
 """
 
 from abc import ABC, abstractmethod
@@ -43,6 +38,21 @@ from fastface_trt.runtime.images import MIN_SIDE
 from fastface_trt.runtime.tokenizer import ClipTokenizer
 
 Value = TypeVar("Value")
+Embedding = NDArray[np.float32]
+"""[512], of length 1."""
+
+ID_WHAT = "Cosine similarity of the face embeddings of source and generated picture"
+FFC_WHAT = "Pictures on which the detector finds no face at any input size from 640 to 320"
+CLIP_L = HubItem(
+    "openai/clip-vit-large-patch14", "32bd64288804d66eefd0ccbe215aa642df71cc41", licence="MIT"
+)
+AESTHETIC_HEAD = HubItem("trl-lib/ddpo-aesthetic-predictor", None, "aesthetic-model.pth")
+"""LAION's predictor "sac+logos+ava1-l14-linearMSE"; its repository has no pinned revision here."""
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+_FILES = ["config.json", "model.safetensors", "vocab.json", "merges.txt", "*token*.json"]
+MODEL = "ImageReward-v1.0"
 
 
 class Column(Strict):
@@ -90,13 +100,6 @@ def choose_judges(known: Mapping[str, Value], names: Sequence[str] | None) -> li
         if name not in known:
             raise UnknownName("judge", name, known)
     return [judge for name, judge in known.items() if names is None or name in names]
-
-
-Embedding = NDArray[np.float32]
-"""[512], of length 1."""
-
-ID_WHAT = "Cosine similarity of the face embeddings of source and generated picture"
-FFC_WHAT = "Pictures on which the detector finds no face at any input size from 640 to 320"
 
 
 class FaceView:
@@ -213,17 +216,6 @@ class NoFaceJudge(IdentityJudge):
 
     def judge(self, samples: Sequence[Sample]) -> list[float | None]:
         return [float(self._view.face(sample) is None) for sample in samples]
-
-
-CLIP_L = HubItem(
-    "openai/clip-vit-large-patch14", "32bd64288804d66eefd0ccbe215aa642df71cc41", licence="MIT"
-)
-AESTHETIC_HEAD = HubItem("trl-lib/ddpo-aesthetic-predictor", None, "aesthetic-model.pth")
-"""LAION's predictor "sac+logos+ava1-l14-linearMSE"; its repository has no pinned revision here."""
-
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-_FILES = ["config.json", "model.safetensors", "vocab.json", "merges.txt", "*token*.json"]
 
 
 class ClipView:
@@ -418,9 +410,6 @@ def linear_layers(
             "Use LAION's sa_0_4_vit_l_14_linear.pth or sac+logos+ava1-l14-linearMSE.pth.",
         )
     return layers
-
-
-MODEL = "ImageReward-v1.0"
 
 
 class RewardJudge(Judge):

@@ -1,11 +1,9 @@
-"""The mini model's data: drawn people whom no network has seen, in every style and place.
+"""The mini model's data and judges: drawn people that no network saw, in all styles and places.
 
-Independent judges of the mini model's pictures: who is on it, in which style and place.
-
-The judges were trained with other seeds, on other people and in another architecture than the
-networks that made the pictures. They ship with the mini model (`fastface_trt/mini/judges`). There
-is no face-area score (FCS): the scene judge was trained on whole pictures, and a face's crop shows
-neither the place nor enough of the style for it.
+The judges say who is on a picture, in which style and place. They were trained with other seeds, on
+other people and in another architecture than the networks that made the pictures. They ship with
+the mini model (`fastface_trt/mini/judges`). There is no face-area score (FCS): the scene judge was
+trained on whole pictures, and a face's crop shows neither the place nor enough of the style for it.
 """
 
 import json
@@ -46,6 +44,30 @@ POPULATION = "evaluation"
 
 PEOPLE = 50
 ALL_PAIRS = PEOPLE * len(STYLE_NAMES) * len(PLACE_NAMES)
+SCENE_SIZE = 96
+_SCENE_COLUMNS = (
+    Column(
+        name="clip",
+        label="Prompt match",
+        unit="probability",
+        higher_is_better=True,
+        what="Probability that the scene judge gives to the prompted style times that of the place",
+    ),
+    Column(
+        name="style",
+        label="Style read back",
+        unit="share of pictures",
+        higher_is_better=True,
+        what="Pictures whose likeliest style is the prompted one",
+    ),
+    Column(
+        name="place",
+        label="Place read back",
+        unit="share of pictures",
+        higher_is_better=True,
+        what="Pictures whose likeliest place is the prompted one",
+    ),
+)
 
 
 def mini_dataset(count: int | None) -> Dataset:
@@ -88,9 +110,6 @@ def draw_people(count: int) -> list[NDArray[np.uint8]]:
         picture, _ = draw_portrait(identity, scene, SEED + person)
         pictures.append(np.asarray(picture))
     return pictures
-
-
-SCENE_SIZE = 96
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,31 +189,6 @@ class SceneJudge(Judge):
         if self.column.name == "place":
             return float(place == scene.place)
         return seen.style[scene.style] * seen.place[scene.place]
-
-
-_SCENE_COLUMNS = (
-    Column(
-        name="clip",
-        label="Prompt match",
-        unit="probability",
-        higher_is_better=True,
-        what="Probability that the scene judge gives to the prompted style times that of the place",
-    ),
-    Column(
-        name="style",
-        label="Style read back",
-        unit="share of pictures",
-        higher_is_better=True,
-        what="Pictures whose likeliest style is the prompted one",
-    ),
-    Column(
-        name="place",
-        label="Place read back",
-        unit="share of pictures",
-        higher_is_better=True,
-        what="Pictures whose likeliest place is the prompted one",
-    ),
-)
 
 
 def mini_judges() -> dict[str, Judge]:

@@ -1,16 +1,10 @@
 """The report of a run: one HTML file with everything in it, and the same figures as files.
 
-The page asks for nothing outside itself, so it can be mailed, kept, and read without a network.
-
-What a run says, in sentences computed from its numbers and never more than they say.
-
-A difference is called one only where its paired 95 % interval excludes 0.
-
-Pictures inside a page: files as data URIs, scaled down so that the page stays small.
-
-Pictures of a run in rows and columns: contact sheets, α × β grids, strips of per-step effects.
-
-A sheet is data; the report shows it as a table of pictures, `draw_sheet` as one PNG.
+The page asks for nothing outside itself, so it can be mailed, kept, and read without a network: its
+pictures are data URIs, scaled down so that it stays small. It begins with what the run says, in
+sentences that say no more than its numbers do (a difference is one only where its paired 95 %
+interval excludes 0), and shows contact sheets, α × β grids, and strips of per-step effects. A sheet
+is data: the page shows it as a table of pictures, `draw_sheet` as one PNG.
 """
 
 from __future__ import annotations
@@ -52,6 +46,283 @@ FEW = 30
 EXAMPLES = 4
 """Best and worst pictures to show."""
 
+_BYTES_PER_PIXEL: Final = 0.22  # of a photo-like picture as WebP at quality 82
+_BUDGET_BYTES: Final = 3_600_000  # of all pictures of a page, before base64 makes 4/3 of it
+_LARGEST, _SMALLEST = 448, 96
+PEOPLE_IN_SHEET: Final = 6
+COLUMNS_IN_SHEET: Final = 8
+STRIPS: Final = 3
+REPORT: Final = "report.html"
+PLOTS: Final = "plots"
+ATTENTION: Final = "attention"
+"""Folder of a run into which `evaluate attention --out` may write, for the report to show."""
+
+_TEMPLATE: Final = "report.html"
+_FACE_SIDE: Final = 128
+_ATTENTION_WIDTH: Final = 1600
+
+
+def write_report(out: Path) -> Path:
+    """Write `report.html` and `plots/*.png` of the run in folder `out`; return the page's path.
+
+    Figures that `evaluate attention --out RUN/attention` wrote are shown, too. A run that is not
+    finished gives a report of what there is, which says so. Raises
+    `InvalidRequest` when `out` holds no run, `MissingDependency` without jinja2 or matplotlib,
+    `StorageError`.
+    """
+    run = read_view(out)
+    figures, sheets = choose_figures(run), choose_sheets(run)
+    files_to_write: dict[str, bytes] = {}
+    shown_figures = []
+    for figure in figures:
+        light = encode(figure.draw(LIGHT))
+        files_to_write[f"{figure.key}.png"] = light
+        shown_figures.append(
+            {
+                "heading": figure.heading,
+                "caption": figure.caption,
+                "light": plot_uri(light),
+                "dark": plot_uri(encode(figure.draw(DARK))),
+            }
+        )
+    for heading, caption, path in read_attention(out / ATTENTION):
+        uri = picture_uri(path, _ATTENTION_WIDTH)
+        if uri is not None:
+            shown_figures.append(
+                {"heading": heading, "caption": caption, "light": uri, "dark": uri}
+            )
+    page = render(run, shown_figures, sheets)
+    with storage_errors(out):
+        (out / PLOTS).mkdir(exist_ok=True)
+        for name, data in files_to_write.items():
+            (out / PLOTS / name).write_bytes(data)
+        for sheet in sheets:
+            draw_sheet(sheet).save(out / PLOTS / f"{sheet.key}.png")
+        write_text_durably(out / REPORT, page)
+    return out / REPORT
+
+
+def render(run: RunView, figures: Sequence[Mapping[str, str]], sheets: Sequence[Sheet]) -> str:
+    """The page. `figures` hold heading, caption, and the data URIs `light` and `dark`."""
+    examples = extremes(run)
+    counted = sum(sheet.pictures for sheet in sheets)
+    counted += sum(len(one.best) + len(one.worst) for one in examples)
+    embed = _Embedder(run, side_for(counted))
+    return str(
+        _template().render(
+            run=run,
+            title=run.record.title,
+            facts=_facts(run),
+            findings=[sentence.partition(": ") for sentence in findings(run)],
+            scores=_scores(run),
+            differences=_differences(run),
+            figures=figures,
+            sheets=[embed.sheet(sheet) for sheet in sheets],
+            extremes=[embed.extremes(one) for one in examples],
+            command=_command(run),
+            judge_label=axis_label,
+        )
+    )
+
+
+def _template() -> Any:
+    try:
+        from jinja2 import Environment, StrictUndefined
+    except ImportError as error:
+        raise MissingDependency(
+            f"Reports need {error.name}.", "Install it with: pip install 'fastface-trt[evaluate]'."
+        ) from None
+    text = (files(__package__) / "templates" / _TEMPLATE).read_text(encoding="utf-8")
+    # Prompts and names come from files of others: everything is escaped.
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    return environment.from_string(text)
+
+
+def _facts(run: RunView) -> list[tuple[str, str]]:
+    """What was run, as names and values."""
+    record = run.record
+    finished = sum(map(len, run.results.values()))
+    facts = [
+        ("Experiment", record.experiment),
+        ("Export", record.export),
+        ("Checkpoint", record.checkpoint),
+        ("Backend", record.backend),
+        ("Data", record.data),
+        ("Date", record.date),
+        ("Settings", str(len(run.settings))),
+        ("Pairs per setting", str(record.pairs)),
+        ("Pictures", f"{finished} of {record.pairs * len(run.settings)} finished"),
+        ("Seed", str(record.seed)),
+        ("Baselines", ", ".join(setting.label for setting in run.baselines)),
+        ("Machine", _fields_text(record.machine)),
+        ("Versions", _fields_text(record.versions)),
+    ]
+    return [(name, value) for name, value in facts if value]
+
+
+def _fields_text(values: Mapping[str, Any]) -> str:
+    return ", ".join(
+        f"{str(key).replace('_', ' ')} {value_text(value)}"
+        for key, value in values.items()
+        if value not in (None, "", {}, [])
+    )
+
+
+def _scores(run: RunView) -> dict[str, Any]:
+    """The table of means: heads with a note each, and rows of (text, number to sort by)."""
+    heads = [("setting", ""), ("n", "finished pairs")]
+    heads += [(axis_label(judge), judge.what) for judge in run.judges]
+    heads += [("UNet samples", "per picture"), ("seconds", "per picture, in its batch")]
+    rows = []
+    for setting in run.settings:
+        results = run.results[setting.name].values()
+        row: list[tuple[str, Any]] = [_name_cell(run, setting), (str(len(results)), len(results))]
+        row += [_cell(run.mean(setting, judge.name)) for judge in run.judges]
+        for values in ([r.unet_samples for r in results], [r.seconds for r in results]):
+            mean = sum(values) / len(values) if values else nan
+            row.append(("–", "") if isnan(mean) else (f"{mean:.3g}", mean))
+        rows.append({"baseline": setting in run.baselines, "name": setting.name, "cells": row})
+    return {"heads": heads, "rows": rows}
+
+
+def _differences(run: RunView) -> dict[str, Any] | None:
+    """The table of paired differences to the baselines, None without anything to compare."""
+    if not run.compared:
+        return None
+    judges = [judge for judge in run.judges if run.has(judge.name)]
+    several = len(run.baselines) > 1
+    heads = [("setting", "")] + [(axis_label(judge), judge.what) for judge in judges]
+    if several:
+        heads.insert(1, ("baseline", "what it is compared with"))
+    rows = [_difference_row(run, setting, judges, several) for setting in run.compared]
+    title = "their baselines" if several else run.baselines[0].label
+    return {"heads": heads, "rows": rows, "baseline": title}
+
+
+def _difference_row(
+    run: RunView, setting: SettingView, judges: Sequence[Column], several: bool
+) -> list[tuple[str, Any, str]]:
+    row = [(*_name_cell(run, setting), "")]
+    baseline = run.baseline_of(setting)
+    if several and baseline is not None:
+        row.append((*_name_cell(run, baseline), ""))
+    for judge in judges:
+        one = run.difference(setting, judge.name)
+        text, key = _cell(one, sign=True)
+        row.append((text, key, {1: "better", -1: "worse", 0: ""}[verdict(one, judge)]))
+    return row
+
+
+def _name_cell(run: RunView, setting: SettingView) -> tuple[str, Any]:
+    """A setting's label, sorted by its place in the run."""
+    return setting.label, f"{run.settings.index(setting):06d}"
+
+
+def _cell(interval: Interval, *, sign: bool = False) -> tuple[str, Any]:
+    """Text (mean, then the interval in brackets) and the number to sort by."""
+    if isnan(interval.mean):
+        return "–", ""
+    return interval_text(interval, sign=sign), interval.mean
+
+
+def _command(run: RunView) -> str:
+    record = run.record
+    words = ["fastface-trt", "evaluate", record.experiment]
+    for option, value in (
+        ("--export", record.export),
+        ("--backend", record.backend),
+        ("--data", record.data),
+        ("--pairs", record.pairs),
+        ("--batch", record.batch),
+        ("--keep", record.keep),
+    ):
+        words += [option, str(value)]
+    return " ".join(quote(word) for word in [*words, "--out", run.folder.name, "--report"])
+
+
+class _Embedder:
+    """Turns sheets into plain values for the template, pictures as data URIs."""
+
+    def __init__(self, run: RunView, side: int) -> None:
+        self._run, self._side = run, side
+        self._faces: dict[Path, str | None] = {}
+
+    def sheet(self, sheet: Sheet) -> dict[str, Any]:
+        return {
+            "heading": sheet.heading,
+            "caption": sheet.caption,
+            "corner": sheet.corner,
+            "columns": sheet.columns,
+            "rows": [
+                {
+                    "label": row.label,
+                    "face": self._face(row.face),
+                    "cells": [self._picture(cell) for cell in row.cells],
+                }
+                for row in sheet.rows
+            ],
+        }
+
+    def extremes(self, one: Extremes) -> dict[str, Any]:
+        return {
+            "setting": one.setting.label,
+            "groups": [
+                {
+                    "name": name,
+                    "items": [
+                        self._picture(picture_cell(self._run, result, one.setting.label))
+                        | {"face": self._face(self._run.face(result.person))}
+                        for result in results
+                    ],
+                }
+                for name, results in (("Highest ID", one.best), ("Lowest ID", one.worst))
+            ],
+        }
+
+    def _picture(self, cell: Cell) -> dict[str, Any]:
+        uri = None if cell.path is None else picture_uri(cell.path, self._side)
+        return {"uri": uri, "text": cell.text, "alt": cell.alt, "note": cell.note}
+
+    def _face(self, path: Path | None) -> str | None:
+        if path is None:
+            return None
+        if path not in self._faces:
+            self._faces[path] = picture_uri(path, _FACE_SIDE)
+        return self._faces[path]
+
+
+def plot_uri(png: bytes) -> str:
+    """A plot as a data URI: lossless WebP takes a third of a PNG's bytes."""
+    buffer = BytesIO()
+    with Image.open(BytesIO(png)) as picture:
+        picture.convert("RGB").save(buffer, "webp", lossless=True, quality=50, method=2)
+    return data_uri(buffer.getvalue(), "image/webp")
+
+
+def picture_uri(path: Path, side: int) -> str | None:
+    """The picture as a data URI, at most `side` pixels on a side; None when it cannot be read."""
+    try:
+        with Image.open(path) as opened:
+            picture = opened.convert("RGB")
+    except (OSError, ValueError, Image.DecompressionBombError):
+        return None
+    picture.thumbnail((side, side), Image.Resampling.LANCZOS)
+    buffer = BytesIO()
+    # Artefacts show most in small pictures, which cost little anyway.
+    picture.save(buffer, "webp", quality=92 if max(picture.size) <= 160 else 82, method=4)
+    return data_uri(buffer.getvalue(), "image/webp")
+
+
+def data_uri(data: bytes, media_type: str) -> str:
+    """Bytes as a data URI."""
+    return f"data:{media_type};base64,{b64encode(data).decode('ascii')}"
+
+
+def side_for(count: int) -> int:
+    """Side in pixels at which `count` pictures keep a page within its budget."""
+    side = (_BUDGET_BYTES / _BYTES_PER_PIXEL / max(count, 1)) ** 0.5
+    return int(min(_LARGEST, max(_SMALLEST, side)))
+
 
 @dataclass(frozen=True, slots=True)
 class Extremes:
@@ -60,6 +331,30 @@ class Extremes:
     setting: SettingView
     best: tuple[PictureResult, ...]
     worst: tuple[PictureResult, ...]
+
+
+def extremes(run: RunView) -> list[Extremes]:
+    """Best and worst kept pictures by ID, of the baseline and of the setting with the highest ID.
+
+    Only pairs whose picture was kept and shows a face count.
+    """
+    scored = [setting for setting in run.done if run.mean(setting, "id").n]
+    if not scored:
+        return []
+    top = max(scored, key=lambda setting: run.mean(setting, "id").mean)
+    baseline = run.baseline_of(top)
+    found = []
+    for setting in [top] if baseline is None else [baseline, top]:
+        kept = [
+            result
+            for result in run.results[setting.name].values()
+            if run.picture(result) is not None and result.metrics.get("id") is not None
+        ]
+        kept.sort(key=lambda result: -float(result.metrics["id"] or 0))
+        if len(kept) > 1:
+            half = min(EXAMPLES, len(kept) // 2)
+            found.append(Extremes(setting, tuple(kept[:half]), tuple(kept[::-1][:half])))
+    return found
 
 
 def findings(run: RunView) -> list[str]:
@@ -87,30 +382,6 @@ def findings(run: RunView) -> list[str]:
             "these differences as hints."
         )
     return [*sentences, _cost(run)]
-
-
-def extremes(run: RunView) -> list[Extremes]:
-    """Best and worst kept pictures by ID, of the baseline and of the setting with the highest ID.
-
-    Only pairs whose picture was kept and shows a face count.
-    """
-    scored = [setting for setting in run.done if run.mean(setting, "id").n]
-    if not scored:
-        return []
-    top = max(scored, key=lambda setting: run.mean(setting, "id").mean)
-    baseline = run.baseline_of(top)
-    found = []
-    for setting in [top] if baseline is None else [baseline, top]:
-        kept = [
-            result
-            for result in run.results[setting.name].values()
-            if run.picture(result) is not None and result.metrics.get("id") is not None
-        ]
-        kept.sort(key=lambda result: -float(result.metrics["id"] or 0))
-        if len(kept) > 1:
-            half = min(EXAMPLES, len(kept) // 2)
-            found.append(Extremes(setting, tuple(kept[:half]), tuple(kept[::-1][:half])))
-    return found
 
 
 def _completeness(run: RunView) -> list[str]:
@@ -199,49 +470,6 @@ def _listed(names: Sequence[str], most: int = 4) -> str:
     """Names that hold commas themselves, so semicolons part them."""
     listed = "; ".join(names[:most])
     return listed if len(names) <= most else f"{listed}; and {len(names) - most} more"
-
-
-_BYTES_PER_PIXEL: Final = 0.22  # of a photo-like picture as WebP at quality 82
-_BUDGET_BYTES: Final = 3_600_000  # of all pictures of a page, before base64 makes 4/3 of it
-_LARGEST, _SMALLEST = 448, 96
-
-
-def side_for(count: int) -> int:
-    """Side in pixels at which `count` pictures keep a page within its budget."""
-    side = (_BUDGET_BYTES / _BYTES_PER_PIXEL / max(count, 1)) ** 0.5
-    return int(min(_LARGEST, max(_SMALLEST, side)))
-
-
-def picture_uri(path: Path, side: int) -> str | None:
-    """The picture as a data URI, at most `side` pixels on a side; None when it cannot be read."""
-    try:
-        with Image.open(path) as opened:
-            picture = opened.convert("RGB")
-    except (OSError, ValueError, Image.DecompressionBombError):
-        return None
-    picture.thumbnail((side, side), Image.Resampling.LANCZOS)
-    buffer = BytesIO()
-    # Artefacts show most in small pictures, which cost little anyway.
-    picture.save(buffer, "webp", quality=92 if max(picture.size) <= 160 else 82, method=4)
-    return data_uri(buffer.getvalue(), "image/webp")
-
-
-def plot_uri(png: bytes) -> str:
-    """A plot as a data URI: lossless WebP takes a third of a PNG's bytes."""
-    buffer = BytesIO()
-    with Image.open(BytesIO(png)) as picture:
-        picture.convert("RGB").save(buffer, "webp", lossless=True, quality=50, method=2)
-    return data_uri(buffer.getvalue(), "image/webp")
-
-
-def data_uri(data: bytes, media_type: str) -> str:
-    """Bytes as a data URI."""
-    return f"data:{media_type};base64,{b64encode(data).decode('ascii')}"
-
-
-PEOPLE_IN_SHEET: Final = 6
-COLUMNS_IN_SHEET: Final = 8
-STRIPS: Final = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -465,242 +693,3 @@ def _text_picture(text: str, side: int, paper: str) -> Image.Image:
     font = ImageFont.load_default(size=max(11, side // 13))
     draw.text((side // 2, side // 2), text[:28], fill="#404040", font=font, anchor="mm")
     return picture
-
-
-REPORT: Final = "report.html"
-PLOTS: Final = "plots"
-ATTENTION: Final = "attention"
-"""Folder of a run into which `evaluate attention --out` may write, for the report to show."""
-
-_TEMPLATE: Final = "report.html"
-_FACE_SIDE: Final = 128
-_ATTENTION_WIDTH: Final = 1600
-
-
-def write_report(out: Path) -> Path:
-    """Write `report.html` and `plots/*.png` of the run in folder `out`; return the page's path.
-
-    Figures that `evaluate attention --out RUN/attention` wrote are shown, too. A run that is not
-    finished gives a report of what there is, which says so. Raises
-    `InvalidRequest` when `out` holds no run, `MissingDependency` without jinja2 or matplotlib,
-    `StorageError`.
-    """
-    run = read_view(out)
-    figures, sheets = choose_figures(run), choose_sheets(run)
-    files_to_write: dict[str, bytes] = {}
-    shown_figures = []
-    for figure in figures:
-        light = encode(figure.draw(LIGHT))
-        files_to_write[f"{figure.key}.png"] = light
-        shown_figures.append(
-            {
-                "heading": figure.heading,
-                "caption": figure.caption,
-                "light": plot_uri(light),
-                "dark": plot_uri(encode(figure.draw(DARK))),
-            }
-        )
-    for heading, caption, path in read_attention(out / ATTENTION):
-        uri = picture_uri(path, _ATTENTION_WIDTH)
-        if uri is not None:
-            shown_figures.append(
-                {"heading": heading, "caption": caption, "light": uri, "dark": uri}
-            )
-    page = render(run, shown_figures, sheets)
-    with storage_errors(out):
-        (out / PLOTS).mkdir(exist_ok=True)
-        for name, data in files_to_write.items():
-            (out / PLOTS / name).write_bytes(data)
-        for sheet in sheets:
-            draw_sheet(sheet).save(out / PLOTS / f"{sheet.key}.png")
-        write_text_durably(out / REPORT, page)
-    return out / REPORT
-
-
-def render(run: RunView, figures: Sequence[Mapping[str, str]], sheets: Sequence[Sheet]) -> str:
-    """The page. `figures` hold heading, caption, and the data URIs `light` and `dark`."""
-    examples = extremes(run)
-    counted = sum(sheet.pictures for sheet in sheets)
-    counted += sum(len(one.best) + len(one.worst) for one in examples)
-    embed = _Embedder(run, side_for(counted))
-    return str(
-        _template().render(
-            run=run,
-            title=run.record.title,
-            facts=_facts(run),
-            findings=[sentence.partition(": ") for sentence in findings(run)],
-            scores=_scores(run),
-            differences=_differences(run),
-            figures=figures,
-            sheets=[embed.sheet(sheet) for sheet in sheets],
-            extremes=[embed.extremes(one) for one in examples],
-            command=_command(run),
-            judge_label=axis_label,
-        )
-    )
-
-
-class _Embedder:
-    """Turns sheets into plain values for the template, pictures as data URIs."""
-
-    def __init__(self, run: RunView, side: int) -> None:
-        self._run, self._side = run, side
-        self._faces: dict[Path, str | None] = {}
-
-    def sheet(self, sheet: Sheet) -> dict[str, Any]:
-        return {
-            "heading": sheet.heading,
-            "caption": sheet.caption,
-            "corner": sheet.corner,
-            "columns": sheet.columns,
-            "rows": [
-                {
-                    "label": row.label,
-                    "face": self._face(row.face),
-                    "cells": [self._picture(cell) for cell in row.cells],
-                }
-                for row in sheet.rows
-            ],
-        }
-
-    def extremes(self, one: Extremes) -> dict[str, Any]:
-        return {
-            "setting": one.setting.label,
-            "groups": [
-                {
-                    "name": name,
-                    "items": [
-                        self._picture(picture_cell(self._run, result, one.setting.label))
-                        | {"face": self._face(self._run.face(result.person))}
-                        for result in results
-                    ],
-                }
-                for name, results in (("Highest ID", one.best), ("Lowest ID", one.worst))
-            ],
-        }
-
-    def _picture(self, cell: Cell) -> dict[str, Any]:
-        uri = None if cell.path is None else picture_uri(cell.path, self._side)
-        return {"uri": uri, "text": cell.text, "alt": cell.alt, "note": cell.note}
-
-    def _face(self, path: Path | None) -> str | None:
-        if path is None:
-            return None
-        if path not in self._faces:
-            self._faces[path] = picture_uri(path, _FACE_SIDE)
-        return self._faces[path]
-
-
-def _facts(run: RunView) -> list[tuple[str, str]]:
-    """What was run, as names and values."""
-    record = run.record
-    finished = sum(map(len, run.results.values()))
-    facts = [
-        ("Experiment", record.experiment),
-        ("Export", record.export),
-        ("Checkpoint", record.checkpoint),
-        ("Backend", record.backend),
-        ("Data", record.data),
-        ("Date", record.date),
-        ("Settings", str(len(run.settings))),
-        ("Pairs per setting", str(record.pairs)),
-        ("Pictures", f"{finished} of {record.pairs * len(run.settings)} finished"),
-        ("Seed", str(record.seed)),
-        ("Baselines", ", ".join(setting.label for setting in run.baselines)),
-        ("Machine", _listed_report(record.machine)),
-        ("Versions", _listed_report(record.versions)),
-    ]
-    return [(name, value) for name, value in facts if value]
-
-
-def _listed_report(values: Mapping[str, Any]) -> str:
-    return ", ".join(
-        f"{str(key).replace('_', ' ')} {value_text(value)}"
-        for key, value in values.items()
-        if value not in (None, "", {}, [])
-    )
-
-
-def _scores(run: RunView) -> dict[str, Any]:
-    """The table of means: heads with a note each, and rows of (text, number to sort by)."""
-    heads = [("setting", ""), ("n", "finished pairs")]
-    heads += [(axis_label(judge), judge.what) for judge in run.judges]
-    heads += [("UNet samples", "per picture"), ("seconds", "per picture, in its batch")]
-    rows = []
-    for setting in run.settings:
-        results = run.results[setting.name].values()
-        row: list[tuple[str, Any]] = [_name_cell(run, setting), (str(len(results)), len(results))]
-        row += [_cell(run.mean(setting, judge.name)) for judge in run.judges]
-        for values in ([r.unet_samples for r in results], [r.seconds for r in results]):
-            mean = sum(values) / len(values) if values else nan
-            row.append(("–", "") if isnan(mean) else (f"{mean:.3g}", mean))
-        rows.append({"baseline": setting in run.baselines, "name": setting.name, "cells": row})
-    return {"heads": heads, "rows": rows}
-
-
-def _differences(run: RunView) -> dict[str, Any] | None:
-    """The table of paired differences to the baselines, None without anything to compare."""
-    if not run.compared:
-        return None
-    judges = [judge for judge in run.judges if run.has(judge.name)]
-    several = len(run.baselines) > 1
-    heads = [("setting", "")] + [(axis_label(judge), judge.what) for judge in judges]
-    if several:
-        heads.insert(1, ("baseline", "what it is compared with"))
-    rows = [_difference_row(run, setting, judges, several) for setting in run.compared]
-    title = "their baselines" if several else run.baselines[0].label
-    return {"heads": heads, "rows": rows, "baseline": title}
-
-
-def _difference_row(
-    run: RunView, setting: SettingView, judges: Sequence[Column], several: bool
-) -> list[tuple[str, Any, str]]:
-    row = [(*_name_cell(run, setting), "")]
-    baseline = run.baseline_of(setting)
-    if several and baseline is not None:
-        row.append((*_name_cell(run, baseline), ""))
-    for judge in judges:
-        one = run.difference(setting, judge.name)
-        text, key = _cell(one, sign=True)
-        row.append((text, key, {1: "better", -1: "worse", 0: ""}[verdict(one, judge)]))
-    return row
-
-
-def _name_cell(run: RunView, setting: SettingView) -> tuple[str, Any]:
-    """A setting's label, sorted by its place in the run."""
-    return setting.label, f"{run.settings.index(setting):06d}"
-
-
-def _cell(interval: Interval, *, sign: bool = False) -> tuple[str, Any]:
-    """Text (mean, then the interval in brackets) and the number to sort by."""
-    if isnan(interval.mean):
-        return "–", ""
-    return interval_text(interval, sign=sign), interval.mean
-
-
-def _command(run: RunView) -> str:
-    record = run.record
-    words = ["fastface-trt", "evaluate", record.experiment]
-    for option, value in (
-        ("--export", record.export),
-        ("--backend", record.backend),
-        ("--data", record.data),
-        ("--pairs", record.pairs),
-        ("--batch", record.batch),
-        ("--keep", record.keep),
-    ):
-        words += [option, str(value)]
-    return " ".join(quote(word) for word in [*words, "--out", run.folder.name, "--report"])
-
-
-def _template() -> Any:
-    try:
-        from jinja2 import Environment, StrictUndefined
-    except ImportError as error:
-        raise MissingDependency(
-            f"Reports need {error.name}.", "Install it with: pip install 'fastface-trt[evaluate]'."
-        ) from None
-    text = (files(__package__) / "templates" / _TEMPLATE).read_text(encoding="utf-8")
-    # Prompts and names come from files of others: everything is escaped.
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    return environment.from_string(text)

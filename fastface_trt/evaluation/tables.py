@@ -15,6 +15,7 @@ from fastface_trt.evaluation.results import (
     read_run,
 )
 from fastface_trt.measure.statistics import Interval, paired_difference
+from fastface_trt.measure.tables import Table, markdown_rows
 
 TABLES, SUMMARY = "tables.md", "summary.json"
 _SHARE = "share of pictures"
@@ -112,18 +113,16 @@ def _table(record: RunRecord, summary: dict[str, Any], what: str) -> list[str]:
     columns = record.judges
     titles = [f"{column.label}, {_unit(column)}" for column in columns]
     heads = ("setting", "baseline") if what == "difference" else ("setting",)
-    lines = [
-        "| " + " | ".join((*heads, *titles, "no face", "UNet samples")) + " |",
-        "|---" * (len(heads) + len(titles) + 2) + "|",
-    ]
+    headings = (*heads, *titles, "no face", "UNet samples")
+    rows: list[tuple[str, ...]] = []
     for setting in summary["settings"]:
         names = [setting["name"], setting["baseline"]][: len(heads)]
         if len(heads) > 1 and names[0] == names[1]:
             continue
         cells = [_cell(column, setting["metrics"].get(column.name), what) for column in columns]
         counts = [f"{setting['no_face']} of {setting['pictures']}", f"{setting['unet_samples']:g}"]
-        lines.append("| " + " | ".join((*names, *cells, *counts)) + " |")
-    return lines
+        rows.append((*names, *cells, *counts))
+    return list(markdown_rows(Table("", headings, tuple(rows), words=len(heads))))
 
 
 def _cell(column: Column, metric: dict[str, Any] | None, what: str) -> str:

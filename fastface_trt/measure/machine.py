@@ -1,21 +1,26 @@
 """What a result was measured on: machine, software, and what else went on meanwhile.
 
-What NVIDIA's management library (NVML, package nvidia-ml-py) says about the GPU in use.
+What the GPU does meanwhile is asked of NVIDIA's management library (NVML, package nvidia-ml-py).
 """
 
 import os
 import platform
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
-from fastface_trt.bench.report import Environment, GpuState, MachineState
 from fastface_trt.engines.hardware import cuda_driver, cuda_hardware
+from fastface_trt.engines.manifest import Strict
+from fastface_trt.engines.ort.threads import usable_cores
+from fastface_trt.measure.memory import GB
 
-GB = 2**30
+Value = TypeVar("Value")
+
+BUSY: Final = 0.5
+"""Load average before a comparison above which its results say that they were disturbed."""
+
 PACKAGES: Final = (
     "fastface-trt",
     "numpy",
@@ -31,11 +36,43 @@ PACKAGES: Final = (
 """What the runtime computes with; those that are not installed are left out."""
 
 
+class GpuState(Strict):
+    """What NVML reports of the GPU at one moment; None where it does not."""
+
+    name: str
+    driver: str
+    sm_megahertz: int | None
+    memory_megahertz: int | None
+    celsius: int | None
+    watts: float | None
+    throttled: tuple[str, ...] = ()
+
+
+class MachineState(Strict):
+    """What changes from minute to minute; None where the system does not tell."""
+
+    load_average: float | None
+    cpu_megahertz: float | None
+    gpu: GpuState | None
+
+
+class Environment(Strict):
+    """What the numbers were taken on and with; `start` and `end` are states around the runs."""
+
+    machine: dict[str, str | int | float]
+    backend: str
+    threads: int
+    versions: dict[str, str]
+    engine_keys: tuple[str, ...]
+    start: MachineState
+    end: MachineState
+
+
 def describe_machine() -> dict[str, str | int | float]:
     """Processor, cores, memory in GB (2³⁰ bytes), system, and the GPU with its driver if any."""
     machine: dict[str, str | int | float] = {
         "processor": _processor(),
-        "cores": cores(),
+        "cores": usable_cores(),
         "memory_gb": round(_memory_bytes() / GB, 1),
         "system": platform.platform(),
     }
@@ -61,7 +98,7 @@ def describe_environment(
     return Environment(
         machine=describe_machine(),
         backend=backend,
-        threads=cores() if threads is None else threads,
+        threads=usable_cores() if threads is None else threads,
         versions=versions,
         engine_keys=tuple(engines),
         start=start,
@@ -71,31 +108,16 @@ def describe_environment(
 
 def machine_state() -> MachineState:
     """What changes from minute to minute: load, clocks, power, throttling."""
-    load = None
-    with suppress(AttributeError, OSError):  # Windows has none
-        load = os.getloadavg()[0]
-    return MachineState(load_average=load, cpu_megahertz=_megahertz(), gpu=state())
+    return MachineState(load_average=load_average(), cpu_megahertz=_megahertz(), gpu=gpu_state())
 
 
-def peak_host_bytes() -> int:
-    """The most resident memory that this process had so far; 0 where the system does not tell."""
-    if sys.platform == "win32":
-        with suppress(ImportError):
-            import psutil
+def load_average() -> float | None:
+    """Processes that wanted a core over the last minute; None on Windows, which does not count.
 
-            return int(psutil.Process().memory_info().peak_wset)
-        return 0
-    import resource
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def cores() -> int:
-    """Processor cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    More than this process's own means a busy machine, on which ratios of programs that synchronise
+    threads differently mean nothing.
+    """
+    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
 
 
 def _megahertz() -> float | None:
@@ -124,8 +146,6 @@ def _memory_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-Value = TypeVar("Value")
-
 _REASONS: Final = {
     "nvmlClocksEventReasonSwPowerCap": "power limit",
     "nvmlClocksEventReasonHwSlowdown": "hardware slowdown",
@@ -136,7 +156,7 @@ _REASONS: Final = {
 """Reasons why clocks are lower than they could be; an idle GPU is no such reason."""
 
 
-def state() -> GpuState | None:
+def gpu_state() -> GpuState | None:
     """Clocks, power and throttling of the first visible GPU; None without NVML or a GPU.
 
     What a GPU does not report is None.
@@ -166,7 +186,7 @@ def state() -> GpuState | None:
         )
 
 
-def held_bytes() -> int | None:
+def gpu_bytes() -> int | None:
     """Device memory that this process holds; None where nobody knows.
 
     The runtime's pool keeps what it once took, so after the last run this is the most there was.

@@ -1,14 +1,13 @@
-"""What a list of seconds says: percentiles, an interval for the median, and what to doubt in it.
+"""What samples say: percentiles, bootstrap intervals, and what to doubt in them.
 
-Medians rather than means, because time has a floor and a long tail. Intervals are percentile
-bootstraps at 95 %, with resamples drawn from a fixed seed: the same samples give the same interval.
-
-Means with bootstrap intervals, and differences between settings pair by pair.
+Times get medians rather than means, because time has a floor and a long tail; scores get means, and
+differences between settings are taken pair by pair. Intervals are percentile bootstraps at 95 %
+whose resamples are drawn from a fixed seed: the same samples give the same interval.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,8 +15,10 @@ from numpy.typing import NDArray
 Samples = Sequence[float] | NDArray[np.float64]
 
 CONFIDENCE: Final = 0.95
-_RESAMPLES: Final = 2000
-_SEED: Final = 20260
+RESAMPLES: Final = 2000
+_TIMES_SEED, _SCORES_SEED = 20260, 0
+_BLOCK: Final = 1 << 22
+"""Numbers resampled at once: it bounds memory, and changes no result."""
 _FENCE: Final = 1.5
 
 
@@ -26,19 +27,37 @@ def percentile(samples: Samples, percent: float) -> float:
     return float(np.percentile(np.asarray(samples, dtype=np.float64), percent))
 
 
-def resampled_medians(
-    samples: Samples, generator: np.random.Generator, resamples: int = _RESAMPLES
+def resampled(
+    samples: Samples,
+    statistic: Callable[..., Any],
+    generator: np.random.Generator,
+    resamples: int = RESAMPLES,
 ) -> NDArray[np.float64]:
-    """Medians of `resamples` draws with replacement, each as large as `samples`."""
+    """`statistic(draws, axis=1)` of `resamples` draws with replacement, as large as `samples`."""
     values = np.asarray(samples, dtype=np.float64)
-    drawn = generator.integers(0, len(values), (resamples, len(values)))
-    medians: NDArray[np.float64] = np.median(values[drawn], axis=1)
-    return medians
+    rows = max(1, min(resamples, _BLOCK // len(values)))
+    return np.concatenate(
+        [
+            statistic(
+                values[
+                    generator.integers(len(values), size=(min(rows, resamples - at), len(values)))
+                ],
+                axis=1,
+            )
+            for at in range(0, resamples, rows)
+        ]
+    )
+
+
+def interval_of(estimates: Samples) -> tuple[float, float]:
+    """The middle 95 % of resampled estimates."""
+    tail = 100 * (1 - CONFIDENCE) / 2
+    return percentile(estimates, tail), percentile(estimates, 100 - tail)
 
 
 def median_interval(samples: Samples) -> tuple[float, float]:
     """The 95 % bootstrap interval of the median."""
-    return _interval(resampled_medians(samples, np.random.default_rng(_SEED)))
+    return interval_of(resampled(samples, np.median, np.random.default_rng(_TIMES_SEED)))
 
 
 def ratio_interval(first: Samples, second: Samples) -> tuple[float, float]:
@@ -46,10 +65,28 @@ def ratio_interval(first: Samples, second: Samples) -> tuple[float, float]:
 
     Both are resampled, independently of each other; they need not be equally long.
     """
-    generator = np.random.default_rng(_SEED)
-    below = resampled_medians(first, generator)
-    above = resampled_medians(second, generator)
-    return _interval(above / below)
+    generator = np.random.default_rng(_TIMES_SEED)
+    below = resampled(first, np.median, generator)
+    above = resampled(second, np.median, generator)
+    return interval_of(above / below)
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """A ratio of times with its 95 % bootstrap interval."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def paired(cls, above: Samples, below: Samples) -> "Ratio":
+        """Median of above / below within each round, so that what slowed both down cancels."""
+        ratios = np.asarray(above, np.float64) / np.asarray(below, np.float64)
+        return cls(float(np.median(ratios)), *median_interval(ratios))
+
+    def __str__(self) -> str:
+        return f"{self.median:.2f} ({self.low:.2f} to {self.high:.2f})"
 
 
 def outliers(samples: Samples) -> tuple[int, ...]:
@@ -80,17 +117,6 @@ def drift(samples: Samples) -> tuple[float, float, float]:
     return float(np.median(second) / np.median(first)), *ratio_interval(first, second)
 
 
-def _interval(estimates: NDArray[np.float64]) -> tuple[float, float]:
-    tail = 100 * (1 - CONFIDENCE) / 2
-    low, high = np.percentile(estimates, [tail, 100 - tail])
-    return float(low), float(high)
-
-
-RESAMPLES = 2000
-_BLOCK = 1 << 22
-"""Numbers resampled at once: it bounds memory, and changes no result."""
-
-
 @dataclass(frozen=True)
 class Interval:
     """A mean with its 95 % bootstrap interval over pairs, and the number of pairs."""
@@ -103,21 +129,10 @@ class Interval:
     @classmethod
     def of(cls, values: Sequence[float]) -> "Interval":
         """Mean of `values` (at least one), percentile bootstrap with a fixed seed."""
-        array = np.asarray(values, dtype=np.float64)
-        if array.size == 0:
+        if len(values) == 0:
             raise ValueError("a mean needs values")
-        rng = np.random.default_rng(0)
-        rows = max(1, min(RESAMPLES, _BLOCK // len(array)))
-        means = np.concatenate(
-            [
-                array[rng.integers(len(array), size=(min(rows, RESAMPLES - at), len(array)))].mean(
-                    1
-                )
-                for at in range(0, RESAMPLES, rows)
-            ]
-        )
-        low, high = (float(x) for x in np.percentile(means, [2.5, 97.5]))
-        return cls(float(array.mean()), low, high, len(array))
+        means = resampled(values, np.mean, np.random.default_rng(_SCORES_SEED))
+        return cls(float(np.mean(values)), *interval_of(means), len(values))
 
     @property
     def excludes_zero(self) -> bool:

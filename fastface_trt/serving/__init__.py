@@ -1,18 +1,23 @@
-"""Serving: one process with a batcher, one machine with workers behind HTTP, many machines.
+"""Serving: pictures for many clients at once, by HTTP, Ray Serve or Triton, on one device or many.
 
-Layers, each of which knows only those before it:
+The life of a request, in ten lines:
 
-- `work`: what is asked of a worker and what it tells on the way; `settings`: every limit;
-- `batching`: a worker inside one process, whose UNet calls hold rows of strangers;
-- `workers`: the same worker in a child process per device, started again when it dies;
-- `http`: the HTTP surface over any worker, and `ui`, a page that uses it;
-- `ray` and `triton`: the same worker in other people's servers; `deploy`: containers, sizing.
+1. `http.server` accepts the connection; a client that is slow to ask or to read is cut off.
+2. `http.middleware`: `RequestLog` gives it an id, `Gate` looks at its key, its client's rate and
+   `http.admission`, `BodyLimit` bounds its body.
+3. `http.images` reads the body (`http.bodies`) into a `GenerationBody` (`http.schemas`).
+4. `http.work_order` checks it and makes one `GenerationRequest` per picture.
+5. Its face: registered (`http.faces`), or a file that `pictures.files` takes apart, perhaps from an
+   address (`pictures.fetch`); an operator's `pictures.checks` may refuse; the worker analyses it.
+6. The `WorkOrder` holds a `Task` per picture; `http.tasks` submits them all or none.
+7. `workers.pool` gives each task to the least busy process, and again to another should that die.
+8. `workers.child` hands it to its `batching` loop, where its rows share UNet calls with strangers'.
+9. Events come back the same way: `StepDone` for each step, then `PictureDone` or `TaskFailed`.
+10. `WorkOrder.picture` encodes, marks and signs (`pictures.provenance`) the file; `http.responses`
+    or `http.errors` makes the answer, `http.images` the stream.
 
-Beside them, for what comes from outside and what goes there:
-
-- `intake`, with `picture_files` and `exif`: a stranger's picture, taken apart before it is decoded;
-- `fetch`, with `addresses`: pictures by address, from public ones only;
-- `checks`: an operator's own checks of prompts and pictures; `provenance`: signatures (C2PA);
-- `distribution`, with `release`, `storage` and `local_objects`: exports and engines by content
-  hash, to and from shared storage.
+Who knows whom: `work` (what a worker is) and `settings` (every limit) know nobody here; `batching`,
+`workers` and `http` know them; `ray` and `triton` put the same worker into other people's servers.
+`storage` brings exports and engines by content hash; `ui` is a page over the HTTP surface, `deploy`
+holds containers.
 """

@@ -71,7 +71,7 @@ class ServerSettings(Settings):
     default_deadline: Seconds = 120
     max_deadline: Seconds = 600
     fetch_urls: bool = False
-    """Whether pictures may be given by address; see `serving.fetch` for what is checked then."""
+    """Whether pictures may be given by address; see `pictures.fetch` for what is checked then."""
     faces_ttl: Seconds = 3600
     """Registered faces are forgotten after this time, and when the server stops."""
     max_faces: Count = 1000
@@ -86,4 +86,4 @@ class ServerSettings(Settings):
     c2pa_certificate: Path | None = None
     c2pa_key: Path | None = None
     checks: tuple[str, ...] = ()
-    """`package.module:name` of prompt and picture checks; see `serving.checks`."""
+    """`package.module:name` of prompt and picture checks; see `pictures.checks`."""

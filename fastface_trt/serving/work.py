@@ -1,4 +1,4 @@
-"""What is asked of a worker, and what it tells on the way: the seam that all of serving is cut at.
+"""What a worker is asked for, and the events that it answers with: the seam of all of serving.
 
 A worker makes pictures for many clients at once. In this process it is `batching.Batcher`; in child
 processes it is `workers.WorkerPool`, which holds many; HTTP, Ray and Triton see only `Worker`.
@@ -74,9 +74,8 @@ class TaskFailed:
 
 Event: TypeAlias = StepDone | PictureDone | TaskFailed
 OnEvent: TypeAlias = Callable[[Event], None]
-"""Told a task's events in order, the last of which is `PictureDone` or `TaskFailed`, exactly once.
-
-Called on a thread of the worker: it must return at once and not raise.
+"""Called with a task's events in order, the last of which is `PictureDone` or `TaskFailed`, exactly
+once. It is called on a thread of the worker: it must return at once and not raise.
 """
 
 

@@ -36,12 +36,13 @@ def picture_sizes(
     """
     names = {size for tensor in module.inputs for size in tensor.shape}
     branches = branches if "requests" in names or "branches" in names else 1
+    _, height, width = manifest.latent_shape()
     return {
         "requests": 1,
         "branches": branches,
         "batch": branches,
-        "height": manifest.height // manifest.vae_scale_factor,
-        "width": manifest.width // manifest.vae_scale_factor,
+        "height": height,
+        "width": width,
     }
 
 

@@ -1,15 +1,17 @@
-"""Copies of an ONNX module that also return tensors from their inside, for comparing backends.
+"""Tensors inside an ONNX module: returned by a copy of it, or computed in float64 by onnx itself.
+
+Two backends are compared by running copies that also return what is inside, and where they disagree
+float64 judges.
 
 Polygraphy marks outputs, too (`polygraphy.backend.onnx.ModifyOutputs`), on a model whose weights
 are in memory and not inside functions. Here weights stay where they are (the copy refers to a hard
 link of the data file), and calls of model-local functions can be opened first, so that a search
 gets inside `DecoupledAttention`.
 
-A tensor of an ONNX module in float64: the judge when two backends disagree.
-
-ONNX Runtime has no float64 kernels for convolution and instance normalisation, so the nodes run in
-onnx's own reference implementation (numpy), convolutions in PyTorch. One node at a time: a weight
-is converted when its node runs and dropped afterwards, an intermediate tensor after its last use.
+ONNX Runtime has no float64 kernels for convolution and instance normalisation, so in float64 nodes
+run in onnx's own reference implementation (numpy), convolutions in PyTorch. One node at a time: a
+weight is converted when its node runs and dropped afterwards, an intermediate tensor after its last
+use.
 """
 
 import os
@@ -154,7 +156,7 @@ class MarkableModule:
             if any(output.name in needed for output in node.outputs):
                 chosen.append(node)
                 needed.update(v.name for v in node.inputs if v is not None and v.name)
-        return reversed(chosen)
+        yield from reversed(chosen)
 
     def write(self, names: Iterable[str], target: Path) -> ModuleSpec:
         """Write a copy whose outputs are the module's and tensors `names` into folder `target`.
@@ -258,11 +260,6 @@ def _dimensions(value: ir.Value) -> tuple[Dimension, ...]:
 
 Array = NDArray[Any]
 
-_FLOATS_FLOAT64: Final = (
-    ir.DataType.FLOAT,
-    ir.DataType.FLOAT16,
-    ir.DataType.BFLOAT16,
-)
 _FLOAT32_INPUTS: Final = {"Resize": (1, 2), "QuantizeLinear": (0, 1), "DequantizeLinear": (1,)}
 """Inputs that ONNX does not define for float64: sizes of Resize, and what 8 bits mean."""
 
@@ -380,7 +377,7 @@ def _wide_attribute(attribute: Any) -> Any:
     elif attribute.name in ("value_float", "value_floats"):
         values = np.float64(attribute.f if attribute.name == "value_float" else attribute.floats)
         return helper.make_attribute("value", numpy_helper.from_array(np.asarray(values)))
-    elif attribute.type == onnx.AttributeProto.TENSOR and attribute.t.data_type in _FLOATS_FLOAT64:
+    elif attribute.type == onnx.AttributeProto.TENSOR and attribute.t.data_type in _FLOATS:
         wide = numpy_helper.to_array(attribute.t).astype(np.float64)
         attribute.t.CopyFrom(numpy_helper.from_array(wide, attribute.t.name))
     return attribute

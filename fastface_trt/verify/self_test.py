@@ -24,9 +24,9 @@ from fastface_trt.engines.backends import make_builder, probe_backends
 from fastface_trt.engines.cache import EngineCache
 from fastface_trt.engines.engine import Engine, Progress
 from fastface_trt.engines.hardware import cpu_hardware, cuda_driver, cuda_hardware
-from fastface_trt.engines.manifest import EXPORT_MANIFEST, ExportManifest, read_manifest
 from fastface_trt.errors import FastFaceError, MissingDependency
 from fastface_trt.mini.folders import SAMPLE_FACES
+from fastface_trt.runtime.export_folder import Export
 from fastface_trt.runtime.pipeline import FastFace
 from fastface_trt.runtime.presets import PRESETS
 from fastface_trt.verify.difference import compare
@@ -159,7 +159,7 @@ class SelfTest:
 
     def _full_size(self, backend: str, folder: Path) -> Iterator[Check]:
         """One UNet call per number of branches, compared on the smallest, timed on all."""
-        manifest = read_manifest(folder / EXPORT_MANIFEST, ExportManifest)
+        manifest = Export.open(folder).manifest
         spec = manifest.modules["unet"]
         engines: dict[str, Engine] = {}
 

@@ -12,14 +12,12 @@ from fastface_trt.bench.report import (
     ColdStart,
     Distribution,
     EngineFacts,
-    Environment,
-    GpuState,
-    MachineState,
     Memory,
     Stage,
     Throughput,
     Work,
 )
+from fastface_trt.measure.machine import Environment, GpuState, MachineState
 
 MACHINE = {"processor": "Test CPU", "cores": 2, "memory_gb": 8.0, "system": "Test"}
 STAGES = (("unet", 0, 2, 2), ("unet", 1, 3, 3), ("guidance", 0, None, None), ("png", *[None] * 3))

@@ -8,6 +8,7 @@ from fastface_trt.bench.flops import count_module
 from fastface_trt.bench.roofline import MachineRates, floor, stage_floors
 from fastface_trt.engines.manifest import EXPORT_MANIFEST, ExportManifest, read_manifest
 from fastface_trt.mini import folders
+from fastface_trt.runtime.export_folder import Export
 
 RATES = MachineRates("onnxruntime", "float32", 1e11, 1e10, "", {})
 
@@ -28,7 +29,7 @@ def floors():
         stage("unet", "unet 2", calls=2, rows=12, branches=3),
         stage("vae_decoder"),
     ]
-    return stage_floors(stages, manifest, folders.EXPORT, RATES, height=96, width=64)
+    return stage_floors(stages, Export(folders.EXPORT, manifest), RATES, height=96, width=64)
 
 
 def counted(module, **sizes):

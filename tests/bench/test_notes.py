@@ -88,17 +88,17 @@ def nvml(monkeypatch):
 
 
 def test_the_gpu_is_asked_and_may_not_answer(nvml, monkeypatch):
-    found = gpu.state()
+    found = gpu.gpu_state()
     assert (found.name, found.driver, found.watts) == ("GPU 0", "999.1", 123.456)
     assert (found.sm_megahertz, found.memory_megahertz) == (1001, 1002)
     assert found.celsius is None
     assert found.throttled == ("power limit",)
-    assert gpu.held_bytes() == 2**30
+    assert gpu.gpu_bytes() == 2**30
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,1")
-    assert gpu.state().name == "GPU 3"
+    assert gpu.gpu_state().name == "GPU 3"
 
 
 def test_without_a_gpu_there_is_nothing_to_say(monkeypatch):
     monkeypatch.setitem(sys.modules, "pynvml", None)
-    assert gpu.state() is None
-    assert gpu.held_bytes() is None
+    assert gpu.gpu_state() is None
+    assert gpu.gpu_bytes() is None

@@ -213,7 +213,7 @@ def test_without_matplotlib_everything_else_is_written(tmp_path, monkeypatch):
     }
     report = BenchReport.model_validate_json((tmp_path / "out" / "bench.json").read_text())
     assert report.notes[-1] == (
-        "There are no plots: Plots need matplotlib. pip install 'fastface-trt[bench]'."
+        "There are no plots: Figures need matplotlib. pip install matplotlib."
     )
 
 

@@ -11,10 +11,11 @@ from benchmarks.peers import attention
 from benchmarks.peers.__main__ import make_peers, make_work, peers_for, report
 from benchmarks.peers.equality import difference
 from benchmarks.peers.loop import Conditions, denoise
-from benchmarks.peers.measure import compare_peers, run_rounds, speed_ratio
+from benchmarks.peers.measure import compare_peers, run_rounds
 from benchmarks.peers.work import Made, Unready
 from fastface_trt import FastFace
 from fastface_trt.engines.device import HostDevice
+from fastface_trt.measure.statistics import Ratio
 from fastface_trt.verify.replay import Recording, make_sample
 from tests.conftest import GOLDEN
 
@@ -236,9 +237,9 @@ def test_rounds_are_interleaved():
 
 def test_a_ratio_is_taken_within_a_round():
     """A round in which the machine was ten times as slow changes no ratio."""
-    ratio = speed_ratio([1.0, 10.0, 1.2, 1.0], [0.5, 5.0, 0.6, 0.5])
+    ratio = Ratio.paired([1.0, 10.0, 1.2, 1.0], [0.5, 5.0, 0.6, 0.5])
     assert (ratio.median, ratio.low, ratio.high) == pytest.approx((2, 2, 2))
-    spread = speed_ratio(list(np.linspace(1, 3, 41)), [1.0] * 41)
+    spread = Ratio.paired(list(np.linspace(1, 3, 41)), [1.0] * 41)
     assert spread.median == pytest.approx(2)
     assert 1.5 < spread.low < 2 < spread.high < 2.5
 

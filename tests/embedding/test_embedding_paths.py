@@ -69,4 +69,4 @@ def test_no_status_is_given_twice():
 
 def test_the_wheel_brings_the_files():
     project = (Path(__file__).parents[2] / "pyproject.toml").read_text()
-    assert '"fastface_trt.embedding" = ["CMakeLists.txt", "README.md", "include/*"' in project
+    assert '"fastface_trt.embedding" = ["CMakeLists.txt", "include/*"' in project

@@ -131,7 +131,7 @@ def test_constant_judges_are_left_out(tmp_path):
     figure = next(one for one in choose_figures(run) if one.key == "bars")
     assert "Left out, because every picture has the same: no face." in figure.caption
     panels = [axes for axes in figure.draw(LIGHT).axes if axes.get_visible()]
-    assert [axes.get_title() for axes in panels] == [judge[1] for judge in JUDGES[:-1]]
+    assert [axes.get_title("left") for axes in panels] == [judge[1] for judge in JUDGES[:-1]]
 
 
 def test_findings_say_what_differs_and_nothing_else(tmp_path):
@@ -204,8 +204,8 @@ def test_a_strip_begins_with_what_it_is_compared_with(tmp_path):
 
 
 def test_matplotlib_is_asked_for_by_name(monkeypatch):
-    from fastface_trt.measure.style import themed_figure
+    from fastface_trt.measure.style import new_figure
 
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
-    with pytest.raises(MissingDependency, match="evaluate"):
-        themed_figure(1, 1, LIGHT)
+    with pytest.raises(MissingDependency, match="pip install matplotlib"):
+        new_figure(1, 1)

@@ -10,13 +10,13 @@ from fastface_trt import FastFace
 from fastface_trt.checkpoints import HubItem
 from fastface_trt.engines import contract
 from fastface_trt.errors import InvalidRequest, WeightsError
+from fastface_trt.evaluation.attention import collect_attention
 from fastface_trt.export.adapters import attach_adapter, load_projection, read_adapter
 from fastface_trt.export.exporter import run_export
 from fastface_trt.export.face_modules import EvaTowerModule, load_eva_tower
 from fastface_trt.export.options import ExportOptions
 from fastface_trt.export.oracle import TorchUNet
 from fastface_trt.runtime.sampling import denoise
-from fastface_trt.runtime.timeline import NO_TIMELINE
 from tests.export.test_exporter import open_module, quiet, unet_inputs
 from tests.helpers import face_models
 from tests.helpers.tiny_pulid import QUERIES, write_tiny_pulid
@@ -116,10 +116,10 @@ def face():
 def test_requests_equal_the_oracle(fastface, oracle, preset):
     """Empty negative prompts are zeros here, so the branches without text are among them."""
     request = fastface.request("photo; person", preset=preset, seed=1).for_adapter("pulid")
-    tokens = fastface._face_tokens([face()], None, "bgr", NO_TIMELINE)
     stages = fastface.stages
+    tokens = stages.image_tokens(fastface.analyze(face()))
     ours, expected = (
-        denoise(unet, [stages.sample(request, tokens[0])], guidance=stages.guidance)[0]
+        denoise(unet, [stages.sample(request, tokens)], guidance=stages.guidance)[0]
         for unet in (fastface._modules["unet"], oracle)
     )
     assert relative(np.asarray(ours), np.asarray(expected)) < 2e-3
@@ -146,6 +146,11 @@ def test_a_picture_says_that_there_is_no_parser(fastface):
     result = fastface("photo; person", face(), preset="am2+dcg", seed=3)
     assert any("--face-parser" in line for line in result.warnings)
     assert result.parameters[0]["manipulation"]["down"]["invert_first_token"] is False
+
+
+def test_attention_maps_are_of_an_export_with_any_adapter(exported):
+    run = collect_attention(face(), "photo; person", export=exported[0], steps=[0])
+    assert run.maps[0].before.shape[-1] == TOKENS
 
 
 def test_a_face_of_another_adapter_is_refused(fastface):

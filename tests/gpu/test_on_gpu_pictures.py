@@ -8,7 +8,7 @@ import pytest
 
 from fastface_trt import FastFace
 from fastface_trt.embedding.session import Session
-from fastface_trt.measure.machine import held_bytes
+from fastface_trt.measure.machine import gpu_bytes
 from fastface_trt.mini.folders import SAMPLE_FACES
 from fastface_trt.runtime.presets import PRESETS
 from fastface_trt.verify.difference import compare
@@ -112,7 +112,7 @@ def test_loads_and_unloads_keep_no_memory(backend, store, record):
             face = loaded.analyze(SAMPLE_FACES / "ada.png")
             pictures.append(levels(loaded(PROMPT, face, preset="am1+dcg", seed=SEED)))
         gc.collect()
-        held.append(held_bytes())
+        held.append(gpu_bytes())
     assert all(np.abs(one - pictures[0]).max() <= 1 for one in pictures)
     if None in held:
         record(held_megabytes=None)  # no NVML, or a driver that does not tell

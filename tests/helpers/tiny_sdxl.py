@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 
 from fastface_trt.export.adapters import FaceIdProjection, FaceProjection
 from fastface_trt.export.attention import attach_processors
-from fastface_trt.export.byte_tokenizer import PAD_TOKENS, VOCABULARY, write_byte_tokenizer
+from fastface_trt.runtime.tokenizer import PAD_TOKENS, VOCABULARY, write_byte_tokenizer
 
 TEXT_WIDTHS = (16, 24)
 POOLED = 24

@@ -5,7 +5,7 @@ import shutil
 
 from fastface_trt.engines.files import describe_file
 from fastface_trt.engines.manifest import EXPORT_MANIFEST, ExportManifest, ModuleSpec, TensorSpec
-from fastface_trt.serving.storage.release import written
+from fastface_trt.serving.storage.release import to_json
 
 
 def write_small_export(folder, *, seed=0, size=3_000_000, shared=None):
@@ -38,5 +38,5 @@ def write_small_export(folder, *, seed=0, size=3_000_000, shared=None):
         image_token_count=4,
         face_model="none",
     )
-    (folder / EXPORT_MANIFEST).write_bytes(written(manifest))
+    (folder / EXPORT_MANIFEST).write_bytes(to_json(manifest))
     return folder

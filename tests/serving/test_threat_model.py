@@ -1,13 +1,12 @@
 import re
 from pathlib import Path
 
-import fastface_trt.serving
 from fastface_trt.serving.pictures.checks import SECONDS
 from fastface_trt.serving.pictures.fetch import MAX_REDIRECTS
 from fastface_trt.serving.pictures.files import MAX_ENTRIES, MAX_PARTS, MAX_SCANS
 from fastface_trt.serving.settings import ServerSettings, WorkerSettings
 
-TEXT = (Path(fastface_trt.serving.__file__).parent / "THREAT_MODEL.md").read_text()
+TEXT = (Path(__file__).parents[2] / "docs" / "threat-model.md").read_text()
 NO_LIMITS = {  # what is served, where, and how it looks
     *("export", "backend", "cache", "threads", "engine_options", "licence_acknowledged"),
     *("schedule_of", "port", "telemetry", "ui"),

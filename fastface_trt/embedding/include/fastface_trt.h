@@ -117,7 +117,7 @@ typedef struct {
   /* A DLManagedTensorVersioned (DLPack 1.x). It is the library's as soon as it is passed, whatever
    * the call returns: its deleter is called once, on any thread, at the latest by stop(). */
   void *dlpack;
-  const uint8_t *crop_bgr;        /* the aligned face, 224 rows of 224 * 3 bytes; see README.md */
+  const uint8_t *crop_bgr;        /* the aligned face, 224 rows of 224 * 3 bytes; see docs/embedding.md */
   const uint8_t *portrait_bgr;    /* 512 rows of 512 * 3 bytes; PuLID only */
 } fastface_embedding;
 
@@ -151,7 +151,9 @@ typedef struct {
   fastface_on_step on_step;       /* may be NULL */
   void *user;
   uint64_t task;                  /* your number for cancel(); 0: cannot be cancelled by number */
-  const char *parameters_json;    /* further fields of GenerationRequest as a JSON object, or NULL */
+  /* Further fields of GenerationRequest as a JSON object, written as everywhere: {"alpha":
+   * "cosine:high=3", "guidance_rescale": 0.7}. They override the fields above. NULL: none. */
+  const char *parameters_json;
   /* Image tokens as a DLManagedTensorVersioned, on the host or on the engines' GPU; owned as
    * fastface_embedding.dlpack is. Order what writes them by `stream` or `event`. */
   void *image_tokens_dlpack;

@@ -2,18 +2,17 @@
 
 import itertools
 import logging
-import os
 import threading
 import time
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from pathlib import Path
 
 from fastface_trt.engines.engine import Closing
 from fastface_trt.engines.manifest import ExportManifest
 from fastface_trt.errors import Busy, EngineFailed, FastFaceError, Unavailable
+from fastface_trt.measure.memory import resident_bytes
 from fastface_trt.runtime.face import Face
 from fastface_trt.runtime.pipeline import FastFace
 from fastface_trt.serving.batching.cost import CostModel
@@ -237,12 +236,3 @@ class FaceAnalysis:
             )
         else:
             asked.future.set_result(face)
-
-
-def resident_bytes() -> int:
-    """Resident memory in bytes; 0 on systems without /proc."""
-    try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-    except OSError:
-        return 0
-    return pages * os.sysconf("SC_PAGE_SIZE")

@@ -98,10 +98,9 @@ class Demand:
     @classmethod
     def of(cls, request: GenerationRequest, manifest: ExportManifest) -> "Demand":
         """The demand of a request to an export."""
-        factor = manifest.vae_scale_factor
         return cls(
             tuple(len(step.branches) for step in request.guidance_steps()),
-            (manifest.latent_channels, request.height // factor, request.width // factor),
+            manifest.latent_shape(request.height, request.width),
             shares_statistics(request),
         )
 

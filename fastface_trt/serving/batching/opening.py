@@ -2,9 +2,8 @@
 
 import psutil
 
-from fastface_trt.engines.manifest import EXPORT_MANIFEST, ExportManifest, read_manifest
 from fastface_trt.errors import OutOfMemory
-from fastface_trt.runtime.export_folder import find_export
+from fastface_trt.runtime.export_folder import Export
 from fastface_trt.runtime.pipeline import FastFace
 from fastface_trt.runtime.preview import LatentPreview
 from fastface_trt.serving.batching.batcher import Batcher
@@ -46,7 +45,7 @@ def check_memory(settings: WorkerSettings) -> None:
     """
     if settings.backend != "onnxruntime":
         return
-    manifest = read_manifest(find_export(settings.export) / EXPORT_MANIFEST, ExportManifest)
+    manifest = Export.open(settings.export).manifest
     needed = sum(file.bytes for module in manifest.modules.values() for file in module.files)
     free = psutil.virtual_memory().available
     if needed > free:

@@ -1,6 +1,7 @@
 """The HTTP application over a worker, whatever kind of worker it is.
 
-What the server is and how it is: models, presets, health, metrics.
+`create_app` puts it together: routes, middleware, errors. The routes that say what the server is
+and how it is (models, presets, health, metrics) are here too; the others have files of their own.
 """
 
 import asyncio
@@ -23,7 +24,6 @@ from fastface_trt.errors import FastFaceError
 from fastface_trt.runtime.presets import PRESETS, preset_fields
 from fastface_trt.runtime.request import request_for
 from fastface_trt.serving.http.admission import Admission
-from fastface_trt.serving.http.bodies import BodyLimit
 from fastface_trt.serving.http.context import PICTURE_THREADS, Context, context_of
 from fastface_trt.serving.http.errors import (
     RETRY_AFTER_UNAVAILABLE,
@@ -33,16 +33,17 @@ from fastface_trt.serving.http.errors import (
     is_internal,
 )
 from fastface_trt.serving.http.faces import Faces, OwnFaces
-from fastface_trt.serving.http.front import (
+from fastface_trt.serving.http.images import images_router
+from fastface_trt.serving.http.metrics import Metrics
+from fastface_trt.serving.http.middleware import (
     ApiKeys,
-    Front,
+    BodyLimit,
     Gate,
     RateLimit,
+    RequestLog,
     has_passed_the_gate,
     record_of,
 )
-from fastface_trt.serving.http.images import images_router
-from fastface_trt.serving.http.metrics import Metrics
 from fastface_trt.serving.http.openapi import document, refusals
 from fastface_trt.serving.http.registration import faces_router
 from fastface_trt.serving.http.responses import (
@@ -60,97 +61,6 @@ from fastface_trt.serving.pictures.provenance import open_signer
 from fastface_trt.serving.settings import ServerSettings
 from fastface_trt.serving.ui.page import page_router
 from fastface_trt.serving.work import State, Worker
-
-
-def about_router() -> APIRouter:
-    """The routes that only tell."""
-    router = APIRouter()
-    keyed = [Depends(has_passed_the_gate)]
-
-    @router.get(
-        "/v1/models",
-        response_model=ModelList,
-        responses=refusals(401, 429),
-        tags=["models"],
-        dependencies=keyed,
-    )
-    async def models(request: Request) -> Response:
-        """The served export and what it can do."""
-        return json_answer(ModelList(data=[_model(context_of(request))]))
-
-    @router.get(
-        "/v1/presets",
-        response_model=PresetList,
-        responses=refusals(401, 429),
-        tags=["models"],
-        dependencies=keyed,
-    )
-    async def presets(request: Request) -> Response:
-        """The presets, and what each sets."""
-        return json_answer(PresetList(data=_presets(context_of(request))))
-
-    @router.get("/v2/health/live", response_model=HealthAnswer, tags=["health"])
-    async def live(request: Request) -> Response:
-        """Whether the process answers at all."""
-        return json_answer(HealthAnswer(state=context_of(request).admission.state.value))
-
-    @router.get(
-        "/v2/health/ready",
-        response_model=HealthAnswer,
-        responses={503: {"model": HealthAnswer, "description": "Starting, draining or dead."}},
-        tags=["health"],
-    )
-    async def ready(request: Request) -> Response:
-        """Whether it takes requests: its engines are warm and made finite pictures."""
-        state = context_of(request).admission.state
-        answer = HealthAnswer(state=state.value)
-        if state is State.READY:
-            return json_answer(answer)
-        headers = {"Retry-After": str(int(RETRY_AFTER_UNAVAILABLE))}
-        return json_answer(answer, status=503, headers=headers)
-
-    @router.get(
-        "/metrics",
-        response_class=Response,
-        responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
-        tags=["health"],
-    )
-    async def metrics(request: Request) -> Response:
-        """Prometheus' metrics."""
-        return Response(context_of(request).metrics.text(), media_type=CONTENT_TYPE_LATEST)
-
-    return router
-
-
-def _model(context: Context) -> ModelAnswer:
-    manifest = context.manifest
-    return ModelAnswer(
-        id=manifest.checkpoint,
-        created=context.started,
-        owned_by="fastface-trt",
-        size=f"{manifest.width}x{manifest.height}",
-        fixed_size=manifest.fixed_size,
-        size_unit=manifest.vae_scale_factor * 4,
-        steps=manifest.steps,
-        allowed_steps=list(manifest.allowed_steps),
-        max_pictures=context.settings.max_pictures,
-        backend=context.backend,
-        checkpoint=manifest.checkpoint,
-        adapter=manifest.adapter,
-        adapter_kind=manifest.adapter_kind,
-        precision=manifest.precision,
-        scheduler=str(manifest.scheduler["class"]),
-    )
-
-
-def _presets(context: Context) -> list[PresetAnswer]:
-    answers = []
-    for name in PRESETS:
-        values = request_for(context.manifest, name, preset=name).to_dict()
-        fields = preset_fields(name, context.manifest.steps)
-        answers.append(PresetAnswer(name=name, fields={field: values[field] for field in fields}))
-    return answers
-
 
 SWEEP_SECONDS = 5.0
 """How often faces whose time is over are dropped, though nobody asks for them."""
@@ -203,7 +113,7 @@ def create_app(
     # The last added is the first that a request passes.
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes, seconds=settings.body_timeout)
     app.add_middleware(Gate, keys=context.keys, limit=context.limit, admission=context.admission)
-    app.add_middleware(Front, metrics=context.metrics, tracing=context.tracing)
+    app.add_middleware(RequestLog, metrics=context.metrics, tracing=context.tracing)
     return app
 
 
@@ -281,4 +191,91 @@ def _describe(app: FastAPI, *, secured: bool) -> None:
     app.openapi = openapi  # type: ignore[method-assign]  # FastAPI's documented way
 
 
-__all__ = ["create_app"]
+def about_router() -> APIRouter:
+    """The routes of models, presets, health and metrics."""
+    router = APIRouter()
+    keyed = [Depends(has_passed_the_gate)]
+
+    @router.get(
+        "/v1/models",
+        response_model=ModelList,
+        responses=refusals(401, 429),
+        tags=["models"],
+        dependencies=keyed,
+    )
+    async def models(request: Request) -> Response:
+        """The served export and what it can do."""
+        return json_answer(ModelList(data=[_model(context_of(request))]))
+
+    @router.get(
+        "/v1/presets",
+        response_model=PresetList,
+        responses=refusals(401, 429),
+        tags=["models"],
+        dependencies=keyed,
+    )
+    async def presets(request: Request) -> Response:
+        """The presets, and what each sets."""
+        return json_answer(PresetList(data=_presets(context_of(request))))
+
+    @router.get("/v2/health/live", response_model=HealthAnswer, tags=["health"])
+    async def live(request: Request) -> Response:
+        """Whether the process answers at all."""
+        return json_answer(HealthAnswer(state=context_of(request).admission.state.value))
+
+    @router.get(
+        "/v2/health/ready",
+        response_model=HealthAnswer,
+        responses={503: {"model": HealthAnswer, "description": "Starting, draining or dead."}},
+        tags=["health"],
+    )
+    async def ready(request: Request) -> Response:
+        """Whether it takes requests: its engines are warm and made finite pictures."""
+        state = context_of(request).admission.state
+        answer = HealthAnswer(state=state.value)
+        if state is State.READY:
+            return json_answer(answer)
+        headers = {"Retry-After": str(int(RETRY_AFTER_UNAVAILABLE))}
+        return json_answer(answer, status=503, headers=headers)
+
+    @router.get(
+        "/metrics",
+        response_class=Response,
+        responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
+        tags=["health"],
+    )
+    async def metrics(request: Request) -> Response:
+        """Prometheus' metrics."""
+        return Response(context_of(request).metrics.text(), media_type=CONTENT_TYPE_LATEST)
+
+    return router
+
+
+def _model(context: Context) -> ModelAnswer:
+    manifest = context.manifest
+    return ModelAnswer(
+        id=manifest.checkpoint,
+        created=context.started,
+        owned_by="fastface-trt",
+        size=f"{manifest.width}x{manifest.height}",
+        fixed_size=manifest.fixed_size,
+        size_unit=manifest.size_unit,
+        steps=manifest.steps,
+        allowed_steps=list(manifest.allowed_steps),
+        max_pictures=context.settings.max_pictures,
+        backend=context.backend,
+        checkpoint=manifest.checkpoint,
+        adapter=manifest.adapter,
+        adapter_kind=manifest.adapter_kind,
+        precision=manifest.precision,
+        scheduler=str(manifest.scheduler["class"]),
+    )
+
+
+def _presets(context: Context) -> list[PresetAnswer]:
+    answers = []
+    for name in PRESETS:
+        values = request_for(context.manifest, name, preset=name).to_dict()
+        fields = preset_fields(name, context.manifest.steps)
+        answers.append(PresetAnswer(name=name, fields={field: values[field] for field in fields}))
+    return answers

@@ -11,8 +11,8 @@ from starlette.requests import HTTPConnection
 from fastface_trt.engines.manifest import ExportManifest
 from fastface_trt.serving.http.admission import Admission
 from fastface_trt.serving.http.faces import Faces
-from fastface_trt.serving.http.front import ApiKeys, RateLimit
 from fastface_trt.serving.http.metrics import Metrics
+from fastface_trt.serving.http.middleware import ApiKeys, RateLimit
 from fastface_trt.serving.http.tracing import Tracing
 from fastface_trt.serving.pictures.checks import Checks
 from fastface_trt.serving.pictures.provenance import PictureSigner
@@ -45,8 +45,8 @@ class Context:
     tracing: Tracing
     threads: ThreadPoolExecutor
 
-    async def beside(self, function: Callable[..., Value], *arguments: Any) -> Value:
-        """Run what is done to pictures beside the event loop, few at a time."""
+    async def in_thread(self, function: Callable[..., Value], *arguments: Any) -> Value:
+        """Run what is done to pictures on one of few threads, beside the event loop."""
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self.threads, lambda: function(*arguments))
 

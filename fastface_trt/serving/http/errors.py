@@ -1,6 +1,6 @@
-"""What only an HTTP server can refuse.
+"""Errors as OpenAI's clients read them: a status, a type, a code and one sentence with its mend.
 
-Errors as OpenAI's clients read them: a status, a type, a code and one sentence with its mend.
+First those that only an HTTP server can raise, then the answer to any error.
 """
 
 import math
@@ -11,7 +11,12 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from fastface_trt.errors import Busy, FastFaceError, Unavailable
-from fastface_trt.serving.http.responses import ErrorAnswer, ErrorDetail, json_answer
+from fastface_trt.serving.http.responses import (
+    ErrorAnswer,
+    ErrorDetail,
+    json_answer,
+    server_sent_event,
+)
 
 
 class InvalidApiKey(FastFaceError):
@@ -44,6 +49,18 @@ class UnsupportedBody(FastFaceError):
     code = "unsupported_media_type"
 
 
+class BodyTooLarge(FastFaceError):
+    """A body of more bytes than the server takes."""
+
+    code = "request_too_large"
+
+
+class BodyTimeout(FastFaceError):
+    """A body that did not arrive in time."""
+
+    code = "request_timeout"
+
+
 class InvalidField(FastFaceError):
     """A field that is unknown, missing, or of a wrong type; `param` is its name."""
 
@@ -63,6 +80,7 @@ STATUS_OF_CODE = {
     "refused": 400,
     "invalid_api_key": 401,
     "unknown_face": 404,
+    "request_timeout": 408,
     "request_too_large": 413,
     "unsupported_media_type": 415,
     "busy": 429,
@@ -127,6 +145,12 @@ def error_answer(error: FastFaceError, request_id: str) -> Response:
         headers["WWW-Authenticate"] = "Bearer"
     answer = ErrorAnswer(error=detail_of(error, request_id))
     return json_answer(answer, status=status_of(error), headers=headers)
+
+
+def error_event(error: FastFaceError, request_id: str) -> bytes:
+    """The same at the end of a streamed answer, whose status has been sent."""
+    detail = detail_of(error, request_id).model_dump()
+    return server_sent_event("error", {"type": "error", "error": detail})
 
 
 def http_error_answer(error: HTTPException) -> Response:

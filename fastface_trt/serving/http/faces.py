@@ -2,7 +2,7 @@
 
 They are biometric data. They are never logged or written, and they are gone when their time is
 over, when they are deleted, or when the server stops. The time is measured by a clock that nobody
-sets; the times that clients are told are the wall clock's, and only told.
+sets; the times that clients see are the wall clock's, and only shown.
 """
 
 import secrets

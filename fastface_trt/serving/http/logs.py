@@ -58,6 +58,6 @@ def log_json(stream: TextIO, level: int = logging.INFO) -> None:
         logger.setLevel(level if name == LOGGER else logging.WARNING)
 
 
-def say(message: str, *, level: int = logging.INFO, **fields: Any) -> None:
+def log_event(message: str, *, level: int = logging.INFO, **fields: Any) -> None:
     """Log a message of the server with its fields."""
     logging.getLogger(LOGGER).log(level, message, extra={FIELDS: fields})

@@ -7,12 +7,12 @@ from fastface_trt.serving.http.bodies import form_body, json_body, media_type
 from fastface_trt.serving.http.context import context_of
 from fastface_trt.serving.http.errors import InvalidField
 from fastface_trt.serving.http.faces import RegisteredFace
-from fastface_trt.serving.http.front import has_passed_the_gate, record_of
+from fastface_trt.serving.http.middleware import has_passed_the_gate, record_of
 from fastface_trt.serving.http.openapi import form_of, json_of, refusals
 from fastface_trt.serving.http.responses import FaceAnswer, FaceList, json_answer
 from fastface_trt.serving.http.schemas import FaceBody, FaceForm
-from fastface_trt.serving.http.tasks import unless_disconnected
-from fastface_trt.serving.http.work_order import analysed, within
+from fastface_trt.serving.http.tasks import unless_disconnected, within
+from fastface_trt.serving.http.work_order import analysed
 from fastface_trt.serving.pictures.files import decode_base64
 
 
@@ -49,7 +49,7 @@ def faces_router() -> APIRouter:
         else:
             body = await json_body(request, FaceBody)
             file, index = (
-                await context.beside(decode_base64, body.image, context.settings),
+                await context.in_thread(decode_base64, body.image, context.settings),
                 body.face_index,
             )
         deadline = record.arrived + context.settings.default_deadline
@@ -57,7 +57,7 @@ def faces_router() -> APIRouter:
             request.receive, within(deadline, analysed(context, file, index))
         )
         one = await context.faces.add(record.owner, face)
-        return json_answer(_told(one), status=201)
+        return json_answer(_face_answer(one), status=201)
 
     @router.get(
         "/v1/faces",
@@ -68,7 +68,7 @@ def faces_router() -> APIRouter:
     async def registered(request: Request) -> Response:
         """The faces that were registered with this key, oldest first."""
         faces = await context_of(request).faces.of(record_of(request.scope).owner)
-        return json_answer(FaceList(data=[_told(one) for one in faces]))
+        return json_answer(FaceList(data=[_face_answer(one) for one in faces]))
 
     @router.delete(
         "/v1/faces/{id}",
@@ -87,7 +87,7 @@ def faces_router() -> APIRouter:
     return router
 
 
-def _told(one: RegisteredFace) -> FaceAnswer:
+def _face_answer(one: RegisteredFace) -> FaceAnswer:
     face = one.face
     return FaceAnswer(
         id=one.id,

@@ -1,7 +1,4 @@
-"""What the server answers with, as models for the OpenAPI document.
-
-Answers as bytes.
-"""
+"""What the server answers with: models for the OpenAPI document, and their bytes."""
 
 import json
 from collections.abc import Mapping
@@ -149,3 +146,8 @@ def json_answer(
         headers=dict(headers or {}),
         media_type="application/json",
     )
+
+
+def server_sent_event(name: str, values: Mapping[str, Any]) -> bytes:
+    """An event of a streamed answer, its values as JSON."""
+    return f"event: {name}\ndata: {json.dumps(values, allow_nan=False)}\n\n".encode("ascii")

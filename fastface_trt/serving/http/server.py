@@ -1,9 +1,8 @@
-"""A server's life: listen, tell when it is ready, drain when it is told to stop, leave in time.
+"""A server's life: listen, say when it is ready, drain on a signal, leave in time.
 
-A bound on how long a client may hold a connection without asking, or without taking its answer.
-
-uvicorn (0.54) ends a connection that is idle between two requests. It waits without end for a
-first byte, for headers that arrive one byte at a time, and for a client that does not read.
+Its connections have a bound on how long a client may hold one without asking, or without taking
+its answer. uvicorn (0.54) ends a connection that is idle between two requests. It waits without end
+for a first byte, for headers that arrive one byte at a time, and for a client that does not read.
 """
 
 import asyncio
@@ -24,173 +23,23 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from fastface_trt.errors import InvalidRequest
 from fastface_trt.serving.http.context import Context
-from fastface_trt.serving.http.logs import say
-from fastface_trt.serving.pictures.fetch import client_of_address
+from fastface_trt.serving.http.logs import log_event
+from fastface_trt.serving.http.middleware import client_of_address
 from fastface_trt.serving.settings import ServerSettings
 from fastface_trt.serving.work import State, Worker
 
-_log = logging.getLogger(__name__)
-_TOO_SLOW = (
-    b"HTTP/1.1 408 Request Timeout\r\nconnection: close\r\ncontent-length: 0\r\n"
-    b"content-type: text/plain; charset=utf-8\r\n\r\n"
-)
-
-
-class Connections:
-    """How many connections are open, in total and by the clients' addresses."""
-
-    def __init__(self, limit: int, limit_per_address: int | None) -> None:
-        self._limit, self._limit_per_address = limit, limit_per_address
-        self._open: Counter[str] = Counter()
-        self.refused = 0
-
-    @property
-    def open(self) -> int:
-        """How many are open."""
-        return self._open.total()
-
-    def enter(self, address: str) -> bool:
-        """Count a new connection, unless it is one too many."""
-        limit = self._limit_per_address
-        if self._open.total() >= self._limit or (
-            limit is not None and self._open[address] >= limit
-        ):
-            # A line per refusal would give the flood a second way to do harm.
-            if self.refused % 1000 == 0:
-                _log.warning("connections are refused: too many are open (%d)", self._open.total())
-            self.refused += 1
-            return False
-        self._open[address] += 1
-        return True
-
-    def leave(self, address: str) -> None:
-        """A counted connection has ended."""
-        self._open[address] -= 1
-        if not self._open[address]:
-            del self._open[address]
-
-
-class GuardedProtocol(H11Protocol):
-    """uvicorn's HTTP/1.1 connection, with a time for headers and one for the client to read.
-
-    It builds on h11 and not on httptools, which gathers headers without a bound on their size.
-    `guarded_protocol` fills in the three attributes.
-    """
-
-    open_connections: Connections
-    header_seconds: float
-    write_seconds: float
-
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
-        self._address: str | None = None
-        self._asking: asyncio.TimerHandle | None = None
-        self._taking: asyncio.TimerHandle | None = None
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Begin to wait for the first request."""
-        super().connection_made(transport)
-        address = client_of_address(self.client[0]) if self.client else ""
-        if not self.open_connections.enter(address):
-            transport.abort()
-            return
-        self._address = address
-        self._wait_for_request()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        """Give back what the connection held."""
-        super().connection_lost(exc)
-        self._stop_asking()
-        self._stop_taking()
-        if self._address is not None:
-            self.open_connections.leave(self._address)
-            self._address = None
-
-    def data_received(self, data: bytes) -> None:
-        """Take in a part of a request."""
-        if self.transport.is_closing():
-            return
-        if not self._at_work:
-            self._wait_for_request()
-        super().data_received(data)
-        if self._at_work:
-            self._stop_asking()
-
-    def on_response_complete(self) -> None:
-        """Wait for the client to take the last of it; uvicorn itself waits for its next request."""
-        super().on_response_complete()
-        if self._at_work:  # the next one had already come
-            self._stop_asking()
-        if self.transport.get_write_buffer_size() and not self.flow.write_paused:
-            self._wait_for_reader()
-
-    def pause_writing(self) -> None:
-        """The buffer to the client is full."""
-        super().pause_writing()
-        self._wait_for_reader()
-
-    def resume_writing(self) -> None:
-        """The client has taken most of it."""
-        super().resume_writing()
-        self._stop_taking()
-
-    @property
-    def _at_work(self) -> bool:
-        return self.cycle is not None and not self.cycle.response_complete
-
-    def _wait_for_request(self) -> None:
-        # Not put off by further bytes: the time is for all of the headers.
-        if self._asking is None:
-            self._asking = self.loop.call_later(self.header_seconds, self._asked_too_slowly)
-
-    def _stop_asking(self) -> None:
-        if self._asking is not None:
-            self._asking.cancel()
-            self._asking = None
-
-    def _asked_too_slowly(self) -> None:
-        self._asking = None
-        if not self.transport.is_closing():
-            self.transport.write(_TOO_SLOW)
-            self.transport.close()
-            self._wait_for_reader()
-
-    def _wait_for_reader(self) -> None:
-        self._stop_taking()
-        self._taking = self.loop.call_later(self.write_seconds, self._read_too_slowly)
-
-    def _stop_taking(self) -> None:
-        if self._taking is not None:
-            self._taking.cancel()
-            self._taking = None
-
-    def _read_too_slowly(self) -> None:
-        self._taking = None
-        # In the midst of an answer a little may lie there; it may have been written just now.
-        waits = self.flow.write_paused or not self._at_work
-        if waits and self.transport.get_write_buffer_size():
-            self.transport.abort()
-
-
-def guarded_protocol(settings: ServerSettings) -> type[GuardedProtocol]:
-    """The `http` of a `uvicorn.Config`; every server needs one of its own, for it counts."""
-    connections = Connections(settings.max_connections, settings.max_connections_per_address)
-
-    class Guarded(GuardedProtocol):
-        open_connections = connections
-        header_seconds = settings.body_timeout
-        write_seconds = settings.write_timeout
-
-    return Guarded
-
-
 STOPPED, WORKER_DIED, HUNG = 0, 1, 70
-"""Exit statuses: told to stop; the worker is dead, so a supervisor should start all of it again;
-something did not let go in time."""
-LOOK_SECONDS = 0.25
+"""Exit statuses: stopped by a signal; the worker is dead, so a supervisor should start all of it
+again; something did not let go in time."""
+STATE_POLL_SECONDS = 0.25
 FINISH_SECONDS = 5
 """For answers that are on their way when all tasks have ended."""
 CLOSE_SECONDS = 15.0
+_REQUEST_TIMEOUT = (
+    b"HTTP/1.1 408 Request Timeout\r\nconnection: close\r\ncontent-length: 0\r\n"
+    b"content-type: text/plain; charset=utf-8\r\n\r\n"
+)
+_log = logging.getLogger(__name__)
 
 
 def check_binding(settings: ServerSettings, *, allow_anonymous: bool) -> None:
@@ -279,7 +128,7 @@ class _Life:
 
     async def run(self, listener: socket.socket) -> int:
         loop = asyncio.get_running_loop()
-        told = asyncio.Event()
+        stop_asked = asyncio.Event()
         config = uvicorn.Config(
             self._app,
             http=guarded_protocol(self._settings),
@@ -295,11 +144,11 @@ class _Life:
         address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
         server = _Server(
             config,
-            lambda: say("listening", address=address),
-            lambda: loop.call_soon_threadsafe(told.set),
+            lambda: log_event("listening", address=address),
+            lambda: loop.call_soon_threadsafe(stop_asked.set),
         )
         serving = asyncio.create_task(server.serve(sockets=[listener]))
-        stopping = asyncio.create_task(told.wait())
+        stopping = asyncio.create_task(stop_asked.wait())
         dying = asyncio.create_task(self._death())
         try:
             await asyncio.wait({serving, stopping, dying}, return_when=asyncio.FIRST_COMPLETED)
@@ -316,9 +165,9 @@ class _Life:
         while self._worker.state is not State.DEAD:
             if self._worker.state is not before:
                 before = self._worker.state
-                say("worker", state=before.value)
-            await asyncio.sleep(LOOK_SECONDS)
-        say("the worker is dead", level=logging.CRITICAL)
+                log_event("worker", state=before.value)
+            await asyncio.sleep(STATE_POLL_SECONDS)
+        log_event("the worker is dead", level=logging.CRITICAL)
 
     async def _stop(self, server: _Server, serving: "asyncio.Task[None]", died: bool) -> None:
         self._admission.leaving = True
@@ -327,7 +176,7 @@ class _Life:
         alarm.name, alarm.daemon = "fastface-alarm", True
         alarm.start()
         if not died and not serving.done():
-            say("draining", seconds=seconds, in_work=self._admission.in_work)
+            log_event("draining", seconds=seconds, in_work=self._admission.in_work)
             draining = _in_thread("fastface-drain", lambda: self._worker.drain(seconds))
             # A second signal ends serving, and there is nobody left to drain for.
             await asyncio.wait({draining, serving}, return_when=asyncio.FIRST_COMPLETED)
@@ -336,7 +185,7 @@ class _Life:
         server.should_exit = True
         await serving
         alarm.cancel()
-        say("stopped", in_work=self._admission.in_work)
+        log_event("stopped", in_work=self._admission.in_work)
 
 
 def _in_thread(name: str, function: Callable[[], object]) -> "asyncio.Future[None]":
@@ -363,3 +212,151 @@ def _in_thread(name: str, function: Callable[[], object]) -> "asyncio.Future[Non
 
     threading.Thread(target=run, name=name, daemon=True).start()
     return ended
+
+
+def guarded_protocol(settings: ServerSettings) -> "type[GuardedProtocol]":
+    """The `http` of a `uvicorn.Config`; every server needs one of its own, for it counts."""
+    connections = Connections(settings.max_connections, settings.max_connections_per_address)
+
+    class Guarded(GuardedProtocol):
+        open_connections = connections
+        header_seconds = settings.body_timeout
+        write_seconds = settings.write_timeout
+
+    return Guarded
+
+
+class GuardedProtocol(H11Protocol):
+    """uvicorn's HTTP/1.1 connection, with a time for headers and one for the client to read.
+
+    It builds on h11 and not on httptools, which gathers headers without a bound on their size.
+    `guarded_protocol` fills in the three attributes.
+    """
+
+    open_connections: "Connections"
+    header_seconds: float
+    write_seconds: float
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._address: str | None = None
+        self._request_timer: asyncio.TimerHandle | None = None
+        self._write_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Begin to wait for the first request."""
+        super().connection_made(transport)
+        address = client_of_address(self.client[0]) if self.client else ""
+        if not self.open_connections.enter(address):
+            transport.abort()
+            return
+        self._address = address
+        self._start_request_timer()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Give back what the connection held."""
+        super().connection_lost(exc)
+        self._stop_request_timer()
+        self._stop_write_timer()
+        if self._address is not None:
+            self.open_connections.leave(self._address)
+            self._address = None
+
+    def data_received(self, data: bytes) -> None:
+        """Take in a part of a request."""
+        if self.transport.is_closing():
+            return
+        if not self._at_work:
+            self._start_request_timer()
+        super().data_received(data)
+        if self._at_work:
+            self._stop_request_timer()
+
+    def on_response_complete(self) -> None:
+        """Wait for the client to take the last of it; uvicorn itself waits for its next request."""
+        super().on_response_complete()
+        if self._at_work:  # the next one had already come
+            self._stop_request_timer()
+        if self.transport.get_write_buffer_size() and not self.flow.write_paused:
+            self._start_write_timer()
+
+    def pause_writing(self) -> None:
+        """The buffer to the client is full."""
+        super().pause_writing()
+        self._start_write_timer()
+
+    def resume_writing(self) -> None:
+        """The client has taken most of it."""
+        super().resume_writing()
+        self._stop_write_timer()
+
+    @property
+    def _at_work(self) -> bool:
+        return self.cycle is not None and not self.cycle.response_complete
+
+    def _start_request_timer(self) -> None:
+        # Not put off by further bytes: the time is for all of the headers.
+        if self._request_timer is None:
+            self._request_timer = self.loop.call_later(self.header_seconds, self._request_timed_out)
+
+    def _stop_request_timer(self) -> None:
+        if self._request_timer is not None:
+            self._request_timer.cancel()
+            self._request_timer = None
+
+    def _request_timed_out(self) -> None:
+        self._request_timer = None
+        if not self.transport.is_closing():
+            self.transport.write(_REQUEST_TIMEOUT)
+            self.transport.close()
+            self._start_write_timer()
+
+    def _start_write_timer(self) -> None:
+        self._stop_write_timer()
+        self._write_timer = self.loop.call_later(self.write_seconds, self._write_timed_out)
+
+    def _stop_write_timer(self) -> None:
+        if self._write_timer is not None:
+            self._write_timer.cancel()
+            self._write_timer = None
+
+    def _write_timed_out(self) -> None:
+        self._write_timer = None
+        # In the midst of an answer a little may lie there; it may have been written just now.
+        waits = self.flow.write_paused or not self._at_work
+        if waits and self.transport.get_write_buffer_size():
+            self.transport.abort()
+
+
+class Connections:
+    """How many connections are open, in total and by the clients' addresses."""
+
+    def __init__(self, limit: int, limit_per_address: int | None) -> None:
+        self._limit, self._limit_per_address = limit, limit_per_address
+        self._open: Counter[str] = Counter()
+        self.refused = 0
+
+    @property
+    def open(self) -> int:
+        """How many are open."""
+        return self._open.total()
+
+    def enter(self, address: str) -> bool:
+        """Count a new connection, unless it is one too many."""
+        limit = self._limit_per_address
+        if self._open.total() >= self._limit or (
+            limit is not None and self._open[address] >= limit
+        ):
+            # A line per refusal would give the flood a second way to do harm.
+            if self.refused % 1000 == 0:
+                _log.warning("connections are refused: too many are open (%d)", self._open.total())
+            self.refused += 1
+            return False
+        self._open[address] += 1
+        return True
+
+    def leave(self, address: str) -> None:
+        """A counted connection has ended."""
+        self._open[address] -= 1
+        if not self._open[address]:
+            del self._open[address]

@@ -1,4 +1,7 @@
-"""The tasks of one HTTP request: all of them let in or none, and none left behind."""
+"""Waiting for a worker: the tasks of one HTTP request, all let in or none, and none left behind.
+
+Beside them, work that ends with its deadline or its client.
+"""
 
 import asyncio
 import time
@@ -17,12 +20,11 @@ from fastface_trt.serving.work import Event, PictureDone, StepDone, Task, TaskFa
 
 GRACE = 1.0
 """Seconds past a deadline for the worker to say so itself."""
-
 Value = TypeVar("Value")
 
 
-class Tasks:
-    """Submits tasks when it is entered, and cancels those that have not ended when it is left.
+class SubmittedTasks:
+    """The tasks of one request: submitted when it is entered, cancelled when it is left.
 
     Entering raises what `Worker.submit` raises, and then none of the tasks is left in the worker.
     """
@@ -38,7 +40,7 @@ class Tasks:
         self._queue: asyncio.Queue[Event | None] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()
 
-    async def __aenter__(self) -> "Tasks":
+    async def __aenter__(self) -> "SubmittedTasks":
         try:
             # A worker may have to write to a pipe; the event loop must not wait for that.
             await asyncio.to_thread(self._submit)
@@ -125,6 +127,18 @@ class Tasks:
             alarm.cancel()
 
 
+async def within(deadline: float, work: Coroutine[Any, Any, Value]) -> Value:
+    """The result of `work`. Raises `DeadlinePassed` at `deadline` of `time.monotonic`."""
+    working = asyncio.ensure_future(work)
+    try:
+        await asyncio.wait({working}, timeout=max(deadline - time.monotonic(), 0))
+        if not working.done():
+            raise DeadlinePassed("The face was not ready by the request's deadline.")
+        return working.result()
+    finally:
+        await end_of({working})
+
+
 class ClientGone(Cancelled):
     """The client does not wait for its answer any more."""
 
@@ -145,6 +159,11 @@ async def unless_disconnected(receive: Receive, work: Coroutine[Any, Any, Value]
         await end_of({working, leaving})
 
 
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
 async def end_of(tasks: set[asyncio.Future[Any]]) -> None:
     """Cancel tasks, and wait until they have ended; how they ended does not matter any more."""
     while left := {task for task in tasks if not task.done()}:
@@ -155,8 +174,3 @@ async def end_of(tasks: set[asyncio.Future[Any]]) -> None:
     for task in tasks:
         if not task.cancelled():
             task.exception()  # or asyncio complains, with a text that may quote the client
-
-
-async def _disconnected(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass

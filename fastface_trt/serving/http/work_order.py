@@ -1,37 +1,138 @@
-"""From a body to tasks: what images and edits, streamed or not, have in common.
+"""From a checked body to tasks, and from their pictures to files: what all image routes share.
 
-From a checked body to the requests that a worker gets.
-
-The face of a request: registered, in its body, a file of its form, or at an address.
+`work_order` is the way in: the requests that a worker gets, one per picture, and the face, which is
+registered, in the body, the file of a form, or at an address. `WorkOrder` is the way out.
 """
 
 import asyncio
 import base64
-import time
-from collections.abc import Coroutine, Mapping
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 from starlette.requests import Request
 
 from fastface_trt.engines.manifest import ExportManifest
-from fastface_trt.errors import Busy, DeadlinePassed, InvalidRequest, UnknownName
+from fastface_trt.errors import Busy, InvalidRequest, UnknownName
 from fastface_trt.runtime.face import Face
-from fastface_trt.runtime.guidance import parse_schedule
-from fastface_trt.runtime.manipulation import AttentionManipulation
 from fastface_trt.runtime.picture_file import PictureFormat, encode_picture
-from fastface_trt.runtime.request import GenerationRequest, check_size, request_for
+from fastface_trt.runtime.request import GenerationRequest, parse_request
 from fastface_trt.serving.http.context import Context
 from fastface_trt.serving.http.errors import InvalidField
-from fastface_trt.serving.http.front import Record, record_of
-from fastface_trt.serving.http.responses import Usage
-from fastface_trt.serving.http.schemas import GenerationBody, ScaleBody, given
-from fastface_trt.serving.http.tasks import Tasks, end_of
+from fastface_trt.serving.http.middleware import Record, record_of
+from fastface_trt.serving.http.responses import Picture, Usage
+from fastface_trt.serving.http.schemas import GenerationBody
+from fastface_trt.serving.http.tasks import SubmittedTasks, within
 from fastface_trt.serving.pictures.files import decode_base64, decode_picture
 from fastface_trt.serving.settings import ServerSettings
 from fastface_trt.serving.work import PictureDone, Pixels, Task
 
 FACE_FIELDS = ("face", "face_id", "face_url")
+
+
+@dataclass(frozen=True)
+class WorkOrder:
+    """The tasks of one request, ready to be submitted."""
+
+    context: Context
+    record: Record
+    body: GenerationBody
+    tasks: tuple[Task, ...]
+
+    @property
+    def size(self) -> str:
+        """WIDTHxHEIGHT of its pictures."""
+        request = self.tasks[0].request
+        return f"{request.width}x{request.height}"
+
+    def submitted(self) -> SubmittedTasks:
+        """The tasks in the worker, as long as the block lasts."""
+        context = self.context
+        return SubmittedTasks(context.worker, self.tasks, context.admission, context.metrics)
+
+    def usage(self, tasks: tuple[Task, ...] | None = None) -> Usage:
+        """What these tasks, or all of them, use."""
+        tasks = self.tasks if tasks is None else tasks
+        samples = sum(task.request.unet_samples for task in tasks)
+        return Usage(pictures=len(tasks), unet_samples=samples)
+
+    @property
+    def format(self) -> PictureFormat:
+        """Of the files that it is answered with."""
+        return self.body.output_format or "png"
+
+    async def picture(self, index: int, done: PictureDone) -> Picture:
+        """The picture of the `index`-th task as the server gives it away: marked, perhaps signed.
+
+        Raises `Refused` where a check does not let it out, and `SigningFailed`.
+        """
+        await self.context.checks.check_result(done.pixels)
+        self.record.seconds.append(done.seconds)
+        return Picture(
+            b64_json=await self._encoded(done.pixels, done.parameters),
+            seed=self.tasks[index].request.seed,
+            parameters=dict(done.parameters),
+            warnings=list(done.warnings),
+            seconds=dict(done.seconds),
+        )
+
+    async def preview_file(self, preview: Pixels) -> str:
+        """A preview as a file in base64, marked and signed like a picture."""
+        return await self._encoded(preview, {"preview": True})
+
+    async def _encoded(self, pixels: Pixels, parameters: Mapping[str, Any]) -> str:
+        context = self.context
+
+        def encode() -> str:
+            data = encode_picture(
+                pixels,
+                parameters=parameters,
+                ai_generated=context.settings.ai_mark,
+                format=self.format,
+                # OpenAI's name for it; at 100 nothing is lost that the format can keep.
+                quality=None if self.format == "png" else self.body.output_compression,
+            )
+            if context.signer is not None:
+                data = context.signer.sign(data, self.format)
+            return base64.b64encode(data).decode("ascii")
+
+        return await context.in_thread(encode)
+
+
+async def work_order(
+    context: Context, request: Request, body: GenerationBody, file: bytes | None
+) -> WorkOrder:
+    """Check a request, find its face, and make its tasks.
+
+    Raises what `generation_requests`, `deadline_of`, `check_one_face` and `face_of` raise,
+    `Refused`, and `DeadlinePassed`.
+    """
+    record = record_of(request.scope)
+    requests = generation_requests(body, context.manifest, context.settings)
+    deadline = deadline_of(body, context.settings, record.arrived)
+    check_one_face(body, file=file is not None)
+    if context.settings.log_prompts:
+        record.prompt = body.prompt
+    await within(deadline, context.checks.check_prompt(requests[0]))
+    face = await within(deadline, face_of(context, body, file, record.owner))
+    record.tasks = len(requests)
+    return WorkOrder(
+        context,
+        record,
+        body,
+        tuple(
+            Task(
+                f"{record.id}-{index}",
+                one,
+                face,
+                channel_order=body.channel_order or "bgr",
+                deadline=deadline,
+                # A preview that nobody checked would show what the check then keeps back.
+                previews=bool(body.partial_images) and not context.checks.looks_at_results,
+            )
+            for index, one in enumerate(requests)
+        ),
+    )
 
 
 def generation_requests(
@@ -64,43 +165,8 @@ def generation_requests(
             "Ask for output_format jpeg or webp.",
             param="output_compression",
         )
-    fields = _fields(body)
-    requests = [
-        request_for(
-            manifest,
-            body.prompt,
-            preset=body.preset or "plain",
-            steps=body.steps,
-            picture=picture,
-            **fields,
-        )
-        for picture in range(count)
-    ]
-    check_size(manifest, requests[0])
-    return requests
-
-
-def _fields(body: GenerationBody) -> dict[str, Any]:
-    fields = given(
-        body, "seed", "negative_prompt", "rescale", "dcg_variant", "scope", "plan", "alpha", "beta"
-    )
-    for name in ("alpha", "beta"):
-        if isinstance(fields.get(name), str):
-            fields[name] = parse_schedule(fields[name])
-    if "rescale" in body.model_fields_set:
-        fields["rescale"] = body.rescale  # null says off, and a preset may say otherwise
-    scale = body.ip_adapter_scale
-    if scale is not None:
-        fields["ip_adapter_scale"] = (
-            given(scale, "down", "mid", "up") if isinstance(scale, ScaleBody) else scale
-        )
-    if body.manipulation is not None:
-        parts = body.manipulation.model_dump(exclude_none=True)
-        fields["manipulation"] = AttentionManipulation.from_dict(parts)
-    if body.size not in (None, "auto"):
-        width, height = str(body.size).split("x")
-        fields |= {"width": int(width), "height": int(height)}
-    return fields
+    first = parse_request(body.request_values(), manifest)
+    return [replace(first, image_index=index) for index in range(count)]
 
 
 def deadline_of(body: GenerationBody, settings: ServerSettings, arrived: float) -> float:
@@ -128,11 +194,8 @@ def check_one_face(body: GenerationBody, *, file: bool) -> None:
         )
 
 
-Value = TypeVar("Value")
-
-
 async def face_of(context: Context, body: GenerationBody, file: bytes | None, owner: str) -> Face:
-    """Whichever one face the request has; see `conversion.check_one_face`.
+    """Whichever one face the request has; see `check_one_face`.
 
     Raises `BadPicture`, `NoFaceFound`, `FaceIndexOutOfRange`, `UnknownFace`, `InvalidField`,
     `Refused`, `Unavailable`.
@@ -146,7 +209,7 @@ async def face_of(context: Context, body: GenerationBody, file: bytes | None, ow
             )
         return (await context.faces.get(owner, body.face_id)).face
     if body.face is not None:
-        file = await context.beside(decode_base64, body.face, context.settings)
+        file = await context.in_thread(decode_base64, body.face, context.settings)
     elif body.face_url is not None:
         file = await _fetched(context, body.face_url)
     assert file is not None
@@ -159,10 +222,10 @@ async def analysed(context: Context, file: bytes, index: int | None) -> Face:
     Raises `BadPicture`, `Refused`, `NoFaceFound`, `FaceIndexOutOfRange`, `Busy`,
     `Unavailable`.
     """
-    pixels = await context.beside(decode_picture, file, context.settings)
+    pixels = await context.in_thread(decode_picture, file, context.settings)
     await context.checks.check_face(pixels)
     # A worker may have to send megabytes of pixels to another process.
-    future = await context.beside(context.worker.analyze, pixels, index)
+    future = await context.in_thread(context.worker.analyze, pixels, index)
     try:
         return await asyncio.wrap_future(future)
     except Busy as error:
@@ -180,113 +243,3 @@ async def _fetched(context: Context, url: str) -> bytes:
     from fastface_trt.serving.pictures.fetch import fetch_picture
 
     return await fetch_picture(url, context.settings)
-
-
-async def within(deadline: float, work: Coroutine[Any, Any, Value]) -> Value:
-    """The result of `work`. Raises `DeadlinePassed` at `deadline` of `time.monotonic`."""
-    working = asyncio.ensure_future(work)
-    try:
-        await asyncio.wait({working}, timeout=max(deadline - time.monotonic(), 0))
-        if not working.done():
-            raise DeadlinePassed("The face was not ready by the request's deadline.")
-        return working.result()
-    finally:
-        await end_of({working})
-
-
-@dataclass(frozen=True)
-class WorkOrder:
-    """The tasks of one request, ready to be submitted."""
-
-    context: Context
-    record: Record
-    body: GenerationBody
-    tasks: tuple[Task, ...]
-
-    @property
-    def size(self) -> str:
-        """WIDTHxHEIGHT of its pictures."""
-        request = self.tasks[0].request
-        return f"{request.width}x{request.height}"
-
-    def submitted(self) -> Tasks:
-        """The tasks in the worker, as long as the block lasts."""
-        context = self.context
-        return Tasks(context.worker, self.tasks, context.admission, context.metrics)
-
-    def usage(self, tasks: tuple[Task, ...] | None = None) -> Usage:
-        """What these tasks, or all of them, use."""
-        tasks = self.tasks if tasks is None else tasks
-        samples = sum(task.request.unet_samples for task in tasks)
-        return Usage(pictures=len(tasks), unet_samples=samples)
-
-    @property
-    def format(self) -> PictureFormat:
-        """Of the files that it is answered with."""
-        return self.body.output_format or "png"
-
-    async def file(self, done: PictureDone) -> str:
-        """The picture as the server gives it away: a marked, perhaps signed file in base64.
-
-        Raises `Refused` where a check does not let it out, and `SigningFailed`.
-        """
-        await self.context.checks.check_result(done.pixels)
-        self.record.seconds.append(done.seconds)
-        return await self._encoded(done.pixels, done.parameters)
-
-    async def preview_file(self, preview: Pixels) -> str:
-        """A preview as a file in base64, marked and signed like a picture."""
-        return await self._encoded(preview, {"preview": True})
-
-    async def _encoded(self, pixels: Pixels, parameters: Mapping[str, Any]) -> str:
-        context = self.context
-
-        def encode() -> str:
-            data = encode_picture(
-                pixels,
-                parameters=parameters,
-                ai_generated=context.settings.ai_mark,
-                format=self.format,
-                # OpenAI's name for it; at 100 nothing is lost that the format can keep.
-                quality=None if self.format == "png" else self.body.output_compression,
-            )
-            if context.signer is not None:
-                data = context.signer.sign(data, self.format)
-            return base64.b64encode(data).decode("ascii")
-
-        return await context.beside(encode)
-
-
-async def work_order(
-    context: Context, request: Request, body: GenerationBody, file: bytes | None
-) -> WorkOrder:
-    """Check a request, find its face, and make its tasks.
-
-    Raises what `conversion` and `face_of` raise, `Refused`, and `DeadlinePassed`.
-    """
-    record = record_of(request.scope)
-    requests = generation_requests(body, context.manifest, context.settings)
-    deadline = deadline_of(body, context.settings, record.arrived)
-    check_one_face(body, file=file is not None)
-    if context.settings.log_prompts:
-        record.prompt = body.prompt
-    await within(deadline, context.checks.check_prompt(requests[0]))
-    face = await within(deadline, face_of(context, body, file, record.owner))
-    record.tasks = len(requests)
-    return WorkOrder(
-        context,
-        record,
-        body,
-        tuple(
-            Task(
-                f"{record.id}-{index}",
-                one,
-                face,
-                channel_order=body.channel_order or "bgr",
-                deadline=deadline,
-                # A preview that nobody checked would show what the check then keeps back.
-                previews=bool(body.partial_images) and not context.checks.looks_at_results,
-            )
-            for index, one in enumerate(requests)
-        ),
-    )

@@ -6,10 +6,8 @@ and the connection goes to one of those that were looked at: a name that leads e
 moment gains nothing. Redirects are followed by hand through the same door. What went wrong on the
 network is not told, or the server would be a scanner of other people's networks.
 
-Which addresses of the network are public: the only ones that a stranger may send a server to.
-
-Sources: IANA's registries of special-purpose addresses (RFC 6890), which `ipaddress` knows; NAT64
-(RFC 6052); and what it does not know, named below.
+Sources of what is public: IANA's registries of special-purpose addresses (RFC 6890), which
+`ipaddress` knows; NAT64 (RFC 6052); and what it does not know, named below.
 """
 
 import asyncio
@@ -24,8 +22,29 @@ from urllib.parse import SplitResult, urljoin, urlsplit
 from fastface_trt.errors import BadPicture, FastFaceError, InvalidRequest, MissingDependency
 from fastface_trt.serving.settings import ServerSettings
 
-Address: TypeAlias = IPv4Address | IPv6Address
+try:
+    import httpcore
+except ModuleNotFoundError:
+    raise MissingDependency(
+        "Pictures by address need httpcore.", "Run pip install 'fastface-trt[serve]'."
+    ) from None
 
+
+Address: TypeAlias = IPv4Address | IPv6Address
+Resolve = Callable[[str, int], Awaitable[Iterable[str]]]
+MAX_REDIRECTS = 3
+MAX_URL = 2048
+MAX_ADDRESSES = 4
+"""Addresses of a name that are tried, one after the other, within the time of the whole."""
+_REDIRECTS = frozenset({301, 302, 303, 307, 308})
+_NETWORK_ERRORS = (
+    OSError,  # names that do not resolve, certificates that do not fit
+    ValueError,  # names that no resolver takes (UnicodeError), broken redirects
+    asyncio.TimeoutError,
+    httpcore.TimeoutException,
+    httpcore.NetworkError,
+    httpcore.ProtocolError,
+)
 _NAT64 = IPv6Network("64:ff9b::/96")
 _GLOBAL_UNICAST = IPv6Network("2000::/3")
 _NOT_PUBLIC_6 = (
@@ -39,6 +58,12 @@ _NOT_PUBLIC_4 = (
     IPv4Network("192.0.0.0/24"),  # protocol assignments, some of which count as global
     IPv4Network("192.88.99.0/24"),  # relays of 6to4
 )
+
+
+async def resolve(host: str, port: int) -> list[str]:
+    """All addresses of a host, as the system's resolver gives them."""
+    found = await asyncio.get_running_loop().getaddrinfo(host, port, type=1)  # SOCK_STREAM
+    return [str(sockaddr[0]) for _, _, _, _, sockaddr in found]
 
 
 def is_public(address: Address) -> bool:
@@ -63,58 +88,6 @@ def is_public(address: Address) -> bool:
         and not (address.is_multicast or address.is_reserved or address.is_unspecified)
         and not any(address in network for network in _NOT_PUBLIC_4)
     )
-
-
-def client_of_address(text: str) -> str:
-    """Whom to count as one client: an IPv4 address, or the /64 network of an IPv6 one.
-
-    Whoever has one IPv6 address has 2⁶⁴ of them (RFC 6177).
-    """
-    address = parse_address(text)
-    if not isinstance(address, IPv6Address):
-        return text
-    if address.ipv4_mapped is not None:
-        return str(address.ipv4_mapped)
-    return str(IPv6Network((int(address) >> 64 << 64, 64)))
-
-
-def parse_address(text: str) -> Address | None:
-    """The address that a resolver returned as text; None where it is none."""
-    try:
-        return ip_address(text)
-    except ValueError:
-        return None
-
-
-try:
-    import httpcore
-except ModuleNotFoundError:
-    raise MissingDependency(
-        "Pictures by address need httpcore.", "Run pip install 'fastface-trt[serve]'."
-    ) from None
-
-MAX_REDIRECTS = 3
-MAX_URL = 2048
-MAX_ADDRESSES = 4
-"""Addresses of a name that are tried, one after the other, within the time of the whole."""
-_REDIRECTS = frozenset({301, 302, 303, 307, 308})
-
-_NETWORK_ERRORS = (
-    OSError,  # names that do not resolve, certificates that do not fit
-    ValueError,  # names that no resolver takes (UnicodeError), broken redirects
-    asyncio.TimeoutError,
-    httpcore.TimeoutException,
-    httpcore.NetworkError,
-    httpcore.ProtocolError,
-)
-
-Resolve = Callable[[str, int], Awaitable[Iterable[str]]]
-
-
-async def resolve(host: str, port: int) -> list[str]:
-    """All addresses of a host, as the system's resolver gives them."""
-    found = await asyncio.get_running_loop().getaddrinfo(host, port, type=1)  # SOCK_STREAM
-    return [str(sockaddr[0]) for _, _, _, _, sockaddr in found]
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +135,7 @@ async def _follow(url: str, settings: ServerSettings, rules: Rules) -> bytes:
 
 
 @dataclass(frozen=True, slots=True)
-class _Elsewhere:
+class _Redirect:
     location: str
 
 
@@ -194,7 +167,7 @@ def request_target(parts: SplitResult) -> bytes:
     return ((parts.path or "/") + (f"?{parts.query}" if parts.query else "")).encode()
 
 
-async def _get(parts: SplitResult, settings: ServerSettings, rules: Rules) -> bytes | _Elsewhere:
+async def _get(parts: SplitResult, settings: ServerSettings, rules: Rules) -> bytes | _Redirect:
     host = parts.hostname or ""
     url = httpcore.URL(
         scheme=parts.scheme.encode(),
@@ -220,7 +193,7 @@ async def _get(parts: SplitResult, settings: ServerSettings, rules: Rules) -> by
         fields = {name.lower().decode("latin-1"): value for name, value in answer.headers}
         location = fields.get("location")
         if answer.status in _REDIRECTS and location is not None:
-            return _Elsewhere(location.decode("latin-1"))
+            return _Redirect(location.decode("latin-1"))
         kind = fields.get("content-type", b"").strip().lower()
         coding = fields.get("content-encoding", b"identity").strip().lower()
         if answer.status != 200 or not kind.startswith(b"image/") or coding != b"identity":
@@ -265,6 +238,14 @@ class _CheckedNetwork(httpcore.AsyncNetworkBackend):
                     str(address), port, timeout, local_address, socket_options
                 )
         raise _unreachable()
+
+
+def parse_address(text: str) -> Address | None:
+    """The address that a resolver returned as text; None where it is none."""
+    try:
+        return ip_address(text)
+    except ValueError:
+        return None
 
 
 def _unreachable() -> BadPicture:

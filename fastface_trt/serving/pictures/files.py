@@ -1,19 +1,16 @@
-"""What of a stranger's picture file reaches a decoder: its pixels, and nothing else.
+"""From a stranger's picture file to pixels: every limit is checked before the step that it bounds.
 
 PNG, JPEG and WebP are all lists of marked parts. They are walked here without decoding any, and the
 file is put together again from those parts that pixels need. Comments, colour profiles, previews,
 further frames, EXIF blocks and what hangs behind the end never meet a decompressor or a parser that
 was made for files of friends. What the walk counts on the way (size, scans, parts) is bounded.
 
-Sources: PNG (W3C, third edition), chapter 5; JPEG (ITU T.81), annex B; WebP (RFC 9649).
+Of an EXIF block only the orientation is read. A general reader copies the values of all entries,
+and entries may point at the same bytes, so that a block of 64 kB can ask for hundreds of megabytes;
+here nothing is copied, and entries are counted.
 
-The one thing that is read of a picture's EXIF block: which way up it is.
-
-A general reader copies the values of all entries. Entries may point at the same bytes, so that a
-block of 64 kB can ask for hundreds of megabytes; here nothing is copied, and entries are counted.
-The layout is that of TIFF 6.0, section 2; the tag and its values are those of EXIF 2.3, 4.6.4.
-
-From what a stranger sends to pixels: every limit is checked before the step that it bounds.
+Sources: PNG (W3C, third edition), chapter 5; JPEG (ITU T.81), annex B; WebP (RFC 9649); TIFF 6.0,
+section 2, for the layout of EXIF blocks and EXIF 2.3, 4.6.4, for the tag and its values.
 """
 
 import base64
@@ -30,56 +27,87 @@ from fastface_trt.runtime.images import MIN_SIDE, load_picture
 from fastface_trt.serving.settings import ServerSettings
 from fastface_trt.serving.work import Pixels
 
-MAX_ENTRIES = 512
-"""Entries looked at; cameras write some dozens, in rising order, and the tag is a low one."""
-
-_ORIENTATION, _SHORT = 0x0112, 3
-
-
-def orientation_of(block: bytes) -> int:
-    """The orientation, 1 to 8, of an EXIF block (TIFF, with or without "Exif" before it).
-
-    A block that is broken, or says nothing, is upright (1).
-    """
-    tiff = block[6:] if block.startswith(b"Exif\0\0") else block
-    order = {b"II*\0": "<", b"MM\0*": ">"}.get(tiff[:4])
-    if order is None:
-        return 1
-    try:
-        (start,) = struct.unpack_from(f"{order}L", tiff, 4)
-        (count,) = struct.unpack_from(f"{order}H", tiff, start)
-        for entry in range(min(count, MAX_ENTRIES)):
-            tag, kind, _, value = struct.unpack_from(f"{order}HHLH", tiff, start + 2 + 12 * entry)
-            if tag == _ORIENTATION:
-                return value if kind == _SHORT and 1 <= value <= 8 else 1
-    except struct.error:  # an offset beyond the end
-        pass
-    return 1
-
-
-def upright(pixels: Pixels, orientation: int) -> Pixels:
-    """The stored picture (RGB, uint8 [H, W, 3]) turned as its orientation, 1 to 8, says."""
-    if orientation >= 5:  # stored with rows and columns exchanged
-        pixels = pixels.transpose(1, 0, 2)
-    if orientation in (2, 3, 6, 7):
-        pixels = pixels[:, ::-1]
-    if orientation in (3, 4, 7, 8):
-        pixels = pixels[::-1]
-    return np.ascontiguousarray(pixels)
-
-
+MEDIA_TYPES = ("image/png", "image/jpeg", "image/webp")
+_DATA_URL_HEADER = 64
+"""Characters within which a data: URL must come to its data."""
 MAX_PARTS = 20_000
 """Chunks or segments; a PNG of 20 MB in the usual 8 kB chunks has 2,500, and a walk takes time."""
 MAX_SCANS = 40
 """Scans of a JPEG. Usual progressive files have about ten; each makes the decoder pass over the
 whole picture, even where it holds no data."""
-
+MAX_ENTRIES = 512
+"""Entries looked at; cameras write some dozens, in rising order, and the tag is a low one."""
 _PNG = b"\x89PNG\r\n\x1a\n"
 _PNG_KEPT = {b"IHDR": 13, b"PLTE": 768, b"tRNS": 256}
 """Chunks beside the pixels' own that change them, and the longest that PNG allows."""
 _MARKER_AFTER_SCAN = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")
 _JPEG_SIZES = frozenset({*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC})
 _JPEG_TABLES = frozenset({0xC4, 0xCC, 0xDB, 0xDD})
+_ORIENTATION, _SHORT = 0x0112, 3
+
+
+def decode_base64(text: str, settings: ServerSettings) -> bytes:
+    """The bytes of a picture given as base64, or as a `data:` URL of one of `MEDIA_TYPES`.
+
+    The standard alphabet with padding and without line breaks (RFC 4648, chapter 4). Raises
+    `BadPicture` for anything else, and where it would be more than `max_body_bytes`.
+    """
+    if text[:5].lower() == "data:":
+        header, comma, _ = text[:_DATA_URL_HEADER].partition(",")
+        media, mark, encoding = header[5:].lower().partition(";")
+        if not comma or not mark or encoding != "base64" or media not in MEDIA_TYPES:
+            raise BadPicture(
+                "The data: URL of the picture is of no kind that is read here.",
+                f"Begin it with data:TYPE;base64, where TYPE is {' or '.join(MEDIA_TYPES)}.",
+            )
+        text = text[len(header) + 1 :]
+    size = len(text) // 4 * 3 - text[-2:].count("=")
+    if size > settings.max_body_bytes:
+        raise _too_many_bytes(settings)
+    try:
+        return base64.b64decode(text.encode("ascii"), validate=True)
+    except (binascii.Error, ValueError):
+        raise BadPicture(
+            "The picture is not base64.",
+            "Use the standard alphabet, with padding and without line breaks.",
+        ) from None
+
+
+def decode_picture(data: bytes, settings: ServerSettings) -> Pixels:
+    """The pixels of a PNG, JPEG or WebP file: RGB, uint8 [H, W, 3], upright, owned by the caller.
+
+    The format is known by its content, the size by its header, before anything is decoded, and a
+    decoder sees only what pixels need: see `read_picture_file`. It takes up to some 35 bytes of
+    memory per pixel while it runs, so a server calls it on few threads. Raises `BadPicture`, and
+    nothing else, for whatever `data` holds; its sentence tells nothing about this machine or its
+    libraries.
+    """
+    if len(data) > settings.max_body_bytes:
+        raise _too_many_bytes(settings)
+    file = read_picture_file(data)
+    limit = settings.max_picture_pixels
+    if file.width * file.height > limit:
+        raise BadPicture(
+            f"The picture has {file.width} × {file.height} pixels; at most {limit:,} are taken.",
+            "Scale it down first.",
+        )
+    if min(file.width, file.height) < MIN_SIDE:
+        raise BadPicture(
+            f"The picture has {file.width} × {file.height} pixels, "
+            f"fewer than {MIN_SIDE} on a side.",
+            "Use a larger picture of the face.",
+        )
+    try:
+        pixels = load_picture(file.data, max_pixels=limit, formats=(file.format,))
+    except BadPicture:  # its reason is what a library said
+        raise broken() from None
+    return upright(pixels, file.orientation)
+
+
+def _too_many_bytes(settings: ServerSettings) -> BadPicture:
+    return BadPicture(
+        f"The picture has more than {settings.max_body_bytes:,} bytes.", "Scale it down first."
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +115,7 @@ class PictureFile:
     """A picture file without anything that its pixels do not need.
 
     format: PIL's name. width, height: pixels as stored, read from the header. orientation: 1 to 8,
-    see `exif.upright`. data: the file put together again.
+    see `upright`. data: the file put together again.
     """
 
     format: str
@@ -242,69 +270,33 @@ def _webp_size(kind: bytes, body: bytes) -> tuple[int, int]:
     raise broken()
 
 
-MEDIA_TYPES = ("image/png", "image/jpeg", "image/webp")
-_HEADER = 64
-"""Characters within which a data: URL must come to its data."""
+def orientation_of(block: bytes) -> int:
+    """The orientation, 1 to 8, of an EXIF block (TIFF, with or without "Exif" before it).
 
-
-def decode_base64(text: str, settings: ServerSettings) -> bytes:
-    """The bytes of a picture given as base64, or as a `data:` URL of one of `MEDIA_TYPES`.
-
-    The standard alphabet with padding and without line breaks (RFC 4648, chapter 4). Raises
-    `BadPicture` for anything else, and where it would be more than `max_body_bytes`.
+    A block that is broken, or says nothing, is upright (1).
     """
-    if text[:5].lower() == "data:":
-        header, comma, _ = text[:_HEADER].partition(",")
-        media, mark, encoding = header[5:].lower().partition(";")
-        if not comma or not mark or encoding != "base64" or media not in MEDIA_TYPES:
-            raise BadPicture(
-                "The data: URL of the picture is of no kind that is read here.",
-                f"Begin it with data:TYPE;base64, where TYPE is {' or '.join(MEDIA_TYPES)}.",
-            )
-        text = text[len(header) + 1 :]
-    size = len(text) // 4 * 3 - text[-2:].count("=")
-    if size > settings.max_body_bytes:
-        raise _too_many_bytes(settings)
+    tiff = block[6:] if block.startswith(b"Exif\0\0") else block
+    order = {b"II*\0": "<", b"MM\0*": ">"}.get(tiff[:4])
+    if order is None:
+        return 1
     try:
-        return base64.b64decode(text.encode("ascii"), validate=True)
-    except (binascii.Error, ValueError):
-        raise BadPicture(
-            "The picture is not base64.",
-            "Use the standard alphabet, with padding and without line breaks.",
-        ) from None
+        (start,) = struct.unpack_from(f"{order}L", tiff, 4)
+        (count,) = struct.unpack_from(f"{order}H", tiff, start)
+        for entry in range(min(count, MAX_ENTRIES)):
+            tag, kind, _, value = struct.unpack_from(f"{order}HHLH", tiff, start + 2 + 12 * entry)
+            if tag == _ORIENTATION:
+                return value if kind == _SHORT and 1 <= value <= 8 else 1
+    except struct.error:  # an offset beyond the end
+        pass
+    return 1
 
 
-def decode_picture(data: bytes, settings: ServerSettings) -> Pixels:
-    """The pixels of a PNG, JPEG or WebP file: RGB, uint8 [H, W, 3], upright, owned by the caller.
-
-    The format is known by its content, the size by its header, before anything is decoded, and a
-    decoder sees only what pixels need: see `picture_files`. It takes up to some 35 bytes of memory
-    per pixel while it runs, so a server calls it on few threads. Raises `BadPicture`, and nothing
-    else, for whatever `data` holds; its sentence tells nothing about this machine or its libraries.
-    """
-    if len(data) > settings.max_body_bytes:
-        raise _too_many_bytes(settings)
-    file = read_picture_file(data)
-    limit = settings.max_picture_pixels
-    if file.width * file.height > limit:
-        raise BadPicture(
-            f"The picture has {file.width} × {file.height} pixels; at most {limit:,} are taken.",
-            "Scale it down first.",
-        )
-    if min(file.width, file.height) < MIN_SIDE:
-        raise BadPicture(
-            f"The picture has {file.width} × {file.height} pixels, "
-            f"fewer than {MIN_SIDE} on a side.",
-            "Use a larger picture of the face.",
-        )
-    try:
-        pixels = load_picture(file.data, max_pixels=limit, formats=(file.format,))
-    except BadPicture:  # its reason is what a library said
-        raise broken() from None
-    return upright(pixels, file.orientation)
-
-
-def _too_many_bytes(settings: ServerSettings) -> BadPicture:
-    return BadPicture(
-        f"The picture has more than {settings.max_body_bytes:,} bytes.", "Scale it down first."
-    )
+def upright(pixels: Pixels, orientation: int) -> Pixels:
+    """The stored picture (RGB, uint8 [H, W, 3]) turned as its orientation, 1 to 8, says."""
+    if orientation >= 5:  # stored with rows and columns exchanged
+        pixels = pixels.transpose(1, 0, 2)
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    return np.ascontiguousarray(pixels)

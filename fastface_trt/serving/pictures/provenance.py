@@ -95,7 +95,7 @@ class PictureSigner:
                 continue
             return signer
         raise InvalidRequest(
-            f"{certificate} and {key} cannot sign for C2PA: {_telling(reasons)}.",
+            f"{certificate} and {key} cannot sign for C2PA: {_most_relevant(reasons)}.",
             "Give the PEM chain of a certificate for C2PA, the signer's own first, and its key.",
         )
 
@@ -147,7 +147,7 @@ def _read(path: Path) -> bytes:
     return data
 
 
-def _telling(reasons: dict[str, str]) -> str:
+def _most_relevant(reasons: dict[str, str]) -> str:
     """Of what the algorithms said, what is not about a key of another kind."""
     about_kind = ("algorithm", "unsupported")
     others = [text for text in reasons.values() if not any(word in text for word in about_kind)]

@@ -20,7 +20,7 @@ def app(arguments: RayArguments) -> "Application":
     """The application that `serve run` and `serve deploy` start; see `RayArguments`.
 
     A tag in `export` is resolved here, so that all replicas have the same engines. Raises as
-    `distribution.resolve`, and `MissingDependency` without Ray Serve.
+    `storage.distribution.resolve`, and `MissingDependency` without Ray Serve.
     """
     from fastface_trt.serving.ray.run import build
 

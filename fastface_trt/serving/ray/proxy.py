@@ -1,4 +1,4 @@
-"""What Ray's HTTP proxies say themselves, in the words of the HTTP surface.
+"""Errors of Ray's own HTTP proxies, in the shape of the HTTP surface.
 
 A proxy refuses requests when its queue is full, and when a replica dies it has no answer for those
 inside. Ray says the first as plain text and the second as an empty 500, or by ending a stream
@@ -6,7 +6,6 @@ without a word. The hook `RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=fastface_trt
 middlewares`, which `fastface-trt serve --ray` sets, makes errors of OpenAI's shape of them.
 """
 
-import json
 import math
 from collections.abc import Sequence
 
@@ -14,7 +13,7 @@ from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fastface_trt.errors import DeadlinePassed, FastFaceError, Unavailable
-from fastface_trt.serving.http.errors import Overloaded, detail_of, error_answer
+from fastface_trt.serving.http.errors import Overloaded, error_answer, error_event
 
 _OURS = b"req_"
 """How the ids of answered requests begin: what comes without one is the proxy's own."""
@@ -43,7 +42,8 @@ class ProxyAnswers:
         if failure is not None:
             await error_answer(failure, answer.id)(scope, receive, answer.send_with_id)
         elif answer.cut_off_stream:
-            await send({"type": "http.response.body", "body": _last_event(answer.id)})
+            last = error_event(_replica_gone(), answer.id)
+            await send({"type": "http.response.body", "body": last})
 
 
 class _Answer:
@@ -61,12 +61,12 @@ class _Answer:
         return self._stream and not self._ended
 
     def failure(self) -> FastFaceError | None:
-        """What the client has to be told instead of an answer, or None where it has one."""
+        """The error that the client gets instead of an answer, or None where it has one."""
         if self._replaced is not None:
             return self._replaced
         if self._started:
             return None
-        return Unavailable("The replica that worked on this request is gone.", _AGAIN)
+        return _replica_gone()
 
     async def take(self, message: Message) -> None:
         """A message of the proxy: passed on, or held back where it is the proxy's own error."""
@@ -76,7 +76,7 @@ class _Answer:
             own = next((one for one in ids if one.startswith(_OURS)), None)
             self.id = (own or (ids[0] if ids else b"unknown")).decode("latin-1")
             if own is None and message["status"] >= 400:
-                self._replaced = _in_our_words(message["status"], _values(headers, b"retry-after"))
+                self._replaced = _as_our_error(message["status"], _values(headers, b"retry-after"))
                 return
             self._started = True
             self._stream = b"text/event-stream" in b"".join(_values(headers, b"content-type"))
@@ -97,7 +97,11 @@ def _values(headers: Sequence[tuple[bytes, bytes]], name: bytes) -> list[bytes]:
     return [value for key, value in headers if key.lower() == name]
 
 
-def _in_our_words(status: int, retry_after: Sequence[bytes]) -> FastFaceError:
+def _replica_gone() -> FastFaceError:
+    return Unavailable("The replica that worked on this request is gone.", _AGAIN)
+
+
+def _as_our_error(status: int, retry_after: Sequence[bytes]) -> FastFaceError:
     if status == 408:
         return DeadlinePassed("The request took longer than the proxy waits.", _AGAIN)
     if status in (429, 503) and retry_after:
@@ -108,9 +112,3 @@ def _in_our_words(status: int, retry_after: Sequence[bytes]) -> FastFaceError:
             retry_after=seconds,
         )
     return Unavailable("No replica takes requests at the moment.", "Try again in a moment.")
-
-
-def _last_event(request_id: str) -> bytes:
-    failure = Unavailable("The replica that worked on this request is gone.", _AGAIN)
-    error = detail_of(failure, request_id).model_dump()
-    return f"event: error\ndata: {json.dumps({'type': 'error', 'error': error})}\n\n".encode()

@@ -1,6 +1,6 @@
 """What runs in each replica: a batcher and the HTTP app over it, changed together without a gap.
 
-One export as a replica serves it: its worker, its HTTP app, and the requests inside.
+`Replica` is what Ray Serve calls; `CurrentExport` sends requests to the `ServedExport` in use.
 """
 
 import asyncio
@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from fastface_trt.engines.manifest import EXPORT_MANIFEST, ExportManifest, read_manifest
-from fastface_trt.runtime.export_folder import find_export, with_schedule_of
+from fastface_trt.engines.manifest import ExportManifest
+from fastface_trt.runtime.export_folder import Export
 from fastface_trt.serving.batching import Batcher
 from fastface_trt.serving.batching.opening import open_batcher
 from fastface_trt.serving.http.app import create_app
@@ -26,8 +26,78 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
 
 
-class Served:
-    """A worker and the app over it; `retire` closes both when the last request has its answer."""
+LOGGER = "fastface_trt.serving.ray"
+
+
+class Replica:
+    """A Ray Serve deployment's class; Ray calls everything here on one event loop.
+
+    `ask` reaches the registry of faces; see `SharedFaces`.
+    """
+
+    def __init__(
+        self, arguments: dict[str, Any], ask: Callable[..., Awaitable[Any]] = ask_actor
+    ) -> None:
+        self._arguments = RayArguments.model_validate(arguments)
+        self._faces = SharedFaces(ask)
+        self._current = CurrentExport(self._arguments.drain_seconds)
+        self._changing = asyncio.Lock()
+        self._checkpoint: Checkpoint | None = None
+
+    def __serve_build_asgi_app__(self) -> ASGIApp:
+        return self._current
+
+    async def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """Serve this checkpoint: at the start, and in place of another while that goes on.
+
+        The new export is obtained, opened and warmed up beside the old one, which therefore needs
+        memory for two. Where it fails, Ray Serve replaces the replica.
+        """
+        checkpoint = Checkpoint.model_validate(user_config)
+        async with self._changing:
+            if checkpoint == self._checkpoint:
+                return
+            settings = self._arguments.worker.model_copy(update=checkpoint.model_dump())
+            batcher, manifest = await asyncio.to_thread(_open, settings)
+            await self._current.replace(lambda: self._serve(batcher, manifest))
+            self._checkpoint = checkpoint
+
+    def check_health(self) -> None:
+        """Raises when the engines failed for good; Ray Serve then replaces the replica."""
+        worker = self._current.worker
+        if worker is not None and worker.state is State.DEAD:
+            raise RuntimeError("the engines of this replica failed for good")
+
+    async def close(self) -> None:
+        """End the requests inside with their answers, and free the engines."""
+        await self._current.close()
+
+    def _serve(self, batcher: Batcher, manifest: ExportManifest) -> "ServedExport":
+        app = create_app(
+            batcher,
+            self._arguments.server,
+            manifest,
+            backend=self._arguments.backend,
+            faces=self._faces,
+        )
+        return ServedExport(batcher, app)
+
+
+class RayReplica(Replica):
+    """The class that Ray Serve gets: it awaits the finaliser of what it stops."""
+
+    async def __del__(self) -> None:
+        await self.close()
+
+
+def _open(settings: WorkerSettings) -> tuple[Batcher, ExportManifest]:
+    settings = with_obtained(settings, progress=logging.getLogger(LOGGER).info)
+    export = Export.open(settings.export, schedule_of=settings.schedule_of)
+    return open_batcher(settings), export.manifest
+
+
+class ServedExport:
+    """One export, served: its worker, its HTTP app, and the requests inside."""
 
     def __init__(self, worker: Worker, app: "FastAPI") -> None:
         self.worker = worker
@@ -67,7 +137,7 @@ class Served:
                 self._idle.set()
 
     async def retire(self, seconds: float) -> None:
-        """Let the requests inside end for so long, then end them; frees the engines."""
+        """Let the requests inside end for so long, then end them; closes the app and the worker."""
         with suppress(asyncio.TimeoutError):  # closing the worker ends what is left
             await asyncio.wait_for(self._idle.wait(), seconds)
         await asyncio.to_thread(self.worker.close)
@@ -76,12 +146,12 @@ class Served:
             await self._running
 
 
-class Current:
+class CurrentExport:
     """Which of the served exports new requests go to."""
 
     def __init__(self, seconds_to_retire: float) -> None:
         self._seconds = seconds_to_retire
-        self._served: Served | None = None
+        self._served: ServedExport | None = None
         self._retiring: set[asyncio.Task[None]] = set()
 
     @property
@@ -89,7 +159,7 @@ class Current:
         """The worker of new requests."""
         return None if self._served is None else self._served.worker
 
-    async def replace(self, make: Callable[[], Served]) -> None:
+    async def replace(self, make: Callable[[], ServedExport]) -> None:
         """Open another export beside the one in use, then send new requests to it.
 
         `make` runs on the event loop and returns what is warm. The requests inside the old one end
@@ -130,75 +200,3 @@ async def _live(receive: Receive, send: Send) -> None:
         await send({"type": f"{message['type']}.complete"})
         if message["type"] == "lifespan.shutdown":
             return
-
-
-LOGGER = "fastface_trt.serving.ray"
-
-
-class Replica:
-    """A Ray Serve deployment's class; Ray calls everything here on one event loop.
-
-    `ask` reaches the registry of faces; see `SharedFaces`.
-    """
-
-    def __init__(
-        self, arguments: dict[str, Any], ask: Callable[..., Awaitable[Any]] = ask_actor
-    ) -> None:
-        self._arguments = RayArguments.model_validate(arguments)
-        self._faces = SharedFaces(ask)
-        self._current = Current(self._arguments.drain_seconds)
-        self._changing = asyncio.Lock()
-        self._checkpoint: Checkpoint | None = None
-
-    def __serve_build_asgi_app__(self) -> ASGIApp:
-        return self._current
-
-    async def reconfigure(self, user_config: dict[str, Any]) -> None:
-        """Serve this checkpoint: at the start, and in place of another while that goes on.
-
-        The new export is obtained, opened and warmed up beside the old one, which therefore needs
-        memory for two. Where it fails, Ray Serve replaces the replica.
-        """
-        checkpoint = Checkpoint.model_validate(user_config)
-        async with self._changing:
-            if checkpoint == self._checkpoint:
-                return
-            settings = self._arguments.worker.model_copy(update=checkpoint.model_dump())
-            batcher, manifest = await asyncio.to_thread(_open, settings)
-            await self._current.replace(lambda: self._serve(batcher, manifest))
-            self._checkpoint = checkpoint
-
-    def check_health(self) -> None:
-        """Raises when the engines failed for good; Ray Serve then replaces the replica."""
-        worker = self._current.worker
-        if worker is not None and worker.state is State.DEAD:
-            raise RuntimeError("the engines of this replica failed for good")
-
-    async def close(self) -> None:
-        """End the requests inside with their answers, and free the engines."""
-        await self._current.close()
-
-    def _serve(self, batcher: Batcher, manifest: ExportManifest) -> Served:
-        app = create_app(
-            batcher,
-            self._arguments.server,
-            manifest,
-            backend=self._arguments.backend,
-            faces=self._faces,
-        )
-        return Served(batcher, app)
-
-
-class RayReplica(Replica):
-    """The class that Ray Serve gets: it awaits the finaliser of what it stops."""
-
-    async def __del__(self) -> None:
-        await self.close()
-
-
-def _open(settings: WorkerSettings) -> tuple[Batcher, ExportManifest]:
-    settings = with_obtained(settings, progress=logging.getLogger(LOGGER).info)
-    manifest = read_manifest(find_export(settings.export) / EXPORT_MANIFEST, ExportManifest)
-    if settings.schedule_of is not None:
-        manifest = with_schedule_of(manifest, settings.schedule_of)
-    return open_batcher(settings), manifest

@@ -1,6 +1,7 @@
-"""`fastface-trt serve --ray`: start Ray Serve here or join a cluster, deploy, update.
+"""Ray Serve: start it here or join a cluster, deploy, update; and the application that it runs.
 
-The Ray Serve application: how replicas are placed, bounded, scaled and looked after.
+`run_on_ray` is `fastface-trt serve --ray`; `build` makes the application: how replicas are placed,
+bounded, scaled and looked after.
 """
 
 import importlib.util
@@ -21,73 +22,11 @@ from fastface_trt.serving.storage.release import is_address
 if TYPE_CHECKING:
     from ray.serve import Application
 
+
+APPLICATION = "fastface"
 DEPLOYMENT = "FastFace"
 SHUTDOWN_MARGIN_SECONDS = 10
 """What a replica gets beyond its requests' time to close engines before it is killed."""
-
-
-def build(arguments: RayArguments) -> "Application":
-    """The application of `arguments`, its checkpoint pinned to a hash."""
-    require_ray()
-    import ray
-    from ray import serve
-    from ray.serve.config import BackpressureConfig, DeploymentActorConfig
-
-    from fastface_trt.serving.ray.faces import ACTOR, FaceActor
-    from fastface_trt.serving.ray.replica import RayReplica
-
-    faces = DeploymentActorConfig(
-        name=ACTOR,
-        actor_class=ray.remote(FaceActor),
-        init_args=(arguments.faces_ttl, arguments.max_faces),
-        actor_options={"num_cpus": 0},
-    )
-    deployment = serve.deployment(
-        serve.ingress()(RayReplica),
-        name=DEPLOYMENT,
-        ray_actor_options={"num_cpus": arguments.num_cpus, "num_gpus": arguments.num_gpus},
-        user_config=pinned(arguments.checkpoint).model_dump(),
-        max_ongoing_requests=arguments.max_ongoing_requests,
-        max_queued_requests=arguments.max_queued_requests,
-        backpressure_config=BackpressureConfig(retry_after_s=arguments.retry_after),
-        health_check_period_s=arguments.health_check_period,
-        graceful_shutdown_timeout_s=arguments.drain_seconds + SHUTDOWN_MARGIN_SECONDS,
-        deployment_actors=[faces],
-        # Other code or arguments restart replicas: new ones first, one at a time.
-        max_surge_percent=1,
-        **_replicas(arguments),
-    )
-    return deployment.bind(arguments.model_dump(mode="json", exclude={"host", "port"}))
-
-
-def pinned(checkpoint: Checkpoint) -> Checkpoint:
-    """The checkpoint with a tag replaced by the hash that it means now; see `resolve`."""
-    if not is_address(checkpoint.export):
-        return checkpoint
-    return checkpoint.model_copy(update={"export": str(resolve(checkpoint.export))})
-
-
-def require_ray() -> None:
-    """Raise `MissingDependency` without Ray Serve."""
-    if importlib.util.find_spec("ray") is None or importlib.util.find_spec("ray.serve") is None:
-        raise MissingDependency(
-            "Many machines need the package ray[serve].", "pip install 'fastface-trt[serve,ray]'"
-        )
-
-
-def _replicas(arguments: RayArguments) -> dict[str, Any]:
-    if arguments.max_replicas is None or arguments.max_replicas == arguments.min_replicas:
-        return {"num_replicas": arguments.min_replicas}
-    return {
-        "autoscaling_config": {
-            "min_replicas": arguments.min_replicas,
-            "max_replicas": arguments.max_replicas,
-            "target_ongoing_requests": arguments.target_ongoing_requests,
-        }
-    }
-
-
-APPLICATION = "fastface"
 _POLL_SECONDS = 0.2
 _REQUEST_MARGIN_SECONDS = 30
 _PROXY_HOOK = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
@@ -212,17 +151,17 @@ def deploy(config: Mapping[str, Any]) -> None:
             continue
         if application.status is ApplicationStatus.RUNNING:
             return
-        told = [application.message, *(one.message for one in application.deployments.values())]
+        messages = [application.message, *(one.message for one in application.deployments.values())]
         raise EngineFailed(
-            f"Ray Serve could not start the replicas: {_reason(told)}",
+            f"Ray Serve could not start the replicas: {_reason(messages)}",
             "Where this was an update, replicas with the export from before go on: deploy that "
             "again, or one that opens.",
         )
 
 
-def _reason(told: Iterable[str]) -> str:
+def _reason(messages: Iterable[str]) -> str:
     """The last line of the last traceback that Ray Serve passes on, without the error's class."""
-    lines = [line.strip() for text in told for line in text.splitlines()]
+    lines = [line.strip() for text in messages for line in text.splitlines()]
     errors = [line for line in lines if re.match(r"[\w.]+(Error|Exception): ", line)]
     ours = [line for line in lines if line.startswith("fastface_trt.errors.")]
     last = (ours or errors or [line for line in lines if line] or ["it says nothing."])[-1]
@@ -247,3 +186,64 @@ def _wait_for_signal() -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     stop.wait()
+
+
+def build(arguments: RayArguments) -> "Application":
+    """The application of `arguments`, its checkpoint pinned to a hash."""
+    require_ray()
+    import ray
+    from ray import serve
+    from ray.serve.config import BackpressureConfig, DeploymentActorConfig
+
+    from fastface_trt.serving.ray.faces import ACTOR, FaceActor
+    from fastface_trt.serving.ray.replica import RayReplica
+
+    faces = DeploymentActorConfig(
+        name=ACTOR,
+        actor_class=ray.remote(FaceActor),
+        init_args=(arguments.faces_ttl, arguments.max_faces),
+        actor_options={"num_cpus": 0},
+    )
+    deployment = serve.deployment(
+        serve.ingress()(RayReplica),
+        name=DEPLOYMENT,
+        ray_actor_options={"num_cpus": arguments.num_cpus, "num_gpus": arguments.num_gpus},
+        user_config=pinned(arguments.checkpoint).model_dump(),
+        max_ongoing_requests=arguments.max_ongoing_requests,
+        max_queued_requests=arguments.max_queued_requests,
+        backpressure_config=BackpressureConfig(retry_after_s=arguments.retry_after),
+        health_check_period_s=arguments.health_check_period,
+        graceful_shutdown_timeout_s=arguments.drain_seconds + SHUTDOWN_MARGIN_SECONDS,
+        deployment_actors=[faces],
+        # Other code or arguments restart replicas: new ones first, one at a time.
+        max_surge_percent=1,
+        **_replicas(arguments),
+    )
+    return deployment.bind(arguments.model_dump(mode="json", exclude={"host", "port"}))
+
+
+def _replicas(arguments: RayArguments) -> dict[str, Any]:
+    if arguments.max_replicas is None or arguments.max_replicas == arguments.min_replicas:
+        return {"num_replicas": arguments.min_replicas}
+    return {
+        "autoscaling_config": {
+            "min_replicas": arguments.min_replicas,
+            "max_replicas": arguments.max_replicas,
+            "target_ongoing_requests": arguments.target_ongoing_requests,
+        }
+    }
+
+
+def pinned(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint with a tag replaced by the hash that it means now; see `resolve`."""
+    if not is_address(checkpoint.export):
+        return checkpoint
+    return checkpoint.model_copy(update={"export": str(resolve(checkpoint.export))})
+
+
+def require_ray() -> None:
+    """Raise `MissingDependency` without Ray Serve."""
+    if importlib.util.find_spec("ray") is None or importlib.util.find_spec("ray.serve") is None:
+        raise MissingDependency(
+            "Many machines need the package ray[serve].", "pip install 'fastface-trt[serve,ray]'"
+        )

@@ -32,10 +32,9 @@ from fastface_trt.engines.manifest import (
     FileEntry,
     Manifest,
     Strict,
-    read_manifest,
 )
 from fastface_trt.errors import EngineMismatch, ExportIncomplete, FastFaceError, ManifestError
-from fastface_trt.runtime.export_folder import find_export
+from fastface_trt.runtime.export_folder import Export
 from fastface_trt.serving.settings import WorkerSettings
 from fastface_trt.serving.storage.objects import BLOCK, LocalObjects, Storage
 from fastface_trt.serving.storage.release import (
@@ -47,12 +46,12 @@ from fastface_trt.serving.storage.release import (
     check_tag,
     is_address,
     object_name,
-    parse,
     parse_address,
+    parse_document,
     release_name,
     sha256_of,
     tag_name,
-    written,
+    to_json,
 )
 
 
@@ -88,17 +87,16 @@ def publish(
     """
     if tag is not None:
         check_tag(tag)
-    folder = find_export(export)
-    manifest = read_manifest(folder / EXPORT_MANIFEST, ExportManifest)
+    opened = Export.open(export)
     storage = Storage(url)
     sender = _Sender(storage, overwrite, progress)
-    entry = sender.folder(folder, manifest, manifest.files(), EXPORT_MANIFEST)
+    entry = sender.folder(opened.folder, opened.manifest, opened.manifest.files(), EXPORT_MANIFEST)
     sent = {}
     for engine in engines:
         if engine.manifest is not None:
             known = engine.manifest
             sent[engine.key] = sender.folder(engine.folder, known, known.files, ENGINE_MANIFEST)
-    content = written(Release(export=entry, engines=sent))
+    content = to_json(Release(export=entry, engines=sent))
     release = sha256_of(content)
     storage.write(release_name(release), [content])
     if tag is not None:
@@ -148,7 +146,7 @@ def obtain(address: str, *, home: Path | None = None, progress: Progress = _sile
     content = _document(
         storage, release_name(pinned.reference), pinned.reference, RELEASE_LIMIT, home
     )
-    release = parse(content, Release, f"Release {pinned.reference[:12]}")
+    release = parse_document(content, Release, f"Release {pinned.reference[:12]}")
     manifest = _manifest(storage, release.export, ExportManifest, home)
     where = f"The export of release {pinned.reference[:12]}"
     check_places(manifest.files(), EXPORT_MANIFEST, where)
@@ -233,7 +231,7 @@ class _Sender:
         check_places(files, manifest_name, str(folder))
         for file in files:
             self._send(file.sha256, file.bytes, folder / file.path)
-        content = written(manifest)
+        content = to_json(manifest)
         entry = ManifestEntry(bytes=len(content), sha256=sha256_of(content))
         if self._lacks(entry.sha256, entry.bytes):
             self._storage.write(object_name(entry.sha256), [content])
@@ -258,7 +256,7 @@ def _checked_blocks(path: Path, sha256: str, size: int) -> Iterator[bytes]:
 
 def _manifest(storage: Storage, entry: ManifestEntry, kind: type[Manifest], home: Path) -> Manifest:
     content = _document(storage, object_name(entry.sha256), entry.sha256, entry.bytes, home)
-    return parse(content, kind, f"{kind.__name__} {entry.sha256[:12]}")
+    return parse_document(content, kind, f"{kind.__name__} {entry.sha256[:12]}")
 
 
 def _document(storage: Storage, name: str, sha256: str, limit: int, home: Path) -> bytes:
@@ -281,7 +279,7 @@ def _document(storage: Storage, name: str, sha256: str, limit: int, home: Path) 
 
 def _is_whole(folder: Path, manifest: ExportManifest) -> bool:
     try:
-        if read_manifest(folder / EXPORT_MANIFEST, ExportManifest) != manifest:
+        if Export.open(folder).manifest != manifest:
             return False
         verify_files(folder, manifest.files())
     except FastFaceError:

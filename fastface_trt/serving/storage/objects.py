@@ -1,10 +1,10 @@
-"""Files in shared storage by name, through fsspec: a directory, s3://, gs://, memory://.
+"""`Storage`: files in shared storage by name; `LocalObjects`: contents by hash on this machine.
 
-What stands under a name is whole: a directory gets it by a rename, an object store by finishing the
-upload. A reader who comes too early finds nothing; a writer who is killed leaves nothing, or in a
-directory a hidden file.
+Storage is reached through fsspec: a directory, s3://, gs://, memory://. What stands under a name is
+whole: a directory gets it by a rename, an object store by finishing the upload. A reader who comes
+too early finds nothing; a writer who is killed leaves nothing, or in a directory a hidden file.
 
-Contents by hash on this machine: fetched from shared storage once, checked while they stream.
+Objects are fetched from it once per machine, and checked while they stream:
 
     ROOT/objects/HASH         contents, complete and checked when they were fetched
     ROOT/objects/HASH.part    as far as they came; the next process goes on from there
@@ -38,6 +38,8 @@ from fastface_trt.serving.storage.release import object_name
 
 BLOCK = 1 << 20
 """Bytes that are read or written at once."""
+_UNUSED_AFTER_SECONDS = 24 * 3600
+_NO_LINKS = {errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.ENOSYS}
 
 
 class Storage:
@@ -159,10 +161,6 @@ def _write_to_directory(path: Path, blocks: Iterable[bytes]) -> None:
         with atomic_file(path) as file:
             for block in blocks:
                 file.write(block)
-
-
-_UNUSED_AFTER_SECONDS = 24 * 3600
-_NO_LINKS = {errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.ENOSYS}
 
 
 class LocalObjects:

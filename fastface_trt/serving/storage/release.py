@@ -106,7 +106,7 @@ def tag_name(tag: str) -> str:
     return f"tags/{tag}"
 
 
-def written(document: Strict) -> bytes:
+def to_json(document: Strict) -> bytes:
     """A manifest or release as it is stored: the same text that a finished folder has."""
     return (document.model_dump_json(indent=2) + "\n").encode()
 
@@ -116,7 +116,7 @@ def sha256_of(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def parse(content: bytes, kind: type[Document], where: str) -> Document:
+def parse_document(content: bytes, kind: type[Document], where: str) -> Document:
     """Read a manifest or release; raises `ManifestError` with the first thing that is wrong."""
     try:
         return kind.model_validate_json(content)

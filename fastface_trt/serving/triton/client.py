@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from fastface_trt.errors import FastFaceError, InvalidRequest, MissingDependency, Unavailable
 from fastface_trt.runtime.face import Face
 from fastface_trt.runtime.picture_file import write_picture
-from fastface_trt.serving.triton import model_config as tensors
+from fastface_trt.serving.triton import tensors
 from fastface_trt.serving.work import Pixels
 
 HEAD_BYTES = "Inference-Header-Content-Length"

@@ -1,4 +1,4 @@
-"""From what Triton tells a model at its start to a `ServedModel` that takes requests."""
+"""From the arguments of Triton at a model's start to a `ServedModel` that takes requests."""
 
 import json
 import os
@@ -9,9 +9,9 @@ from typing import Any
 from fastface_trt.engines.cuda.driver import Driver
 from fastface_trt.errors import BackendUnavailable, EngineFailed
 from fastface_trt.serving.batching.opening import open_batcher
-from fastface_trt.serving.triton.model_config import INPUTS, OUTPUTS, STEP_OUTPUTS
 from fastface_trt.serving.triton.repository import TritonSettings
 from fastface_trt.serving.triton.served import ServedModel
+from fastface_trt.serving.triton.tensors import INPUTS, OUTPUTS, STEP_OUTPUTS
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 

@@ -2,12 +2,10 @@
 
 OUT/fastface-triton.json             what is in it; written last
 OUT/README.md
-OUT/fastface/config.pbtxt
+OUT/fastface/config.pbtxt            with our settings as its string parameters
 OUT/fastface/1/model.py
 OUT/fastface/1/export/               the export's manifest and small files, no ONNX modules
 OUT/fastface/1/engines/KEY/          engines out of the cache, under their own keys
-
-Our settings as the string parameters of a `config.pbtxt`, and back.
 """
 
 import json
@@ -26,22 +24,12 @@ from fastface_trt.engines.backends import make_builder
 from fastface_trt.engines.cache import EngineCache
 from fastface_trt.engines.engine import Progress
 from fastface_trt.engines.files import finished_folder, verify_files
-from fastface_trt.engines.manifest import (
-    EXPORT_MANIFEST,
-    EngineManifest,
-    ExportManifest,
-    Strict,
-    first_problem,
-    read_manifest,
-)
+from fastface_trt.engines.manifest import EXPORT_MANIFEST, EngineManifest, Strict, first_problem
 from fastface_trt.engines.tensorrt.profiles import read_profiles, request_counts
 from fastface_trt.errors import InvalidRequest
-from fastface_trt.runtime.export_folder import find_export, with_schedule_of
+from fastface_trt.runtime.export_folder import Export
 from fastface_trt.serving.settings import Seconds, WorkerSettings
 from fastface_trt.serving.triton.model_config import (
-    INPUTS,
-    OUTPUTS,
-    STEP_OUTPUTS,
     DynamicBatching,
     InstanceGroup,
     InstanceKind,
@@ -49,44 +37,7 @@ from fastface_trt.serving.triton.model_config import (
     QueuePolicy,
     TransactionPolicy,
 )
-
-
-class TritonSettings(WorkerSettings):
-    """Our parameters in `config.pbtxt`; paths are relative to the version's folder."""
-
-    drain_seconds: Seconds = 30.0
-
-    def to_parameters(self) -> dict[str, str]:
-        """What differs from the defaults, as strings for `config.pbtxt`."""
-        values = self.model_dump(mode="json", exclude_defaults=True)
-        return {
-            name: value if isinstance(value, str) else json.dumps(value)
-            for name, value in values.items()
-        }
-
-    @classmethod
-    def from_parameters(cls, parameters: Mapping[str, str], folder: Path) -> "TritonSettings":
-        """The inverse of `to_parameters`, with paths below `folder`.
-
-        Names in capitals are Triton's own. Raises `InvalidRequest` for a value that is not valid.
-        """
-        values: dict[str, Any] = {k: v for k, v in parameters.items() if not k.isupper()}
-        try:
-            if "engine_options" in values:
-                values["engine_options"] = json.loads(values["engine_options"])
-            settings = cls.model_validate(values)
-        except (ValidationError, json.JSONDecodeError) as error:
-            where, problem = (
-                first_problem(error) if isinstance(error, ValidationError) else ("it", str(error))
-            )
-            raise InvalidRequest(
-                f"The parameters of config.pbtxt are not valid at {where}: {problem}.",
-                "Write the repository again: fastface-trt export-triton.",
-            ) from None
-        export = settings.export if settings.export == "mini" else str(folder / settings.export)
-        cache = None if settings.cache is None else folder / settings.cache
-        return settings.model_copy(update={"export": export, "cache": cache})
-
+from fastface_trt.serving.triton.tensors import INPUTS, OUTPUTS, STEP_OUTPUTS
 
 REPOSITORY_FILE = "fastface-triton.json"
 MODEL, VERSION = "fastface", "1"
@@ -144,26 +95,25 @@ def write_repository(
         raise InvalidRequest(
             f"{target} is not empty.", "Choose a new folder, or replace a repository: --replace."
         )
-    export = find_export(worker.export)
-    manifest = read_manifest(export / EXPORT_MANIFEST, ExportManifest)
-    verify_files(export, manifest.extra_files)
+    export = Export.open(worker.export, schedule_of=worker.schedule_of)
+    verify_files(export.folder, export.manifest.extra_files)
     with finished_folder(target, REPOSITORY_FILE) as draft:
         version = draft.path / MODEL / VERSION
-        engines = _copy_engines(export, manifest, worker, version / "engines", progress, build)
+        engines = _copy_engines(export, worker, version / "engines", progress, build)
         progress("Copying the export's small files")
-        _copy_export(export, manifest, version / "export")
+        _copy_export(export, version / "export")
         source = files("fastface_trt.serving.triton")
         (version / "model.py").write_text((source / "model.py").read_text("utf-8"), "utf-8")
         config = model_config(worker, options, engines["unet"])
         (version.parent / "config.pbtxt").write_text(config.to_text(), "utf-8")
         readme = Template((source / "repository.md").read_text("utf-8"))
         text = readme.substitute(
-            backend=worker.backend, checkpoint=manifest.checkpoint, version=__version__
+            backend=worker.backend, checkpoint=export.manifest.checkpoint, version=__version__
         )
         (draft.path / "README.md").write_text(text, "utf-8")
         made = RepositoryManifest(
             software=f"FastFace-TRT {__version__}",
-            checkpoint=manifest.checkpoint,
+            checkpoint=export.manifest.checkpoint,
             backend=worker.backend,
             engines={name: engine.key for name, engine in engines.items()},
         )
@@ -210,6 +160,43 @@ def model_config(
     )
 
 
+class TritonSettings(WorkerSettings):
+    """Our parameters in `config.pbtxt`; paths are relative to the version's folder."""
+
+    drain_seconds: Seconds = 30.0
+
+    def to_parameters(self) -> dict[str, str]:
+        """What differs from the defaults, as strings for `config.pbtxt`."""
+        values = self.model_dump(mode="json", exclude_defaults=True)
+        return {
+            name: value if isinstance(value, str) else json.dumps(value)
+            for name, value in values.items()
+        }
+
+    @classmethod
+    def from_parameters(cls, parameters: Mapping[str, str], folder: Path) -> "TritonSettings":
+        """The inverse of `to_parameters`, with paths below `folder`.
+
+        Names in capitals are Triton's own. Raises `InvalidRequest` for a value that is not valid.
+        """
+        values: dict[str, Any] = {k: v for k, v in parameters.items() if not k.isupper()}
+        try:
+            if "engine_options" in values:
+                values["engine_options"] = json.loads(values["engine_options"])
+            settings = cls.model_validate(values)
+        except (ValidationError, json.JSONDecodeError) as error:
+            where, problem = (
+                first_problem(error) if isinstance(error, ValidationError) else ("it", str(error))
+            )
+            raise InvalidRequest(
+                f"The parameters of config.pbtxt are not valid at {where}: {problem}.",
+                "Write the repository again: fastface-trt export-triton.",
+            ) from None
+        export = settings.export if settings.export == "mini" else str(folder / settings.export)
+        cache = None if settings.cache is None else folder / settings.cache
+        return settings.model_copy(update={"export": export, "cache": cache})
+
+
 def _request_counts(unet: EngineManifest) -> Sequence[int]:
     """For how many requests a call of the UNet's engine was built; empty for any number."""
     if "profiles" not in unet.options:
@@ -218,40 +205,37 @@ def _request_counts(unet: EngineManifest) -> Sequence[int]:
 
 
 def _copy_engines(
-    export: Path,
-    manifest: ExportManifest,
+    export: Export,
     worker: WorkerSettings,
     target: Path,
     progress: Progress,
     build: bool,
 ) -> dict[str, EngineManifest]:
     cache = EngineCache(worker.cache)
-    if worker.schedule_of is not None:
-        with_schedule_of(manifest, worker.schedule_of)  # that the name is known
     builder = make_builder(
-        manifest,
+        export.manifest,
         worker.backend,
         threads=worker.threads,
         options=worker.engine_options,
         cache=cache,
     )
     engines = {}
-    for name, module in manifest.modules.items():
-        engine, place = cache.get(module, export, builder, progress, build=build)
+    for name, module in export.manifest.modules.items():
+        engine, place = cache.get(module, export.folder, builder, progress, build=build)
         progress(f"Copying {name}")
         shutil.copytree(place, target / engine.key)
         engines[name] = engine
     return engines
 
 
-def _copy_export(export: Path, manifest: ExportManifest, target: Path) -> None:
+def _copy_export(export: Export, target: Path) -> None:
     """What opening engines needs of an export; their ONNX files are read only to build."""
     target.mkdir(parents=True)
-    shutil.copy2(export / EXPORT_MANIFEST, target)
-    if (export / manifest.face_model).is_dir():
-        shutil.copytree(export / manifest.face_model, target / manifest.face_model)
-    for entry in manifest.extra_files:
+    shutil.copy2(export.folder / EXPORT_MANIFEST, target)
+    if isinstance(export.face_model, Path):
+        shutil.copytree(export.face_model, target / export.manifest.face_model)
+    for entry in export.manifest.extra_files:
         place = target / entry.path
         place.parent.mkdir(parents=True, exist_ok=True)
         if not place.exists():
-            shutil.copy2(export / entry.path, place)
+            shutil.copy2(export.folder / entry.path, place)

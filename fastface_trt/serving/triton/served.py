@@ -5,12 +5,9 @@ ready, so the next of Triton's batches joins the UNet calls of those before it. 
 where as much is in work as the model may hold, and thereby the rest waits in Triton's own queue,
 under its queue policy.
 
-From the tensors of one Triton request to the pictures that it asks for.
-
-Every array is copied: Triton takes its memory back when `execute` returns. Shape legend: B pictures
-of one request, H × W pixels.
-
-What goes back to Triton: pictures, steps and errors, as objects of its `pb_utils`.
+In the order of a request's life: `read_pictures` copies what its tensors ask for, since Triton
+takes their memory back when `execute` returns; `ServedModel` has its pictures made; `Responses`
+turns pictures, steps and errors into objects of Triton's `pb_utils`.
 
 Shape legend: B pictures of one request, H × W pixels.
 """
@@ -33,11 +30,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from fastface_trt.engines.manifest import ExportManifest, first_problem
 from fastface_trt.errors import Cancelled, FastFaceError, InvalidRequest, Unavailable
 from fastface_trt.runtime.face import ChannelOrder, Face
-from fastface_trt.runtime.guidance import parse_schedule
 from fastface_trt.runtime.images import load_picture
-from fastface_trt.runtime.manipulation import AttentionManipulation
-from fastface_trt.runtime.request import GenerationRequest, check_size, request_for
-from fastface_trt.serving.triton import model_config as tensors
+from fastface_trt.runtime.request import GenerationRequest, parse_request
+from fastface_trt.serving.triton import tensors
 from fastface_trt.serving.work import (
     Event,
     PictureDone,
@@ -51,10 +46,26 @@ from fastface_trt.serving.work import (
 
 Arrays: TypeAlias = Mapping[str, NDArray[Any]]
 """Inputs by name, each [B, …] as `tensors.INPUTS` says."""
+CODES = {
+    "invalid_request": "INVALID_ARG",
+    "unknown_name": "INVALID_ARG",
+    "bad_picture": "INVALID_ARG",
+    "no_face_found": "INVALID_ARG",
+    "face_index_out_of_range": "INVALID_ARG",
+    "busy": "UNAVAILABLE",
+    "unavailable": "UNAVAILABLE",
+    "deadline_passed": "UNAVAILABLE",
+    "cancelled": "CANCELLED",
+}
+"""Triton's error code by ours, for what a client may be told; the rest is INTERNAL and generic."""
+GENERIC = "The picture could not be made; the server's log says why."
+POLL_SECONDS = 0.1
+"""How often requests that wait are asked whether their client has gone; those that are in work are
+asked after each step."""
 
 
-class Asked(BaseModel):
-    """The JSON of PARAMETERS; what is not named here is a field of `GenerationRequest`.
+class Parameters(BaseModel):
+    """The JSON of PARAMETERS; what is not named here is for `parse_request`.
 
     deadline: seconds from now. face_index: which face, largest first. previews: small pictures with
     every step, of a decoupled model.
@@ -62,7 +73,6 @@ class Asked(BaseModel):
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
-    preset: str = "plain"
     face_index: int | None = Field(default=None, ge=0)
     channel_order: ChannelOrder = "bgr"
     deadline: float | None = Field(default=None, gt=0, allow_inf_nan=False)
@@ -70,7 +80,7 @@ class Asked(BaseModel):
 
 
 @dataclass(frozen=True, slots=True)
-class Picture:
+class PictureRequest:
     """One picture that is asked for; `face` is pixels where it must be found first.
 
     `deadline` is in seconds of `time.monotonic`.
@@ -86,7 +96,7 @@ class Picture:
 
 def read_pictures(
     arrays: Arrays, manifest: ExportManifest, *, max_pixels: int = 40_000_000
-) -> list[Picture]:
+) -> list[PictureRequest]:
     """The B pictures of a request.
 
     Raises `InvalidRequest`, `UnknownName` and `BadPicture`.
@@ -110,7 +120,9 @@ def read_pictures(
     return pictures
 
 
-def _picture(arrays: Arrays, row: int, face: Face | Pixels, manifest: ExportManifest) -> Picture:
+def _picture(
+    arrays: Arrays, row: int, face: Face | Pixels, manifest: ExportManifest
+) -> PictureRequest:
     asked = _asked(arrays, row)
     values = dict(asked.model_extra or {})
     if "prompt" in values:
@@ -119,18 +131,9 @@ def _picture(arrays: Arrays, row: int, face: Face | Pixels, manifest: ExportMani
         if "seed" in values:
             raise InvalidRequest("The seed is given twice.", "Send SEED or seed in PARAMETERS.")
         values["seed"] = int(arrays[tensors.SEED][row].item())
-    prompt = _string(arrays, tensors.PROMPT, row)
-    try:
-        request = request_for(manifest, prompt, preset=asked.preset, **_fields(values))
-        check_size(manifest, request)
-    except FastFaceError:
-        raise
-    except (AttributeError, TypeError, ValueError) as error:
-        raise InvalidRequest(
-            f"PARAMETERS has a value of a wrong kind: {error}.", "See GenerationRequest."
-        ) from None
-    return Picture(
-        request=request,
+    values["prompt"] = _string(arrays, tensors.PROMPT, row)
+    return PictureRequest(
+        request=parse_request(values, manifest, spelling={"prompt": tensors.PROMPT}),
         face=face,
         face_index=asked.face_index,
         channel_order=asked.channel_order,
@@ -139,36 +142,22 @@ def _picture(arrays: Arrays, row: int, face: Face | Pixels, manifest: ExportMani
     )
 
 
-def _fields(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of `GenerationRequest` from JSON, as `GenerationRequest.to_dict` writes them.
-
-    alpha and beta may also be named schedules, as on the command line.
-    """
-    fields = dict(values)
-    for name in ("alpha", "beta"):
-        if isinstance(fields.get(name), str):
-            fields[name] = parse_schedule(fields[name])
-    if "manipulation" in fields:
-        fields["manipulation"] = AttentionManipulation.from_dict(fields["manipulation"])
-    return fields
-
-
-def _asked(arrays: Arrays, row: int) -> Asked:
+def _asked(arrays: Arrays, row: int) -> Parameters:
     if tensors.PARAMETERS not in arrays:
-        return Asked()
+        return Parameters()
     text = _string(arrays, tensors.PARAMETERS, row)
     try:
         values = json.loads(text or "{}")
         if not isinstance(values, dict):
             raise InvalidRequest("PARAMETERS is not a JSON object.", 'Send e.g. {"steps": 4}.')
-        return Asked.model_validate(values)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise InvalidRequest(
-            f"PARAMETERS is not JSON: {error}.", 'Send e.g. {"steps": 4}.'
-        ) from None
+        return Parameters.model_validate(values)
     except ValidationError as error:
         where, problem = first_problem(error)
         raise InvalidRequest(f"PARAMETERS is not valid at {where}: {problem}.") from None
+    except (ValueError, RecursionError) as error:
+        raise InvalidRequest(
+            f"PARAMETERS is not JSON: {error}.", 'Send e.g. {"steps": 4}.'
+        ) from None
 
 
 def _string(arrays: Arrays, name: str, row: int) -> str:
@@ -230,20 +219,213 @@ def _analysed(arrays: Arrays, manifest: ExportManifest) -> list[Face]:
     return faces
 
 
-CODES = {
-    "invalid_request": "INVALID_ARG",
-    "unknown_name": "INVALID_ARG",
-    "bad_picture": "INVALID_ARG",
-    "no_face_found": "INVALID_ARG",
-    "face_index_out_of_range": "INVALID_ARG",
-    "busy": "UNAVAILABLE",
-    "unavailable": "UNAVAILABLE",
-    "deadline_passed": "UNAVAILABLE",
-    "cancelled": "CANCELLED",
-}
-"""Triton's error code by ours, for what a client may be told; the rest is INTERNAL and generic."""
+@dataclass(slots=True, eq=False)
+class _PendingRequest:
+    """A request of Triton's until it is answered; touched by the answering thread only."""
 
-GENERIC = "The picture could not be made; the server's log says why."
+    sender: Any
+    pictures: Sequence[PictureRequest]
+    ids: tuple[str, ...]
+    done: dict[str, PictureDone] = field(default_factory=dict)
+    polled: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class _FaceFound:
+    task_id: str
+    future: "Future[Face]"
+
+
+class _Stop:
+    pass
+
+
+_Message: TypeAlias = _PendingRequest | _FaceFound | Event
+
+
+class ServedModel:
+    """A worker as a Triton model; owns the worker and the thread that answers, until `close`.
+
+    `capacity` is how many pictures may be in work, waiting in the worker included; at least
+    Triton's `max_batch_size`.
+    """
+
+    def __init__(
+        self,
+        worker: Worker,
+        manifest: ExportManifest,
+        pb_utils: Any,
+        *,
+        capacity: int,
+        decoupled: bool,
+        drain_seconds: float = 30.0,
+    ) -> None:
+        self._worker, self._manifest, self._pb = worker, manifest, pb_utils
+        self._decoupled, self._drain_seconds = decoupled, drain_seconds
+        self._responses = Responses(pb_utils)
+        self._numbers = itertools.count()
+        self._room = threading.Semaphore(capacity)
+        self._inbox: SimpleQueue[_Message | _Stop] = SimpleQueue()
+        self._waiting: dict[str, _PendingRequest] = {}
+        self._thread = threading.Thread(target=self._answer, name="fastface-triton")
+        self._thread.start()
+
+    @property
+    def ready(self) -> bool:
+        """Whether it takes requests."""
+        return self._worker.state is State.READY
+
+    def execute(self, requests: Sequence[Any]) -> None:
+        """Take Triton's requests; what is wrong with one is answered in that one."""
+        for request in requests:
+            sender = request.get_response_sender()
+            try:
+                pictures = read_pictures(self._arrays(request), self._manifest)
+                if self._decoupled and len(pictures) > 1:
+                    raise InvalidRequest(
+                        f"A request of a decoupled model asks for {len(pictures)} pictures.",
+                        "Send one request for each.",
+                    )
+            except Exception as problem:  # of whatever kind: the others of the batch go on
+                self._send(sender, self._responses.error(problem), self._responses.final)
+                continue
+            for _ in pictures:
+                self._room.acquire()
+            ids = tuple(f"triton-{next(self._numbers)}" for _ in pictures)
+            self._inbox.put(_PendingRequest(sender, pictures, ids))
+
+    def close(self) -> None:
+        """Finish what it has within `drain_seconds`, answer everything, free the worker."""
+        self._worker.drain(self._drain_seconds)
+        self._worker.close()  # what it still had ends with an error, which is answered below
+        self._inbox.put(_Stop())
+        self._thread.join()
+
+    def _arrays(self, request: Any) -> dict[str, Any]:
+        arrays = {}
+        for tensor in request.inputs():
+            if not tensor.is_cpu():
+                raise InvalidRequest(
+                    f"{tensor.name()} lies in GPU memory.",
+                    "Leave FORCE_CPU_ONLY_INPUT_TENSORS at yes: faces are read on the CPU.",
+                )
+            arrays[tensor.name()] = tensor.as_numpy()
+        return arrays
+
+    # Everything below runs on the answering thread.
+
+    def _answer(self) -> None:
+        while True:
+            try:
+                message = self._inbox.get(timeout=POLL_SECONDS if self._waiting else None)
+            except Empty:
+                self._poll()
+                continue
+            if isinstance(message, _Stop):
+                for pending in dict.fromkeys(self._waiting.values()):
+                    self._fail(pending, Unavailable("The model was unloaded."))
+                return
+            self._handle(message)
+            self._poll()
+
+    def _handle(self, message: _Message) -> None:
+        if isinstance(message, _PendingRequest):
+            self._waiting.update(dict.fromkeys(message.ids, message))
+            self._guarded(message, message.ids[0], message)
+            return
+        task_id = message.task_id if isinstance(message, _FaceFound) else message.id
+        pending = self._waiting.get(task_id)
+        if pending is not None:  # else its request was answered with another picture's error
+            self._guarded(pending, task_id, message)
+
+    def _guarded(self, pending: _PendingRequest, task_id: str, message: _Message) -> None:
+        try:
+            self._dispatch(pending, task_id, message)
+        except Exception as problem:  # ours: it must not take the answers of others with it
+            if task_id in self._waiting:
+                self._fail(pending, problem)
+
+    def _dispatch(self, pending: _PendingRequest, task_id: str, message: _Message) -> None:
+        if isinstance(message, _PendingRequest):
+            self._start(pending)
+        elif isinstance(message, _FaceFound):
+            self._face_found(pending, message)
+        elif isinstance(message, StepDone):
+            if self._decoupled:
+                self._send(pending.sender, self._responses.step(message))
+            self._cancel_if_gone(pending)
+        elif isinstance(message, PictureDone):
+            pending.done[task_id] = message
+            if len(pending.done) == len(pending.ids):
+                self._finish(pending)
+        elif isinstance(message, TaskFailed):
+            self._fail(pending, message.error)
+
+    def _start(self, pending: _PendingRequest) -> None:
+        for task_id, picture in zip(pending.ids, pending.pictures, strict=True):
+            if task_id not in self._waiting:
+                return  # the one before it was refused, and the request with it
+            if isinstance(picture.face, Face):
+                self._submit(task_id, picture, picture.face)
+                continue
+            future = self._worker.analyze(picture.face, picture.face_index)
+            future.add_done_callback(partial(self._found, task_id))
+
+    def _found(self, task_id: str, future: "Future[Face]") -> None:
+        """Called on the thread that looks for faces."""
+        self._inbox.put(_FaceFound(task_id, future))
+
+    def _face_found(self, pending: _PendingRequest, found: _FaceFound) -> None:
+        if found.future.cancelled():
+            raise Unavailable("The model is being unloaded.")
+        picture = pending.pictures[pending.ids.index(found.task_id)]
+        self._submit(found.task_id, picture, found.future.result())
+
+    def _submit(self, task_id: str, picture: PictureRequest, face: Face) -> None:
+        task = Task(
+            id=task_id,
+            request=picture.request,
+            face=face,
+            channel_order=picture.channel_order,
+            deadline=picture.deadline,
+            previews=picture.previews and self._decoupled,
+        )
+        self._worker.submit(task, self._inbox.put)
+
+    def _poll(self) -> None:
+        for pending in dict.fromkeys(self._waiting.values()):
+            if monotonic() - pending.polled >= POLL_SECONDS:
+                self._cancel_if_gone(pending)
+
+    def _cancel_if_gone(self, pending: _PendingRequest) -> None:
+        # The request itself is Triton's again since `execute` returned; its sender is still ours.
+        pending.polled = monotonic()
+        if pending.sender.is_cancelled():
+            self._fail(pending, Cancelled("The client cancelled the request."))
+
+    def _finish(self, pending: _PendingRequest) -> None:
+        done = [pending.done[task_id] for task_id in pending.ids]
+        self._end(pending, self._responses.pictures(done))
+
+    def _fail(self, pending: _PendingRequest, problem: Exception) -> None:
+        """Answer the whole request with an error, and stop what else it pending for."""
+        unfinished = [task_id for task_id in pending.ids if task_id not in pending.done]
+        self._end(pending, self._responses.error(problem))
+        for task_id in unfinished:
+            self._worker.cancel(task_id)
+
+    def _end(self, pending: _PendingRequest, response: Any) -> None:
+        for task_id in pending.ids:
+            self._waiting.pop(task_id, None)
+            self._room.release()
+        self._send(pending.sender, response, self._responses.final)
+
+    def _send(self, sender: Any, response: Any, flags: int = 0) -> None:
+        try:
+            sender.send(response, flags=flags)
+        except self._pb.TritonModelException as problem:
+            # The way to this client is gone; the others still have theirs.
+            self._pb.Logger.log_error(f"A response could not be sent: {problem}")
 
 
 class Responses:
@@ -306,217 +488,3 @@ class Responses:
     def _writable(pixels_HW3: Pixels) -> Pixels:
         """The pixels as DLPack exports them: in C order, and not read-only."""
         return np.require(pixels_HW3, requirements=["C", "W"])
-
-
-POLL_SECONDS = 0.1
-"""How often requests that wait are asked whether their client has gone; those that are in work are
-asked after each step."""
-
-
-@dataclass(slots=True, eq=False)
-class _Asked:
-    """A request of Triton's until it is answered; touched by the answering thread only."""
-
-    sender: Any
-    pictures: Sequence[Picture]
-    ids: tuple[str, ...]
-    done: dict[str, PictureDone] = field(default_factory=dict)
-    polled: float = 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class _FaceFound:
-    task_id: str
-    future: "Future[Face]"
-
-
-class _Stop:
-    pass
-
-
-_Message: TypeAlias = _Asked | _FaceFound | Event | _Stop
-
-
-class ServedModel:
-    """A worker as a Triton model; owns the worker and the thread that answers, until `close`.
-
-    `capacity` is how many pictures may be in work, waiting in the worker included; at least
-    Triton's `max_batch_size`.
-    """
-
-    def __init__(
-        self,
-        worker: Worker,
-        manifest: ExportManifest,
-        pb_utils: Any,
-        *,
-        capacity: int,
-        decoupled: bool,
-        drain_seconds: float = 30.0,
-    ) -> None:
-        self._worker, self._manifest, self._pb = worker, manifest, pb_utils
-        self._decoupled, self._drain_seconds = decoupled, drain_seconds
-        self._responses = Responses(pb_utils)
-        self._numbers = itertools.count()
-        self._room = threading.Semaphore(capacity)
-        self._inbox: SimpleQueue[_Message] = SimpleQueue()
-        self._waiting: dict[str, _Asked] = {}
-        self._thread = threading.Thread(target=self._answer, name="fastface-triton")
-        self._thread.start()
-
-    @property
-    def ready(self) -> bool:
-        """Whether it takes requests."""
-        return self._worker.state is State.READY
-
-    def execute(self, requests: Sequence[Any]) -> None:
-        """Take Triton's requests; what is wrong with one is answered in that one."""
-        for request in requests:
-            sender = request.get_response_sender()
-            try:
-                pictures = read_pictures(self._arrays(request), self._manifest)
-                if self._decoupled and len(pictures) > 1:
-                    raise InvalidRequest(
-                        f"A request of a decoupled model asks for {len(pictures)} pictures.",
-                        "Send one request for each.",
-                    )
-            except Exception as problem:  # of whatever kind: the others of the batch go on
-                self._send(sender, self._responses.error(problem), self._responses.final)
-                continue
-            for _ in pictures:
-                self._room.acquire()
-            ids = tuple(f"triton-{next(self._numbers)}" for _ in pictures)
-            self._inbox.put(_Asked(sender, pictures, ids))
-
-    def close(self) -> None:
-        """Finish what it has within `drain_seconds`, answer everything, free the worker."""
-        self._worker.drain(self._drain_seconds)
-        self._worker.close()  # what it still had ends with an error, which is answered below
-        self._inbox.put(_Stop())
-        self._thread.join()
-
-    def _arrays(self, request: Any) -> dict[str, Any]:
-        arrays = {}
-        for tensor in request.inputs():
-            if not tensor.is_cpu():
-                raise InvalidRequest(
-                    f"{tensor.name()} lies in GPU memory.",
-                    "Leave FORCE_CPU_ONLY_INPUT_TENSORS at yes: faces are read on the CPU.",
-                )
-            arrays[tensor.name()] = tensor.as_numpy()
-        return arrays
-
-    # Everything below runs on the answering thread.
-
-    def _answer(self) -> None:
-        while True:
-            try:
-                message = self._inbox.get(timeout=POLL_SECONDS if self._waiting else None)
-            except Empty:
-                self._poll()
-                continue
-            if isinstance(message, _Stop):
-                for asked in dict.fromkeys(self._waiting.values()):
-                    self._fail(asked, Unavailable("The model was unloaded."))
-                return
-            self._handle(message)
-            self._poll()
-
-    def _handle(self, message: _Asked | _FaceFound | Event) -> None:
-        if isinstance(message, _Asked):
-            self._waiting.update(dict.fromkeys(message.ids, message))
-            self._guarded(message, message.ids[0], message)
-            return
-        task_id = message.task_id if isinstance(message, _FaceFound) else message.id
-        asked = self._waiting.get(task_id)
-        if asked is not None:  # else its request was answered with another picture's error
-            self._guarded(asked, task_id, message)
-
-    def _guarded(self, asked: _Asked, task_id: str, message: _Asked | _FaceFound | Event) -> None:
-        try:
-            self._one(asked, task_id, message)
-        except Exception as problem:  # ours: it must not take the answers of others with it
-            if task_id in self._waiting:
-                self._fail(asked, problem)
-
-    def _one(self, asked: _Asked, task_id: str, message: _Asked | _FaceFound | Event) -> None:
-        if isinstance(message, _Asked):
-            self._start(asked)
-        elif isinstance(message, _FaceFound):
-            self._face_found(asked, message)
-        elif isinstance(message, StepDone):
-            if self._decoupled:
-                self._send(asked.sender, self._responses.step(message))
-            self._cancel_if_gone(asked)
-        elif isinstance(message, PictureDone):
-            asked.done[task_id] = message
-            if len(asked.done) == len(asked.ids):
-                self._finish(asked)
-        elif isinstance(message, TaskFailed):
-            self._fail(asked, message.error)
-
-    def _start(self, asked: _Asked) -> None:
-        for task_id, picture in zip(asked.ids, asked.pictures, strict=True):
-            if task_id not in self._waiting:
-                return  # the one before it was refused, and the request with it
-            if isinstance(picture.face, Face):
-                self._submit(task_id, picture, picture.face)
-                continue
-            future = self._worker.analyze(picture.face, picture.face_index)
-            future.add_done_callback(partial(self._found, task_id))
-
-    def _found(self, task_id: str, future: "Future[Face]") -> None:
-        """Called on the thread that looks for faces."""
-        self._inbox.put(_FaceFound(task_id, future))
-
-    def _face_found(self, asked: _Asked, found: _FaceFound) -> None:
-        if found.future.cancelled():
-            raise Unavailable("The model is being unloaded.")
-        picture = asked.pictures[asked.ids.index(found.task_id)]
-        self._submit(found.task_id, picture, found.future.result())
-
-    def _submit(self, task_id: str, picture: Picture, face: Face) -> None:
-        task = Task(
-            id=task_id,
-            request=picture.request,
-            face=face,
-            channel_order=picture.channel_order,
-            deadline=picture.deadline,
-            previews=picture.previews and self._decoupled,
-        )
-        self._worker.submit(task, self._inbox.put)
-
-    def _poll(self) -> None:
-        for asked in dict.fromkeys(self._waiting.values()):
-            if monotonic() - asked.polled >= POLL_SECONDS:
-                self._cancel_if_gone(asked)
-
-    def _cancel_if_gone(self, asked: _Asked) -> None:
-        # The request itself is Triton's again since `execute` returned; its sender is still ours.
-        asked.polled = monotonic()
-        if asked.sender.is_cancelled():
-            self._fail(asked, Cancelled("The client cancelled the request."))
-
-    def _finish(self, asked: _Asked) -> None:
-        done = [asked.done[task_id] for task_id in asked.ids]
-        self._end(asked, self._responses.pictures(done))
-
-    def _fail(self, asked: _Asked, problem: Exception) -> None:
-        """Answer the whole request with an error, and stop what else it asked for."""
-        unfinished = [task_id for task_id in asked.ids if task_id not in asked.done]
-        self._end(asked, self._responses.error(problem))
-        for task_id in unfinished:
-            self._worker.cancel(task_id)
-
-    def _end(self, asked: _Asked, response: Any) -> None:
-        for task_id in asked.ids:
-            self._waiting.pop(task_id, None)
-            self._room.release()
-        self._send(asked.sender, response, self._responses.final)
-
-    def _send(self, sender: Any, response: Any, flags: int = 0) -> None:
-        try:
-            sender.send(response, flags=flags)
-        except self._pb.TritonModelException as problem:
-            # The way to this client is gone; the others still have theirs.
-            self._pb.Logger.log_error(f"A response could not be sent: {problem}")

@@ -49,11 +49,11 @@ export class Api {
 
   async #refusal(response) {
     if (response.status === 401) this.onKeyNeeded();
-    const told = await response.json().catch(() => null);
+    const answer = await response.json().catch(() => null);
     const wait = response.headers.get("Retry-After");
-    return new ApiError(told?.error?.message ?? `The server answered ${response.status}.`, {
+    return new ApiError(answer?.error?.message ?? `The server answered ${response.status}.`, {
       status: response.status,
-      code: told?.error?.code,
+      code: answer?.error?.code,
       retryAfter: wait === null ? null : Number(wait),
     });
   }

@@ -67,10 +67,10 @@ export class Runner {
         for (const card of left) card.cancel();
         return;
       }
-      const told = error instanceof ApiError ? error
+      const failure = error instanceof ApiError ? error
         : new ApiError("The connection to the server broke off.");
-      for (const card of left) card.fail(told.sentence);
-      throw told;
+      for (const card of left) card.fail(failure.sentence);
+      throw failure;
     }
   }
 

@@ -1,6 +1,6 @@
 """What goes over the pipe between the pool and a worker's process; pickled, both ends are ours.
 
-A connection that is written to without waiting: whoever sends never blocks on a slow reader.
+`Outbox` writes without making the sender wait: nobody blocks on a slow reader.
 """
 
 import threading

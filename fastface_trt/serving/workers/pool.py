@@ -12,8 +12,8 @@ from time import monotonic
 
 from fastface_trt.engines.engine import Closing
 from fastface_trt.errors import Busy, FastFaceError, Unavailable
+from fastface_trt.measure.memory import resident_bytes
 from fastface_trt.runtime.face import Face
-from fastface_trt.serving.batching.batcher import resident_bytes
 from fastface_trt.serving.settings import WorkerSettings
 from fastface_trt.serving.work import (
     Load,
@@ -34,7 +34,7 @@ from fastface_trt.serving.workers.messages import (
 )
 from fastface_trt.serving.workers.process import WORKER_PROGRAM, Ledger, Slot, WorkerProcess
 
-_SECONDS_BETWEEN_LOOKS = 0.1
+_SECONDS_BETWEEN_CHECKS = 0.1
 _SECONDS_TO_LEAVE = 10.0
 
 log = logging.getLogger(__name__)
@@ -204,8 +204,8 @@ class WorkerPool(Closing):
                 self._settings,
                 slot.environment,
                 slot.name,
-                self._told,
-                self._died,
+                self._on_message,
+                self._on_death,
                 program=self._program,
             )
         except OSError as error:  # no memory or no process left for now
@@ -215,7 +215,7 @@ class WorkerPool(Closing):
         slot.process = process
         process.start_reading()
 
-    def _told(self, process: WorkerProcess, message: FromWorker) -> None:
+    def _on_message(self, process: WorkerProcess, message: FromWorker) -> None:
         """A message of a worker, on its reader's thread."""
         match message:
             case Report():
@@ -236,7 +236,7 @@ class WorkerPool(Closing):
             case TaskFailed():
                 self._ledger.finish(message)
 
-    def _died(self, process: WorkerProcess, status: int) -> None:
+    def _on_death(self, process: WorkerProcess, status: int) -> None:
         """A worker has gone: its tasks wait for another, and its slot for a new process."""
         with self._changed:
             slot = self._slot_of(process)
@@ -263,7 +263,7 @@ class WorkerPool(Closing):
         """Start what is due, hand out what waits, end what is late; on a thread of its own."""
         while True:
             with self._changed:
-                self._changed.wait(_SECONDS_BETWEEN_LOOKS)
+                self._changed.wait(_SECONDS_BETWEEN_CHECKS)
                 if self._closed:
                     return
                 now = monotonic()

@@ -1,8 +1,8 @@
-"""The pool's end of one worker process: starting it, talking to it, noticing its death.
+"""Parts of a pool: worker processes, the slots that they fill, and the ledger of their tasks.
 
-A worker's place in the pool: the process that fills it, and when the next one may.
-
-What workers have been given and what has not ended yet: every task ends exactly once here.
+`WorkerProcess` starts a child, talks to it and notices its death. A `Slot` is a worker's place: the
+process in it, and when the next may start. The `Ledger` has what workers were given and what has
+not ended yet: every task ends exactly once there.
 """
 
 import itertools
@@ -53,6 +53,11 @@ from fastface_trt.serving.workers.messages import (
 )
 
 WORKER_PROGRAM = ("-m", "fastface_trt.serving.workers.child")
+MAX_DEATHS = 5
+"""Deaths in a row, with no picture between them, after which a slot stays empty."""
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.2, 10.0
+MAX_ATTEMPTS = 2
+"""A task that was there when two workers died is given up: it may be what kills them."""
 
 
 class WorkerProcess:
@@ -144,11 +149,6 @@ def _pair() -> tuple[socket.socket, socket.socket]:
     return socket.socketpair()
 
 
-MAX_DEATHS = 5
-"""Deaths in a row, with no picture between them, after which a slot stays empty."""
-_FIRST_PAUSE, _LONGEST_PAUSE = 0.2, 10.0
-
-
 class Slot:
     """One place; all methods are called with the pool's lock held, times are monotonic seconds."""
 
@@ -214,13 +214,9 @@ def _work(load: Load) -> tuple[int, int, int]:
     return load.calls, load.running, load.waiting
 
 
-MAX_ATTEMPTS = 2
-"""A task that was there when two workers died is given up: it may be what kills them."""
-
-
 @dataclass(slots=True)
-class _Entry:
-    """A task: who works on it (None: it waits for a worker), and how many had it."""
+class _Assignment:
+    """A task and who works on it (None: it waits for a worker); `attempts` workers had it."""
 
     task: Task
     on_event: OnEvent
@@ -252,46 +248,47 @@ class _Analysis:
 
 
 class Ledger:
-    """Tasks and analyses of all workers. `changed` is the pool's lock; clients are told without it.
+    """Tasks and analyses of all workers. `changed` is the pool's lock, and clients' callbacks
+    are called without it.
 
     Methods that say "with the lock" expect that the caller holds it.
     """
 
     def __init__(self, changed: threading.Condition) -> None:
         self._changed = changed
-        self._entries: dict[str, _Entry] = {}
+        self._tasks: dict[str, _Assignment] = {}
         self._analyses: dict[int, _Analysis] = {}
         self._keys = itertools.count()
 
     def __len__(self) -> int:
         """How many tasks have not ended."""
-        return len(self._entries)
+        return len(self._tasks)
 
     @property
     def held(self) -> int:
         """With the lock: how many tasks wait for a worker."""
-        return sum(entry.process is None for entry in self._entries.values())
+        return sum(one.process is None for one in self._tasks.values())
 
     def tasks_of(self, process: WorkerProcess) -> int:
         """With the lock: how many tasks a worker has."""
-        return sum(entry.process is process for entry in self._entries.values())
+        return sum(one.process is process for one in self._tasks.values())
 
     def submit(self, task: Task, on_event: OnEvent, process: WorkerProcess) -> None:
         """With the lock: give a task to a worker; raises ValueError for an id that is there."""
-        if task.id in self._entries:
+        if task.id in self._tasks:
             raise ValueError(f"a task {task.id} is there already")
-        self._entries[task.id] = _Entry(task, on_event, process)
+        self._tasks[task.id] = _Assignment(task, on_event, process)
         process.send(Submit(task))
 
     def cancel(self, task_id: str) -> None:
         """End a task, by its worker if it has one."""
         with self._changed:
-            entry = self._entries.get(task_id)
-            if entry is None:
+            assigned = self._tasks.get(task_id)
+            if assigned is None:
                 return
-            entry.cancelled = True
-            if entry.process is not None:
-                entry.process.send(Cancel(task_id))
+            assigned.cancelled = True
+            if assigned.process is not None:
+                assigned.process.send(Cancel(task_id))
                 return
         self.finish(TaskFailed(task_id, Cancelled("The task was cancelled.")))
 
@@ -305,22 +302,22 @@ class Ledger:
         return future
 
     def stepped(self, event: StepDone) -> None:
-        """Tell a step to the task's client."""
+        """Pass a step on to the task's client."""
         with self._changed:
-            entry = self._entries.get(event.id)
-        if entry is not None:
-            entry.on_event(event)
+            assigned = self._tasks.get(event.id)
+        if assigned is not None:
+            assigned.on_event(event)
 
     def finish(self, event: Event) -> None:
-        """Tell a task's last event to its client, unless it has ended already."""
+        """Pass a task's last event on to its client, unless it has ended already."""
         with self._changed:
-            entry = self._entries.pop(event.id, None)
+            assigned = self._tasks.pop(event.id, None)
             self._changed.notify_all()
-        if entry is not None:
-            entry.on_event(event)
+        if assigned is not None:
+            assigned.on_event(event)
 
     def found(self, message: Analyzed) -> None:
-        """Tell a face, or why there is none, to whoever waits for it."""
+        """Pass a face, or why there is none, on to whoever waits for it."""
         with self._changed:
             analysis = self._analyses.pop(message.key, None)
         if analysis is None:
@@ -332,9 +329,9 @@ class Ledger:
 
     def lost_by(self, process: WorkerProcess) -> int:
         """With the lock: what a dead worker had waits for another; how many tasks it had."""
-        lost = [entry for entry in self._entries.values() if entry.process is process]
-        for entry in lost:
-            entry.process = None
+        lost = [one for one in self._tasks.values() if one.process is process]
+        for assigned in lost:
+            assigned.process = None
         for analysis in self._analyses.values():
             if analysis.process is process:
                 analysis.process = None
@@ -348,14 +345,14 @@ class Ledger:
         Returns what to call without the lock, to end those that must not go on.
         """
         endings: list[Callable[[], None]] = []
-        for entry in [one for one in self._entries.values() if one.process is None]:
-            error = entry.ending(now)
+        for assigned in [one for one in self._tasks.values() if one.process is None]:
+            error = assigned.ending(now)
             if error is not None:
-                endings.append(partial(self.finish, TaskFailed(entry.task.id, error)))
+                endings.append(partial(self.finish, TaskFailed(assigned.task.id, error)))
             elif (process := choose()) is not None:
-                entry.process = process
-                entry.attempts += 1
-                process.send(Submit(entry.task))
+                assigned.process = process
+                assigned.attempts += 1
+                process.send(Submit(assigned.task))
         for analysis in [one for one in self._analyses.values() if one.process is None]:
             if analysis.attempts >= MAX_ATTEMPTS:
                 refusal = Unavailable("Two workers died while they had this face.", "Try another.")
@@ -369,7 +366,7 @@ class Ledger:
     def end_all(self, error: FastFaceError) -> None:
         """End everything that is left with `error`."""
         with self._changed:
-            tasks, analyses = list(self._entries), list(self._analyses)
+            tasks, analyses = list(self._tasks), list(self._analyses)
         for task_id in tasks:
             self.finish(TaskFailed(task_id, error))
         for key in analyses:

@@ -221,7 +221,7 @@ def test_an_option_of_the_run_builds_nothing_anew(store, tmp_path):
 
     module = write_module(tmp_path / "export")
     _, folder = store.get(module, tmp_path / "export", small())
-    export = SimpleNamespace(height=1024, width=1024, vae_scale_factor=8)
+    export = SimpleNamespace(latent_shape=lambda: (4, 128, 128))
     for strategy in ("lazy", "eager", "none"):
         options = {"kernel_specialization": strategy}
         builder = make_builder(export, "tensorrt-rtx", options=options)

@@ -22,9 +22,8 @@ import numpy as np
 from fastface_trt import FastFace
 from fastface_trt.engines import contract
 from fastface_trt.engines.device import HostDevice
-from fastface_trt.engines.manifest import EXPORT_MANIFEST, ExportManifest, read_manifest
 from fastface_trt.errors import NoFaceFound, OutOfMemory
-from fastface_trt.mini.folders import EXPORT
+from fastface_trt.runtime.export_folder import Export
 from fastface_trt.runtime.sampling import Condition
 from fastface_trt.runtime.stages import Stages
 from fastface_trt.serving.batching.loop import blank_face
@@ -174,7 +173,8 @@ class ArithmeticModules(dict):
     """What `Stages` and `FastFace` ask of a `ModuleSet`; the manifest is that of the mini model."""
 
     def __init__(self, request_counts):
-        self.manifest = read_manifest(EXPORT / EXPORT_MANIFEST, ExportManifest)
+        self.export = Export.open()
+        self.manifest = self.export.manifest
         self.device = HostDevice()
         self.builder = SimpleNamespace(backend="arithmetic")
         super().__init__(

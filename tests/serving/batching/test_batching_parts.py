@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from fastface_trt.errors import Busy, EngineFailed, NoFaceFound, Unavailable
-from fastface_trt.serving.batching.batcher import FaceAnalysis, resident_bytes
+from fastface_trt.measure.memory import resident_bytes
+from fastface_trt.serving.batching.batcher import FaceAnalysis
 from fastface_trt.serving.batching.cost import Remaining
 from fastface_trt.serving.batching.entry import Demand, Entry
 from tests.serving.batching.batching_fakes import WAIT, ArithmeticFastFace, Events, task

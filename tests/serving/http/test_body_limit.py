@@ -6,7 +6,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import PlainTextResponse, StreamingResponse
 from starlette.routing import Route
 
-from fastface_trt.serving.http.bodies import BodyLimit
+from fastface_trt.serving.http.middleware import BodyLimit
 from tests.serving.loopback import connect, exchange, read_to_end, serving
 
 LIMIT = 100_000

@@ -4,9 +4,9 @@ import hmac
 import pytest
 from starlette.testclient import TestClient
 
-from fastface_trt.serving.http import front as access
+from fastface_trt.serving.http import middleware
 from fastface_trt.serving.http.errors import RateLimited
-from fastface_trt.serving.http.front import RateLimit
+from fastface_trt.serving.http.middleware import RateLimit, client_of_address
 from tests.serving.http.http_parts import ask, client_of, error_of
 
 KEYS = ("first-key", "second-key")
@@ -101,7 +101,7 @@ def test_all_keys_are_compared_whichever_fits(client, monkeypatch):
     class Watched:
         compare_digest = staticmethod(compare)
 
-    monkeypatch.setattr(access, "hmac", Watched)
+    monkeypatch.setattr(middleware, "hmac", Watched)
     client.get("/v1/models", headers=bearer(KEYS[0]))
     assert compared == [key.encode() for key in KEYS]
 
@@ -136,7 +136,7 @@ def test_a_bucket_of_tokens():
 
 
 def test_buckets_are_bounded(monkeypatch):
-    monkeypatch.setattr(access, "MAX_BUCKETS", 3)
+    monkeypatch.setattr(middleware, "MAX_BUCKETS", 3)
     limit = RateLimit(1, Clock())
     for client in range(10):
         limit.take(f"address {client}")
@@ -166,3 +166,12 @@ def test_without_keys_the_rate_is_limited_per_address():
     with client_of(requests_per_minute=1) as client:
         assert ask(client).status_code == 200
         error_of(ask(client), 429, "rate_limit_exceeded")
+
+
+def test_who_counts_as_one_client():
+    assert client_of_address("1.2.3.4") == "1.2.3.4"
+    assert client_of_address("::ffff:1.2.3.4") == "1.2.3.4"
+    assert client_of_address("2a00:1:2:3:4::5") == client_of_address("2a00:1:2:3::1")
+    assert client_of_address("2a00:1:2:3::1") != client_of_address("2a00:1:2:4::1")
+    assert client_of_address("fe80::1%eth0") == client_of_address("fe80::2")
+    assert client_of_address("a socket's path") == "a socket's path"

@@ -13,9 +13,11 @@ from fastface_trt.serving.settings import ServerSettings
 from tests.serving.certificates import Authority
 from tests.serving.http.http_parts import FACE, FACE_BYTES, ask, client_of, error_of, events_of
 
+CHECKS = "tests.serving.pictures.refusing_checks"
+
 
 def checked_by(name):
-    return client_of(checks=(f"refusing_checks:{name}",))
+    return client_of(checks=(f"{CHECKS}:{name}",))
 
 
 def test_a_prompt_is_checked_before_its_face_is_looked_at():
@@ -53,7 +55,7 @@ def test_where_pictures_are_checked_no_preview_is_sent():
 
 def test_a_check_that_is_not_there_is_told_at_the_start():
     with pytest.raises(InvalidRequest, match="refusing_checks"):
-        create_app(None, ServerSettings(checks=("refusing_checks:Missing",)), None)
+        create_app(None, ServerSettings(checks=(f"{CHECKS}:Missing",)), None)
 
 
 @pytest.fixture(scope="module")

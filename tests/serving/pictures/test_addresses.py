@@ -2,11 +2,7 @@ from ipaddress import ip_address
 
 import pytest
 
-from fastface_trt.serving.pictures.fetch import (
-    client_of_address,
-    is_public,
-    parse_address,
-)
+from fastface_trt.serving.pictures.fetch import is_public, parse_address
 
 PUBLIC = """
 1.1.1.1 93.184.215.14 223.255.255.254 2606:4700::1111 2a00:1450:4001:81b::200e
@@ -33,15 +29,6 @@ def test_public(text):
 @pytest.mark.parametrize("text", NOT_PUBLIC.split())
 def test_not_public(text):
     assert not is_public(ip_address(text))
-
-
-def test_who_counts_as_one_client():
-    assert client_of_address("1.2.3.4") == "1.2.3.4"
-    assert client_of_address("::ffff:1.2.3.4") == "1.2.3.4"
-    assert client_of_address("2a00:1:2:3:4::5") == client_of_address("2a00:1:2:3::1")
-    assert client_of_address("2a00:1:2:3::1") != client_of_address("2a00:1:2:4::1")
-    assert client_of_address("fe80::1%eth0") == client_of_address("fe80::2")
-    assert client_of_address("a socket's path") == "a socket's path"
 
 
 def test_text_that_is_no_address():

@@ -1,15 +1,12 @@
 """What `serve run` and a config may say, and what is made of it; no cluster is started."""
 
-import re
-import textwrap
-from pathlib import Path
-
 import pytest
 from pydantic import ValidationError
 
 from fastface_trt.serving.ray import RayArguments, app
 from fastface_trt.serving.ray.arguments import Checkpoint, Placement
 from fastface_trt.serving.settings import ServerSettings, WorkerSettings
+from tests.docs.pages import ROOT, blocks
 
 
 def test_arguments_come_as_text():
@@ -72,15 +69,12 @@ def test_what_does_not_restart_replicas_is_apart():
     RayArguments.model_validate(application["args"])
 
 
-def test_the_config_in_the_readme_is_one():
+def test_the_config_of_the_page_is_one():
     schema = pytest.importorskip("ray.serve.schema")
     import yaml
 
-    import fastface_trt.serving.ray as package
-
-    readme = Path(package.__file__).with_name("README.md").read_text()
-    block = re.search(r"( {4}# serve deploy .*?)\n\n", readme, re.DOTALL)[1]
-    config = schema.ServeDeploySchema.model_validate(yaml.safe_load(textwrap.dedent(block)))
+    (block,) = (one for one in blocks(ROOT / "docs" / "ray.md") if one.language == "yaml")
+    config = schema.ServeDeploySchema.model_validate(yaml.safe_load(block.text))
     (application,) = config.applications
     assert RayArguments.model_validate(application.args).backend == "tensorrt"
     (deployment,) = application.deployments

@@ -36,7 +36,7 @@ from fastface_trt.mini import folders
 from fastface_trt.runtime.export_folder import with_schedule_of
 from fastface_trt.runtime.images import load_picture
 from fastface_trt.serving.storage.distribution import publish
-from fastface_trt.serving.storage.release import object_name, sha256_of, written
+from fastface_trt.serving.storage.release import object_name, sha256_of, to_json
 
 pytestmark = pytest.mark.serving
 
@@ -162,7 +162,7 @@ def changed_export(folder, name="mini-2"):
     shutil.copytree(folders.EXPORT, folder)
     manifest = read_manifest(folder / EXPORT_MANIFEST, ExportManifest)
     other = with_schedule_of(manifest, "lightning").model_copy(update={"checkpoint": name})
-    (folder / EXPORT_MANIFEST).write_bytes(written(other))
+    (folder / EXPORT_MANIFEST).write_bytes(to_json(other))
     return folder
 
 

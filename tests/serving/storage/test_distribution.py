@@ -43,7 +43,7 @@ from fastface_trt.serving.storage.release import (
     Release,
     parse_address,
     sha256_of,
-    written,
+    to_json,
 )
 from tests.serving.small_export import write_small_export
 
@@ -223,7 +223,7 @@ def hostile(export, url, change):
     entry = ManifestEntry(bytes=len(content), sha256=sha256_of(content))
     fs.makedirs(f"{root}/objects/{entry.sha256[:2]}", exist_ok=True)
     fs.pipe_file(f"{root}/objects/{entry.sha256[:2]}/{entry.sha256}", content)
-    release = written(Release(export=entry))
+    release = to_json(Release(export=entry))
     fs.pipe_file(f"{root}/releases/{sha256_of(release)}.json", release)
     return f"{address.url}#{sha256_of(release)}"
 

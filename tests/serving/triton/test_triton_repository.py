@@ -14,12 +14,10 @@ from fastface_trt.errors import EngineMismatch, InvalidRequest, StorageError
 from fastface_trt.runtime.pipeline import FastFace
 from fastface_trt.serving.settings import WorkerSettings
 from fastface_trt.serving.triton.model_config import (
-    DataType,
     DynamicBatching,
     InstanceGroup,
     InstanceKind,
     ModelConfig,
-    TensorConfig,
     TimeoutAction,
 )
 from fastface_trt.serving.triton.repository import (
@@ -29,6 +27,7 @@ from fastface_trt.serving.triton.repository import (
     model_config,
     write_repository,
 )
+from fastface_trt.serving.triton.tensors import DataType, TensorConfig
 from tests.serving.triton.triton_server import read_config
 
 

@@ -93,7 +93,7 @@ def test_tasks_go_to_the_least_busy_worker(pool):
     client.ask("b", "wait")
     client.stepped("a")
     client.stepped("b")
-    assert {entry.process.name for entry in pool._ledger._entries.values()} == {
+    assert {assigned.process.name for assigned in pool._ledger._tasks.values()} == {
         "worker 0",
         "worker 1",
     }

@@ -1,11 +1,10 @@
-"""README's lines for clients, as they stand there, against a real server."""
+"""The serving page's lines for clients, as they stand there, against a real server."""
 
 import base64
 import json
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,17 +12,18 @@ from PIL import Image
 
 from benchmarks.load.server import serve
 from fastface_trt import FastFace
+from tests.docs.pages import ROOT, blocks
 
 pytestmark = pytest.mark.serving
 
-ROOT = Path(__file__).parents[2]
-SECTION = (ROOT / "README.md").read_text().split("\n## Serving\n")[1].split("\n## ")[0]
+BLOCKS = blocks(ROOT / "docs" / "serving.md")
+URL = "http://127.0.0.1:8000"
 PROMPT = "photo; person in a garden, smiling"
 
 
 @pytest.fixture(scope="module")
 def server():
-    with serve() as server:
+    with serve("--ui") as server:
         yield "http://{}:{}".format(*server.wait_until_ready())
 
 
@@ -35,9 +35,8 @@ def expected():
 
 
 def block(language, server):
-    (text,) = re.findall(rf"```{language}\n(.*?)```", SECTION, re.DOTALL)
-    assert "http://127.0.0.1:8000" in text
-    return text.replace("http://127.0.0.1:8000", server)
+    (text,) = (one.text for one in BLOCKS if one.language == language and URL + "/v1" in one.text)
+    return text.replace(URL, server)
 
 
 def test_curl(server, expected, tmp_path):

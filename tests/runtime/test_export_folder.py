@@ -1,0 +1,96 @@
+"""Which export is meant, what it says of itself, and what opening its engines costs a picture."""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fastface_trt import FastFace
+from fastface_trt.engines.ort.builder import OnnxRuntimeBuilder
+from fastface_trt.errors import ExportIncomplete, NoFaceFound, UnknownName
+from fastface_trt.mini import folders
+from fastface_trt.runtime import pipeline
+from fastface_trt.runtime.export_folder import Export
+from fastface_trt.runtime.face import FaceAnalyzer
+from fastface_trt.runtime.schedule import make_schedule
+
+ADA = folders.SAMPLE_FACES / "ada.png"
+
+
+def test_mini_is_the_built_in_model_whatever_lies_in_the_working_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mini").mkdir()
+    assert Export.open("mini").folder == folders.EXPORT
+    for other in ("./mini", Path("mini")):
+        with pytest.raises(ExportIncomplete, match="mini has no manifest"):
+            Export.open(other)
+
+
+def test_an_export_answers_for_its_folder_and_manifest(tmp_path):
+    export = Export.open()
+    assert export.manifest.latent_shape() == (4, 24, 24)
+    assert export.manifest.latent_shape(96, 128) == (4, 24, 32)
+    assert export.manifest.size_unit == 16
+    assert export.schedule(4) == make_schedule(export.manifest.scheduler, 4)
+    assert export.face_model == folders.FACE_MODEL
+    assert replace(export, folder=tmp_path).face_model == "face"
+    assert export.face_parser is None
+    assert export.module("unet").name == "unet"
+    with pytest.raises(UnknownName, match="unet"):
+        export.module("unett")
+
+
+def test_another_schedule_changes_only_the_schedule():
+    mini, other = Export.open(), Export.open(schedule_of="lightning")
+    assert other.manifest.scheduler["class"] == "EulerDiscreteScheduler"
+    assert other.manifest.modules == mini.manifest.modules
+    assert other.schedule(4) != mini.schedule(4)
+    with pytest.raises(UnknownName, match="lightening"):
+        Export.open(schedule_of="lightening")
+
+
+@pytest.mark.parametrize(("kind", "portraits"), [("faceid-plus-v2", False), ("pulid", True)])
+def test_the_analyser_of_an_export_finds_what_its_adapter_needs(kind, portraits):
+    mini = Export.open()
+    export = replace(mini, manifest=mini.manifest.model_copy(update={"adapter_kind": kind}))
+    face = FaceAnalyzer.of_export(export).analyze(np.asarray(Image.open(ADA).convert("RGB")))
+    assert (face.portrait_bgr is not None) is portraits
+
+
+@pytest.fixture
+def hours(monkeypatch):
+    """A clock that stands still but for hours that models take to be built and opened."""
+    clock = [0.0]
+
+    def slow(method):
+        def run(*args, **kwargs):
+            clock[0] += 3600
+            return method(*args, **kwargs)
+
+        return run
+
+    monkeypatch.setattr(pipeline, "perf_counter", lambda: clock[0])
+    for owner, name in (
+        (OnnxRuntimeBuilder, "build"),
+        (OnnxRuntimeBuilder, "open"),
+        (FaceAnalyzer, "load"),
+    ):
+        monkeypatch.setattr(owner, name, slow(getattr(owner, name)))
+    return clock
+
+
+def test_seconds_are_without_building_and_opening(hours, tmp_path):
+    shutil.copytree(folders.EXPORT, tmp_path / "export")
+    with FastFace.load(tmp_path / "export", cache=tmp_path / "cache") as fastface:
+        result = fastface("photo; person", ADA, num_inference_steps=2)
+    assert hours[0] >= 12 * 3600
+    assert dict(result.seconds) == dict.fromkeys(("face", "text", "unet", "vae", "total"), 0.0)
+
+
+def test_nothing_is_built_for_a_picture_without_a_face(hours, tmp_path):
+    with FastFace.load(cache=tmp_path) as fastface, pytest.raises(NoFaceFound):
+        fastface("photo; person", np.zeros((96, 96, 3), np.uint8))
+    assert hours[0] == 3600
