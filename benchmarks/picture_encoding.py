@@ -27,10 +27,9 @@ import click
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from rich.console import Console
 
 from fastface_trt.measure.machine import describe_machine, load_average
-from fastface_trt.measure.tables import Table, print_table
+from fastface_trt.measure.tables import Table, markdown_rows
 from fastface_trt.runtime.picture_file import PictureFormat, encode_picture
 
 Pixels = NDArray[np.uint8]
@@ -313,7 +312,7 @@ def main(turns: int, side: int, out: Path) -> None:
         "results": [asdict(one) for one in results],
     }
     out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    print_table(Console(), table(results))
+    click.echo("\n".join(markdown_rows(table(results))))
 
 
 if __name__ == "__main__":

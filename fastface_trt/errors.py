@@ -4,22 +4,35 @@ The command line prints `message` and `mend` and exits with 2; a server maps `co
 Library code raises these for everything a user can cause, and lets programming errors through.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 
 
 class FastFaceError(Exception):
     """Base of every error that a user can cause.
 
-    `message` is one sentence saying what is wrong, `mend` says what to do about it.
+    `message` is one sentence saying what is wrong, `mend` says what to do about it; `param` is the
+    field of a request that it is about, where it is about one.
     """
 
     code = "error"
+    param: str | None = None
 
     def __init__(self, message: str, mend: str = "") -> None:
         super().__init__(f"{message} {mend}".strip())
         self.message = message
         self.mend = mend
+
+    def spell_param(self, param: str) -> None:
+        """Say which field it is about, or spell the one that it names as `param`."""
+        known = self.param or param
+        if self.message.startswith(known):
+            self.message = param + self.message.removeprefix(known)
+        elif known not in self.message:
+            self.message = f"{param}: {self.message}"
+        self.param = param
+        self.args = (f"{self.message} {self.mend}".strip(),)
 
     def __reduce__(self) -> tuple[object, ...]:
         # Exceptions are pickled by their one `args`, which is not what these are made of.
@@ -33,6 +46,17 @@ def _unpickled(
     FastFaceError.__init__(error, message, mend)
     error.__dict__.update(state)
     return error
+
+
+@contextmanager
+def naming(param: str) -> Iterator[None]:
+    """Errors inside are about the field `param` of a request."""
+    try:
+        yield
+    except FastFaceError as error:
+        if error.param is None:
+            error.spell_param(param)
+        raise
 
 
 class InvalidRequest(FastFaceError):

@@ -1,9 +1,7 @@
 """Attention manipulation as data: validated parameters per part of the UNet and per step.
 
-`ManipulationSchedule.row(step)` is the row that the UNet module takes, so changing anything here
+`AttentionManipulation.rows(step, steps)` is what the UNet module takes, so changing anything here
 needs no export and no build.
-
-What counts as a number in a request.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,7 +13,7 @@ from numpy.typing import NDArray
 
 from fastface_trt.engines.contract import KINDS, MANIPULATION_COLUMNS, PARTS
 from fastface_trt.engines.manifest import AdapterKind
-from fastface_trt.errors import InvalidRequest, UnknownName
+from fastface_trt.errors import InvalidRequest, UnknownName, naming
 
 _LARGEST = 3.4028234e38
 """The engines compute in float32: what is beyond becomes infinite there."""
@@ -66,6 +64,9 @@ class PartManipulation:
             value = getattr(self, name)
             if isinstance(value, str):  # its characters would be taken for values per step
                 value = [value]
+            elif isinstance(value, Sequence):
+                value = tuple(value)
+                object.__setattr__(self, name, value)  # equal however it was written
             for number in value if isinstance(value, Sequence) else [value]:
                 if (
                     not is_number(number)
@@ -73,13 +74,13 @@ class PartManipulation:
                     or (high is not None and number > high)
                 ):
                     raise InvalidRequest(
-                        f"Attention manipulation: {name} is {number!r:.40}.",
+                        f"{name} is {number!r:.40}.",
                         f"It must be a number that is {meaning}.",
                     )
 
         if self.invert_first_token not in (None, True, False):
             raise InvalidRequest(
-                "Attention manipulation: invert_first_token is not true or false.",
+                "invert_first_token is not true or false.",
                 "Leave it out, and the adapter decides.",
             )
 
@@ -95,8 +96,7 @@ class PartManipulation:
             elif isinstance(value, Sequence):
                 if len(value) != steps:
                     raise InvalidRequest(
-                        f"Attention manipulation: {column} has {len(value)} values "
-                        f"for {steps} steps.",
+                        f"{column} has {len(value)} values for {steps} steps.",
                         "Give one number, or one per step.",
                     )
                 value = value[step]
@@ -117,7 +117,11 @@ class AttentionManipulation:
 
     def rows(self, step: int, steps: int) -> NDArray[np.float32]:
         """Parameters of one step, float32 [parts, columns] as the UNet module takes them."""
-        return np.array([getattr(self, p).row(step, steps) for p in PARTS], dtype=np.float32)
+        rows = []
+        for part in PARTS:
+            with naming(f"manipulation.{part}"):
+                rows.append(getattr(self, part).row(step, steps))
+        return np.array(rows, dtype=np.float32)
 
     def for_adapter(self, kind: AdapterKind) -> "AttentionManipulation":
         """This manipulation with what was left to the adapter settled for one of that kind."""
@@ -132,7 +136,7 @@ class AttentionManipulation:
 
     @property
     def uses_softmask(self) -> bool:
-        """Whether any part normalises over the branches of its request (fastface §3.4)."""
+        """Whether any part normalises over the branches of its request."""
         return any(getattr(self, part).kind == "softmask" for part in PARTS)
 
     def to_dict(self) -> dict[str, Any]:
@@ -149,17 +153,13 @@ class AttentionManipulation:
         made = {}
         if not isinstance(parts, Mapping):
             raise InvalidRequest(
-                "Attention manipulation is not given by part.", 'Write e.g. {"up": {"scale": 1.5}}.'
+                "manipulation is not given by part.", 'Write e.g. {"up": {"scale": 1.5}}.'
             )
         for part, values in parts.items():
             if part not in PARTS:
                 raise UnknownName("part of the UNet", str(part), PARTS)
-            if not isinstance(values, Mapping):
-                raise InvalidRequest(
-                    f"Attention manipulation of {part} is not given by parameter.",
-                    'Write e.g. {"up": {"scale": 1.5}}.',
-                )
-            made[part] = replace_checked(OFF, values)
+            with naming(f"manipulation.{part}"):
+                made[part] = replace_checked(OFF, values)
         return cls(**made)
 
 
@@ -172,6 +172,7 @@ def _plain(value: Any) -> Any:
 
 def replace_checked(base: PartManipulation, values: Mapping[str, Any]) -> PartManipulation:
     """`base` with some parameters changed; an unknown parameter raises `UnknownName`."""
+    _check_by_parameter(values)
     known = [f.name for f in fields(PartManipulation)]
     for name in values:
         if name not in known:
@@ -182,26 +183,41 @@ def replace_checked(base: PartManipulation, values: Mapping[str, Any]) -> PartMa
 def parse_manipulation(text: str, base: PartManipulation) -> PartManipulation:
     """Read `scale=1.55,power=1.3` or `kind=softmask,sharpness=7.5/5/5/5` over a preset's values.
 
-    `/` separates per-step values. Without `kind` and with no preset active, `power` means
-    scale_power and any parameter of softmask means softmask.
+    `/` separates per-step values; see `manipulated` for the kind where none is given.
     """
-    values: dict[str, Any] = {}
-    for item in filter(None, (part.strip() for part in text.split(","))):
-        name, _, value = item.partition("=")
-        try:
-            if name == "kind":
-                values[name] = value
-            elif name == "invert_first_token":
-                values[name] = value.lower() in ("1", "true", "yes", "on")
-            else:
-                numbers = [float(x) for x in value.split("/")]
-                values[name] = numbers[0] if len(numbers) == 1 else tuple(numbers)
-        except ValueError:
-            raise InvalidRequest(
-                f"{item!r} is not a parameter of attention manipulation.",
-                "Write e.g. scale=1.55,power=1.3 (per-step values with /: 1/1.5/1.5/1).",
-            ) from None
+    items = (part.strip().partition("=") for part in text.split(",") if part.strip())
+    return manipulated(base, {name: value for name, _, value in items})
+
+
+def manipulated(base: PartManipulation, values: Mapping[str, Any]) -> PartManipulation:
+    """`base` with some parameters changed, which may be text as on the command line.
+
+    Without `kind` and with a base that is off, `power` means scale_power and any parameter of
+    softmask means softmask.
+    """
+    _check_by_parameter(values)
+    values = {name: _read(name, value) for name, value in values.items()}
     if "kind" not in values and base.kind == "off" and values:
         softmask_only = {"quantile", "sharpness", "adain_weight", "invert_first_token"}
         values["kind"] = "softmask" if softmask_only & values.keys() else "scale_power"
     return replace_checked(base, values)
+
+
+def _check_by_parameter(values: object) -> None:
+    if not isinstance(values, Mapping):
+        raise InvalidRequest("It is not given by parameter.", 'Write e.g. {"scale": 1.5}.')
+
+
+def _read(name: str, value: Any) -> Any:
+    if not isinstance(value, str) or name == "kind":
+        return value
+    if name == "invert_first_token":
+        return value.lower() in ("1", "true", "yes", "on")
+    try:
+        numbers = tuple(float(x) for x in value.split("/"))
+    except ValueError:
+        raise InvalidRequest(
+            f"'{name}={value:.40}' is not a parameter of attention manipulation.",
+            "Write e.g. scale=1.55,power=1.3 (per-step values with /: 1/1.5/1.5/1).",
+        ) from None
+    return numbers[0] if len(numbers) == 1 else numbers

@@ -147,6 +147,7 @@ class FastFace(Closing):
         *,
         preset: str = "plain",
         num_images_per_prompt: int = 1,
+        steps: int | None = None,
         num_inference_steps: int | None = None,
         face_index: int | None = None,
         channel_order: ChannelOrder = "bgr",
@@ -159,7 +160,9 @@ class FastFace(Closing):
 
         `prompt` and `face` are single or lists of equal length. `preset` is one of
         `presets.PRESETS`; `fields` are further fields of `GenerationRequest` (seed, height, width,
-        negative_prompt, ip_adapter_scale, alpha, beta, rescale, manipulation, …) and override it.
+        negative_prompt, ip_adapter_scale, alpha, beta, guidance_rescale, manipulation, …) as
+        `request.parse_request` reads them, and override it. `num_inference_steps` is diffusers'
+        name of `steps`.
         Raises `InvalidRequest`, `UnknownName` and the errors of `analyze`.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
@@ -173,19 +176,17 @@ class FastFace(Closing):
                 f"{len(prompts)} prompts and {len(faces)} faces do not pair up.",
                 "Give equally many, or one of either.",
             )
-        if "steps" in fields:
-            raise InvalidRequest("A call takes num_inference_steps, not steps.", "Rename it.")
         if num_images_per_prompt < 1:
             raise InvalidRequest("num_images_per_prompt is below 1.", "Ask for at least one.")
+        fields["num_inference_steps"] = num_inference_steps
         requests = [
-            self.request(text, preset=preset, steps=num_inference_steps, picture=picture, **fields)
+            self.request(text, preset=preset, steps=steps, image_index=index, **fields)
             for text in prompts
-            for picture in range(num_images_per_prompt)
+            for index in range(num_images_per_prompt)
         ]
-        pictures = [one for one in faces for _ in range(num_images_per_prompt)]
         return self.generate(
             requests,
-            pictures,
+            [one for one in faces for _ in range(num_images_per_prompt)],
             face_index=face_index,
             channel_order=channel_order,
             max_rows=max_rows,
@@ -196,7 +197,7 @@ class FastFace(Closing):
     def request(
         self, prompt: str, *, preset: str = "plain", steps: int | None = None, **fields: Any
     ) -> GenerationRequest:
-        """A request with this export's size and steps, a preset's fields, and then `fields`."""
+        """A request with this export's size and steps; see `request.parse_request`."""
         return request_for(self.manifest, prompt, preset=preset, steps=steps, **fields)
 
     def generate(

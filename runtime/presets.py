@@ -11,7 +11,7 @@ from fastface_trt.errors import UnknownName
 from fastface_trt.runtime.manipulation import AttentionManipulation, PartManipulation
 
 PRESETS = ("plain", "dcg", "am1", "am2", "am1+dcg", "am2+dcg")
-RESCALE = 0.75
+GUIDANCE_RESCALE = 0.75
 ALPHA_BETWEEN, BETA_BETWEEN = 1.5, 3.0
 
 
@@ -51,7 +51,7 @@ def preset_fields(name: str, steps: int) -> dict[str, Any]:
     configurations.
     """
     if name not in PRESETS:
-        raise UnknownName("preset", name, PRESETS)
+        raise UnknownName("preset", str(name), PRESETS)
     parts = name.split("+")
     fields: dict[str, Any] = {}
     if "am1" in parts:
@@ -61,5 +61,5 @@ def preset_fields(name: str, steps: int) -> dict[str, Any]:
     if "dcg" in parts:
         fields["alpha"] = guided_between(ALPHA_BETWEEN, steps)
         fields["beta"] = guided_between(BETA_BETWEEN, steps)
-        fields["rescale"] = RESCALE
+        fields["guidance_rescale"] = GUIDANCE_RESCALE
     return fields

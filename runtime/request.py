@@ -1,12 +1,15 @@
 """A generation request: everything that changes a picture, frozen and serialisable.
 
-A request as one export makes it: its size and steps where the caller names none, and its limits.
-
-It needs nothing but the manifest, so a server checks requests before any engine is asked.
+`GenerationRequest` declares the fields and checks their values; `parse_request` makes one from the
+plain values of any surface (command line, HTTP, Triton, C, Python keywords), with an export's size
+and steps where the caller names none. Neither needs more than the manifest, so a server checks
+requests before any engine is asked.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -14,7 +17,7 @@ from numpy.typing import NDArray
 
 from fastface_trt.engines.contract import PARTS
 from fastface_trt.engines.manifest import AdapterKind, ExportManifest
-from fastface_trt.errors import InvalidRequest, UnknownName
+from fastface_trt.errors import FastFaceError, InvalidRequest, UnknownName, naming
 from fastface_trt.runtime.guidance import (
     BRANCH_PLANS,
     VARIANTS,
@@ -22,27 +25,50 @@ from fastface_trt.runtime.guidance import (
     GuidanceStep,
     NamedSchedule,
     guidance_step,
+    parse_schedule,
     resolve_schedule,
 )
-from fastface_trt.runtime.manipulation import NO_MANIPULATION, AttentionManipulation, is_number
+from fastface_trt.runtime.manipulation import (
+    NO_MANIPULATION,
+    AttentionManipulation,
+    is_number,
+    manipulated,
+    parse_manipulation,
+)
 from fastface_trt.runtime.presets import preset_fields
 
 StatisticsScope = Literal["request", "branch"]
 SCOPES: tuple[StatisticsScope, ...] = ("request", "branch")
 MAX_SIDE = 4096
+DEFAULT_STEPS = 4
+WHOLE_NUMBERS: Mapping[str, tuple[int, int]] = {
+    "seed": (0, 2**64 - 1),
+    "image_index": (0, 2**32 - 1),
+    "steps": (1, 1000),
+    "height": (1, MAX_SIDE),
+    "width": (1, MAX_SIDE),
+}
+"""Smallest and largest value of the fields that are whole numbers."""
+
+ALIASES: Mapping[str, str] = {
+    "rescale": "guidance_rescale",
+    "num_inference_steps": "steps",
+    "picture": "image_index",
+}
+"""Further names of fields: the one that diffusers has, and what older pictures have in them."""
 
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
     """One picture to make; the face itself travels beside it as image tokens.
 
-    prompt, negative_prompt: text of up to 75 tokens. seed: 0 to 2⁶⁴−1; picture: index within a
-    seed. steps: UNet steps. height, width: pixels. ip_adapter_scale: λ of Eq. 1, one number or one
-    per part of the UNet (`{"down": …, "mid": …, "up": …}`). alpha, beta: DCG coefficients of Eq. 3
-    (number, list per step, or `NamedSchedule`). rescale: φ of Eq. 5, None = off. dcg_variant: 1, 2
-    or 3 of appendix D. manipulation: Eq. 7 to 10. scope: what the softmask normalises over
-    (`request`: all branches evaluated, as published; `branch`: each by itself). plan: see
-    `guidance.BRANCH_PLANS`.
+    prompt, negative_prompt: text of up to 75 tokens. seed: 0 to 2⁶⁴−1; image_index: which of a
+    seed's images. steps: UNet steps. height, width: pixels. ip_adapter_scale: λ of Eq. 1, one
+    number or one per part of the UNet (`{"down": …, "mid": …, "up": …}`). alpha, beta: DCG
+    coefficients of Eq. 3 (number, list per step, or `NamedSchedule`). guidance_rescale: φ of Eq. 5,
+    None = off. dcg_variant: 1, 2 or 3 of appendix D. manipulation: Eq. 7 to 10. scope: what the
+    softmask normalises over (`request`: all branches evaluated, as published; `branch`: each by
+    itself). plan: see `guidance.BRANCH_PLANS`.
 
     Raises `InvalidRequest` or `UnknownName` when a value is out of range.
     """
@@ -50,14 +76,14 @@ class GenerationRequest:
     prompt: str
     negative_prompt: str = ""
     seed: int = 0
-    picture: int = 0
-    steps: int = 4
+    image_index: int = 0
+    steps: int = DEFAULT_STEPS
     height: int = 1024
     width: int = 1024
     ip_adapter_scale: float | Mapping[str, float] = 0.8
     alpha: float | Sequence[float] | NamedSchedule = 1.0
     beta: float | Sequence[float] | NamedSchedule = 1.0
-    rescale: float | None = None
+    guidance_rescale: float | None = None
     dcg_variant: int = 2
     manipulation: AttentionManipulation = NO_MANIPULATION
     scope: StatisticsScope = "request"
@@ -67,31 +93,26 @@ class GenerationRequest:
         for name in ("prompt", "negative_prompt"):
             _check_text(name, getattr(self, name))
         if not self.prompt.strip():
-            raise InvalidRequest("The prompt is empty.", "Describe the picture in a few words.")
-        for name, low, high in (
-            ("seed", 0, 2**64 - 1),
-            ("picture", 0, 2**32 - 1),
-            ("steps", 1, 1000),
-            ("height", 1, MAX_SIDE),
-            ("width", 1, MAX_SIDE),
-        ):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-                raise InvalidRequest(
-                    f"{name} is {value!r:.40}.", f"It must be a whole number from {low} to {high}."
-                )
-        for kind, value, known in (
-            ("branch plan", self.plan, BRANCH_PLANS),
-            ("statistics scope", self.scope, SCOPES),
-            ("DCG variant", str(self.dcg_variant), tuple(map(str, VARIANTS))),
+            with naming("prompt"):
+                raise InvalidRequest("The prompt is empty.", "Describe the picture in a few words.")
+        for name in WHOLE_NUMBERS:
+            _check_whole(name, getattr(self, name))
+        for name, kind, value, known in (
+            ("plan", "branch plan", self.plan, BRANCH_PLANS),
+            ("scope", "statistics scope", self.scope, SCOPES),
+            ("dcg_variant", "DCG variant", str(self.dcg_variant), tuple(map(str, VARIANTS))),
         ):
             if value not in known:
-                raise UnknownName(kind, str(value), known)
-        if self.rescale is not None and not (is_number(self.rescale) and 0 <= self.rescale <= 1):
-            raise InvalidRequest(
-                f"rescale is {self.rescale!r:.40}.", "It must be between 0 and 1, or none for off."
-            )
-        self.ip_scales()
+                with naming(name):
+                    raise UnknownName(kind, str(value), known)
+        phi = self.guidance_rescale
+        if phi is not None and not (is_number(phi) and 0 <= phi <= 1):
+            with naming("guidance_rescale"):
+                raise InvalidRequest(
+                    f"guidance_rescale is {phi!r:.40}.", "It must be between 0 and 1, or off."
+                )
+        with naming("ip_adapter_scale"):
+            self.ip_scales()
         self.guidance_steps()
         for step in range(self.steps):
             self.manipulation.rows(step, self.steps)
@@ -119,14 +140,13 @@ class GenerationRequest:
 
     def guidance_steps(self) -> list[GuidanceStep]:
         """The branch plan: guidance of every step."""
-        alphas = resolve_schedule("alpha", self.alpha, self.steps)
-        betas = resolve_schedule("beta", self.beta, self.steps)
+        alphas, betas = self._per_step("alpha"), self._per_step("beta")
         couples = self.manipulation.uses_softmask and self.scope == "request"
         return [
             guidance_step(
                 alpha,
                 beta,
-                self.rescale,
+                self.guidance_rescale,
                 variant=self.dcg_variant,
                 plan=self.plan,
                 couples_branches=couples,
@@ -134,14 +154,19 @@ class GenerationRequest:
             for alpha, beta in zip(alphas, betas, strict=True)
         ]
 
+    def _per_step(self, name: Literal["alpha", "beta"]) -> list[float]:
+        with naming(name):
+            return resolve_schedule(name, getattr(self, name), self.steps)
+
     @property
     def unet_samples(self) -> int:
         """How many UNet samples the whole request evaluates."""
         return sum(len(step.branches) for step in self.guidance_steps())
 
     def with_preset(self, name: str, **overrides: Any) -> "GenerationRequest":
-        """This request with the fields of a preset, then `overrides`."""
-        return replace(self, **{**preset_fields(name, self.steps), **overrides})
+        """This request with a preset's fields, then `overrides` as `parse_request` reads them."""
+        with _by_field({"preset": name} | overrides, {}) as given:
+            return replace(self, **_typed(given, given.get("steps", self.steps)))
 
     def for_adapter(self, kind: AdapterKind) -> "GenerationRequest":
         """This request with what it leaves to the adapter settled for one of that kind."""
@@ -150,8 +175,7 @@ class GenerationRequest:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values, for metadata; schedules are written out per step."""
         values = {k: v for k, v in asdict(self).items() if k != "manipulation"}
-        values["alpha"] = resolve_schedule("alpha", self.alpha, self.steps)
-        values["beta"] = resolve_schedule("beta", self.beta, self.steps)
+        values["alpha"], values["beta"] = self._per_step("alpha"), self._per_step("beta")
         if isinstance(self.ip_adapter_scale, Mapping):
             values["ip_adapter_scale"] = dict(self.ip_adapter_scale)
         values["manipulation"] = self.manipulation.to_dict()
@@ -159,30 +183,53 @@ class GenerationRequest:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "GenerationRequest":
-        """The inverse of `to_dict`; unknown fields raise `UnknownName`."""
-        known = set(cls.__slots__)
-        for name in values:
-            if name not in known:
-                raise UnknownName("field of a request", str(name), known)
-        if "prompt" not in values:
+        """The inverse of `to_dict`, also of older pictures' metadata; see `parse_request`."""
+        return parse_request(values)
+
+
+PARSED_FIELDS = frozenset({f.name for f in fields(GenerationRequest)} | {"preset", "size"})
+"""What `parse_request` takes, beside `ALIASES` and the parameters of attention manipulation."""
+
+_CHANGES = "manipulation."
+
+
+def parse_request(
+    values: Mapping[str, Any],
+    manifest: ExportManifest | None = None,
+    *,
+    spelling: Mapping[str, str] | None = None,
+) -> GenerationRequest:
+    """The request that plain values (text, numbers, lists, mappings) stand for.
+
+    Every surface comes through here. `values` are fields of `GenerationRequest` by name or alias,
+    over those of `preset` and, with a manifest, over the export's size and steps. As text may be
+    written: alpha and beta (`1.5`, `1,2,2,1`, `cosine:high=3`), ip_adapter_scale (`0.8`,
+    `down=0.5,up=1`), guidance_rescale (`0.7`, `off`) and `size`, which stands for width and height
+    (`1024x1024`, or `auto`). `manipulation` is a mapping by part that replaces the preset's;
+    `manipulation.up` (a mapping, or `scale=1.55,power=1.3`) and `manipulation.up.scale` change it.
+    `spelling` says how the caller spells what has another name there, for errors.
+
+    Raises `InvalidRequest` and `UnknownName`, whose `param` is the field as the caller spells it.
+    """
+    with _by_field(values, spelling or {}) as given:
+        if "prompt" not in given:
             raise InvalidRequest("A request has no prompt.", "Describe the picture in a few words.")
-        fields = dict(values)
-        if "manipulation" in fields:
-            fields["manipulation"] = AttentionManipulation.from_dict(fields["manipulation"])
-        return cls(**fields)
-
-
-def _check_text(name: str, text: object) -> None:
-    """Raise `InvalidRequest` for what no tokenizer takes."""
-    if not isinstance(text, str):
-        raise InvalidRequest(f"The {name.replace('_', ' ')} is not text.", "Give a string.")
-    try:
-        text.encode()
-    except UnicodeEncodeError:  # half a surrogate pair, which JSON can write as an escape
-        raise InvalidRequest(
-            f"The {name.replace('_', ' ')} holds a character that does not exist.",
-            "Give text that has a UTF-8 encoding.",
-        ) from None
+        defaults: dict[str, Any] = {}
+        if manifest is not None:
+            defaults = {"height": manifest.height, "width": manifest.width, "steps": manifest.steps}
+        steps = given.get("steps", defaults.get("steps", DEFAULT_STEPS))
+        if manifest is not None and steps not in manifest.allowed_steps:
+            with naming("steps"):
+                raise InvalidRequest(
+                    f"The schedule of this {manifest.checkpoint} export does not do "
+                    f"{steps!r:.40} steps.",
+                    f"Choose one of {', '.join(map(str, manifest.allowed_steps))}.",
+                )
+        request = GenerationRequest(**(defaults | _typed(given, steps)))
+        if manifest is not None:
+            with naming("size"):
+                check_size(manifest, request)
+        return request
 
 
 def request_for(
@@ -193,22 +240,167 @@ def request_for(
     steps: int | None = None,
     **fields: Any,
 ) -> GenerationRequest:
-    """A request with the export's size and steps, a preset's fields, and then `fields`.
+    """`parse_request` with the values as keywords."""
+    return parse_request({"prompt": prompt, "preset": preset, "steps": steps, **fields}, manifest)
 
-    Raises `InvalidRequest` and `UnknownName`.
-    """
-    steps = manifest.steps if steps is None else steps
-    if steps not in manifest.allowed_steps:
-        raise InvalidRequest(
-            f"The schedule of this {manifest.checkpoint} export does not do {steps} steps.",
-            f"Choose one of {', '.join(map(str, manifest.allowed_steps))}.",
-        )
-    values: dict[str, Any] = {"height": manifest.height, "width": manifest.width}
-    values |= preset_fields(preset, steps) | fields
+
+def parse_fields(values: Mapping[str, Any], steps: int) -> dict[str, Any]:
+    """Arguments of `GenerationRequest` that plain values stand for, over those of their preset."""
+    with _by_field(values, {}) as given:
+        return _typed(given, steps)
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """Read WIDTHxHEIGHT in pixels; raises `InvalidRequest`."""
+    match = re.fullmatch(r"([0-9]{1,9})[x×]([0-9]{1,9})", str(text).strip().lower())
+    if not match:
+        raise InvalidRequest(f"The size is {text!r:.40}.", "Write WIDTHxHEIGHT, e.g. 1024x1024.")
+    return int(match[1]), int(match[2])
+
+
+@contextmanager
+def _by_field(values: Mapping[str, Any], spelling: Mapping[str, str]) -> Iterator[dict[str, Any]]:
+    """`values` by the names of the fields; errors inside spell them as the caller does."""
+    given: dict[str, Any] = {}
+    spelled: dict[str, str] = {}
+    for name, value in values.items():
+        field = ALIASES.get(name, name)
+        if field not in PARSED_FIELDS and not str(field).startswith(_CHANGES):
+            near = UnknownName("field", str(name), PARSED_FIELDS).mend
+            raise InvalidRequest(f"A request has no field {name!r:.60}.", near)
+        if field == "steps" and value is None:  # the export's
+            continue
+        spelled_now = spelling.get(name, str(name))
+        if field in given and given[field] != value:
+            raise InvalidRequest(
+                f"{spelled_now} and {spelled[field]} are one field and differ.", "Give one of them."
+            )
+        given[field], spelled[field] = value, spelled_now
+    if "size" in given:
+        spelled |= dict.fromkeys({"width", "height"} - given.keys(), spelled["size"])
     try:
-        return GenerationRequest(prompt, steps=steps, **values)
-    except TypeError as error:
-        raise InvalidRequest(f"A request has no such field: {error}.", "") from None
+        yield given
+    except FastFaceError as error:
+        if error.param in spelled:
+            error.spell_param(spelled[error.param])
+        raise
+
+
+def _typed(given: Mapping[str, Any], steps: Any) -> dict[str, Any]:
+    """Arguments of `GenerationRequest` from what `_by_field` gives."""
+    _check_whole("steps", steps)
+    values = dict(given) | {"steps": steps}
+    with naming("preset"):
+        typed = preset_fields(values.pop("preset", "plain"), steps)
+    changes = {name: values.pop(name) for name in given if name.startswith(_CHANGES)}
+    if "size" in values:
+        with naming("size"):
+            size = values.pop("size")
+            if size != "auto":
+                sides = dict(zip(("width", "height"), parse_size(size), strict=True))
+                if any(values.get(name, side) != side for name, side in sides.items()):
+                    raise InvalidRequest(
+                        "size and width or height differ.", "Give the size or its sides."
+                    )
+                values |= sides
+    for name, value in values.items():
+        with naming(name):
+            typed[name] = _READ[name](value) if name in _READ else value
+    for name, value in changes.items():
+        with naming(name):
+            typed["manipulation"] = _changed(
+                typed.get("manipulation", NO_MANIPULATION), name, value
+            )
+    return typed
+
+
+def _schedule(value: Any) -> Any:
+    if isinstance(value, str):
+        return parse_schedule(value)
+    return list(value) if isinstance(value, list | tuple) else value
+
+
+def _scale(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return dict(value)
+    if not isinstance(value, str):
+        return value
+    try:
+        if "=" not in value:
+            return float(value)
+        return {part.strip(): float(x) for part, x in (p.split("=") for p in value.split(","))}
+    except ValueError:
+        raise InvalidRequest(
+            f"ip_adapter_scale is {value!r:.40}.",
+            "Use a number such as 0.8, or down=0.8,mid=0.8,up=0.6.",
+        ) from None
+
+
+def _guidance_rescale(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    if value.lower() in ("none", "off"):
+        return None
+    try:
+        return float(value)
+    except ValueError:
+        raise InvalidRequest(
+            f"guidance_rescale is {value!r:.40}.", "Use a number from 0 to 1, or off."
+        ) from None
+
+
+def _manipulation(value: Any) -> AttentionManipulation:
+    if isinstance(value, AttentionManipulation):
+        return value
+    return AttentionManipulation.from_dict(value)
+
+
+_READ: Mapping[str, Callable[[Any], Any]] = {
+    "ip_adapter_scale": _scale,
+    "alpha": _schedule,
+    "beta": _schedule,
+    "guidance_rescale": _guidance_rescale,
+    "manipulation": _manipulation,
+}
+"""How the fields are read that may be written in more than one way."""
+
+
+def _changed(base: AttentionManipulation, name: str, value: Any) -> AttentionManipulation:
+    """`base` with what `manipulation.PART` or `manipulation.PART.PARAMETER` says."""
+    part, _, parameter = name.removeprefix(_CHANGES).partition(".")
+    if part not in PARTS:
+        raise UnknownName("part of the UNet", part, PARTS)
+    before = getattr(base, part)
+    if parameter:
+        after = manipulated(before, {parameter: value})
+    elif isinstance(value, str):
+        after = parse_manipulation(value, before)
+    else:
+        after = manipulated(before, value)
+    return replace(base, **{part: after})
+
+
+def _check_whole(name: str, value: object) -> None:
+    low, high = WHOLE_NUMBERS[name]
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        with naming(name):
+            raise InvalidRequest(
+                f"{name} is {value!r:.40}.", f"It must be a whole number from {low} to {high}."
+            )
+
+
+def _check_text(name: str, text: object) -> None:
+    """Raise `InvalidRequest` for what no tokenizer takes."""
+    with naming(name):
+        if not isinstance(text, str):
+            raise InvalidRequest(f"{name} is not text.", "Give a string.")
+        try:
+            text.encode()
+        except UnicodeEncodeError:  # half a surrogate pair, which JSON can write as an escape
+            raise InvalidRequest(
+                f"{name} holds a character that does not exist.",
+                "Give text that has a UTF-8 encoding.",
+            ) from None
 
 
 def check_size(manifest: ExportManifest, request: GenerationRequest) -> None:

@@ -368,7 +368,7 @@ def require_finite(device: Device, latents: Tensor) -> None:
 
 def noise_of(request: GenerationRequest) -> NoiseSource:
     """The noise that a request's seed stands for."""
-    return partial(standard_noise, request.seed, request.picture)
+    return partial(standard_noise, request.seed, request.image_index)
 
 
 def standard_noise(seed: int, picture: int, stream: int, shape: tuple[int, ...]) -> Latents:

@@ -1,7 +1,6 @@
 """Rules of the house that no linter knows: who imports whom and torch, how many files, README."""
 
 import ast
-import re
 import subprocess
 import sys
 from collections import defaultdict
@@ -173,16 +172,3 @@ def test_links_make_a_clone_the_package():
         if link.is_file():
             pytest.skip("this checkout holds files in place of links")
         assert link.readlink() == Path("..") / folder
-
-
-def test_readme_links_and_commands_exist():
-    readme = (ROOT / "README.md").read_text()
-    for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", readme):
-        assert (ROOT / target).exists(), target
-    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
-    for target in re.findall(r"`make ([a-z-]+)`", readme):
-        assert target in targets, target
-    from fastface_trt.cli.main import cli
-
-    for command in re.findall(r"fastface-trt ([a-z]+)", readme):
-        assert command in cli.commands, command

@@ -65,6 +65,6 @@ def denoise(
         numbers = torch.from_numpy(request.manipulation.rows(step, request.steps))
         numbers = numbers.to(latents.device)
         prediction = predict(sample, timestep, conditions, numbers)
-        noise = guided(prediction, alphas[step], betas[step], request.rescale)
+        noise = guided(prediction, alphas[step], betas[step], request.guidance_rescale)
         latents = scheduler.step(noise, timestep, latents, return_dict=False)[0]
     return latents

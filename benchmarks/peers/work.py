@@ -26,7 +26,7 @@ class Work:
     def with_preset(self, preset: str) -> "Work":
         """The same picture with another preset's guidance and manipulation."""
         plain = GenerationRequest(self.request.prompt)
-        fields = {name: getattr(plain, name) for name in ("alpha", "beta", "rescale")}
+        fields = {name: getattr(plain, name) for name in ("alpha", "beta", "guidance_rescale")}
         fields |= {"manipulation": plain.manipulation} | preset_fields(preset, self.request.steps)
         return replace(self, preset=preset, request=replace(self.request, **fields))
 
@@ -38,7 +38,7 @@ class Work:
 
     def initial_noise(self) -> NDArray[np.float32]:
         """The noise that every peer starts from, [1,C,h,w]."""
-        seed, picture = self.request.seed, self.request.picture
+        seed, picture = self.request.seed, self.request.image_index
         return standard_noise(seed, picture, INITIAL_LATENTS, self.latent_shape)[None]
 
 

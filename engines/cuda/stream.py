@@ -62,7 +62,7 @@ class Stream:
             self._borrowed.append(memory)
 
     def lend(self, address: int, stream: int | None) -> int:
-        """See `device.Lender`; on any thread."""
+        """On any thread."""
         with self.lock:
             self._require_open()
             self.lent.add(address, self.handle, stream)

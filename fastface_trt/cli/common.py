@@ -1,6 +1,5 @@
 """Options and helpers that several commands share."""
 
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +11,7 @@ from rich.console import Console
 
 from fastface_trt.engines.engine import Progress
 from fastface_trt.errors import InvalidRequest
+from fastface_trt.runtime.request import parse_size as parse_size
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -35,14 +35,6 @@ class Counts(click.ParamType[tuple[int, ...]]):
             return tuple(int(part) for part in str(value).split(","))
         except ValueError:
             self.fail(f"{value!r} is not a list of whole numbers such as 1,2,4.", param, ctx)
-
-
-def parse_size(text: str) -> tuple[int, int]:
-    """Read WIDTHxHEIGHT in pixels; raises `InvalidRequest`."""
-    match = re.fullmatch(r"(\d+)[x×](\d+)", text.strip().lower())
-    if not match:
-        raise InvalidRequest(f"The size is {text!r}.", "Write WIDTHxHEIGHT, e.g. 1024x1024.")
-    return int(match[1]), int(match[2])
 
 
 def console() -> Console:

@@ -15,16 +15,13 @@ from fastface_trt.cli.common import (
     console,
     engine_options,
     licence_option,
-    parse_size,
     passing_phases,
     provider_option,
     timed_lines,
 )
 from fastface_trt.engines.files import storage_errors
 from fastface_trt.errors import InvalidRequest
-from fastface_trt.runtime.guidance import parse_schedule
 from fastface_trt.runtime.images import contact_sheet, load_picture
-from fastface_trt.runtime.manipulation import AttentionManipulation, parse_manipulation
 from fastface_trt.runtime.picture_file import (
     FORMATS,
     QUALITY,
@@ -34,56 +31,28 @@ from fastface_trt.runtime.picture_file import (
     write_picture,
 )
 from fastface_trt.runtime.pipeline import FastFace, GenerationResult
-from fastface_trt.runtime.presets import preset_fields
+from fastface_trt.runtime.request import parse_request
 from fastface_trt.runtime.sampling import StepTrace
 
-
-def _rescale(text: str | None) -> float | None:
-    if text is None or text.lower() in ("none", "off"):
-        return None
-    try:
-        return float(text)
-    except ValueError:
-        raise InvalidRequest(
-            f"--rescale is {text!r}.", "Use a number from 0 to 1, or off."
-        ) from None
-
-
-def _ip_scale(text: str) -> float | dict[str, float]:
-    try:
-        if "=" not in text:
-            return float(text)
-        return {key: float(value) for key, value in (p.split("=") for p in text.split(","))}
-    except ValueError:
-        raise InvalidRequest(
-            f"--ip-scale is {text!r}.", "Use a number such as 0.8, or down=0.8,mid=0.8,up=0.6."
-        ) from None
-
-
-def request_fields(preset: str, steps: int, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of a `GenerationRequest` from command-line options, over a preset's values."""
-    fields = preset_fields(preset, steps)
-    for name in ("alpha", "beta"):
-        if given[name] is not None:
-            fields[name] = parse_schedule(given[name])
-    if given["rescale"] is not None:
-        fields["rescale"] = _rescale(given["rescale"])
-    if given["ip_scale"] is not None:
-        fields["ip_adapter_scale"] = _ip_scale(given["ip_scale"])
-    if given["size"] is not None:
-        fields["width"], fields["height"] = parse_size(given["size"])
-    base = fields.get("manipulation", AttentionManipulation())
-    parts = {
-        part: parse_manipulation(given[f"am_{part}"], getattr(base, part))
-        if given[f"am_{part}"] is not None
-        else getattr(base, part)
-        for part in ("down", "mid", "up")
-    }
-    fields["manipulation"] = AttentionManipulation(**parts)
-    fields |= {
-        name: given[name] for name in ("seed", "scope", "plan", "dcg_variant", "negative_prompt")
-    }
-    return fields
+OPTIONS = {
+    "prompt": "--prompt",
+    "negative_prompt": "--negative-prompt",
+    "preset": "--preset",
+    "steps": "--steps",
+    "seed": "--seed",
+    "size": "--size",
+    "ip_adapter_scale": "--ip-scale",
+    "alpha": "--alpha",
+    "beta": "--beta",
+    "guidance_rescale": "--guidance-rescale",
+    "dcg_variant": "--dcg-variant",
+    "manipulation.down": "--am-down",
+    "manipulation.mid": "--am-mid",
+    "manipulation.up": "--am-up",
+    "scope": "--scope",
+    "plan": "--plan",
+}
+"""How the fields of a request are spelled here."""
 
 
 @click.command()
@@ -117,10 +86,12 @@ def request_fields(preset: str, steps: int, given: Mapping[str, Any]) -> dict[st
     help="Pictures per face, prompt and preset.",
 )
 @click.option("--size", help="WIDTHxHEIGHT in pixels [the export's].")
-@click.option("--ip-scale", help="λ: a number, or down=…,mid=…,up=… [0.8].")
+@click.option("--ip-scale", "ip_adapter_scale", help="λ: a number, or down=…,mid=…,up=… [0.8].")
 @click.option("--alpha", help="α (Eq. 3): 1.5, a list 1,1.5,1.5,1, or e.g. cosine:high=3.")
 @click.option("--beta", help="β (Eq. 3), written like --alpha.")
-@click.option("--rescale", help="φ (Eq. 5), 0 to 1, or off.")
+@click.option(
+    "--guidance-rescale", "--rescale", "guidance_rescale", help="φ (Eq. 5), 0 to 1, or off."
+)
 @click.option(
     "--dcg-variant",
     type=int,
@@ -193,7 +164,6 @@ def generate(
     faces: tuple[str, ...],
     prompts: tuple[str, ...],
     presets: tuple[str, ...],
-    steps: int | None,
     count: int,
     face_index: int | None,
     channel_order: str,
@@ -233,18 +203,25 @@ def generate(
             progress=phase,
         ) as fastface,
     ):
-        chosen_steps = fastface.manifest.steps if steps is None else steps
-        fields = {preset: request_fields(preset, chosen_steps, given) for preset in presets}
         jobs = [
-            (face, prompt, preset, picture)
+            (face, prompt, preset, index)
             for face in faces
             for prompt in prompts
             for preset in presets
-            for picture in range(count)
+            for index in range(count)
         ]
+        values = {
+            name.replace("am_", "manipulation."): value
+            for name, value in given.items()
+            if value is not None
+        }
         requests = [
-            fastface.request(prompt, steps=chosen_steps, picture=picture, **fields[preset])
-            for _, prompt, preset, picture in jobs
+            parse_request(
+                values | {"prompt": prompt, "preset": preset, "image_index": index},
+                fastface.manifest,
+                spelling=OPTIONS,
+            )
+            for _, prompt, preset, index in jobs
         ]
         pictures = {face: load_picture(face) for face in faces}
         found = {face: fastface.analyze(pictures[face], index=face_index) for face in faces}
@@ -315,12 +292,12 @@ def _paths(
         return [out]
     suffix = next(suffix for suffix, known in FORMATS.items() if known == form)
     files: list[Path] = []
-    for face, prompt, preset, picture in jobs:
+    for face, prompt, preset, index in jobs:
         stem = f"{_name(Path(face).stem)}_{_name(prompt)}_{preset}_{seed}"
-        path = out / f"{stem}{f'-{picture}' if picture else ''}{suffix}"
+        path = out / f"{stem}{f'-{index}' if index else ''}{suffix}"
         number = 2
         while path in files:  # two prompts may shorten to one name
-            path = out / f"{stem}-{picture}_{number}{suffix}"
+            path = out / f"{stem}-{index}_{number}{suffix}"
             number += 1
         files.append(path)
     return files

@@ -14,8 +14,8 @@ from fastface_trt.embedding.session import Output, Session
 from fastface_trt.engines import dlpack
 from fastface_trt.errors import FastFaceError, InvalidRequest
 from fastface_trt.runtime.face import CROP_SIZE, EMBEDDING_SIZE, Face
-from fastface_trt.runtime.manipulation import AttentionManipulation
 from fastface_trt.runtime.pipeline import FastFace
+from fastface_trt.runtime.request import parse_request
 
 
 class Capsule:
@@ -103,8 +103,8 @@ class Host:
         pixels are None. `capsule` holds tokens by DLPack, `order` a CUDA stream, an event, and the
         event to record.
         """
-        prompt, preset = fields.pop("prompt"), fields.pop("preset", "plain")
-        request = self._fastface.request(prompt, preset=preset, **(fields | _json_fields(further)))
+        values = fields | _json_object(further)
+        request = parse_request(values, self._fastface.manifest)
         source: Any = face if capsule is None else Capsule(capsule)
         if tokens is not None:
             source = _numbers(tokens, self._session.token_shape, "image tokens")
@@ -139,17 +139,15 @@ def describe_error(error: BaseException) -> tuple[str, str]:
     return "", f"{type(error).__name__}: {error}"
 
 
-def _json_fields(text: str | None) -> dict[str, Any]:
+def _json_object(text: str | None) -> dict[str, Any]:
     if text is None:
         return {}
     try:
         values = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InvalidRequest(f"parameters_json is not JSON: {error}.", "") from None
     if not isinstance(values, dict):
         raise InvalidRequest("parameters_json is not a JSON object.", 'Pass {"alpha": 1.5}.')
-    if "manipulation" in values:
-        values["manipulation"] = AttentionManipulation.from_dict(values["manipulation"])
     return values
 
 

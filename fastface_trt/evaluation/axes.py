@@ -15,6 +15,7 @@ _NAMES: Final[Mapping[str, tuple[str, str]]] = {
     "beta": ("β", "β (weight of the prompt)"),
     "alpha_between": ("α", "α (but first and last step)"),
     "beta_between": ("β", "β (but first and last step)"),
+    "guidance_rescale": ("φ", "φ (guidance rescale)"),
     "rescale": ("φ", "φ (rescale)"),
     "scale": ("s", "s (scale)"),
     "scale_later": ("s", "s (scale, from the second step)"),

@@ -37,13 +37,12 @@ from pydantic import Field, ValidationError
 from fastface_trt.engines.contract import PARTS
 from fastface_trt.engines.manifest import Strict, first_problem
 from fastface_trt.errors import FastFaceError, InvalidRequest, MissingDependency, UnknownName
-from fastface_trt.runtime.guidance import parse_schedule
 from fastface_trt.runtime.manipulation import (
     AttentionManipulation,
     PartManipulation,
     replace_checked,
 )
-from fastface_trt.runtime.presets import preset_fields
+from fastface_trt.runtime.request import parse_fields
 
 MANIPULATED = ("down", "up")
 """Parts that a manipulation field without a part's name applies to."""
@@ -64,6 +63,7 @@ _PLAIN = (
     "ip_adapter_scale",
     "alpha",
     "beta",
+    "guidance_rescale",
     "rescale",
     "dcg_variant",
     "scope",
@@ -144,21 +144,14 @@ def check_field(field: str, what: str) -> None:
 
 
 def _request_fields(fields: Mapping[str, Any], default_steps: int) -> dict[str, Any]:
-    steps = fields.get("steps", default_steps)
-    if isinstance(steps, bool) or not isinstance(steps, int):
-        raise InvalidRequest(f"steps is {steps!r}.", "Use a whole number.")
-    values = preset_fields(str(fields.get("preset", "plain")), steps)
+    given = {name: fields[name] for name in _PLAIN if name in fields}
+    for name in {"guidance_rescale", "rescale"} & given.keys():
+        if given[name] is False:
+            given[name] = "off"
+    values = parse_fields(given, fields.get("steps", default_steps))
     base = values.pop("manipulation", AttentionManipulation())
-    for name in _PLAIN:
-        if name in fields and name != "preset":
-            values[name] = fields[name]
-    for name in ("alpha", "beta"):
-        if isinstance(values.get(name), str):
-            values[name] = parse_schedule(values[name])
-    if values.get("rescale") in ("off", False):
-        values["rescale"] = None
     parts = {part: _part(fields, part, getattr(base, part)) for part in PARTS}
-    return values | {"steps": steps, "manipulation": AttentionManipulation(**parts)}
+    return values | {"manipulation": AttentionManipulation(**parts)}
 
 
 def _part(fields: Mapping[str, Any], part: str, base: PartManipulation) -> PartManipulation:

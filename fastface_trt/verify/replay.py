@@ -128,7 +128,7 @@ def make_sample(
         ip_adapter_scale=case.get("ip_adapter_scale", 1.0),
         alpha=guidance.get("alpha", 1.0),
         beta=guidance.get("beta", 1.0),
-        rescale=guidance.get("rescale_phi"),
+        guidance_rescale=guidance.get("rescale_phi"),
         dcg_variant=variant,
         manipulation=read_manipulation(case),
         plan=plan,

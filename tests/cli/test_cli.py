@@ -79,7 +79,7 @@ def test_options_reach_the_request(tiny_export, face, tmp_path):
         "1,2,2,1",
         "--beta",
         "cap:high=4",
-        "--rescale",
+        "--guidance-rescale",
         "0.5",
         "--am-down",
         "scale=1.2,power=1.1",
@@ -104,7 +104,7 @@ def test_options_reach_the_request(tiny_export, face, tmp_path):
     values = read_parameters(report["files"][0])
     assert values["alpha"] == [1, 2, 2, 1]
     assert values["beta"] == [1, 4, 4, 1]
-    assert values["rescale"] == 0.5
+    assert values["guidance_rescale"] == 0.5
     assert values["manipulation"]["down"]["scale"] == 1.2
     assert values["manipulation"]["mid"]["sharpness"] == [7, 5, 5, 5]
     assert "up" not in values["manipulation"]
@@ -124,12 +124,12 @@ def test_formats(tiny_export, face, tmp_path, format, suffix):
     assert result.exit_code == 0, result.output
     files = json.loads(result.stdout)["files"]
     assert [name[-len(suffix) :] for name in files] == [suffix] * 2
-    for picture, file in enumerate(files):
+    for index, file in enumerate(files):
         with Image.open(file) as image:
             assert image.format == format.upper()
         shown = run("inspect", file)
         assert shown.exit_code == 0, shown.output
-        assert json.loads(shown.stdout)["picture"] == picture
+        assert json.loads(shown.stdout)["image_index"] == index
 
     alone = tmp_path / f"new/me{suffix}"
     result = generate(tiny_export, face, alone, "--no-ai-mark")
@@ -182,7 +182,7 @@ def test_presets_can_be_overridden(tiny_export, face, tmp_path):
         "--json",
     )
     values = read_parameters(json.loads(result.stdout)["files"][0])
-    assert values["rescale"] is None
+    assert values["guidance_rescale"] is None
     assert values["manipulation"]["up"]["scale"] == 2
     assert values["manipulation"]["up"]["power"] == 1.3
     assert values["manipulation"]["down"]["scale"] == 1.55

@@ -44,10 +44,10 @@ def samples(seed=0, **changes):
     ]
     base = GenerationRequest("a", steps=2, plan="full")
     requests = [
-        replace(base, alpha=1.5, beta=3.0, rescale=0.75),
-        replace(base, alpha=0.0, beta=2.0, rescale=1.0, dcg_variant=1),
+        replace(base, alpha=1.5, beta=3.0, guidance_rescale=0.75),
+        replace(base, alpha=0.0, beta=2.0, guidance_rescale=1.0, dcg_variant=1),
         replace(base, steps=1, alpha=1.5, beta=3.0, dcg_variant=3),
-        replace(base, steps=1, rescale=0.0),
+        replace(base, steps=1, guidance_rescale=0.0),
     ]
     return [
         Sample(replace(request, seed=seed + index, **changes), schedule, {}, SHAPE, HostDevice())
@@ -74,7 +74,7 @@ def float64_reference(batch, prediction):
             2: first + alpha * (second - first) + beta * (third - second),
             3: first + alpha * (second - first) + beta * (third - first),
         }[sample.request.dcg_variant]
-        phi = sample.request.rescale
+        phi = sample.request.guidance_rescale
         if phi is not None:
             mean = (second.std(ddof=1) + third.std(ddof=1)) / 2
             e = e * (phi * mean / e.std(ddof=1) + 1 - phi)
@@ -104,7 +104,9 @@ def test_engine_and_host_agree_on_every_branch_count(engine):
         2: (1.0, 1.0, 0.75),
         3: (1.5, 3.0, 0.75),
     }.items():
-        batch = samples(plan, alpha=alpha, beta=beta, rescale=rescale, dcg_variant=2, plan="exact")
+        batch = samples(
+            plan, alpha=alpha, beta=beta, guidance_rescale=rescale, dcg_variant=2, plan="exact"
+        )
         batch = batch[:2]
         assert [len(sample.guidance.branches) for sample in batch] == [plan] * 2
         prediction = predicted(batch, seed=plan)[: plan * len(batch)]

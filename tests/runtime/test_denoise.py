@@ -66,7 +66,7 @@ def requests():
         base.with_preset("am2+dcg", scope="branch", seed=9),
         replace(base, steps=2).with_preset("dcg", dcg_variant=1),
         base.with_preset("am2"),
-        base.with_preset("dcg", dcg_variant=3, rescale=None),
+        base.with_preset("dcg", dcg_variant=3, guidance_rescale=None),
     ]
 
 

@@ -48,8 +48,8 @@ def test_pictures_are_the_golden_ones(fastface, name):
     [
         ("dcg", {"beta": [1.0, 2.7, 2.7, 1.0]}),
         ("am1+dcg", {"alpha": [1.0, 1.3, 1.3, 1.0]}),
-        ("am2+dcg", {"rescale": None}),
-        ("dcg", {"rescale": 0.7}),
+        ("am2+dcg", {"guidance_rescale": None}),
+        ("dcg", {"guidance_rescale": 0.7}),
         ("dcg", {"dcg_variant": 3}),
         ("plain", {"ip_adapter_scale": 0.7}),
         ("am1", {"preset_of": "plain"}),

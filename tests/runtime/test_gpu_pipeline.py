@@ -176,8 +176,8 @@ def test_a_change_of_rows_launches_and_binds_nothing_anew(simulated, face):
     names = [name for _, name, _ in cuda.calls[start:]]
     calls = 3 * (4 + 4 + 1)  # UNet, guidance step, VAE
     assert names.count("cuStreamWaitEvent") == 2 * calls
-    # The clock of five stages, and the downloads of the picture and of the last latents.
-    assert names.count("cuStreamSynchronize") == 3 * (5 + 2)
+    # The clock of four stages, and the downloads of the picture and of the last latents.
+    assert names.count("cuStreamSynchronize") == 3 * (4 + 2)
     assert not {"cuMemAlloc", "cuMemFree", "cuMemAllocHost", "cuMemFreeHost"} & set(names)
 
 

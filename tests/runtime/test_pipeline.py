@@ -182,7 +182,7 @@ def test_everything_that_should_change_a_picture_does(fastface):
 
 def test_lists_pair_up(fastface):
     result = fastface([PROMPT, "oil painting; person"], FACE, num_images_per_prompt=2)
-    assert [(r.prompt == PROMPT, r.picture) for r in result.requests] == [
+    assert [(r.prompt == PROMPT, r.image_index) for r in result.requests] == [
         (True, 0),
         (True, 1),
         (False, 0),

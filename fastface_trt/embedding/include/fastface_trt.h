@@ -151,7 +151,9 @@ typedef struct {
   fastface_on_step on_step;       /* may be NULL */
   void *user;
   uint64_t task;                  /* your number for cancel(); 0: cannot be cancelled by number */
-  const char *parameters_json;    /* further fields of GenerationRequest as a JSON object, or NULL */
+  /* Further fields of GenerationRequest as a JSON object, written as everywhere: {"alpha":
+   * "cosine:high=3", "guidance_rescale": 0.7}. They override the fields above. NULL: none. */
+  const char *parameters_json;
   /* Image tokens as a DLManagedTensorVersioned, on the host or on the engines' GPU; owned as
    * fastface_embedding.dlpack is. Order what writes them by `stream` or `event`. */
   void *image_tokens_dlpack;

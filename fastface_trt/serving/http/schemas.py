@@ -1,28 +1,41 @@
 """What a client may ask for: one closed model for JSON and for multipart forms.
 
-The fields up to `output_compression` are OpenAI's, the others are ours. Whatever fits the model is
-checked again where it means something, by `GenerationRequest`.
+The fields up to `output_compression` are OpenAI's, the others are ours. This is what is written in
+the OpenAPI document and refused before anything looks at it; what the fields of a request mean, and
+how they may be written, `parse_request` says.
 """
 
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from fastface_trt.runtime.guidance import FAMILIES
+from fastface_trt.runtime.guidance import FAMILIES, BranchPlan
 from fastface_trt.runtime.picture_file import QUALITY, PictureFormat
 from fastface_trt.runtime.presets import PRESETS
+from fastface_trt.runtime.request import (
+    ALIASES,
+    PARSED_FIELDS,
+    WHOLE_NUMBERS,
+    StatisticsScope,
+)
 
 MAX_PROMPT_LENGTH = 8000
 """Characters; the text encoders read 77 tokens, and what they cut is said in a warning."""
 
 Number = Annotated[float, Field(allow_inf_nan=False, ge=-1000, le=1000)]
 PerStep = Number | Annotated[list[Number], Field(min_length=1, max_length=1000)]
+Phi = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Prompt = Annotated[str, Field(max_length=MAX_PROMPT_LENGTH)]
 
 _SCHEDULE = (
     "A number, a list with one number per step, or a named schedule such as "
     f"`cosine:high=3,low=1` (families: {', '.join(sorted(FAMILIES))})."
 )
+
+
+def _whole(name: str, description: str) -> Any:
+    low, high = WHOLE_NUMBERS[name]
+    return Field(None, ge=low, le=high, description=description)
 
 
 class Closed(BaseModel):
@@ -114,14 +127,14 @@ class GenerationBody(Closed):
     channel_order: Literal["bgr", "rgb"] | None = Field(
         None, description="Order in which CLIP sees the face [bgr, as published]."
     )
-    seed: int | None = Field(None, ge=0, le=2**64 - 1, description="[0]")
+    seed: int | None = _whole("seed", "[0]")
     negative_prompt: Prompt | None = Field(None, description="What the picture should not show.")
     preset: Annotated[str, Field(max_length=100)] | None = Field(
         None,
         description="Parameters to start from; every field overrides it. [plain]",
         json_schema_extra={"examples": list(PRESETS)},
     )
-    steps: int | None = Field(None, ge=1, le=1000, description="UNet steps [the export's].")
+    steps: int | None = _whole("steps", "UNet steps [the export's].")
     ip_adapter_scale: Number | ScaleBody | None = Field(
         None, description="λ (Eq. 1): one number, or one per part of the UNet [0.8]."
     )
@@ -131,20 +144,35 @@ class GenerationBody(Closed):
     beta: PerStep | Annotated[str, Field(max_length=1000)] | None = Field(
         None, description=f"β (Eq. 3). {_SCHEDULE}"
     )
-    rescale: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = Field(
+    guidance_rescale: Phi | None = Field(
         None, description="φ (Eq. 5); null is off, also where the preset has one."
+    )
+    rescale: Phi | None = Field(
+        None,
+        description="The former name of guidance_rescale.",
+        json_schema_extra={"deprecated": True},
     )
     dcg_variant: Literal[1, 2, 3] | None = Field(None, description="Appendix D [2].")
     manipulation: ManipulationBody | None = Field(
         None, description="Attention manipulation (Eq. 7 to 10); replaces the preset's."
     )
-    scope: Literal["request", "branch"] | None = Field(
+    scope: StatisticsScope | None = Field(
         None, description="What the softmask normalises over [request]."
     )
-    plan: Literal["exact", "full", "lean"] | None = Field(None, description="Branch plan [exact].")
+    plan: BranchPlan | None = Field(None, description="Branch plan [exact].")
     deadline: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
         None, description="Seconds from now after which the answer is of no use."
     )
+
+    def request_values(self) -> dict[str, Any]:
+        """What `parse_request` takes, without what the client left out.
+
+        A null says off where φ is meant, since a preset may have one; elsewhere it says nothing.
+        """
+        names = type(self).model_fields.keys() & (PARSED_FIELDS | ALIASES.keys())
+        values = self.model_dump(include=names, exclude_none=True)
+        off = {"guidance_rescale", "rescale"} & self.model_fields_set
+        return dict.fromkeys(off) | values
 
 
 class FaceBody(Closed):
@@ -158,8 +186,3 @@ class FaceForm(Closed):
     """A face to register, whose picture is the file of the form."""
 
     face_index: int | None = Field(None, ge=0, le=10_000, description="Largest first [0].")
-
-
-def given(body: BaseModel, *names: str) -> dict[str, Any]:
-    """Those of the fields that the client gave a value."""
-    return {name: value for name in names if (value := getattr(body, name)) is not None}

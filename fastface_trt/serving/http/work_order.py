@@ -7,7 +7,7 @@ registered, in the body, the file of a form, or at an address. `WorkOrder` is th
 import asyncio
 import base64
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from starlette.requests import Request
@@ -15,15 +15,13 @@ from starlette.requests import Request
 from fastface_trt.engines.manifest import ExportManifest
 from fastface_trt.errors import Busy, InvalidRequest, UnknownName
 from fastface_trt.runtime.face import Face
-from fastface_trt.runtime.guidance import parse_schedule
-from fastface_trt.runtime.manipulation import AttentionManipulation
 from fastface_trt.runtime.picture_file import PictureFormat, encode_picture
-from fastface_trt.runtime.request import GenerationRequest, check_size, request_for
+from fastface_trt.runtime.request import GenerationRequest, parse_request
 from fastface_trt.serving.http.context import Context
 from fastface_trt.serving.http.errors import InvalidField
 from fastface_trt.serving.http.middleware import Record, record_of
 from fastface_trt.serving.http.responses import Picture, Usage
-from fastface_trt.serving.http.schemas import GenerationBody, ScaleBody, given
+from fastface_trt.serving.http.schemas import GenerationBody
 from fastface_trt.serving.http.tasks import SubmittedTasks, within
 from fastface_trt.serving.pictures.files import decode_base64, decode_picture
 from fastface_trt.serving.settings import ServerSettings
@@ -167,43 +165,8 @@ def generation_requests(
             "Ask for output_format jpeg or webp.",
             param="output_compression",
         )
-    fields = _fields(body)
-    requests = [
-        request_for(
-            manifest,
-            body.prompt,
-            preset=body.preset or "plain",
-            steps=body.steps,
-            picture=picture,
-            **fields,
-        )
-        for picture in range(count)
-    ]
-    check_size(manifest, requests[0])
-    return requests
-
-
-def _fields(body: GenerationBody) -> dict[str, Any]:
-    fields = given(
-        body, "seed", "negative_prompt", "rescale", "dcg_variant", "scope", "plan", "alpha", "beta"
-    )
-    for name in ("alpha", "beta"):
-        if isinstance(fields.get(name), str):
-            fields[name] = parse_schedule(fields[name])
-    if "rescale" in body.model_fields_set:
-        fields["rescale"] = body.rescale  # null says off, and a preset may say otherwise
-    scale = body.ip_adapter_scale
-    if scale is not None:
-        fields["ip_adapter_scale"] = (
-            given(scale, "down", "mid", "up") if isinstance(scale, ScaleBody) else scale
-        )
-    if body.manipulation is not None:
-        parts = body.manipulation.model_dump(exclude_none=True)
-        fields["manipulation"] = AttentionManipulation.from_dict(parts)
-    if body.size not in (None, "auto"):
-        width, height = str(body.size).split("x")
-        fields |= {"width": int(width), "height": int(height)}
-    return fields
+    first = parse_request(body.request_values(), manifest)
+    return [replace(first, image_index=index) for index in range(count)]
 
 
 def deadline_of(body: GenerationBody, settings: ServerSettings, arrived: float) -> float:

@@ -30,10 +30,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from fastface_trt.engines.manifest import ExportManifest, first_problem
 from fastface_trt.errors import Cancelled, FastFaceError, InvalidRequest, Unavailable
 from fastface_trt.runtime.face import ChannelOrder, Face
-from fastface_trt.runtime.guidance import parse_schedule
 from fastface_trt.runtime.images import load_picture
-from fastface_trt.runtime.manipulation import AttentionManipulation
-from fastface_trt.runtime.request import GenerationRequest, check_size, request_for
+from fastface_trt.runtime.request import GenerationRequest, parse_request
 from fastface_trt.serving.triton import tensors
 from fastface_trt.serving.work import (
     Event,
@@ -67,7 +65,7 @@ asked after each step."""
 
 
 class Parameters(BaseModel):
-    """The JSON of PARAMETERS; what is not named here is a field of `GenerationRequest`.
+    """The JSON of PARAMETERS; what is not named here is for `parse_request`.
 
     deadline: seconds from now. face_index: which face, largest first. previews: small pictures with
     every step, of a decoupled model.
@@ -75,7 +73,6 @@ class Parameters(BaseModel):
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
-    preset: str = "plain"
     face_index: int | None = Field(default=None, ge=0)
     channel_order: ChannelOrder = "bgr"
     deadline: float | None = Field(default=None, gt=0, allow_inf_nan=False)
@@ -134,38 +131,15 @@ def _picture(
         if "seed" in values:
             raise InvalidRequest("The seed is given twice.", "Send SEED or seed in PARAMETERS.")
         values["seed"] = int(arrays[tensors.SEED][row].item())
-    prompt = _string(arrays, tensors.PROMPT, row)
-    try:
-        request = request_for(manifest, prompt, preset=asked.preset, **_fields(values))
-        check_size(manifest, request)
-    except FastFaceError:
-        raise
-    except (AttributeError, TypeError, ValueError) as error:
-        raise InvalidRequest(
-            f"PARAMETERS has a value of a wrong kind: {error}.", "See GenerationRequest."
-        ) from None
+    values["prompt"] = _string(arrays, tensors.PROMPT, row)
     return PictureRequest(
-        request=request,
+        request=parse_request(values, manifest, spelling={"prompt": tensors.PROMPT}),
         face=face,
         face_index=asked.face_index,
         channel_order=asked.channel_order,
         deadline=None if asked.deadline is None else monotonic() + asked.deadline,
         previews=asked.previews,
     )
-
-
-def _fields(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of `GenerationRequest` from JSON, as `GenerationRequest.to_dict` writes them.
-
-    alpha and beta may also be named schedules, as on the command line.
-    """
-    fields = dict(values)
-    for name in ("alpha", "beta"):
-        if isinstance(fields.get(name), str):
-            fields[name] = parse_schedule(fields[name])
-    if "manipulation" in fields:
-        fields["manipulation"] = AttentionManipulation.from_dict(fields["manipulation"])
-    return fields
 
 
 def _asked(arrays: Arrays, row: int) -> Parameters:
@@ -177,13 +151,13 @@ def _asked(arrays: Arrays, row: int) -> Parameters:
         if not isinstance(values, dict):
             raise InvalidRequest("PARAMETERS is not a JSON object.", 'Send e.g. {"steps": 4}.')
         return Parameters.model_validate(values)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise InvalidRequest(
-            f"PARAMETERS is not JSON: {error}.", 'Send e.g. {"steps": 4}.'
-        ) from None
     except ValidationError as error:
         where, problem = first_problem(error)
         raise InvalidRequest(f"PARAMETERS is not valid at {where}: {problem}.") from None
+    except (ValueError, RecursionError) as error:
+        raise InvalidRequest(
+            f"PARAMETERS is not JSON: {error}.", 'Send e.g. {"steps": 4}.'
+        ) from None
 
 
 def _string(arrays: Arrays, name: str, row: int) -> str:

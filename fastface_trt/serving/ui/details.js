@@ -3,8 +3,8 @@
 import { byId, element } from "./dom.js";
 
 const FIRST = ["prompt", "negative_prompt", "seed", "steps", "width", "height", "ip_adapter_scale",
-  "alpha", "beta", "rescale"];
-const NAMES = { ip_adapter_scale: "λ", alpha: "α", beta: "β", rescale: "φ" };
+  "alpha", "beta", "guidance_rescale"];
+const NAMES = { ip_adapter_scale: "λ", alpha: "α", beta: "β", guidance_rescale: "φ" };
 
 export class Details {
   constructor(onUse) {

@@ -16,7 +16,7 @@ export class Parameters {
         min: 0, max: 4, step: 0.1, fallback: 1, perStep: true }),
       new Dial({ field: "beta", symbol: "β", label: "weight of the prompt, Eq. 3",
         min: 0, max: 6, step: 0.1, fallback: 1, perStep: true }),
-      new Dial({ field: "rescale", symbol: "φ", label: "rescaling of the guidance, Eq. 5",
+      new Dial({ field: "guidance_rescale", symbol: "φ", label: "rescaling of the guidance, Eq. 5",
         min: 0, max: 1, step: 0.05, fallback: null, off: true }),
     ];
     byId("dials").replaceChildren(...this.dials.map((dial) => dial.root));

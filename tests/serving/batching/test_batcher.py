@@ -277,7 +277,8 @@ def test_cancelling_frees_the_row_before_the_next_step(fastface, start):
 
 def test_what_the_export_cannot_do_fails_by_itself(fastface, start):
     batcher, events = start(), Events()
-    batcher.submit(task(fastface, "odd", width=90), events)
+    odd = task(fastface, "odd")
+    batcher.submit(replace(odd, request=replace(odd.request, width=90)), events)
     batcher.submit(task(fastface, "fine"), events)
     assert isinstance(failure(events, "odd"), InvalidRequest)
     assert isinstance(events.ending("fine"), PictureDone)

@@ -105,7 +105,7 @@ def test_every_field_reaches_the_request(client):
         ip_adapter_scale={"down": 0.5, "up": 1},
         alpha="cosine:high=3",
         beta=[1, 2.0, 2, 1],
-        rescale=None,
+        guidance_rescale=None,
         dcg_variant=3,
         manipulation={"up": part},
         scope="branch",
@@ -123,7 +123,7 @@ def test_every_field_reaches_the_request(client):
         ip_adapter_scale={"down": 0.5, "up": 1.0},
         alpha=NamedSchedule("cosine", 3.0),
         beta=[1.0, 2.0, 2.0, 1.0],
-        rescale=None,
+        guidance_rescale=None,
         dcg_variant=3,
         manipulation=AttentionManipulation(up=PartManipulation(**part)),
         scope="branch",
@@ -136,7 +136,16 @@ def test_what_a_picture_tells_of_itself_can_be_asked_again(client):
     ask(client, preset="am2+dcg", seed=5)
     first = last_request(client)
     told = first.to_dict()
-    names = ("alpha", "beta", "rescale", "manipulation", "seed", "scope", "plan", "dcg_variant")
+    names = (
+        "alpha",
+        "beta",
+        "guidance_rescale",
+        "manipulation",
+        "seed",
+        "scope",
+        "plan",
+        "dcg_variant",
+    )
     assert ask(client, **{name: told[name] for name in names}).status_code == 200
     assert last_request(client).to_dict() == told
 
@@ -144,9 +153,9 @@ def test_what_a_picture_tells_of_itself_can_be_asked_again(client):
 def test_n_pictures_differ_only_in_their_number(client):
     answer = ask(client, n=3, seed=9).json()
     tasks = client.worker.submitted[-3:]
-    assert [task.request.picture for task in tasks] == [0, 1, 2]
+    assert [task.request.image_index for task in tasks] == [0, 1, 2]
     assert {task.request.seed for task in tasks} == {9}
-    assert [one["parameters"]["picture"] for one in answer["data"]] == [0, 1, 2]
+    assert [one["parameters"]["image_index"] for one in answer["data"]] == [0, 1, 2]
     assert answer["usage"]["pictures"] == 3
 
 
@@ -160,7 +169,7 @@ def test_pictures_are_in_order_whichever_is_done_first():
 
     with client_of(Backwards(eager=False)) as client:
         answer = ask(client, n=3).json()
-    assert [one["parameters"]["picture"] for one in answer["data"]] == [0, 1, 2]
+    assert [one["parameters"]["image_index"] for one in answer["data"]] == [0, 1, 2]
 
 
 def test_a_form_is_the_same_request(client):
@@ -176,7 +185,7 @@ def test_a_form_is_the_same_request(client):
         mini_manifest(),
         "123",
         seed=4,
-        rescale=0.5,
+        guidance_rescale=0.5,
         alpha=[1, 2, 2, 1],
         beta=NamedSchedule("linear", 2.0),
         manipulation=AttentionManipulation(up=PartManipulation("scale_power", scale=1.5)),

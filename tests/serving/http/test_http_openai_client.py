@@ -57,7 +57,7 @@ def test_generate(client, worker):
     assert [size_of(one.b64_json) for one in answer.data] == [PIXELS.shape[1::-1]] * 2
     assert answer.output_format == "png"
     assert answer.usage.total_tokens == 0
-    assert answer.data[1].parameters["picture"] == 1
+    assert answer.data[1].parameters["image_index"] == 1
     request = worker.submitted[-1].request
     assert (request.seed, request.width, request.alpha) == (5, 128, [1, 2, 2, 1])
 

@@ -58,7 +58,7 @@ def test_a_preset_then_the_fields_then_the_seed(manifest):
     base = GenerationRequest("a person", seed=2**64 - 1, steps=3, height=96, width=96)
     assert one.request == base.with_preset("am1+dcg", ip_adapter_scale=0.5)
     assert two.request.alpha == [1.0, 1.5, 1.5, 1.0]
-    assert two.request.rescale == 0.5  # not the preset's
+    assert two.request.guidance_rescale == 0.5  # not the preset's
     assert two.request.seed == 1
     assert (two.channel_order, two.face_index, two.previews) == ("rgb", 1, True)
 

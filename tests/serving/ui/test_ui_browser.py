@@ -165,7 +165,7 @@ def test_parameters_reach_the_picture_and_come_back(ada):
     ada.fill("#preset", "plain")
     ada.fill("#dial-ip_adapter_scale", "0.6")
     ada.fill("#dial-alpha", "1, 2, 1.5, 1")
-    ada.fill("#dial-rescale", "0.5")
+    ada.fill("#dial-guidance_rescale", "0.5")
     ada.fill("#width", 64)
     ada.click("#dice")
     seed = ada.one("#seed").get_property("value")
