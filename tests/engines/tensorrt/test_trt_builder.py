@@ -306,7 +306,7 @@ def test_a_killed_child_is_one_sentence(store, tmp_path):
     def kill(event):
         for pid in children_of(os.getpid()):
             command = Path(f"/proc/{pid}/cmdline")
-            if command.exists() and b"worker" in command.read_bytes():
+            if command.exists() and b"tensorrt.plan" in command.read_bytes():
                 os.kill(pid, signal.SIGKILL)
 
     builder = TensorRTBuilder("tensorrt-rtx", on_event=kill)
