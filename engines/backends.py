@@ -36,7 +36,7 @@ from fastface_trt.errors import BackendUnavailable, InvalidRequest, UnknownName
 
 @dataclass(frozen=True)
 class BackendStatus:
-    """Whether a backend works here; `mend` says how to make it work, or keep it working.
+    """Whether a backend works here; `hint` says how to make it work, or keep it working.
 
     `version` is empty when it is not installed.
     """
@@ -45,7 +45,7 @@ class BackendStatus:
     works: bool
     version: str
     detail: str
-    mend: str = ""
+    hint: str = ""
 
 
 @dataclass(frozen=True)
@@ -98,10 +98,10 @@ def _probe_onnxruntime(name: str, provider: Provider) -> BackendStatus:
             if square.tolist() != [9]:
                 raise RuntimeError(f"3 times 3 is {square.tolist()} there")
     except BackendUnavailable as error:
-        return BackendStatus(name, False, version, error.message, error.mend)
+        return BackendStatus(name, False, version, error.message, error.hint)
     except Exception as error:  # whatever a broken installation throws
         detail = f"{PROVIDERS[provider]} does not work: {short_message(error)}"
-        return BackendStatus(name, False, version, detail, _mend(str(error)))
+        return BackendStatus(name, False, version, detail, _hint(str(error)))
     hardware = cpu_hardware() if provider == "cpu" else cuda_hardware()
     detail = f"{PROVIDERS[provider]} ({source}) on {' '.join(hardware.values())}"
     if len(installed) > 1:
@@ -111,7 +111,7 @@ def _probe_onnxruntime(name: str, provider: Provider) -> BackendStatus:
     return BackendStatus(name, True, version, detail)
 
 
-def _mend(reason: str) -> str:
+def _hint(reason: str) -> str:
     if "no kernel image" in reason or "NoKernelImage" in reason:
         return "This onnxruntime-gpu has no kernels for this GPU: try its newest, or tensorrt."
     return REINSTALL
@@ -123,21 +123,21 @@ def _probe_tensorrt(name: FlavourName) -> BackendStatus:
         version = flavour.version()
     except BackendUnavailable as error:
         if not _installed(name):
-            return BackendStatus(name, False, "", "not installed", error.mend)
+            return BackendStatus(name, False, "", "not installed", error.hint)
         version = next(iter(_installed(name).values()))
-        return BackendStatus(name, False, version, error.message, error.mend)
+        return BackendStatus(name, False, version, error.message, error.hint)
     gpu = cuda_hardware()
     if gpu["gpu"] == "unknown":
-        why, mend = why_no_gpu()
+        why, hint = why_no_gpu()
         builds = "builds_without_gpu" in flavour.supports
         detail = f"{flavour.label}: {why}; " + (
             "it builds engines here" if builds else "it needs one to build, too"
         )
-        return BackendStatus(name, False, version, detail, f"{mend} It runs on {flavour.gpus}.")
+        return BackendStatus(name, False, version, detail, f"{hint} It runs on {flavour.gpus}.")
     try:
         flavour.check_gpu(gpu)
     except BackendUnavailable as error:
-        return BackendStatus(name, False, version, error.message, error.mend)
+        return BackendStatus(name, False, version, error.message, error.hint)
     return BackendStatus(name, True, version, f"{flavour.label} on {' '.join(gpu.values())}")
 
 

@@ -66,11 +66,11 @@ def verify_files(
     folder: Path,
     entries: Iterable[FileEntry],
     error: type[FastFaceError] = ExportIncomplete,
-    mend: str = "Export it again; the new export replaces this one.",
+    hint: str = "Export it again; the new export replaces this one.",
 ) -> None:
     """Compare the files in `folder` with their entries: all sizes (bytes) first, then all hashes.
 
-    Raises `error` with `mend`, naming the first file that is missing, truncated or changed.
+    Raises `error` with `hint`, naming the first file that is missing, truncated or changed.
     """
     entries = list(entries)
     path = folder
@@ -80,15 +80,15 @@ def verify_files(
             size = path.stat().st_size
             if size != entry.bytes:
                 what = "truncated" if size < entry.bytes else "changed"
-                raise error(f"{path} is {what}: {size} bytes instead of {entry.bytes}.", mend)
+                raise error(f"{path} is {what}: {size} bytes instead of {entry.bytes}.", hint)
         for entry in entries:
             path = folder / entry.path
             if sha256_file(path) != entry.sha256:
-                raise error(f"{path} is changed: its SHA-256 is not the manifest's.", mend)
+                raise error(f"{path} is changed: its SHA-256 is not the manifest's.", hint)
     except (FileNotFoundError, NotADirectoryError):
-        raise error(f"{path} is missing.", mend) from None
+        raise error(f"{path} is missing.", hint) from None
     except OSError as problem:
-        raise error(f"{path} cannot be read: {problem.strerror}.", mend) from None
+        raise error(f"{path} cannot be read: {problem.strerror}.", hint) from None
 
 
 @contextmanager

@@ -115,7 +115,7 @@ centres (10.x)."""
 
 
 def why_no_gpu() -> tuple[str, str]:
-    """Why `cuda_hardware` knows no GPU, as the end of a sentence, and the mend."""
+    """Why `cuda_hardware` knows no GPU, as the end of a sentence, and the hint."""
     try:
         importlib.import_module("cuda.bindings.driver")
     except (ImportError, OSError) as error:

@@ -1,6 +1,6 @@
-"""One family of errors: each has a stable code, one sentence, and the mend.
+"""One family of errors: each has a stable code, one sentence, and the hint.
 
-The command line prints `message` and `mend` and exits with 2; a server maps `code` to a status.
+The command line prints `message` and `hint` and exits with 2; a server maps `code` to a status.
 Library code raises these for everything a user can cause, and lets programming errors through.
 """
 
@@ -12,17 +12,17 @@ from difflib import get_close_matches
 class FastFaceError(Exception):
     """Base of every error that a user can cause.
 
-    `message` is one sentence saying what is wrong, `mend` says what to do about it; `param` is the
+    `message` is one sentence saying what is wrong, `hint` says what to do about it; `param` is the
     field of a request that it is about, where it is about one.
     """
 
     code = "error"
     param: str | None = None
 
-    def __init__(self, message: str, mend: str = "") -> None:
-        super().__init__(f"{message} {mend}".strip())
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(f"{message} {hint}".strip())
         self.message = message
-        self.mend = mend
+        self.hint = hint
 
     def spell_param(self, param: str) -> None:
         """Say which field it is about, or spell the one that it names as `param`."""
@@ -32,18 +32,18 @@ class FastFaceError(Exception):
         elif known not in self.message:
             self.message = f"{param}: {self.message}"
         self.param = param
-        self.args = (f"{self.message} {self.mend}".strip(),)
+        self.args = (f"{self.message} {self.hint}".strip(),)
 
     def __reduce__(self) -> tuple[object, ...]:
         # Exceptions are pickled by their one `args`, which is not what these are made of.
-        return _unpickled, (type(self), self.message, self.mend, self.__dict__)
+        return _unpickled, (type(self), self.message, self.hint, self.__dict__)
 
 
 def _unpickled(
-    kind: type[FastFaceError], message: str, mend: str, state: dict[str, object]
+    kind: type[FastFaceError], message: str, hint: str, state: dict[str, object]
 ) -> FastFaceError:
     error = kind.__new__(kind)
-    FastFaceError.__init__(error, message, mend)
+    FastFaceError.__init__(error, message, hint)
     error.__dict__.update(state)
     return error
 
@@ -184,8 +184,8 @@ class Busy(FastFaceError):
 
     code = "busy"
 
-    def __init__(self, message: str, mend: str = "", *, retry_after: float = 1.0) -> None:
-        super().__init__(message, mend)
+    def __init__(self, message: str, hint: str = "", *, retry_after: float = 1.0) -> None:
+        super().__init__(message, hint)
         self.retry_after = retry_after
 
 

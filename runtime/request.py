@@ -266,7 +266,7 @@ def _by_field(values: Mapping[str, Any], spelling: Mapping[str, str]) -> Iterato
     for name, value in values.items():
         field = ALIASES.get(name, name)
         if field not in PARSED_FIELDS and not str(field).startswith(_CHANGES):
-            near = UnknownName("field", str(name), PARSED_FIELDS).mend
+            near = UnknownName("field", str(name), PARSED_FIELDS).hint
             raise InvalidRequest(f"A request has no field {name!r:.60}.", near)
         if field == "steps" and value is None:  # the export's
             continue

@@ -13,9 +13,9 @@ def test_errors_survive_pickling():
     ):
         copy = pickle.loads(pickle.dumps(error))
         assert type(copy) is type(error)
-        assert (copy.message, copy.mend, str(copy), vars(copy)) == (
+        assert (copy.message, copy.hint, str(copy), vars(copy)) == (
             error.message,
-            error.mend,
+            error.hint,
             str(error),
             vars(error),
         )

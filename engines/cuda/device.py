@@ -244,14 +244,14 @@ class CudaDevice:
             scratch = sum(stream.scratch.size for _, stream in self._streams)
             return scratch + sum(self._buffers.values())
 
-    def require(self, size: int, what: str, mend: str) -> None:
+    def require(self, size: int, what: str, hint: str) -> None:
         """Raise `OutOfMemory` unless `size` more bytes are free; the pool gives back its own."""
         self.stream()  # a thread's first call needs the context
         self.driver.pool_trim(self._pool)
         free = self.driver.free_memory()
         if size > free:
             raise OutOfMemory(
-                f"{what} needs {_gigabytes(size)} of GPU memory, {_gigabytes(free)} are free.", mend
+                f"{what} needs {_gigabytes(size)} of GPU memory, {_gigabytes(free)} are free.", hint
             )
 
     def _stream_for(self, thread: threading.Thread) -> Stream:

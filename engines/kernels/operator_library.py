@@ -68,11 +68,11 @@ LIBRARY_VERSION: Final = _version()
 
 @dataclass(frozen=True)
 class LibraryStatus:
-    """Whether this machine can have the operator, in words; `mend` is empty where it can."""
+    """Whether this machine can have the operator, in words; `hint` is empty where it can."""
 
     available: bool
     detail: str
-    mend: str = ""
+    hint: str = ""
 
 
 def supports(tokens: int, head_size: int, dtype: str) -> bool:
@@ -133,7 +133,7 @@ def place_library(
     """
     status = library_status(architecture)
     if not status.available:
-        raise MissingDependency(status.detail, status.mend)
+        raise MissingDependency(status.detail, status.hint)
     for size in head_sizes:
         check_head_size(size)
     architecture = architecture or _this_gpu()
@@ -172,7 +172,7 @@ def _code(head_size: int, dtype: str, architecture: str | None) -> dict[str, byt
         raise MissingDependency(
             f"Attention kernels for heads of {head_size} elements in {dtype} are not shipped, and "
             f"cannot be compiled: {error.message}",
-            error.mend,
+            error.hint,
         ) from None
 
 

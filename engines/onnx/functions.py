@@ -6,7 +6,7 @@ the same names. So a form holds no call; every one is written out under names of
 And they refuse what they save themselves: with weights in a file of their own, they write every
 initialiser of an If's branch twice, also those that they made by folding constants; "initializer
 name is not unique" is what loading says. Nothing in the graph that is optimised can prevent it, so
-the saved one is mended.
+the saved one is corrected.
 """
 
 from collections.abc import Callable

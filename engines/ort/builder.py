@@ -385,7 +385,7 @@ class OnnxRuntimeBuilder:
                 try:
                     place_operator(form.model, tokens, target)
                 except FastFaceError as error:
-                    warnings = (f"{error.message} {error.mend}".strip(),)
+                    warnings = (f"{error.message} {error.hint}".strip(),)
                     progress(f"Without the attention kernels: {warnings[0]}")
                 else:
                     return form.model, ()

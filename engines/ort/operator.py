@@ -35,9 +35,9 @@ def operator_identity(*, available: bool | None = None) -> dict[str, str]:
 
 
 def operator_problem() -> str:
-    """Why the operator's library cannot be had here, and the mend; empty where it can."""
+    """Why the operator's library cannot be had here, and the hint; empty where it can."""
     status = operator_library.library_status()
-    return "" if status.available else f"{status.detail} {status.mend}".strip()
+    return "" if status.available else f"{status.detail} {status.hint}".strip()
 
 
 def place_operator(model: bytes, tokens: int, folder: Path) -> None:

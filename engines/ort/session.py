@@ -100,7 +100,7 @@ def open_session(
         raise BackendUnavailable(
             f"ONNX Runtime was asked for {wanted} and took {', '.join(actual) or 'nothing'}"
             + (f": it does not find {', '.join(missing)}." if missing else "."),
-            _libraries_mend(missing) if missing else REINSTALL,
+            _libraries_hint(missing) if missing else REINSTALL,
         )
     return session
 
@@ -117,8 +117,8 @@ def check_provider(provider: Provider) -> None:
     name = f"{PROVIDERS[provider]} ({source})"
     gpu = cuda_hardware()
     if gpu["gpu"] == "unknown":
-        why, mend = why_no_gpu()
-        raise BackendUnavailable(f"{name} is installed, but {why}.", mend)
+        why, hint = why_no_gpu()
+        raise BackendUnavailable(f"{name} is installed, but {why}.", hint)
     built_for = cuda_version(load_onnxruntime())
     takes = _takes(provider, built_for)
     refused = refused_gpu(takes, gpu) if takes else None
@@ -142,7 +142,7 @@ def check_provider(provider: Provider) -> None:
 def provider_source(provider: Provider) -> str:
     """Where a provider comes from, such as "onnxruntime-gpu 1.31.1 for CUDA 13.0".
 
-    Begins with "plugin" if it is one. Raises `BackendUnavailable` with the mend when this ONNX
+    Begins with "plugin" if it is one. Raises `BackendUnavailable` with the hint when this ONNX
     Runtime has no such provider, which is also so when the CPU's build lies over the GPU's.
     """
     ort = load_onnxruntime()
@@ -173,11 +173,11 @@ def libraries_status() -> str | None:
     missing = missing_libraries("cuda", version[0])
     if not missing:
         return "found"
-    return f"missing {', '.join(missing)}: {_libraries_mend(missing)}"
+    return f"missing {', '.join(missing)}: {_libraries_hint(missing)}"
 
 
 def lacks_provider(provider: Provider, available: Sequence[str]) -> BackendUnavailable:
-    """The error that says that this ONNX Runtime has no such provider, and the mend."""
+    """The error that says that this ONNX Runtime has no such provider, and the hint."""
     ort = load_onnxruntime()
     lacks = (
         f"ONNX Runtime {ort.__version__} has no {PROVIDERS[provider]} here, only "
@@ -201,7 +201,7 @@ def _takes(provider: Provider, built_for: tuple[int, ...]) -> Capabilities | Non
     return None if built_for and built_for[0] <= _OLDEST_CUDA else FROM_TURING
 
 
-def _libraries_mend(missing: Sequence[str]) -> str:
+def _libraries_hint(missing: Sequence[str]) -> str:
     if any(name.startswith("libnv") and "nvrtc" not in name for name in missing):
         return "Install the TensorRT version that this ONNX Runtime was built with: 10, not 11."
     return "pip install 'onnxruntime-gpu[cuda,cudnn]' (it brings NVIDIA's libraries, 1.2 GB)."

@@ -181,11 +181,11 @@ class TensorRTBuilder:
         self.check_runs_here()
         misfit = self._misfit(manifest, cuda_hardware())
         if misfit is not None:
-            field, built, here, mend = misfit
+            field, built, here, hint = misfit
             raise EngineMismatch(
                 f"The engine of {manifest.module.name} was built with {field} {built}, here it is "
                 f"{here}.",
-                mend,
+                hint,
             )
 
     def device(self) -> CudaDevice:
@@ -205,14 +205,14 @@ class TensorRTBuilder:
             generation = "sm" + gpu["compute_capability"].replace(".", "")
             if targets == ANY_TARGET or generation in targets.split():
                 return None
-            mend = f"Build it with --target {generation}, or without --target for all."
-            return "targets", targets, generation, mend
+            hint = f"Build it with --target {generation}, or without --target for all."
+            return "targets", targets, generation, hint
         if manifest.options.get("hardware_compatible", False):
             capability = gpu["compute_capability"]
             if _version(capability) >= (8, 0):
                 return None
-            mend = "Build it without --hardware-compatible on this machine."
-            return "compute_capability", "8.0 or later", capability, mend
+            hint = "Build it without --hardware-compatible on this machine."
+            return "compute_capability", "8.0 or later", capability, hint
         for field, value in manifest.hardware.items():
             if gpu.get(field) != value:
                 return field, value, gpu.get(field, "unknown"), _BUILD_AGAIN

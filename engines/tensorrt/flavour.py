@@ -56,13 +56,13 @@ class Flavour:
             binding.Logger  # noqa: B018 - a stub package imports and holds nothing
         except Exception as error:  # a stub or a missing library may throw anything
             raise BackendUnavailable(
-                f"{self.label} cannot be imported: {error}.", self._mend
+                f"{self.label} cannot be imported: {error}.", self._hint
             ) from None
         if tuple(int(part) for part in version.split(".")[:2]) < self.oldest:
             raise BackendUnavailable(
                 f"{self.label} {version} is older than {'.'.join(map(str, self.oldest))}, "
                 "which this program is written for.",
-                self._mend,
+                self._hint,
             )
         return binding
 
@@ -94,7 +94,7 @@ class Flavour:
             )
 
     @property
-    def _mend(self) -> str:
+    def _hint(self) -> str:
         package = "tensorrt-cu13" if self.name == "tensorrt" else "tensorrt-rtx-cu13"
         return f"pip install 'fastface-trt[{self.name}]' (it brings {package})."
 

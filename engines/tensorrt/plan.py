@@ -91,7 +91,7 @@ def build_plan(
         plan = builder.build_serialized_network(network, config)
         if plan is None:
             raise BuildFailed(
-                f"{flavour.label} cannot build {module.name}: {log.reason()}", _mend(log)
+                f"{flavour.label} cannot build {module.name}: {log.reason()}", _hint(log)
             )
         with open(target / PLAN, "wb", buffering=0) as file:
             write_all(file, memoryview(plan))
@@ -284,7 +284,7 @@ def _save_timing_cache(cache: Any, file: Path | None) -> None:
     write_durably(file, memoryview(cache.serialize()))
 
 
-def _mend(log: MessageLog) -> str:
+def _hint(log: MessageLog) -> str:
     text = log.reason()
     if "graph_jit" in text or "CUDA driver" in text or "cudaError" in text:
         return "This build needs a GPU: refittable and stripped engines always do."
@@ -406,7 +406,7 @@ def run_in_child(job: Job, on_event: Callable[[Event], None]) -> dict[str, Any]:
 def _error(event: Event) -> Exception:
     if event.get("errno"):
         return OSError(event["errno"], event["message"], event["file"])
-    return _ERRORS[event["code"]](event["message"], event["mend"])
+    return _ERRORS[event["code"]](event["message"], event["hint"])
 
 
 def _died(job: Job, status: int, noise: str) -> BuildFailed:
@@ -466,7 +466,7 @@ def main() -> None:
         say({"event": "built", "facts": facts})
     except FastFaceError as error:
         code = error.code if error.code in _ERRORS else BuildFailed.code
-        say({"event": "failed", "code": code, "message": error.message, "mend": error.mend})
+        say({"event": "failed", "code": code, "message": error.message, "hint": error.hint})
     except OSError as error:
         say(
             {

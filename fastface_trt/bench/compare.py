@@ -39,15 +39,15 @@ class Ratio:
 
 def read_report(path: Path) -> BenchReport:
     """Read a `bench.json`; raises `InvalidRequest` saying what is wrong with it."""
-    mend = "Give a bench.json that fastface-trt bench of this version wrote."
+    hint = "Give a bench.json that fastface-trt bench of this version wrote."
     try:
         return BenchReport.model_validate_json(path.read_bytes())
     except OSError as error:
-        raise InvalidRequest(f"{path} cannot be read: {error.strerror}.", mend) from None
+        raise InvalidRequest(f"{path} cannot be read: {error.strerror}.", hint) from None
     except ValidationError as error:
         where, problem = first_problem(error)
         raise InvalidRequest(
-            f"{path} is no report of this version at {where or 'the top'}: {problem}.", mend
+            f"{path} is no report of this version at {where or 'the top'}: {problem}.", hint
         ) from None
 
 

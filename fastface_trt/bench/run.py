@@ -66,7 +66,7 @@ def run_benchmark(
             drawn = plots.write_plots(report, draft.path / "plots")
             pictures = [path.relative_to(draft.path).as_posix() for path in drawn]
         except MissingDependency as error:
-            said = (*report.notes, f"There are no plots: {error.message} {error.mend}")
+            said = (*report.notes, f"There are no plots: {error.message} {error.hint}")
             report = report.model_copy(update={"notes": said})
         with storage_errors(draft.path):
             (draft.path / "stages.csv").write_text(tables.stages_csv(report), encoding="utf-8")
@@ -158,7 +158,7 @@ def _with_roofline(report: BenchReport, load: Mapping[str, Any], progress: Progr
             case.stages, export, rates, height=report.work.height, width=report.work.width
         )
     except MissingDependency as error:
-        said = (*report.notes, f"There is no roofline: {error.message} {error.mend}")
+        said = (*report.notes, f"There is no roofline: {error.message} {error.hint}")
         return report.model_copy(update={"notes": said})
     counted = {label: (one.flops, one.bytes, one.seconds) for label, one in floors.items()}
     roofline = make_roofline(

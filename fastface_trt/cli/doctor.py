@@ -1,4 +1,4 @@
-"""`doctor`: what is installed, which backends work here and why not, and the mend."""
+"""`doctor`: what is installed, which backends work here and why not, and the hint."""
 
 import importlib.metadata
 import importlib.util
@@ -80,7 +80,7 @@ def doctor(
     cache: Path | None,
     file: Path | None,
 ) -> None:
-    """Say what is installed, which backends work here, and how to mend the others.
+    """Say what is installed, which backends work here, and how to make the others work.
 
     With --gpu it is a self-test: every GPU backend that works here builds the small model, makes
     pictures and is compared with ONNX Runtime on the CPU; exits with 1 when a check fails.
@@ -135,7 +135,7 @@ def _facts() -> dict[str, str]:
         if libraries := libraries_status():
             facts["CUDA libraries of ONNX Runtime"] = libraries
     operator = library_status()
-    facts["Attention kernels"] = " ".join(filter(None, (operator.detail, operator.mend)))
+    facts["Attention kernels"] = " ".join(filter(None, (operator.detail, operator.hint)))
     return facts
 
 
@@ -146,7 +146,7 @@ def _on_gpu(backends: list[BackendStatus]) -> list[str]:
         reasons = "; ".join(f"{s.name}: {s.detail}" for s in backends if s.name != REFERENCE)
         raise BackendUnavailable(
             "No GPU backend works here, so there is nothing to test.",
-            f"{reasons}. `fastface-trt doctor` says how to mend each.",
+            f"{reasons}. `fastface-trt doctor` says what to do about each.",
         )
     return names
 
@@ -184,13 +184,13 @@ def _print_backends(out: Console, backends: list[BackendStatus]) -> None:
     table = Table(title="Backends", show_lines=True)
     for heading in ("backend", "works", "what"):
         table.add_column(heading, overflow="fold")
-    mends: dict[str, list[str]] = {}
+    hints: dict[str, list[str]] = {}
     for status in backends:
         works = "[green]yes[/green]" if status.works else "[red]no[/red]"
         table.add_row(status.name, works, escape(status.detail))
-        if status.mend:
-            mends.setdefault(status.mend, []).append(status.name)
+        if status.hint:
+            hints.setdefault(status.hint, []).append(status.name)
     out.print(table)
     # Below the table, and never wrapped, so that a command can be copied.
-    for mend, names in mends.items():
-        out.print(f"{', '.join(names)}: {mend}", markup=False, soft_wrap=True)
+    for hint, names in hints.items():
+        out.print(f"{', '.join(names)}: {hint}", markup=False, soft_wrap=True)

@@ -27,15 +27,15 @@ USER_ERROR, INTERRUPTED = 2, 130
 
 
 class _Group(click.Group):
-    """Prints a `FastFaceError` as one sentence and its mend, without a traceback."""
+    """Prints a `FastFaceError` as one sentence and its hint, without a traceback."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
         except FastFaceError as error:
             click.secho(f"Error: {error.message}", fg="red", err=True)
-            if error.mend:
-                click.echo(f"  {error.mend}", err=True)
+            if error.hint:
+                click.echo(f"  {error.hint}", err=True)
             ctx.exit(USER_ERROR)
         except (KeyboardInterrupt, click.Abort):
             click.echo("Stopped; nothing half-made was left.", err=True)

@@ -135,7 +135,7 @@ class Host:
 def describe_error(error: BaseException) -> tuple[str, str]:
     """Code and sentence of an error for a C program; the code is empty where it is none of ours."""
     if isinstance(error, FastFaceError):
-        return error.code, f"{error.message} {error.mend}".strip()
+        return error.code, f"{error.message} {error.hint}".strip()
     return "", f"{type(error).__name__}: {error}"
 
 

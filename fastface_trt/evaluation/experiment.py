@@ -127,14 +127,14 @@ class Setting:
         try:
             return _request_fields(self.fields, steps)
         except UnknownName as error:
-            raise InvalidRequest(f"Setting {self.name}: {error.message}", error.mend) from None
+            raise InvalidRequest(f"Setting {self.name}: {error.message}", error.hint) from None
         except FastFaceError as error:
-            raise self._wrong(error.message, error.mend) from None
+            raise self._wrong(error.message, error.hint) from None
         except TypeError as error:
             raise self._wrong(f"{error}.", "Check the types of its values.") from None
 
-    def _wrong(self, problem: str, mend: str) -> InvalidRequest:
-        return InvalidRequest(f"Setting {self.name}: {problem}", mend)
+    def _wrong(self, problem: str, hint: str) -> InvalidRequest:
+        return InvalidRequest(f"Setting {self.name}: {problem}", hint)
 
 
 def check_field(field: str, what: str) -> None:
@@ -269,8 +269,8 @@ class Experiment(Strict):
     def _check(self, field: str, place: str) -> None:
         check_field(field, f"field in {place} of experiment {self.name}")
 
-    def _wrong(self, problem: str, mend: str) -> InvalidRequest:
-        return InvalidRequest(f"Experiment {self.name}: {problem}", mend)
+    def _wrong(self, problem: str, hint: str) -> InvalidRequest:
+        return InvalidRequest(f"Experiment {self.name}: {problem}", hint)
 
 
 def built_in() -> list[str]:

@@ -271,7 +271,7 @@ def _record(
         try:
             request = fastface.request(first.prompt, seed=first.seed, **fields)
         except InvalidRequest as error:
-            raise InvalidRequest(f"Setting {setting.name}: {error.message}", error.mend) from None
+            raise InvalidRequest(f"Setting {setting.name}: {error.message}", error.hint) from None
         records.append(
             SettingRecord(
                 name=setting.name,

@@ -52,7 +52,7 @@ def test_other_machines_are_refused(what):
     other = make_report(machine=MACHINE | {what: "another"})
     with pytest.raises(InvalidRequest, match=f"different machines: {what} ") as caught:
         compare(make_report(), other)
-    assert "--across-machines" in caught.value.mend
+    assert "--across-machines" in caught.value.hint
     assert compare(make_report(), other, across_machines=True)
 
 
@@ -63,7 +63,7 @@ def test_other_work_is_refused(work):
     other = make_report(**work)
     with pytest.raises(InvalidRequest, match=f"different work: {next(iter(work))} ") as caught:
         compare(make_report(), other)
-    assert "--different-work" in caught.value.mend
+    assert "--different-work" in caught.value.hint
     assert compare(make_report(), other, different_work=True)
 
 

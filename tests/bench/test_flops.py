@@ -262,7 +262,7 @@ def test_what_cannot_be_counted_is_said(tmp_path):
     path = small(tmp_path, HEAD + "g (float[n,4] x) => (float[n,4] y) { y = Relu(x) }")
     with pytest.raises(InvalidRequest, match="dynamic size n") as caught:
         count_module(path, {"m": 2})
-    assert caught.value.mend
+    assert caught.value.hint
     with pytest.raises(InvalidRequest, match="not an ONNX model"):
         count_module(tmp_path / "absent.onnx", {})
     own = small(

@@ -173,7 +173,7 @@ def test_an_earlier_report_is_replaced_and_other_files_are_not(written, tmp_path
         (("--random-weights", "--checkpoint", "mini"), "full-size SDXL"),
     ],
 )
-def test_mistakes_get_one_sentence_and_the_mend(tmp_path, arguments, says):
+def test_mistakes_get_one_sentence_and_the_hint(tmp_path, arguments, says):
     result = run("--out", tmp_path / "out", "--cache", tmp_path / "cache", *arguments)
     assert result.exit_code == USER_ERROR, result.output
     error = result.stderr[result.stderr.index("Error:") :]

@@ -47,7 +47,7 @@ def test_a_failing_process_is_one_sentence(tmp_path):
     job = Job("absent", "peer", "mini", 24, str(tmp_path), 1)
     with pytest.raises(EngineFailed, match=r"peer.*absent.*KeyError") as caught:
         run_job(job)
-    assert "memory" in caught.value.mend
+    assert "memory" in caught.value.hint
 
 
 def test_another_prediction_is_not_reported(tmp_path, monkeypatch):

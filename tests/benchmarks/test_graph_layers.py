@@ -117,4 +117,4 @@ def test_files_that_do_not_parse_are_explained(tmp_path):
     for name in ("broken.onnx", "absent.onnx"):
         with pytest.raises(InvalidRequest, match=name) as caught:
             read_layers(tmp_path / name)
-        assert caught.value.mend
+        assert caught.value.hint

@@ -211,7 +211,7 @@ def test_presets_can_be_overridden(tiny_export, face, tmp_path):
         (("--face", "absent.png"), "absent.png"),
     ],
 )
-def test_mistakes_get_one_sentence_and_the_mend(tiny_export, face, tmp_path, arguments, says):
+def test_mistakes_get_one_sentence_and_the_hint(tiny_export, face, tmp_path, arguments, says):
     result = generate(tiny_export, face, tmp_path / "out", *arguments)
     assert result.exit_code == USER_ERROR, result.output
     assert "Traceback" not in result.output
@@ -252,7 +252,7 @@ def test_doctor():
     report = json.loads(run("doctor", "--json").stdout)
     works = {b["name"]: b["works"] for b in report["backends"]}
     assert works["onnxruntime"]
-    assert all(b["works"] or b["mend"] for b in report["backends"])
+    assert all(b["works"] or b["hint"] for b in report["backends"])
 
 
 def test_export_asks_for_the_licence_first():

@@ -53,7 +53,7 @@ def test_a_wrong_backend_fails_and_is_explained(tiny_export, tmp_path, wrong):
     assert result.exit_code == 0, result.output
 
 
-def test_mistakes_get_one_sentence_and_the_mend(tiny_export):
+def test_mistakes_get_one_sentence_and_the_hint(tiny_export):
     for arguments, says in (
         (("--module", "unett"), "'unet'"),
         (("--backend", "onnxruntim"), "'onnxruntime'"),

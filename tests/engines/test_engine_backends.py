@@ -42,10 +42,10 @@ def test_builders_by_name():
         assert builder_for(name).backend == name
 
 
-def test_every_backend_has_a_status_and_every_failure_a_mend():
+def test_every_backend_has_a_status_and_every_failure_a_hint():
     found = probe_backends()
     assert [s.name for s in found] == list(backends.BACKENDS)
-    assert all(s.works or s.mend for s in found)
+    assert all(s.works or s.hint for s in found)
     cpu = status("onnxruntime")
     assert cpu.works
     assert cpu.version == onnxruntime.__version__
@@ -89,7 +89,7 @@ def test_cuda_works_when_a_kernel_of_it_ran(with_cuda, monkeypatch):
     cuda = status("onnxruntime-cuda")
     assert not cuda.works
     assert "no kernel image" in cuda.detail
-    assert "no kernels for this GPU" in cuda.mend
+    assert "no kernels for this GPU" in cuda.hint
     monkeypatch.setattr(CudaSession, "run", lambda self, names, inputs: [inputs["x"] * 2])
     assert not status("onnxruntime-cuda").works
 
@@ -99,7 +99,7 @@ def test_cuda_that_is_listed_but_does_not_start_does_not_work(with_cuda, monkeyp
     cuda = status("onnxruntime-cuda")
     assert not cuda.works
     assert "took CPUExecutionProvider" in cuda.detail
-    assert "onnxruntime-gpu" in cuda.mend
+    assert "onnxruntime-gpu" in cuda.hint
 
 
 def test_two_onnxruntimes_over_each_other_are_noticed(monkeypatch):
@@ -116,11 +116,11 @@ def test_the_gpu_build_under_the_cpus_is_put_on_top_by_one_command(monkeypatch):
     monkeypatch.setattr(onnxruntime, "get_available_providers", only_cpu)
     command = "pip install --force-reinstall --no-deps onnxruntime-gpu"
     absent = status("onnxruntime-cuda")
-    assert absent.mend == f"pip install 'fastface-trt[gpu]' && {command}"
+    assert absent.hint == f"pip install 'fastface-trt[gpu]' && {command}"
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "1.31.1")
     covered = status("onnxruntime-cuda")
     assert "onnxruntime-gpu 1.31.1 is installed, but onnxruntime lies over it" in covered.detail
-    assert covered.mend == command
+    assert covered.hint == command
 
 
 def test_a_broken_onnxruntime_is_a_status_not_a_traceback(monkeypatch):
@@ -129,7 +129,7 @@ def test_a_broken_onnxruntime_is_a_status_not_a_traceback(monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     broken = status("onnxruntime")
     assert not broken.works
-    assert broken.mend
+    assert broken.hint
 
 
 def test_tensorrt_that_does_not_import_and_that_is_not_installed(monkeypatch):
@@ -164,7 +164,7 @@ def test_tensorrt_rtx_on_a_gpu_that_it_refuses_does_not_work(monkeypatch):
     assert not refused.works
     assert "does not take NVIDIA H100 (compute capability 9.0)" in refused.detail
     assert "7.5, 8.0, 8.6, 8.9 and 12.0 or later" in refused.detail
-    assert "onnxruntime-cuda" in refused.mend
+    assert "onnxruntime-cuda" in refused.hint
 
 
 def test_what_opens_engines_does_without_the_package_onnx():

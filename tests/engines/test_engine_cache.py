@@ -195,7 +195,7 @@ def test_a_damaged_engine_is_set_aside_and_built_again(cache, module, source, bu
     apply(folder / name)
     with pytest.raises(FastFaceError) as caught:
         cache.verify(manifest.key)
-    assert caught.value.mend
+    assert caught.value.hint
     assert builder.builds() == 1, "verifying changes nothing"
     lines = []
     again, _ = cache.get(module, source, builder, lines.append)
@@ -231,7 +231,7 @@ def test_a_damaged_export_is_not_built(cache, module, source, builder, damage, m
     with pytest.raises(ExportIncomplete, match=message) as caught:
         cache.get(module, source, builder)
     assert module.files[index].path in caught.value.message
-    assert caught.value.mend
+    assert caught.value.hint
     assert builder.builds() == 0
     assert tree(cache.root) == []
 
@@ -288,7 +288,7 @@ def test_a_full_disk_at_the_manifest(cache, module, source, builder, monkeypatch
     monkeypatch.setattr("fastface_trt.engines.files.write_text_durably", fail)
     with pytest.raises(StorageError, match="full") as caught:
         cache.get(module, source, builder)
-    assert "free" in caught.value.mend
+    assert "free" in caught.value.hint
     assert tree(cache.root) == []
     monkeypatch.setattr("fastface_trt.engines.files.write_text_durably", write_text_durably)
     check(cache, module, source, builder)
@@ -298,7 +298,7 @@ def test_a_cache_that_cannot_be_made(tmp_path, module, source, builder):
     (tmp_path / "file").touch()
     with pytest.raises(StorageError) as caught:
         EngineCache(tmp_path / "file" / "cache").get(module, source, builder)
-    assert caught.value.mend
+    assert caught.value.hint
 
 
 def test_finished_engines_serve_from_a_disk_that_cannot_be_written(

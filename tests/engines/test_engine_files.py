@@ -57,7 +57,7 @@ def test_verify_says_what_is_wrong_with_which_file(tmp_path):
     (tmp_path / "b").write_bytes(b"01234")
     with pytest.raises(ExportIncomplete, match=r"/b is truncated: 5 bytes instead of 10") as caught:
         verify_files(tmp_path, entries)
-    assert caught.value.mend
+    assert caught.value.hint
     (tmp_path / "b").write_bytes(b"012345678!")
     with pytest.raises(EngineMismatch, match=r"/b is changed.*SHA-256.*Do this"):
         verify_files(tmp_path, entries, EngineMismatch, "Do this.")
@@ -135,7 +135,7 @@ def test_a_full_or_read_only_disk_is_a_storage_error(tmp_path, monkeypatch, code
     with pytest.raises(StorageError) as caught:
         write(tmp_path / "t", "new")
     monkeypatch.undo()
-    assert caught.value.mend
+    assert caught.value.hint
     assert [p.name for p in tmp_path.iterdir()] == ["t"]
     assert "old" in (tmp_path / "t" / "note.json").read_text()
 

@@ -32,9 +32,9 @@ def test_cuda_without_cuda_python_is_unknown(monkeypatch):
         "gpu": "unknown",
         "compute_capability": "unknown",
     }
-    why, mend = hardware.why_no_gpu()
+    why, hint = hardware.why_no_gpu()
     assert "cuda-python" in why
-    assert "fastface-trt[gpu]" in mend
+    assert "fastface-trt[gpu]" in hint
 
 
 @pytest.mark.parametrize(

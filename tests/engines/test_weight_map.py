@@ -255,7 +255,7 @@ def test_a_weight_that_was_folded_cannot_change_at_all(unet_like, tmp_path):
     changed = graph_file(tmp_path / "b.onnx", set_weight("w", np.zeros((2, 3), np.float32)))
     with pytest.raises(EngineMismatch, match="merged w into other values") as caught:
         find_change(module, built, changed)
-    assert "build" in caught.value.mend
+    assert "build" in caught.value.hint
 
 
 @pytest.fixture

@@ -162,7 +162,7 @@ def test_wrong_heads_and_absent_weights_are_one_sentence(clip_folder, tmp_path):
         ClipJudge(ClipView(HubItem(str(tmp_path / "absent")))).load(DATA)
 
 
-def test_missing_package_is_named_with_the_mend(clip_folder, monkeypatch):
+def test_missing_package_is_named_with_the_hint(clip_folder, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "transformers", None)
     with pytest.raises(MissingDependency, match=r"need transformers.*--judges"):
         ClipView(HubItem(str(clip_folder))).load()

@@ -238,7 +238,7 @@ def test_absent_checkpoint_is_explained(tiny_entry, tmp_path, monkeypatch):
         entry = replace(tiny_entry, base=HubItem(location))
         with pytest.raises(WeightsError) as caught:
             run_export(ExportOptions(entry), tmp_path / "out", quiet)
-        assert caught.value.mend
+        assert caught.value.hint
     assert list(tmp_path.iterdir()) == []
 
 

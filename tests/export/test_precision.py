@@ -162,8 +162,8 @@ def test_bf16_build_on_the_cpu_says_what_to_do(half_unet):
         pytest.skip("the other precision")
     with pytest.raises(BuildFailed) as caught:
         EngineCache().open(spec, folder, builder_for("onnxruntime"), lambda line: None)
-    assert "bf16" in caught.value.mend
-    assert "--precision fp16" in caught.value.mend
+    assert "bf16" in caught.value.hint
+    assert "--precision fp16" in caught.value.hint
 
 
 def test_fp16_is_close_to_float64(half_unet, tiny):

@@ -181,7 +181,7 @@ def test_misfits_are_explained(tmp_path, what, make):
 
     with pytest.raises(WeightsError) as caught:
         load()
-    assert caught.value.mend
+    assert caught.value.hint
 
 
 @pytest.mark.parametrize("what", ["text only", "shallow", "other model"])

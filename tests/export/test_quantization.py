@@ -447,7 +447,7 @@ def test_a_vae_in_8_bits(tiny, form, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("values", "mend"),
+    ("values", "hint"),
     [
         ({"precision": "fp16", "quantize_attention": True}, "--precision fp8"),
         (
@@ -459,10 +459,10 @@ def test_a_vae_in_8_bits(tiny, form, tmp_path):
         ({"precision": "fp32", "quantize_vae": "int8", "calibration": None}, "calibration"),
     ],
 )
-def test_quantisation_that_cannot_be_is_refused(tiny_entry, values, mend):
+def test_quantisation_that_cannot_be_is_refused(tiny_entry, values, hint):
     with pytest.raises(InvalidRequest) as caught:
         ExportOptions(tiny_entry, **({"calibration": RandomCalibration()} | values))
-    assert mend in caught.value.mend
+    assert hint in caught.value.hint
 
 
 def test_missing_modelopt_is_said_before_anything_is_written(tiny_entry, tmp_path, monkeypatch):
@@ -472,7 +472,7 @@ def test_missing_modelopt_is_said_before_anything_is_written(tiny_entry, tmp_pat
     options = ExportOptions(tiny_entry, precision="fp8", calibration=RandomCalibration())
     with pytest.raises(MissingDependency, match="modelopt") as caught:
         run_export(options, tmp_path / "out", quiet)
-    assert "fastface-trt[quantize]" in caught.value.mend
+    assert "fastface-trt[quantize]" in caught.value.hint
     assert list(tmp_path.iterdir()) == []
 
 

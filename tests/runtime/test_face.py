@@ -93,13 +93,13 @@ def test_equals_insightface_called_directly(analyzer, folder):
 def test_index_out_of_range_says_how_many_there_are(analyzer, index):
     with pytest.raises(FaceIndexOutOfRange, match="picture has 3") as caught:
         analyzer.analyze(three_faces(), index=index)
-    assert "0 (the largest face) to 2" in caught.value.mend
+    assert "0 (the largest face) to 2" in caught.value.hint
 
 
 def test_no_face(analyzer):
     with pytest.raises(NoFaceFound, match="640 to 320") as caught:
         analyzer.analyze(scene())
-    assert caught.value.mend
+    assert caught.value.hint
     assert analyzer.faces(scene()) == []
 
 
@@ -172,7 +172,7 @@ def test_provider_that_is_not_installed(folder):
     analyzer = FaceAnalyzer(folder, providers=("NoSuchExecutionProvider", "CPUExecutionProvider"))
     with pytest.raises(BackendUnavailable, match="This machine does not run on NoSuch") as caught:
         analyzer.load()
-    assert caught.value.mend
+    assert caught.value.hint
 
 
 def test_silent_fallback_to_the_cpu_is_an_error(folder, monkeypatch):
@@ -192,7 +192,7 @@ def test_pack_needs_its_licence_acknowledged(monkeypatch):
     monkeypatch.delenv("FASTFACE_ACCEPT_LICENCES", raising=False)
     with pytest.raises(LicenceNotAcknowledged, match="non-commercial research") as caught:
         FaceAnalyzer("buffalo_l")
-    assert "FASTFACE_ACCEPT_LICENCES=1" in caught.value.mend
+    assert "FASTFACE_ACCEPT_LICENCES=1" in caught.value.hint
     FaceAnalyzer("buffalo_l", licence_acknowledged=True)
     monkeypatch.setenv("FASTFACE_ACCEPT_LICENCES", "0")
     with pytest.raises(LicenceNotAcknowledged):
@@ -211,7 +211,7 @@ def test_pack_that_cannot_be_downloaded(monkeypatch):
     analyzer = FaceAnalyzer("buffalo_l", licence_acknowledged=True)
     with pytest.raises(WeightsError, match="Name or service not known") as caught:
         analyzer.load()
-    assert "~/.insightface/models/buffalo_l" in caught.value.mend
+    assert "~/.insightface/models/buffalo_l" in caught.value.hint
 
 
 def test_unknown_pack_and_missing_folder(tmp_path):
@@ -233,7 +233,7 @@ def test_folder_without_usable_models(tmp_path, broken):
         (folder / "det.onnx").write_bytes((folder / "det.onnx").read_bytes()[:500])
     with pytest.raises(WeightsError, match=str(folder)) as caught:
         FaceAnalyzer(folder).load()
-    assert caught.value.mend
+    assert caught.value.hint
 
 
 def test_models_of_another_kind(tmp_path):

@@ -337,7 +337,7 @@ def test_an_export_without_a_guidance_step_says_so(tmp_path, face):
         pytest.raises(ExportIncomplete, match="no module guidance_step") as caught,
     ):
         gpu(PROMPT, face)
-    assert "export the model again" in caught.value.mend
+    assert "export the model again" in caught.value.hint
 
 
 @only_tensorrt
@@ -345,4 +345,4 @@ def test_a_size_that_was_not_built_is_refused_with_the_command(simulated, face):
     gpu, _, _ = simulated
     with pytest.raises(InvalidRequest, match="does not run sample") as caught:
         gpu(PROMPT, face, height=128, width=96)
-    assert "fastface-trt build --backend" in caught.value.mend
+    assert "fastface-trt build --backend" in caught.value.hint

@@ -173,7 +173,7 @@ def test_what_is_no_usable_picture_says_so_and_names_the_file(tmp_path, content,
     with pytest.raises(BadPicture, match=message) as caught:
         load_picture(path)
     assert str(path) in caught.value.message
-    assert caught.value.mend
+    assert caught.value.hint
     with pytest.raises(BadPicture, match=message):
         load_picture(content)
 
@@ -212,7 +212,7 @@ def test_pixel_limit_is_checked_before_decoding(monkeypatch, side):
         warnings.simplefilter("error")
         with pytest.raises(BadPicture, match="pixels") as caught:
             load_picture(bomb.getvalue(), max_pixels=200 * 200 - 1)
-    assert caught.value.mend == "Scale it down first."
+    assert caught.value.hint == "Scale it down first."
     assert decoded == []
 
 

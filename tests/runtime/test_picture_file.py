@@ -152,7 +152,7 @@ def test_other_arrays_are_refused(wrong):
 def test_missing_folder_is_a_storage_error(tmp_path):
     with pytest.raises(StorageError, match="cannot be written") as caught:
         write_picture(tmp_path / "none" / "a.png", PICTURE, parameters={})
-    assert caught.value.mend
+    assert caught.value.hint
 
 
 @pytest.mark.parametrize("moment", ["write", "fsync", "rename"])
@@ -231,7 +231,7 @@ def test_files_without_parameters(tmp_path):
     for name in ["other.bmp", "none.png", "."]:
         with pytest.raises(BadPicture, match="cannot be read") as caught:
             read_parameters(tmp_path / name)
-        assert caught.value.mend
+        assert caught.value.hint
 
 
 @pytest.mark.parametrize("stored", ["[1]", "{", "", "[" * 100_000])

@@ -145,7 +145,7 @@ def test_format_of_a_name(tmp_path, name, wanted, expected):
         return
     with pytest.raises(InvalidRequest, match=expected) as caught:
         write_picture(tmp_path / name, PICTURE, parameters={}, format=wanted)
-    assert caught.value.mend
+    assert caught.value.hint
     assert list(tmp_path.iterdir()) == []
 
 

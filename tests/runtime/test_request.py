@@ -107,7 +107,7 @@ def test_named_schedules_are_written_out():
 def test_bad_values_are_refused(field, value):
     with pytest.raises(InvalidRequest) as caught:
         replace(REQUEST, **{field: value})
-    assert caught.value.mend
+    assert caught.value.hint
 
 
 @pytest.mark.parametrize(

@@ -217,7 +217,7 @@ def folder(tmp_path):
 def refuse(folder, match):
     with pytest.raises(WeightsError, match=match) as caught:
         ClipTokenizer.from_folder(folder)
-    assert caught.value.mend
+    assert caught.value.hint
     assert str(folder) in caught.value.message
 
 

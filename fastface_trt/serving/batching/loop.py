@@ -89,7 +89,7 @@ class EngineLoop:
             while entries := self._table.wait_for_work():
                 self._round(entries)
         except Exception as error:
-            # What a user can mend has a sentence; only a surprise needs a traceback.
+            # What a user can fix has a sentence; only a surprise needs a traceback.
             surprise = not isinstance(error, FastFaceError)
             _log.critical("The engines failed for good: %s", error, exc_info=surprise)
             self._table.dead(for_client(error))

@@ -1,6 +1,6 @@
 """The stages of a picture as the engine thread calls them: measured, with errors for clients.
 
-A client learns what it can mend. What only the operator can mend is in the log, and the client gets
+A client learns what it can fix. What only the operator can fix is in the log, and the client gets
 one generic sentence.
 """
 

@@ -20,7 +20,7 @@ class _Refusal:
     until: float
     load: Load
     message: str
-    mend: str
+    hint: str
     retry_after: float
 
 
@@ -68,7 +68,7 @@ class Admission:
                 and now.waiting >= refusal.load.waiting
                 and now.backlog_seconds >= refusal.load.backlog_seconds
             ):
-                raise Busy(refusal.message, refusal.mend, retry_after=refusal.retry_after)
+                raise Busy(refusal.message, refusal.hint, retry_after=refusal.retry_after)
             self._refused = None
 
     def remember(self, error: Busy) -> None:
@@ -80,4 +80,4 @@ class Admission:
         seconds = error.retry_after
         until = self._clock() + min(seconds, REMEMBERED)
         load = self._worker.load()
-        self._refused = _Refusal(until, load, error.message, error.mend, seconds)
+        self._refused = _Refusal(until, load, error.message, error.hint, seconds)

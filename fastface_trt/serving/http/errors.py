@@ -1,4 +1,4 @@
-"""Errors as OpenAI's clients read them: a status, a type, a code and one sentence with its mend.
+"""Errors as OpenAI's clients read them: a status, a type, a code and one sentence with its hint.
 
 First those that only an HTTP server can raise, then the answer to any error.
 """
@@ -66,8 +66,8 @@ class InvalidField(FastFaceError):
 
     code = "invalid_request"
 
-    def __init__(self, message: str, mend: str = "", *, param: str | None = None) -> None:
-        super().__init__(message, mend)
+    def __init__(self, message: str, hint: str = "", *, param: str | None = None) -> None:
+        super().__init__(message, hint)
         self.param = param
 
 

@@ -202,7 +202,7 @@ def test_too_little_memory_is_said_before_anything_is_allocated():
         assert caught.value.message == (
             "The engine of unet needs 11.2 GB of GPU memory, 8.0 GB are free."
         )
-        assert caught.value.mend == "Use less."
+        assert caught.value.hint == "Use less."
         assert not [name for name in cuda.names(start) if "Alloc" in name]
         device.require(2**30, "The engine of unet", "")
         device.close()
@@ -247,7 +247,7 @@ def test_errors_are_sentences(device, cuda, code, error, words):
     cuda.fail["cuMemcpyHtoDAsync"] = code
     with pytest.raises(error, match=words) as caught:
         device.upload(random(3))
-    assert caught.value.mend
+    assert caught.value.hint
 
 
 def test_without_a_driver_or_a_gpu(monkeypatch):
@@ -258,7 +258,7 @@ def test_without_a_driver_or_a_gpu(monkeypatch):
         cuda.fail["cuInit"] = "CUDA_ERROR_NO_DEVICE"
         with pytest.raises(BackendUnavailable, match="NO_DEVICE") as caught:
             CudaDevice()
-        assert "onnxruntime" in caught.value.mend
+        assert "onnxruntime" in caught.value.hint
 
 
 def test_the_double_refuses_what_the_real_binding_does_not_have(cuda):

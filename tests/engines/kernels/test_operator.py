@@ -254,12 +254,12 @@ def test_where_nothing_is_shipped_it_is_built(nothing_shipped, tmp_path):
         place_library(tmp_path, [8], ["float32"], "sm_90")
 
 
-def test_without_a_compiler_the_status_says_how_to_mend_it(nothing_shipped, tmp_path):
+def test_without_a_compiler_the_status_says_what_to_do(nothing_shipped, tmp_path):
     nothing_shipped.setenv("PATH", str(tmp_path))
     status = library_status("sm_90")
     assert not status.available
     assert "no C++ compiler" in status.detail
-    assert "apt install g++" in status.mend
+    assert "apt install g++" in status.hint
     with pytest.raises(MissingDependency, match="apt install"):
         place_library(tmp_path, [64], ["float16"], "sm_90")
     assert list(tmp_path.iterdir()) == []

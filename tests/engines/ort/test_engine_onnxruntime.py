@@ -120,7 +120,7 @@ def test_cuda_without_cuda_is_refused_before_anything_is_built(tmp_path, cache):
     module = write_module(tmp_path / "export")
     with pytest.raises(BackendUnavailable, match="has no CUDAExecutionProvider") as caught:
         cache.open(module, tmp_path / "export", OnnxRuntimeBuilder("cuda"))
-    assert "onnxruntime-gpu" in caught.value.mend
+    assert "onnxruntime-gpu" in caught.value.hint
     assert tree(cache.root) == []
 
 
@@ -139,7 +139,7 @@ def test_onnxruntime_falling_back_to_the_cpu_is_noticed(tmp_path, monkeypatch):
     target.mkdir()
     with pytest.raises(BackendUnavailable, match=r"asked for CUDA.* and took CPU") as caught:
         builder.build(module, tmp_path, target, quiet)
-    assert "onnxruntime-gpu" in caught.value.mend
+    assert "onnxruntime-gpu" in caught.value.hint
 
 
 def test_onnxruntimes_own_fallback_in_the_middle_of_a_run_is_off(tmp_path, cache):

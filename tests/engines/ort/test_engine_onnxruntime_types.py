@@ -71,7 +71,7 @@ def test_fp8_layer_of_three_dimensions_runs(tmp_path):
     np.testing.assert_allclose(ours, expected, atol=1e-5)
 
 
-def test_bfloat16_layer_is_refused_with_a_mend(tmp_path):
+def test_bfloat16_layer_is_refused_with_a_hint(tmp_path):
     weight = np.ones((WIDTH, WIDTH), dtype=ml_dtypes.bfloat16)
     module = write(
         tmp_path / "export",
@@ -87,5 +87,5 @@ def test_bfloat16_layer_is_refused_with_a_mend(tmp_path):
         EngineCache(tmp_path / "cache").open(
             module, tmp_path / "export", OnnxRuntimeBuilder(threads=1), lambda line: None
         )
-    assert "bf16" in caught.value.mend
-    assert "--precision fp16" in caught.value.mend
+    assert "bf16" in caught.value.hint
+    assert "--precision fp16" in caught.value.hint

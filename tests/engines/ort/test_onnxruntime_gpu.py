@@ -405,7 +405,7 @@ def test_a_provider_that_is_not_there_says_so(provider, tmp_path):
     module = write_module(tmp_path / "export")
     with pytest.raises(BackendUnavailable, match=f"has no {PROVIDERS[provider]}") as caught:
         EngineCache(tmp_path).open(module, tmp_path / "export", OnnxRuntimeBuilder(provider))
-    assert caught.value.mend
+    assert caught.value.hint
 
 
 def test_output_shapes_follow_from_named_sizes():

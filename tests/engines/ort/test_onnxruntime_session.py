@@ -63,7 +63,7 @@ def test_what_cannot_run_is_told_in_a_sentence(monkeypatch, provider, gpu, cuda,
     with pytest.raises(BackendUnavailable, match=says) as caught:
         check_provider(provider)
     assert PROVIDERS[provider] in caught.value.message
-    assert caught.value.mend
+    assert caught.value.hint
 
 
 class Options:
@@ -264,7 +264,7 @@ def test_libraries_that_are_missing_are_named(monkeypatch):
     monkeypatch.setattr(onnxruntime, "InferenceSession", lambda *_, **__: on_the_cpu)
     with pytest.raises(BackendUnavailable, match=r"does not find libcudnn\.so\.9") as caught:
         open_session(b"graph", onnxruntime.SessionOptions(), "cuda")
-    assert "onnxruntime-gpu[cuda,cudnn]" in caught.value.mend
+    assert "onnxruntime-gpu[cuda,cudnn]" in caught.value.hint
     assert "libcudnn.so.9: pip install" in onnxruntime_session.libraries_status()
     monkeypatch.setattr(onnxruntime, "cuda_version", "")
     assert onnxruntime_session.libraries_status() is None

@@ -40,7 +40,7 @@ RECEIVERS = {
 }
 """What the code calls TensorRT's objects, and the classes that they may be."""
 
-NOT_TENSORRT = {"error": {"errno", "errors", "filename", "mend", "message", "strerror"}}
+NOT_TENSORRT = {"error": {"errno", "errors", "filename", "hint", "message", "strerror"}}
 """Attributes of other things that go by the same name: exceptions."""
 
 RTX_ONLY = {

@@ -107,7 +107,7 @@ def test_what_needs_a_gpu_says_so(store, tmp_path, monkeypatch):
     if builder_module.cuda_hardware()["gpu"] == "unknown":
         with pytest.raises(BuildFailed, match="cannot build affine") as caught:
             store.get(module, tmp_path / "export", small(refittable=True))
-        assert "needs a GPU" in caught.value.mend
+        assert "needs a GPU" in caught.value.hint
     monkeypatch.setattr(builder_module, "cuda_hardware", lambda: NOWHERE)
     with pytest.raises(BackendUnavailable, match="no NVIDIA GPU"):
         small().check_runs_here()
@@ -126,7 +126,7 @@ def test_a_gpu_that_tensorrt_rtx_refuses_is_told_before_a_build(tmp_path, monkey
     for act in (lambda: build(small()), small().check_runs_here):
         with pytest.raises(BackendUnavailable, match=r"does not take NVIDIA H100 .*9\.0") as caught:
             act()
-        assert "--target" in caught.value.mend
+        assert "--target" in caught.value.hint
     build(small(targets=("sm89",)))  # for another machine
     monkeypatch.setattr(builder_module, "cuda_hardware", lambda: NOWHERE)
     build(small())
@@ -181,7 +181,7 @@ def test_an_engine_for_something_else_names_the_field(
     manifest = manifest_of(module, builder, **fields)
     with pytest.raises(EngineMismatch, match=f"built with {field} .*, here it is") as caught:
         builder.open(manifest, tmp_path)
-    assert "uild it" in caught.value.mend
+    assert "uild it" in caught.value.hint
 
 
 def test_targets_and_compatible_engines_fit_other_gpus(tmp_path, monkeypatch):

@@ -182,7 +182,7 @@ def test_shapes_that_were_not_built_say_what_was_and_how_to_build(bench):
         engine(x=rows(6), p=np.zeros((2, 3), np.float32))
     assert "does not run x 6 x 16" in caught.value.message
     assert "x 1 x 16; x 2 x 16; x 3 x 16" in caught.value.message
-    assert f"--backend {bench.builder.backend} --requests 2 --branches 3" in caught.value.mend
+    assert f"--backend {bench.builder.backend} --requests 2 --branches 3" in caught.value.hint
 
 
 def test_a_device_tensor_of_another_type_is_refused(bench):
@@ -190,7 +190,7 @@ def test_a_device_tensor_of_another_type_is_refused(bench):
         half = engine.device.upload(rows().astype(np.float16))
         with pytest.raises(EngineMismatch, match=r"float32 and was given float16") as caught:
             engine(x=half)
-        assert "Export the model again" in caught.value.mend
+        assert "Export the model again" in caught.value.hint
         with pytest.raises(InvalidRequest, match=r"shape \(1, 15\)"):
             engine(x=DeviceTensor(0, (1, 15), "float32"))
 
@@ -279,7 +279,7 @@ def test_too_little_memory_is_said_before_loading(tmp_path):
         bench = Bench(tmp_path, "tensorrt-rtx", cuda, trt)
         with pytest.raises(OutOfMemory, match=r"engine of affine needs .* are free") as caught:
             bench.open()
-        assert "--weight-streaming" in caught.value.mend
+        assert "--weight-streaming" in caught.value.hint
         assert "Runtime.deserialize_cuda_engine" not in trt.counts()
 
 
@@ -297,7 +297,7 @@ def test_sticky_errors_say_that_the_process_must_restart(bench):
         bench.cuda.sticky = "CUDA_ERROR_ILLEGAL_ADDRESS"
         with pytest.raises(EngineFailed, match="no further call in this process") as caught:
             run(engine, rows())
-        assert caught.value.mend.startswith("Restart the process")
+        assert caught.value.hint.startswith("Restart the process")
         bench.cuda.sticky = None
 
 

@@ -132,7 +132,7 @@ def test_a_tactic_for_a_key_that_was_never_measured_is_an_error():
     options = TensorRTOptions(tactics=(f"0x{'b' * 32}=0x1f",))
     with pytest.raises(BuildFailed, match="does not take the tactic 0x1f") as caught:
         plan._fix_tactics(trt, cache, options, MessageLog(trt))
-    assert "--editable-timing-cache" in caught.value.mend
+    assert "--editable-timing-cache" in caught.value.hint
     assert list(cache.entries) == [KEY]
     with pytest.raises(BuildFailed, match="this build has none"):
         plan._fix_tactics(trt, None, options, MessageLog(trt))

@@ -123,7 +123,7 @@ def test_options_that_are_not_valid_name_the_option(values, where):
 def test_options_of_the_other_flavour_are_refused(flavour, values, other):
     with pytest.raises(InvalidRequest, match="does not offer") as caught:
         TensorRTOptions.checked(flavour, **values)
-    assert other in caught.value.mend
+    assert other in caught.value.hint
 
 
 def test_only_what_differs_from_the_defaults_is_part_of_the_identity():

@@ -97,7 +97,7 @@ def test_engines_that_fail_for_good_end_everything(fastface, batcher, part):
     assert batcher.state is State.DEAD
 
 
-def test_what_a_client_can_mend_reaches_it(fastface, batcher, monkeypatch):
+def test_what_a_client_can_fix_reaches_it(fastface, batcher, monkeypatch):
     def full(*args):
         raise OutOfMemory("The GPU has less free memory than this picture needs.", "Ask smaller.")
 

@@ -58,7 +58,7 @@ def test_pictures_wait_up_to_a_number(fastface, analysis):
     assert all(one.result(WAIT).count == 1 for one in [first, *waiting])
 
 
-def test_errors_are_what_a_client_can_mend_or_one_sentence(fastface, analysis, caplog):
+def test_errors_are_what_a_client_can_fix_or_one_sentence(fastface, analysis, caplog):
     fastface.let.set()
     with pytest.raises(NoFaceFound):
         analysis.submit(NO_FACE, None).result(WAIT)

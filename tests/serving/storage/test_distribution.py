@@ -128,7 +128,7 @@ def test_a_pinned_release_that_is_here_needs_no_storage(export, tmp_path):
     assert contents(again.folder) == contents(export)
 
 
-def test_damage_on_this_machine_is_mended(url, export, tmp_path):
+def test_damage_on_this_machine_is_repaired(url, export, tmp_path):
     address = publish(export, url)
     folder = obtain(str(address), home=tmp_path / "home").folder
     with open(folder / "unet" / "model.onnx", "r+b") as file:
