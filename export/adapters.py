@@ -31,8 +31,8 @@ from fastface_trt.engines.manifest import AdapterKind, Dimension, Orthogonal
 from fastface_trt.errors import WeightsError
 from fastface_trt.export.attention import attach_processors
 from fastface_trt.export.precision import Model
+from fastface_trt.export.weight_files import State, open_weights
 
-State = dict[str, Tensor]
 Projection: TypeAlias = "FaceProjection | FaceIdProjection | IDFormer | IDEncoder"
 
 HEAD_SIZE = 64
@@ -72,7 +72,7 @@ def read_adapter(path: Path) -> AdapterWeights:
     Raises `WeightsError` for a file of no kind that `AdapterKind` names.
     """
     parts: dict[str, State] = {}
-    for key, tensor in read_tensors(path).items():
+    for key, tensor in open_weights(path).items():
         part, _, rest = key.partition(".")
         parts.setdefault(part, {})[rest] = tensor
     if "id_adapter" in parts and "id_adapter_attn_layers" in parts:
@@ -100,28 +100,6 @@ def _ip_adapter_kind(name: str, image_proj: State) -> AdapterKind:
     if image_proj.keys() >= {"proj.0.weight", "proj.2.weight", "norm.weight"}:
         return "faceid"
     raise WeightsError(f"{name} is neither a FaceID-Plus-v2 nor a FaceID adapter.", _USE)
-
-
-def read_tensors(path: Path) -> State:
-    """Tensors of a `.safetensors` or a `.bin` file (weights only), nested dicts joined by dots."""
-    if not path.is_file():
-        raise WeightsError(f"There is no file {path}.", "Check the path, or download it again.")
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        nested = torch.load(path, map_location="cpu", weights_only=True)
-        return {
-            f"{outer}.{inner}" if isinstance(value, dict) else outer: tensor
-            for outer, value in nested.items()
-            for inner, tensor in (value.items() if isinstance(value, dict) else [("", value)])
-        }
-    except Exception as error:
-        raise WeightsError(
-            f"{path.name} is not a readable weights file ({type(error).__name__}).",
-            "It may be truncated or hold something else: download it again.",
-        ) from error
 
 
 def load_projection(adapter: AdapterWeights, zero_tokens: int | None = None) -> Projection:

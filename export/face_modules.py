@@ -25,9 +25,10 @@ from torch import Tensor, nn
 from fastface_trt.engines import contract
 from fastface_trt.engines.manifest import Dimension
 from fastface_trt.errors import WeightsError
-from fastface_trt.export.adapters import Projection, State
+from fastface_trt.export.adapters import Projection
 from fastface_trt.export.modules import EXAMPLE_REQUESTS, ModuleExport
 from fastface_trt.export.precision import Model, boundary_dtype
+from fastface_trt.export.weight_files import State, open_weights
 
 HEAD_SIZE = 64
 PRETRAINED_SIDE = 16
@@ -147,9 +148,8 @@ def load_eva_tower(path: Path, dtype: torch.dtype) -> EvaVisionTower:
 
     Raises `WeightsError` when the file is another model.
     """
-    from fastface_trt.export.adapters import read_tensors
 
-    tensors = read_tensors(path)
+    tensors = open_weights(path).read()
     for prefix in ("module.", "state_dict."):
         tensors = {key.removeprefix(prefix): tensor for key, tensor in tensors.items()}
     visual = {

@@ -6,6 +6,7 @@ tokens) apply.
 """
 
 import hashlib
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -164,24 +165,25 @@ class CheckpointSource:
             }
         return self._text_encoders[component]
 
-    def unet(self) -> Model:
-        """The UNet, without an adapter."""
-        from diffusers import UNet2DConditionModel
+    def config(self, component: str) -> dict[str, Any]:
+        """The configuration of `unet`, `vae`, `text_encoder`, `text_encoder_2` or `scheduler`."""
+        name = "scheduler_config.json" if component == "scheduler" else "config.json"
+        file = self.folder / component / name
+        with weights_errors(f"{component} of {self.located.source.location}"):
+            return dict(json.loads(file.read_text(encoding="utf-8")))
 
-        return self._load(UNet2DConditionModel, "unet")
+    def skeleton(self, component: str) -> Model:
+        """The component as its configuration describes it, on torch's meta device: names and
+        shapes of its weights without their values, to check files against before loading."""
+        cls, config = _class_of(component), self.config(component)
+        with torch.device("meta"), weights_errors(f"{component} of {self.located.source.location}"):
+            if cls.__module__.startswith("transformers"):
+                return cls(cls.config_class.from_dict(config)).eval()
+            return cls.from_config(config).eval()
 
-    def vae(self) -> Model:
-        """The VAE."""
-        from diffusers import AutoencoderKL
-
-        return self._load(AutoencoderKL, "vae")
-
-    def text_encoder(self, name: str) -> Model:
-        """`text_encoder` or `text_encoder_2`."""
-        from transformers import CLIPTextModel, CLIPTextModelWithProjection
-
-        cls = CLIPTextModel if name == "text_encoder" else CLIPTextModelWithProjection
-        return self._load(cls, name)
+    def component(self, name: str) -> Model:
+        """`unet` (without an adapter), `vae`, `text_encoder` or `text_encoder_2`."""
+        return self._load(_class_of(name), name)
 
     def tokenizer(self, name: str) -> Path:
         """The folder of `tokenizer` or `tokenizer_2`."""
@@ -192,12 +194,22 @@ class CheckpointSource:
 
     def force_zeros_for_empty_prompt(self) -> bool:
         """Whether an empty negative prompt means zero embeddings (true for SDXL base)."""
-        import json
-
         index = self.folder / "model_index.json"
         if not index.is_file():
             return True
         return bool(json.loads(index.read_text()).get("force_zeros_for_empty_prompt", True))
+
+
+def _class_of(component: str) -> Any:
+    import diffusers
+    import transformers
+
+    return {
+        "unet": diffusers.UNet2DConditionModel,
+        "vae": diffusers.AutoencoderKL,
+        "text_encoder": transformers.CLIPTextModel,
+        "text_encoder_2": transformers.CLIPTextModelWithProjection,
+    }[component]
 
 
 def load_unet_folder(folder: Path) -> Model:
@@ -211,8 +223,6 @@ def load_unet_folder(folder: Path) -> Model:
 
 def load_vae(item: HubItem, dtype: torch.dtype) -> tuple[Model, Source]:
     """A VAE of its own: AutoencoderKL or the tiny one, by the class that its config names."""
-    import json
-
     import diffusers
 
     located = locate(item, "vae", patterns=["*.json", "*.safetensors"])
@@ -235,11 +245,11 @@ def load_image_encoder(folder: Path, dtype: torch.dtype) -> Model:
 
 def load_unet_weights(unet: Model, item: HubItem) -> Source:
     """Replace a UNet's weights by those of a file (Lightning ships its UNets this way)."""
-    from fastface_trt.export.adapters import read_tensors
+    from fastface_trt.export.weight_files import open_weights
 
     located = locate(item, "unet")
     with weights_errors(f"UNet weights {located.path.name}"):
-        unet.load_state_dict(read_tensors(located.path))
+        unet.load_state_dict(open_weights(located.path).read())
     return located.source
 
 

@@ -125,7 +125,7 @@ class CheckpointWeights:
         )
 
     def text_encoder(self, name: str) -> Model:
-        return self._source.text_encoder(name)
+        return self._source.component(name)
 
     def image_encoder(self) -> Model:
         if self.adapter_kind == "pulid":
@@ -156,13 +156,13 @@ class CheckpointWeights:
             vae, source = load_vae(item, options.dtype)
             self.sources.append(source)
             return vae
-        vae = self._source.vae()
+        vae = self._source.component("vae")
         overflows = getattr(vae.config, "force_upcast", False) and options.dtype == torch.float16
         return vae.float() if overflows else vae
 
     def unet(self) -> Model:
         options, checkpoint = self._options, self._options.checkpoint
-        unet = self._source.unet()
+        unet = self._source.component("unet")
         if checkpoint.unet and not options.base:
             self.sources.append(load_unet_weights(unet, self._for_steps(checkpoint.unet)))
         lora = options.distillation_lora or checkpoint.lora

@@ -371,12 +371,12 @@ class AestheticJudge(ClipJudge):
         super().load(data)
         if self._layers:
             return
-        from fastface_trt.export.adapters import read_tensors
         from fastface_trt.export.sources import locate, weights_errors
+        from fastface_trt.export.weight_files import open_weights
 
         path = locate(self._item, "aesthetic head").path
         with weights_errors(f"The aesthetic head {self._item.location}"):
-            tensors = {k: v.float().numpy() for k, v in read_tensors(path).items()}
+            tensors = {k: v.float().numpy() for k, v in open_weights(path).items()}
         self._layers = linear_layers(tensors, self._clip.width, path)
 
     def judge(self, samples: Sequence[Sample]) -> list[float | None]:

@@ -94,15 +94,12 @@ def test_single_file_holds_the_same_weights(tiny, tmp_path):
     folder = HubItem(str(tiny / "checkpoint"))
     ours = CheckpointSource(HubItem(str(tmp_path / "one.safetensors")), torch.float32, folder)
     theirs = CheckpointSource(folder, torch.float32, folder)
-    for load in (
-        lambda source: source.unet(),
-        lambda source: source.vae(),
-        lambda source: source.text_encoder("text_encoder"),
-        lambda source: source.text_encoder("text_encoder_2"),
-    ):
-        single, several = load(ours).state_dict(), load(theirs).state_dict()
+    for name in ("unet", "vae", "text_encoder", "text_encoder_2"):
+        single, several = ours.component(name).state_dict(), theirs.component(name).state_dict()
         assert single.keys() == several.keys()
-        assert all(torch.equal(single[name], several[name]) for name in several)
+        assert all(torch.equal(single[key], several[key]) for key in several)
+        bones = ours.skeleton(name).state_dict()
+        assert {k: v.shape for k, v in bones.items()} == {k: v.shape for k, v in several.items()}
     assert ours.tokenizer("tokenizer_2") == theirs.tokenizer("tokenizer_2")
 
 
