@@ -50,6 +50,8 @@ def run_export(options: ExportOptions, out: Path, progress: Progress) -> ExportM
         modelopt_version()  # not after an hour of exporting
     with finished_folder(out, EXPORT_MANIFEST) as draft:
         weights = RandomWeights(options) if options.random_weights else CheckpointWeights(options)
+        for note in weights.notes:
+            progress(note)
         for name in _TOKENIZERS:
             weights.copy_tokenizer(name, draft.path / name)
         face_model = _copy_face_model(weights.face_model, draft.path)

@@ -28,7 +28,10 @@ _BESIDE_FP8 = re.compile(r"(^|\.)(scaled_fp8|scale_input|input_scale|comfy_quant
 
 _FOREIGN = (
     (r"\.quant_state\.bitsandbytes__fp4$", "FP4 of bitsandbytes"),
-    (r"\.(absmax|quant_map|nested_absmax|nested_quant_map)$|\.quant_state\.", "NF4 of bitsandbytes"),
+    (
+        r"\.(absmax|quant_map|nested_absmax|nested_quant_map)$|\.quant_state\.",
+        "NF4 of bitsandbytes",
+    ),
     (r"\.(SCB|weight_format)$", "LLM.int8 of bitsandbytes"),
     (r"weight\.(_data|_scale|_shift)$", "quanto's format"),
     (r"\.(_weight_)?qdata$|_qdata$", "torchao's format"),

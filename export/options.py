@@ -45,6 +45,7 @@ class ExportOptions:
     width: int | None = None
     fixed_size: bool = False
     base: HubItem | None = None
+    base_text: HubItem | None = None
     adapter: HubItem | None = None
     image_encoder: HubItem | None = None
     vae: HubItem | None = None
@@ -101,7 +102,14 @@ class ExportOptions:
                 "Give `calibration`, or use fastface-trt export, which runs prompts and faces.",
             )
         adapter = None if self.adapter in ADAPTERS.values() else self.adapter
-        given = (self.base, adapter, self.vae, self.image_encoder, self.distillation_lora)
+        given = (
+            self.base,
+            self.base_text,
+            adapter,
+            self.vae,
+            self.image_encoder,
+            self.distillation_lora,
+        )
         if self.random_weights and any(given):
             raise InvalidRequest(
                 "--random-weights takes no weights.",

@@ -48,6 +48,10 @@ class WeightsFile:
         """All tensors, in the types of the file, those of scaled fp8 in float32."""
         return dict(self.items())
 
+    def on_meta(self) -> State:
+        """All tensors by their shapes alone, on torch's meta device."""
+        return {name: torch.empty(h.shape, device="meta") for name, h in self.tensors.items()}
+
     def items(self, names: Collection[str] | None = None) -> Iterator[tuple[str, Tensor]]:
         """Name and tensor one after the other (of `names`, or all), so that a large file needs no
         memory of its size."""
@@ -101,18 +105,21 @@ def _check_start(name: str, start: bytes) -> None:
         raise WeightsError(f"{name} is a pointer of git-lfs, not weights.", "Run `git lfs pull`.")
 
 
+_TRAINING = re.compile(
+    r"(optimizers?|optimizer_states|lr_schedulers?|scheduler|callbacks|loops|grad_scaler|scaler|rng\w*"
+    r"|random_states)\."
+)
+
+
 def _unwrapped(file: WeightsFile) -> WeightsFile:
-    """A training checkpoint without what is wrapped around its weights, and its training state."""
+    """A training checkpoint without what is wrapped around its weights, and without its training
+    state; other files as they are."""
     names, wrapping = list(file.tensors), ""
-    for outer in ("state_dict.", "model_state_dict."):
-        if any(name.startswith(outer) for name in names):
-            names = [name.removeprefix(outer) for name in names if name.startswith(outer)]
-            wrapping = outer
-            break
-    for prefix in ("module.", "_orig_mod.", "module."):
-        if all(name.startswith(prefix) for name in names):
-            names = [name.removeprefix(prefix) for name in names]
-            wrapping += prefix
+    for outer in ("state_dict.", "model_state_dict.", "module.", "_orig_mod.", "module."):
+        weights = [name for name in names if not _TRAINING.match(name)]
+        if weights and all(name.startswith(outer) for name in weights):
+            names = [name.removeprefix(outer) for name in weights]
+            wrapping += outer
     if not wrapping:
         return file
     tensors = {name: file.tensors[wrapping + name] for name in names}

@@ -199,12 +199,13 @@ _VAE_ATTENTION = {
 def vae_original(name: str, levels: int) -> str:
     """The original code's name of a weight of AutoencoderKL; its decoder counts levels down."""
     name = re.sub(r"encoder\.down_blocks\.(\d+)\.resnets\.", r"encoder.down.\1.block.", name)
-    name = re.sub(r"encoder\.down_blocks\.(\d+)\.downsamplers\.0", r"encoder.down.\1.downsample", name)
+    name = re.sub(
+        r"encoder\.down_blocks\.(\d+)\.downsamplers\.0", r"encoder.down.\1.downsample", name
+    )
     name = re.sub(
         r"decoder\.up_blocks\.(\d+)\.(resnets|upsamplers\.0)\.",
         lambda m: (
-            f"decoder.up.{levels - 1 - int(m[1])}."
-            f"{'block' if m[2] == 'resnets' else 'upsample'}."
+            f"decoder.up.{levels - 1 - int(m[1])}.{'block' if m[2] == 'resnets' else 'upsample'}."
         ),
         name,
     )

@@ -19,19 +19,25 @@ from fastface_trt.checkpoints import (
     HubItem,
 )
 from fastface_trt.engines.manifest import AdapterKind, LoraFused, Orthogonal, Source
-from fastface_trt.errors import InvalidRequest
+from fastface_trt.errors import InvalidRequest, WeightsError
 from fastface_trt.export import full_size
-from fastface_trt.export.adapters import attach_adapter, load_projection, read_adapter
-from fastface_trt.export.face_modules import load_eva_tower
+from fastface_trt.export.adapters import (
+    attach_adapter,
+    check_adapter,
+    load_projection,
+    read_adapter,
+)
+from fastface_trt.export.face_modules import check_eva_tower, load_eva_tower
+from fastface_trt.export.locations import is_local, locate
 from fastface_trt.export.options import ExportOptions
 from fastface_trt.export.precision import Model
 from fastface_trt.export.sources import (
+    TEXT_ENCODERS,
     CheckpointSource,
     fuse_distillation_lora,
-    load_image_encoder,
-    load_unet_weights,
-    load_vae,
-    locate,
+    model_config,
+    model_part,
+    single_part,
 )
 from fastface_trt.mini.folders import FACE_MODEL
 from fastface_trt.runtime.tokenizer import PAD_TOKENS, write_byte_tokenizer
@@ -59,6 +65,8 @@ class Weights(Protocol):
     force_zeros_for_empty_prompt: bool
     sources: list[Source]
     loras: list[LoraFused]
+    notes: list[str]
+    """What a user should know of the files that were read, a sentence each."""
 
     def text_encoder(self, name: str) -> Model:
         """`text_encoder` or `text_encoder_2`."""
@@ -95,9 +103,29 @@ class CheckpointWeights:
     def __init__(self, options: ExportOptions) -> None:
         checkpoint = options.checkpoint
         self._options = options
+        unet = None if options.base else checkpoint.unet
+        vae = self._vae_item()
+        replaced = [name for name, item in (("unet", unet), ("vae", vae)) if item]
         self._source = CheckpointSource(
-            options.base or checkpoint.base, options.dtype, checkpoint.base
+            options.base or checkpoint.base,
+            options.dtype,
+            checkpoint.base,
+            base_text=options.base_text,
+            without=replaced,
         )
+        self.sources = list(self._source.sources)
+        self.notes = self._source.notes
+        self._parts = dict(self._source.parts)
+        if unet:
+            item, config = self._for_steps(unet), self._source.config("unet")
+            self._parts["unet"], source = single_part("unet", item, config, "unet")
+            self.sources.append(source)
+        if vae:
+            config = self._source.config("vae")
+            self._parts["vae"], _, source = model_part(
+                "vae", vae, options.dtype, config, inside=("vae",)
+            )
+            self.sources.append(source)
         adapter = locate(options.adapter or checkpoint.adapter, "adapter")
         self._adapter = read_adapter(adapter.path)
         self.adapter_name = adapter.path.name
@@ -105,12 +133,50 @@ class CheckpointWeights:
         self.orthogonal = _orthogonal(options, self.adapter_kind)
         self.face_model = checkpoint.face_model or FACE_MODELS[self.adapter_kind]
         self.force_zeros_for_empty_prompt = self._source.force_zeros_for_empty_prompt()
-        self.sources = [self._source.located.source, adapter.source]
+        self.sources.append(adapter.source)
         encoder = self._encoder_item()
         if encoder is not None:
-            self._image_encoder = locate(encoder, "image_encoder")
-            self.sources.append(self._image_encoder.source)
+            self._find_image_encoder(encoder)
+        check_adapter(self._adapter, self._parts["unet"].skeleton(), self.orthogonal)
+        self._check_widths()
         self.loras: list[LoraFused] = []
+
+    def _find_image_encoder(self, item: HubItem) -> None:
+        if self.adapter_kind == "pulid":
+            located = locate(item, "image_encoder")
+            check_eva_tower(located.path)
+            self._image_encoder, source = located.path, located.source
+        else:
+            own = self._options.checkpoint.image_encoder
+            config = model_config(Path(own.location)) if is_local(own) else None
+            self._parts["image_encoder"], self._image_encoder, source = model_part(
+                "image_encoder",
+                item,
+                self._options.dtype,
+                config or full_size.sdxl_config("image_encoder"),
+                inside=("image_encoder", "models/image_encoder"),
+            )
+        self.sources.append(source)
+
+    def _check_widths(self) -> None:
+        """What goes from one model into another has to be as wide as that expects."""
+        text = [self._parts[name].config["hidden_size"] for name in TEXT_ENCODERS]
+        unet = self._parts["unet"].config["cross_attention_dim"]
+        if isinstance(unet, int) and unet != sum(text):
+            raise WeightsError(
+                f"The text encoders are {text[0]} and {text[1]} wide, and the UNet reads text of "
+                f"{unet}.",
+                "Take the text encoders of the model that the UNet is of: --base-text FOLDER|ID.",
+            )
+        features = self._adapter.features
+        if features and "image_encoder" in self._parts:
+            width = self._parts["image_encoder"].config["hidden_size"]
+            if width != features:
+                raise WeightsError(
+                    f"The image encoder is {width} wide, and the adapter was trained with one of "
+                    f"{features}.",
+                    "FaceID-Plus-v2 needs CLIP ViT-H (h94/IP-Adapter, models/image_encoder).",
+                )
 
     def _encoder_item(self) -> HubItem | None:
         if self.adapter_kind == "pulid":
@@ -125,16 +191,16 @@ class CheckpointWeights:
         )
 
     def text_encoder(self, name: str) -> Model:
-        return self._source.component(name)
+        return self._parts[name].load(self._options.dtype)
 
     def image_encoder(self) -> Model:
         if self.adapter_kind == "pulid":
-            return load_eva_tower(self._image_encoder.path, self._options.dtype)
-        return load_image_encoder(self._image_encoder.path, self._options.dtype)
+            return load_eva_tower(self._image_encoder, self._options.dtype)
+        return self._parts["image_encoder"].load(self._options.dtype)
 
     def image_normalisation(self) -> Normalisation:
         """CLIP's own where the folder has no preprocessor configuration."""
-        file = self._image_encoder.path / "preprocessor_config.json"
+        file = self._image_encoder / "preprocessor_config.json"
         values = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
         mean, std = values.get("image_mean", CLIP_MEAN), values.get("image_std", CLIP_STD)
         return (mean[0], mean[1], mean[2]), (std[0], std[1], std[2])
@@ -143,28 +209,23 @@ class CheckpointWeights:
         projection = load_projection(self._adapter, self._options.zero_tokens)
         return projection.to(self._options.dtype)
 
-    def vae(self) -> Model:
-        """In float16 the checkpoint's fp16 VAE where it has one.
-
-        SDXL's own VAE overflows in fp16 and says so in its configuration; it stays in float32.
-        """
+    def _vae_item(self) -> HubItem | None:
+        """In float16 the checkpoint's fp16 VAE where it has one."""
         options = self._options
         item = options.vae or (TINY_VAE if options.tiny_vae else None)
         if item is None and options.dtype == torch.float16:
-            item = options.checkpoint.fp16_vae
-        if item is not None:
-            vae, source = load_vae(item, options.dtype)
-            self.sources.append(source)
-            return vae
-        vae = self._source.component("vae")
-        overflows = getattr(vae.config, "force_upcast", False) and options.dtype == torch.float16
-        return vae.float() if overflows else vae
+            return options.checkpoint.fp16_vae
+        return item
+
+    def vae(self) -> Model:
+        """SDXL's own overflows in fp16 and says so in its configuration; it stays in float32."""
+        part, dtype = self._parts["vae"], self._options.dtype
+        overflows = part.config.get("force_upcast", False) and dtype == torch.float16
+        return part.load(torch.float32 if overflows else dtype)
 
     def unet(self) -> Model:
         options, checkpoint = self._options, self._options.checkpoint
-        unet = self._source.component("unet")
-        if checkpoint.unet and not options.base:
-            self.sources.append(load_unet_weights(unet, self._for_steps(checkpoint.unet)))
+        unet = self._parts["unet"].load(options.dtype)
         lora = options.distillation_lora or checkpoint.lora
         if lora:
             scale = options.distillation_lora_scale
@@ -218,6 +279,7 @@ class RandomWeights:
         self.force_zeros_for_empty_prompt = True
         self.sources = [Source(role="random weights", location="-", licence="none")]
         self.loras: list[LoraFused] = []
+        self.notes: list[str] = []
 
     def text_encoder(self, name: str) -> Model:
         return full_size.random_text_encoder(name, self._dtype)

@@ -25,8 +25,11 @@ from fastface_trt.measure.memory import GB, peak_bytes
     "--adapter",
     help="faceid-plus-v2, faceid, pulid, a file of one (.bin or .safetensors), or hub id/path.",
 )
-@click.option("--image-encoder", help="Vision model of the adapter: folder or hub id.")
-@click.option("--vae", help="Another VAE: folder or hub id.")
+@click.option(
+    "--base-text", help="Text encoders and tokenizers that --base lacks: folder or hub id."
+)
+@click.option("--image-encoder", help="Vision model of the adapter: folder, one file, or hub id.")
+@click.option("--vae", help="Another VAE: folder, one file, or hub id.")
 @click.option("--tiny-vae", is_flag=True, help="Use TAESDXL.")
 @click.option(
     "--lora-scale",
@@ -130,6 +133,7 @@ def export(
     try:
         from fastface_trt.checkpoints import ADAPTERS, find_checkpoint
         from fastface_trt.export.exporter import run_export
+        from fastface_trt.export.locations import parse_adapter, parse_item
         from fastface_trt.export.options import ExportOptions
         from fastface_trt.export.precision import QUANTIZED_FORMATS
         from fastface_trt.export.quantization.calibration import (
@@ -140,7 +144,7 @@ def export(
             find_faces,
             read_prompts,
         )
-        from fastface_trt.export.sources import parse_adapter, parse_item, quiet_libraries
+        from fastface_trt.export.sources import quiet_libraries
     except ImportError as error:
         raise MissingDependency(
             f"Exporting needs {error.name}.", "Install it with: pip install 'fastface-trt[export]'."
@@ -149,7 +153,7 @@ def export(
     entry = find_checkpoint(checkpoint)
     if fp16:
         options["precision"] = "fp16"
-    for name in ("base", "adapter", "image_encoder", "vae", "distillation_lora"):
+    for name in ("base", "base_text", "adapter", "image_encoder", "vae", "distillation_lora"):
         parse = parse_adapter if name == "adapter" else parse_item
         options[name] = parse(options[name]) if options[name] else None
     options["faceid_lora_scale"] = options.pop("lora_scale")

@@ -51,7 +51,7 @@ AESTHETIC_HEAD = HubItem("trl-lib/ddpo-aesthetic-predictor", None, "aesthetic-mo
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-_FILES = ["config.json", "model.safetensors", "vocab.json", "merges.txt", "*token*.json"]
+_FILES = ("config.json", "model.safetensors", "vocab.json", "merges.txt")
 MODEL = "ImageReward-v1.0"
 
 
@@ -218,6 +218,10 @@ class NoFaceJudge(IdentityJudge):
         return [float(self._view.face(sample) is None) for sample in samples]
 
 
+def _wanted(names: Sequence[str]) -> list[str]:
+    return [n for n in names if n in _FILES or ("token" in n and n.endswith(".json"))]
+
+
 class ClipView:
     """CLIP, loaded at first use, and what it sees; embeddings have length 1."""
 
@@ -240,14 +244,14 @@ class ClipView:
             import torch
             from transformers import CLIPModel
 
-            from fastface_trt.export.sources import locate, weights_errors
+            from fastface_trt.export.locations import locate, weights_errors
         except ImportError as error:
             raise MissingDependency(
                 f"The CLIP judges need {error.name}.",
                 "Install it with: pip install 'fastface-trt[export,evaluate]', or leave out clip, "
                 "fcs and ae with --judges.",
             ) from None
-        folder = locate(self._item, "CLIP judge", patterns=_FILES).path
+        folder = locate(self._item, "CLIP judge", choose=_wanted).path
         with weights_errors(f"The CLIP judge {self._item.location}"):
             model = CLIPModel.from_pretrained(str(folder), dtype=torch.float32).eval()
         self._tokenizer = ClipTokenizer.from_folder(folder)
@@ -371,7 +375,7 @@ class AestheticJudge(ClipJudge):
         super().load(data)
         if self._layers:
             return
-        from fastface_trt.export.sources import locate, weights_errors
+        from fastface_trt.export.locations import locate, weights_errors
         from fastface_trt.export.weight_files import open_weights
 
         path = locate(self._item, "aesthetic head").path
