@@ -6,12 +6,8 @@ from safetensors.torch import save_file
 
 from fastface_trt.checkpoints import CHECKPOINTS, HubItem, find_checkpoint
 from fastface_trt.errors import UnknownName, WeightsError
-from fastface_trt.export.sources import (
-    CheckpointSource,
-    fuse_distillation_lora,
-    locate,
-    parse_item,
-)
+from fastface_trt.export.locations import locate, parse_item
+from fastface_trt.export.sources import CheckpointSource, fuse_distillation_lora
 from tests.helpers.tiny_sdxl import tiny_unet
 
 
