@@ -88,10 +88,13 @@ def is_local(item: HubItem) -> bool:
     return path.exists() or looks_local or path.suffix in _FILES
 
 
-def locate(item: HubItem, role: str, *, choose: Choose | None = None) -> Located:
+def locate(
+    item: HubItem, role: str, *, patterns: Sequence[str] = ("*",), choose: Choose | None = None
+) -> Located:
     """Find an item on disk, downloading it when it is a hub id; raise `WeightsError` when absent.
 
-    `choose` says which files of a repository (below the item's path) are wanted, all without it.
+    `patterns`, or where patterns do not say it `choose`, tell which files of a repository (below
+    the item's path) are wanted.
     """
     local = Path(item.location).expanduser()
     if is_local(item):
@@ -115,11 +118,11 @@ def locate(item: HubItem, role: str, *, choose: Choose | None = None) -> Located
         else:
             below = f"{item.path}/" if item.path else ""
             if choose is None:
-                patterns = [f"{below}*"]
+                wanted_files = [below + pattern for pattern in patterns]
             else:
                 names = [n.removeprefix(below) for n in _listing(repository, wanted, below)]
-                patterns = [below + name for name in choose(names)]
-            root = Path(snapshot_download(repository, revision=wanted, allow_patterns=patterns))
+                wanted_files = [below + name for name in choose(names)]
+            root = Path(snapshot_download(repository, revision=wanted, allow_patterns=wanted_files))
             path = root / item.path if item.path else root
     # The cache names a snapshot's folder by its commit, which is the exact revision.
     return Located(

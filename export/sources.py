@@ -244,7 +244,8 @@ class CheckpointSource:
         without: Collection[str] = (),
     ) -> None:
         self.dtype = dtype
-        self._parts: dict[str, Part] = {}
+        self.parts: dict[str, Part] = {}
+        """The models by their names; others may be put in place of them."""
         self._wanted = [c for c in ("unet", "vae", *TEXT_ENCODERS) if c not in without]
         self.located = locate(item, "checkpoint", choose=self._choose)
         self.sources = [self.located.source]
@@ -312,45 +313,33 @@ class CheckpointSource:
 
     def _read_single_file(self, file: WeightsFile, without: Collection[str]) -> None:
         used: set[str] = set()
-        replaced = ""
+        replaced, absent = "", []
         for component in ("unet", "vae", *TEXT_ENCODERS):
-            config = self._config_of_single(component)
             if component in without:
-                prefix = {"vae": r"(first_stage_model|vae)\.", "unet": r"model\.diffusion_model\."}
-                replaced = "|".join(filter(None, (replaced, prefix.get(component, ""))))
+                replaced += {"vae": r"|first_stage_model\.|vae\.", "unet": r"|model\."}[component]
                 continue
+            config = self._config_of_single(component)
             result = find_part(component, config, [file], self.where)
             if result:
-                self._parts[component], found = result
+                self.parts[component], found = result
                 used |= found.used()
             else:
-                self._parts[component] = self._missing_part(component, file)
-        _refuse_left_over(f"checkpoint {self.where}", _left_over([file], used, replaced), [file])
+                absent.append(component)
+        from_text = [name for name in absent if self._text and name in TEXT_ENCODERS]
+        if absent != from_text:
+            raise _lacking(self.where, file, [n for n in absent if n not in from_text])
+        _refuse_left_over(
+            f"checkpoint {self.where}", _left_over([file], used, replaced[1:]), [file]
+        )
+        for component in from_text:
+            self.parts[component] = self._text_part(component)
         copies = sum(name.startswith(_COPIES) for name in file.tensors)
         if copies:
             self.notes.append(f"{self.where}: {copies} tensors are EMA copies and are left out")
 
-    def _missing_part(self, component: str, file: WeightsFile) -> Part:
-        """A text encoder of `base_text`; every other model of a single file has to be in it."""
-        if component == "unet":
-            raise WeightsError(
-                f"{self.where} is {identify(file)} and has no UNet.",
-                "--base takes an SDXL checkpoint: a diffusers folder, one file, or a hub id.",
-            )
-        if component == "vae":
-            raise WeightsError(
-                f"{self.where} has no VAE: it is {identify(file)}.",
-                "Add --vae FILE|FOLDER|ID, for example --vae madebyollin/sdxl-vae-fp16-fix.",
-            )
-        return self._text_part(component)
-
     def _text_part(self, component: str) -> Part:
         if self._text is None:
-            raise WeightsError(
-                f"{self.where} has no {_NAMES[component]}.",
-                "Add --base-text FOLDER|ID: the SDXL checkpoint whose text encoders it was made "
-                "with, often stabilityai/stable-diffusion-xl-base-1.0.",
-            )
+            raise WeightsError(f"{self.where} has no {_NAMES[component]}.", _ADD["text_encoder"])
         where = self._text.source.location
         return folder_part(self._text.path / component, component, self.dtype, where)
 
@@ -365,11 +354,11 @@ class CheckpointSource:
         for component in self._wanted:
             folder = self.folder / component
             if folder.is_dir():
-                self._parts[component] = folder_part(folder, component, self.dtype, self.where)
+                self.parts[component] = folder_part(folder, component, self.dtype, self.where)
             elif component in TEXT_ENCODERS:
-                self._parts[component] = self._text_part(component)
+                self.parts[component] = self._text_part(component)
             else:
-                hint = "Add --vae FILE|FOLDER|ID." if component == "vae" else _COMPLETE
+                hint = _ADD.get(component, _COMPLETE)
                 raise WeightsError(f"{self.where} has no folder {component}.", hint)
 
     def _config_of_single(self, component: str) -> dict[str, Any]:
@@ -386,8 +375,8 @@ class CheckpointSource:
         and a scheduler's only of the last two, since `base_text` does not say what it was trained
         with.
         """
-        if component in self._parts:
-            return dict(self._parts[component].config)
+        if component in self.parts:
+            return dict(self.parts[component].config)
         if component == "scheduler":
             file = self.folder / "scheduler" / "scheduler_config.json"
             of_text = self.single_file and self._text and self.folder == self._text.path
@@ -398,16 +387,11 @@ class CheckpointSource:
 
     def skeleton(self, component: str) -> Model:
         """The component on torch's meta device: names and shapes of its weights without values."""
-        return self._parts[component].skeleton()
-
-    @property
-    def parts(self) -> Mapping[str, Part]:
-        """The models that the checkpoint gives, by their names."""
-        return self._parts
+        return self.parts[component].skeleton()
 
     def component(self, name: str) -> Model:
         """`unet` (without an adapter), `vae`, `text_encoder` or `text_encoder_2`."""
-        return self._parts[name].load(self.dtype)
+        return self.parts[name].load(self.dtype)
 
     def tokenizer(self, name: str) -> Path:
         """The folder of `tokenizer` or `tokenizer_2`; that of `base_text` where it has one."""
@@ -429,6 +413,25 @@ class CheckpointSource:
         if not index.is_file():
             return True
         return bool(json.loads(index.read_text()).get("force_zeros_for_empty_prompt", True))
+
+
+_ADD = {
+    "vae": "Add --vae FILE|FOLDER|ID, for example madebyollin/sdxl-vae-fp16-fix.",
+    "text_encoder": "Add --base-text FOLDER|ID: the SDXL checkpoint whose text encoders it was "
+    "made with, often stabilityai/stable-diffusion-xl-base-1.0.",
+}
+
+
+def _lacking(where: str, file: WeightsFile, absent: Sequence[str]) -> WeightsError:
+    """The error of a single file that models are missing from, with an option for each."""
+    if "unet" in absent:
+        return WeightsError(
+            f"{where} is {identify(file)} and has no UNet.",
+            "--base takes an SDXL checkpoint: a diffusers folder, one file, or a hub id.",
+        )
+    names = " and no ".join(_NAMES[name] for name in absent)
+    options = {_ADD.get(name, _ADD["text_encoder"]): None for name in absent}
+    return WeightsError(f"{where} is {identify(file)}: it has no {names}.", " ".join(options))
 
 
 def _has_text(file: WeightsFile) -> bool:

@@ -115,16 +115,14 @@ class CheckpointWeights:
         )
         self.sources = list(self._source.sources)
         self.notes = self._source.notes
-        self._parts = dict(self._source.parts)
+        parts = self._source.parts
         if unet:
             item, config = self._for_steps(unet), self._source.config("unet")
-            self._parts["unet"], source = single_part("unet", item, config, "unet")
+            parts["unet"], source = single_part("unet", item, config, "unet")
             self.sources.append(source)
         if vae:
             config = self._source.config("vae")
-            self._parts["vae"], _, source = model_part(
-                "vae", vae, options.dtype, config, inside=("vae",)
-            )
+            parts["vae"], _, source = model_part("vae", vae, options.dtype, config, inside=("vae",))
             self.sources.append(source)
         adapter = locate(options.adapter or checkpoint.adapter, "adapter")
         self._adapter = read_adapter(adapter.path)
@@ -137,7 +135,7 @@ class CheckpointWeights:
         encoder = self._encoder_item()
         if encoder is not None:
             self._find_image_encoder(encoder)
-        check_adapter(self._adapter, self._parts["unet"].skeleton(), self.orthogonal)
+        check_adapter(self._adapter, self._source.skeleton("unet"), self.orthogonal)
         self._check_widths()
         self.loras: list[LoraFused] = []
 
@@ -149,7 +147,7 @@ class CheckpointWeights:
         else:
             own = self._options.checkpoint.image_encoder
             config = model_config(Path(own.location)) if is_local(own) else None
-            self._parts["image_encoder"], self._image_encoder, source = model_part(
+            self._source.parts["image_encoder"], self._image_encoder, source = model_part(
                 "image_encoder",
                 item,
                 self._options.dtype,
@@ -160,8 +158,9 @@ class CheckpointWeights:
 
     def _check_widths(self) -> None:
         """What goes from one model into another has to be as wide as that expects."""
-        text = [self._parts[name].config["hidden_size"] for name in TEXT_ENCODERS]
-        unet = self._parts["unet"].config["cross_attention_dim"]
+        parts = self._source.parts
+        text = [parts[name].config["hidden_size"] for name in TEXT_ENCODERS]
+        unet = parts["unet"].config["cross_attention_dim"]
         if isinstance(unet, int) and unet != sum(text):
             raise WeightsError(
                 f"The text encoders are {text[0]} and {text[1]} wide, and the UNet reads text of "
@@ -169,8 +168,8 @@ class CheckpointWeights:
                 "Take the text encoders of the model that the UNet is of: --base-text FOLDER|ID.",
             )
         features = self._adapter.features
-        if features and "image_encoder" in self._parts:
-            width = self._parts["image_encoder"].config["hidden_size"]
+        if features and "image_encoder" in parts:
+            width = parts["image_encoder"].config["hidden_size"]
             if width != features:
                 raise WeightsError(
                     f"The image encoder is {width} wide, and the adapter was trained with one of "
@@ -191,12 +190,12 @@ class CheckpointWeights:
         )
 
     def text_encoder(self, name: str) -> Model:
-        return self._parts[name].load(self._options.dtype)
+        return self._source.component(name)
 
     def image_encoder(self) -> Model:
         if self.adapter_kind == "pulid":
             return load_eva_tower(self._image_encoder, self._options.dtype)
-        return self._parts["image_encoder"].load(self._options.dtype)
+        return self._source.component("image_encoder")
 
     def image_normalisation(self) -> Normalisation:
         """CLIP's own where the folder has no preprocessor configuration."""
@@ -219,13 +218,13 @@ class CheckpointWeights:
 
     def vae(self) -> Model:
         """SDXL's own overflows in fp16 and says so in its configuration; it stays in float32."""
-        part, dtype = self._parts["vae"], self._options.dtype
+        part, dtype = self._source.parts["vae"], self._options.dtype
         overflows = part.config.get("force_upcast", False) and dtype == torch.float16
         return part.load(torch.float32 if overflows else dtype)
 
     def unet(self) -> Model:
         options, checkpoint = self._options, self._options.checkpoint
-        unet = self._parts["unet"].load(options.dtype)
+        unet = self._source.component("unet")
         lora = options.distillation_lora or checkpoint.lora
         if lora:
             scale = options.distillation_lora_scale

@@ -51,7 +51,7 @@ AESTHETIC_HEAD = HubItem("trl-lib/ddpo-aesthetic-predictor", None, "aesthetic-mo
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-_FILES = ("config.json", "model.safetensors", "vocab.json", "merges.txt")
+_FILES = ["config.json", "model.safetensors", "vocab.json", "merges.txt", "*token*.json"]
 MODEL = "ImageReward-v1.0"
 
 
@@ -218,10 +218,6 @@ class NoFaceJudge(IdentityJudge):
         return [float(self._view.face(sample) is None) for sample in samples]
 
 
-def _wanted(names: Sequence[str]) -> list[str]:
-    return [n for n in names if n in _FILES or ("token" in n and n.endswith(".json"))]
-
-
 class ClipView:
     """CLIP, loaded at first use, and what it sees; embeddings have length 1."""
 
@@ -251,7 +247,7 @@ class ClipView:
                 "Install it with: pip install 'fastface-trt[export,evaluate]', or leave out clip, "
                 "fcs and ae with --judges.",
             ) from None
-        folder = locate(self._item, "CLIP judge", choose=_wanted).path
+        folder = locate(self._item, "CLIP judge", patterns=_FILES).path
         with weights_errors(f"The CLIP judge {self._item.location}"):
             model = CLIPModel.from_pretrained(str(folder), dtype=torch.float32).eval()
         self._tokenizer = ClipTokenizer.from_folder(folder)
