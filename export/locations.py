@@ -153,6 +153,17 @@ def parse_item(text: str, licence: str = "unknown") -> HubItem:
     return HubItem(f"{owner}/{repository}", revision or None, path, licence)
 
 
+def parse_scaled_item(text: str) -> tuple[HubItem, float]:
+    """What `parse_item` reads, with `=SCALE` behind it or at scale 1."""
+    name, _, scale = text.rpartition("=")
+    try:
+        if name and not Path(text).expanduser().exists():
+            return parse_item(name), float(scale)
+    except ValueError:
+        pass
+    return parse_item(text), 1.0
+
+
 def parse_adapter(text: str) -> HubItem:
     """The name of a published adapter (`checkpoints.ADAPTERS`), or what `parse_item` reads."""
     named = next((item for name, item in ADAPTERS.items() if name == text), None)

@@ -565,22 +565,6 @@ def _one_file(names: Sequence[str], location: str) -> str:
     return f"{location}/{files[0]}" if files else f"{location}/vae"
 
 
-def fuse_distillation_lora(unet: Model, item: HubItem, scale: float) -> Source:
-    """Add a distillation LoRA (diffusers or kohya layout) to a UNet's weights, in place."""
-    from diffusers import StableDiffusionXLPipeline
-
-    located = locate(item, "distillation_lora")
-    with weights_errors(f"distillation LoRA {located.path.name}"):
-        loaded = StableDiffusionXLPipeline.lora_state_dict(
-            str(located.path.parent), weight_name=located.path.name, unet_config=unet.config
-        )
-        state, alphas = loaded[0], loaded[1]
-        StableDiffusionXLPipeline.load_lora_into_unet(state, alphas, unet)
-        unet.fuse_lora(lora_scale=scale)
-        unet.unload_lora()
-    return located.source
-
-
 def quiet_libraries() -> None:
     """Switch off progress bars and notices of diffusers, transformers and the hub client's loader.
 

@@ -29,12 +29,12 @@ from fastface_trt.export.adapters import (
 )
 from fastface_trt.export.face_modules import check_eva_tower, load_eva_tower
 from fastface_trt.export.locations import is_local, locate
+from fastface_trt.export.lora import LoraRequest, fuse, plan_loras
 from fastface_trt.export.options import ExportOptions
 from fastface_trt.export.precision import Model
 from fastface_trt.export.sources import (
     TEXT_ENCODERS,
     CheckpointSource,
-    fuse_distillation_lora,
     model_config,
     model_part,
     single_part,
@@ -137,7 +137,20 @@ class CheckpointWeights:
             self._find_image_encoder(encoder)
         check_adapter(self._adapter, self._source.skeleton("unet"), self.orthogonal)
         self._check_widths()
-        self.loras: list[LoraFused] = []
+        self._loras = plan_loras(self._lora_requests(), self._source)
+        self.sources += [plan.source for plan in self._loras]
+        self.loras = [plan.record() for plan in self._loras]
+
+    def _lora_requests(self) -> list[LoraRequest]:
+        """The distillation LoRA of the checkpoint or in its place, then those of `--lora`."""
+        options, checkpoint = self._options, self._options.checkpoint
+        requests = [LoraRequest(one.item, one.scale, "style") for one in options.loras]
+        item = options.distillation_lora or checkpoint.lora
+        if item is not None:
+            scale = options.distillation_lora_scale
+            scale = checkpoint.lora_scale if scale is None else scale
+            requests.insert(0, LoraRequest(self._for_steps(item), scale, "distillation"))
+        return requests
 
     def _find_image_encoder(self, item: HubItem) -> None:
         if self.adapter_kind == "pulid":
@@ -190,7 +203,9 @@ class CheckpointWeights:
         )
 
     def text_encoder(self, name: str) -> Model:
-        return self._source.component(name)
+        encoder = self._source.component(name)
+        fuse(name, encoder, self._loras)
+        return encoder
 
     def image_encoder(self) -> Model:
         if self.adapter_kind == "pulid":
@@ -223,14 +238,9 @@ class CheckpointWeights:
         return part.load(torch.float32 if overflows else dtype)
 
     def unet(self) -> Model:
-        options, checkpoint = self._options, self._options.checkpoint
+        options = self._options
         unet = self._source.component("unet")
-        lora = options.distillation_lora or checkpoint.lora
-        if lora:
-            scale = options.distillation_lora_scale
-            scale = checkpoint.lora_scale if scale is None else scale
-            self.sources.append(fuse_distillation_lora(unet, self._for_steps(lora), scale))
-            self.loras.append(LoraFused(role="distillation", scale=scale))
+        fuse("unet", unet, self._loras)
         scale = options.faceid_lora_scale
         attach_adapter(unet, self._adapter, lora_scale=scale, orthogonal=self.orthogonal)
         if self._adapter.has_lora:
