@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -28,8 +29,10 @@ class ExportOptions:
     type that the files hold (`fp16` halves an fp32 export's files, engines still compute in fp32).
     height, width: pixels, the
     example's size, or the only one with `fixed_size`. faceid_lora_scale: scale of the adapter's
-    LoRA, fused. zero_tokens, orthogonal, face_parser: of a PuLID adapter, see
-    `fastface_trt.export.adapters`, `fastface_trt.export.attention` and
+    LoRA, fused. base_is_distilled: whether a base of one's own needs no distillation LoRA, None to
+    stop where it seems so; prediction_type, zero_snr: what it was trained with, where it does not
+    say so itself, see `fastface_trt.export.base_facts`. zero_tokens, orthogonal, face_parser: of a
+    PuLID adapter, see `fastface_trt.export.adapters`, `fastface_trt.export.attention` and
     `fastface_trt.runtime.face`. random_weights: full-size SDXL without downloads.
     calibration: what the modules to quantise are run on. quantize_attention: q, k, v and softmax
     of an fp8 UNet in fp8 too; quantize_vae: the 8-bit format of the VAE's convolutions.
@@ -55,6 +58,9 @@ class ExportOptions:
     faceid_lora_scale: float = 1.0
     distillation_lora: HubItem | None = None
     distillation_lora_scale: float | None = None
+    base_is_distilled: bool | None = None
+    prediction_type: Literal["epsilon", "v_prediction"] | None = None
+    zero_snr: bool | None = None
     random_weights: bool = False
     calibration: Calibration | None = None
     quantize_attention: bool = False
@@ -99,6 +105,11 @@ class ExportOptions:
             raise InvalidRequest(
                 f"A {self.quantized or self.quantize_vae} export needs something to calibrate on.",
                 "Give `calibration`, or use fastface-trt export, which runs prompts and faces.",
+            )
+        if self.base_is_distilled is not None and (self.base is None or self.distillation_lora):
+            raise InvalidRequest(
+                "Whether a base is distilled is asked of one of your own, without a LoRA for it.",
+                "Add --base, or leave out --base-is-distilled and --distillation-lora.",
             )
         adapter = None if self.adapter in ADAPTERS.values() else self.adapter
         given = (self.base, adapter, self.vae, self.image_encoder, self.distillation_lora)

@@ -6,7 +6,7 @@ restricted to weights, with its data mapped and not read. Nothing here knows wha
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,15 +43,17 @@ class WeightsFile:
         """All tensors, in the types of the file."""
         return dict(self.items())
 
-    def items(self) -> Iterator[tuple[str, Tensor]]:
-        """Name and tensor one after the other, so that a large file needs no memory of its size."""
+    def items(self, names: Collection[str] | None = None) -> Iterator[tuple[str, Tensor]]:
+        """Name and tensor one after the other (of `names`, or all), so that a large file needs no
+        memory of its size."""
+        wanted = self.tensors if names is None else names
         if self._loaded is not None:
-            yield from self._loaded.items()
+            yield from ((name, self._loaded[name]) for name in wanted)
             return
         from safetensors import safe_open
 
         with safe_open(self.path, framework="pt") as file:
-            for name in self.tensors:
+            for name in wanted:
                 yield name, file.get_tensor(name)
 
 

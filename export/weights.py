@@ -7,7 +7,7 @@ collected for the manifest.
 
 import json
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -15,13 +15,16 @@ from fastface_trt.checkpoints import (
     ADAPTERS,
     EVA02_CLIP_L,
     FACE_MODELS,
+    FP16_VAE,
     TINY_VAE,
     HubItem,
 )
+from fastface_trt.engines.engine import Progress
 from fastface_trt.engines.manifest import AdapterKind, LoraFused, Orthogonal, Source
 from fastface_trt.errors import InvalidRequest
 from fastface_trt.export import full_size
 from fastface_trt.export.adapters import attach_adapter, load_projection, read_adapter
+from fastface_trt.export.base_facts import read_base
 from fastface_trt.export.face_modules import load_eva_tower
 from fastface_trt.export.options import ExportOptions
 from fastface_trt.export.precision import Model
@@ -52,6 +55,9 @@ Normalisation = tuple[tuple[float, float, float], tuple[float, float, float]]
 class Weights(Protocol):
     """Models by name, each loaded anew when it is asked for."""
 
+    scheduler: dict[str, Any]
+    size: tuple[int, int]
+    """(height, width) in pixels that the checkpoint was made for."""
     adapter_name: str
     adapter_kind: AdapterKind
     orthogonal: Orthogonal
@@ -90,16 +96,19 @@ class Weights(Protocol):
 
 
 class CheckpointWeights:
-    """The weights that an `ExportOptions` names."""
+    """The weights that an `ExportOptions` names; `progress` is told what is replaced or kept."""
 
-    def __init__(self, options: ExportOptions) -> None:
+    def __init__(self, options: ExportOptions, progress: Progress = lambda line: None) -> None:
         checkpoint = options.checkpoint
         self._options = options
+        self._progress = progress
         self._source = CheckpointSource(
             options.base or checkpoint.base, options.dtype, checkpoint.base
         )
         adapter = locate(options.adapter or checkpoint.adapter, "adapter")
         self._adapter = read_adapter(adapter.path)
+        self._base = read_base(options, self._source, self._adapter, progress)
+        self.scheduler, self.size = self._base.scheduler, self._base.size
         self.adapter_name = adapter.path.name
         self.adapter_kind = self._adapter.kind
         self.orthogonal = _orthogonal(options, self.adapter_kind)
@@ -144,20 +153,29 @@ class CheckpointWeights:
         return projection.to(self._options.dtype)
 
     def vae(self) -> Model:
-        """In float16 the checkpoint's fp16 VAE where it has one.
+        """The base's own, in float32 where it says that it overflows in float16.
 
-        SDXL's own VAE overflows in fp16 and says so in its configuration; it stays in float32.
+        The registry's base has a VAE that stands in for its own there; a base of one's own keeps
+        its VAE, which may be trained on.
         """
-        options = self._options
+        options, name = self._options, self._base.name
         item = options.vae or (TINY_VAE if options.tiny_vae else None)
-        if item is None and options.dtype == torch.float16:
+        overflows = self._base.vae_overflows and options.dtype == torch.float16
+        if item is None and overflows and not options.base and options.checkpoint.fp16_vae:
             item = options.checkpoint.fp16_vae
+            self._progress(f"{name}: its VAE overflows in fp16, {item.location} stands in for it")
         if item is not None:
             vae, source = load_vae(item, options.dtype)
+            self._base.check_vae(vae, source.location)
             self.sources.append(source)
             return vae
         vae = self._source.component("vae")
-        overflows = getattr(vae.config, "force_upcast", False) and options.dtype == torch.float16
+        self._base.give_latents(vae)
+        if overflows:
+            self._progress(
+                f"{name}: its VAE says that it overflows in fp16 (force_upcast) and stays in fp32; "
+                f"--vae {FP16_VAE.location} is half as large"
+            )
         return vae.float() if overflows else vae
 
     def unet(self) -> Model:
@@ -165,7 +183,7 @@ class CheckpointWeights:
         unet = self._source.component("unet")
         if checkpoint.unet and not options.base:
             self.sources.append(load_unet_weights(unet, self._for_steps(checkpoint.unet)))
-        lora = options.distillation_lora or checkpoint.lora
+        lora = self._base.distillation
         if lora:
             scale = options.distillation_lora_scale
             scale = checkpoint.lora_scale if scale is None else scale
@@ -209,6 +227,8 @@ class RandomWeights:
     def __init__(self, options: ExportOptions) -> None:
         self._dtype = options.dtype
         self._zero_tokens = options.zero_tokens
+        self.scheduler = dict(options.checkpoint.scheduler)
+        self.size = (options.checkpoint.size, options.checkpoint.size)
         self.adapter_name = "random"
         named = (kind for kind, item in ADAPTERS.items() if item == options.adapter)
         self.adapter_kind: AdapterKind = next(named, "faceid-plus-v2")

@@ -92,7 +92,7 @@ def _betas(config: Mapping[str, Any]) -> Vector:
         return _float32_linspace(start, end, count)
     if kind == "squaredcos_cap_v2":  # Nichol and Dhariwal 2021, Eq. 17
         bar = np.cos((np.arange(count + 1) / count + 0.008) / 1.008 * np.pi / 2) ** 2
-        return np.minimum(1 - bar[1:] / bar[:-1], 0.999).astype(np.float32)
+        return np.asarray(np.minimum(1 - bar[1:] / bar[:-1], 0.999), dtype=np.float32)
     raise UnknownName("beta schedule", str(kind), ["linear", "scaled_linear", "squaredcos_cap_v2"])
 
 
@@ -113,7 +113,8 @@ def _alphas_cumprod(config: Mapping[str, Any]) -> Vector:
 
 def _cumulated(betas: Vector) -> Vector:
     """∏ (1 − β) up to each step, float32 [T], summed up in float64 as PyTorch does."""
-    return np.cumprod((np.float32(1) - betas).astype(np.float64)).astype(np.float32)
+    retained = (np.float32(1) - betas).astype(np.float64)
+    return np.asarray(np.cumprod(retained).astype(np.float32))
 
 
 def _spaced_timesteps(config: Mapping[str, Any], count: int) -> Vector:

@@ -100,7 +100,7 @@ class Stages:
     ) -> NDArray[np.uint8]:
         """The picture of final latents [C,h,w]: RGB, uint8 [H,W,3], written into `out` if given.
 
-        Raises `EngineFailed` where the latents are not finite.
+        Raises `EngineFailed` where the latents are not finite, or the decoder's values were not.
         """
         device, decoder = self.device, self._modules["vae_decoder"]
         with timeline.span("vae_decoder", device):
@@ -109,12 +109,12 @@ class Stages:
             # The picture cannot tell: its clamp to [0, 1] may swallow what is not a number.
             require_finite(device, latents)
             if contract.PIXELS in decoded:
-                return device.download(decoded[contract.PIXELS][0], out)
+                return _not_blank(device.download(decoded[contract.PIXELS][0], out))
             picture_3HW = device.download(decoded[contract.PICTURE][0])
             rounded = np.rint(picture_3HW.astype(np.float32) * 255).clip(0, 255)
             pixels = np.empty((*rounded.shape[1:], 3), np.uint8) if out is None else out
             np.copyto(pixels, rounded.transpose(1, 2, 0), casting="unsafe")
-            return pixels
+            return _not_blank(pixels)
 
     def check_size(self, request: GenerationRequest) -> None:
         """Raise `InvalidRequest` unless this export makes pictures of the request's size."""
