@@ -17,6 +17,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -338,8 +339,10 @@ def _network_of_folder(
             f"{name} says that its scheduler is {kind}, which diffusers does not have.",
             _FIX_CONFIGURATION,
         )
-    with_defaults = dict(cls.from_config(said).config)
-    own = {"class": kind, **with_defaults}
+    own = {"class": kind}
+    for key, parameter in signature(cls.__init__).parameters.items():
+        if parameter.default is not parameter.empty:
+            own[key] = said.get(key, parameter.default)
     _refuse_other_arithmetic(name, own)
     if kind.startswith("EDM"):
         keys = ("sigma_min", "sigma_max", "sigma_data", "sigma_schedule", "rho", "prediction_type")
@@ -353,7 +356,8 @@ def _refuse_other_arithmetic(name: str, own: Mapping[str, Any]) -> None:
         "flow matching": "Flow" in own["class"] or flow,
         "thresholding": own.get("thresholding"),
         "clip_sample": own.get("clip_sample"),
-        "noise that is not given by betas": "beta_start" not in own and "sigma_max" not in own,
+        "noise that is not given by betas": "beta_start" not in own
+        and not own["class"].startswith("EDM"),
         "continuous timesteps": own.get("timestep_type") == "continuous",
         "final_sigmas_type": own["class"].startswith("EDM")
         and own.get("final_sigmas_type", "zero") != "zero",

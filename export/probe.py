@@ -60,13 +60,12 @@ def write_probe(export: ModuleExport, folder: Path, precision: str) -> Probe | N
         return None
     inputs = _inputs(export, sizes)
     if export.quantization is None:
-        with torch.no_grad(), _watched(export.module) as first:
+        with torch.no_grad(), _watched(export.module) as layers:
             results = export.module.eval()(**inputs)
-        _require_finite(export.name, precision, results, first)
         results = results if isinstance(results, tuple) else (results,)
     else:
-        results = _run_graph(folder / export.name / MODEL_FILE, inputs)
-        _require_finite(export.name, precision, results, [])
+        results, layers = _run_graph(folder / export.name / MODEL_FILE, inputs), []
+    _require_finite(export.name, precision, results, layers)
     outputs = dict(zip(export.outputs, results, strict=True))
     path = folder / export.name / PROBE_FILE
     tensors = {INPUT + k: v for k, v in inputs.items()} | {
@@ -104,19 +103,18 @@ def _watched(module: nn.Module) -> Iterator[list[str]]:
             hook.remove()
 
 
-def _require_finite(name: str, precision: str, results: Any, layers: list[str]) -> None:
+def _require_finite(
+    name: str, precision: str, results: tuple[Tensor, ...], layers: list[str]
+) -> None:
     """Raise `WeightsError` where a module overflows: its pictures would be black or noise."""
-    tensors = results if isinstance(results, tuple) else (results,)
-    if not layers and all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
+    if not layers and all(bool(torch.isfinite(result).all()) for result in results):
         return
     where = f", first in its layer {layers[0]}" if layers else ""
     vae = "Give a VAE that does not overflow (--vae madebyollin/sdxl-vae-fp16-fix), or export"
     hint = f"{vae if name == 'vae_decoder' else 'Export'} with --precision bf16 or fp32."
     if precision in ("fp32", "bf16"):
         hint = "Its weights may be damaged: download them again, or use others."
-    raise WeightsError(
-        f"{name} returns values that are not finite in {precision}{where}.", hint
-    )
+    raise WeightsError(f"{name} returns values that are not finite in {precision}{where}.", hint)
 
 
 def _run_graph(model: Path, inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from fastface_trt.engines import contract
 from fastface_trt.engines.device import Device, HostDevice, Tensor
+from fastface_trt.errors import EngineFailed
 from fastface_trt.runtime.conditioning import Conditioner
 from fastface_trt.runtime.export_folder import ModuleSet
 from fastface_trt.runtime.face import ChannelOrder, Face
@@ -29,6 +30,17 @@ from fastface_trt.runtime.sampling import (
     take_step,
 )
 from fastface_trt.runtime.timeline import NO_TIMELINE, Timeline
+
+
+def _not_blank(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """`pixels`, unless all are the same: numbers that are not finite end as one value, mostly 0."""
+    if (pixels[0] == pixels[0, 0, 0]).all() and (pixels == pixels[0, 0, 0]).all():
+        raise EngineFailed(
+            f"The VAE decoder overflows: every value of the picture is {pixels[0, 0, 0]}.",
+            "Export with another VAE (--vae madebyollin/sdxl-vae-fp16-fix), or with --precision "
+            "bf16 or fp32.",
+        )
+    return pixels
 
 
 class Stages:
