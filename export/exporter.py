@@ -49,9 +49,13 @@ def run_export(options: ExportOptions, out: Path, progress: Progress) -> ExportM
     if options.quantized or options.quantize_vae:
         modelopt_version()  # not after an hour of exporting
     with finished_folder(out, EXPORT_MANIFEST) as draft:
-        weights = RandomWeights(options) if options.random_weights else CheckpointWeights(options)
-        for note in weights.notes:
-            progress(note)
+        weights: Weights = (
+            RandomWeights(options)
+            if options.random_weights
+            else CheckpointWeights(options, progress)
+        )
+        height, width = options.height or weights.size[0], options.width or weights.size[1]
+        options = replace(options, height=height, width=width)
         for name in _TOKENIZERS:
             weights.copy_tokenizer(name, draft.path / name)
         face_model = _copy_face_model(weights.face_model, draft.path)
@@ -275,11 +279,11 @@ def _manifest(
         extra_files=tuple(extra),
         sources=tuple(weights.sources),
         loras=tuple(weights.loras),
-        scheduler=dict(checkpoint.scheduler),
+        scheduler=weights.scheduler,
         steps=options.steps or checkpoint.steps,
         allowed_steps=checkpoint.allowed_steps,
-        height=options.height or checkpoint.size,
-        width=options.width or checkpoint.size,
+        height=options.height or weights.size[0],
+        width=options.width or weights.size[1],
         fixed_size=options.fixed_size,
         force_zeros_for_empty_prompt=weights.force_zeros_for_empty_prompt,
         random_weights=options.random_weights,

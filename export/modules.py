@@ -129,8 +129,13 @@ class VaeDecoderModule(nn.Module):
 
     def forward(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         """Undo the VAE's scaling, decode, map [−1, 1] to [0, 1], and round that to bytes."""
-        shift = getattr(self.vae.config, "shift_factor", None) or 0.0
-        latents = latents / self.vae.config.scaling_factor + shift
+        config = self.vae.config
+        shift: Tensor | float = getattr(config, "shift_factor", None) or 0.0
+        mean, std = (getattr(config, f"latents_{of}", None) for of in ("mean", "std"))
+        if mean is not None and std is not None:
+            latents = latents * latents.new_tensor(std).reshape(1, -1, 1, 1)
+            shift = shift + latents.new_tensor(mean).reshape(1, -1, 1, 1)
+        latents = latents / config.scaling_factor + shift
         picture = self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0]
         picture = (picture.float() / 2 + 0.5).clamp(0, 1)
         # The cast comes last of all: TensorRT takes uint8 nowhere but at an output.

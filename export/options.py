@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -43,8 +44,10 @@ class ExportOptions:
     type that the files hold (`fp16` halves an fp32 export's files, engines still compute in fp32).
     height, width: pixels, the
     example's size, or the only one with `fixed_size`. faceid_lora_scale: scale of the adapter's
-    LoRA, fused; loras: others, see `fastface_trt.export.lora`. zero_tokens, orthogonal,
-    face_parser: of a PuLID adapter, see
+    LoRA, fused; loras: others, see `fastface_trt.export.lora`. base_is_distilled: whether a base of
+    one's own needs no distillation LoRA, None to stop where it seems so; prediction_type, zero_snr:
+    what it was trained with, where it does not say so itself, see `fastface_trt.export.base_facts`.
+    zero_tokens, orthogonal, face_parser: of a PuLID adapter, see
     `fastface_trt.export.adapters`, `fastface_trt.export.attention` and
     `fastface_trt.runtime.face`. random_weights: full-size SDXL without downloads.
     calibration: what the modules to quantise are run on. quantize_attention: q, k, v and softmax
@@ -73,6 +76,9 @@ class ExportOptions:
     distillation_lora: HubItem | None = None
     distillation_lora_scale: float | None = None
     loras: tuple[LoraFile, ...] = ()
+    base_is_distilled: bool | None = None
+    prediction_type: Literal["epsilon", "v_prediction"] | None = None
+    zero_snr: bool | None = None
     random_weights: bool = False
     calibration: Calibration | None = None
     quantize_attention: bool = False
@@ -126,6 +132,11 @@ class ExportOptions:
             )
         if not all(map(isfinite, (scale or 0.0, self.faceid_lora_scale))):
             raise InvalidRequest("The scale of a LoRA is not finite.", "Give a number such as 0.8.")
+        if self.base_is_distilled is not None and (self.base is None or self.distillation_lora):
+            raise InvalidRequest(
+                "Whether a base is distilled is asked of one of your own, without a LoRA for it.",
+                "Add --base, or leave out --base-is-distilled and --distillation-lora.",
+            )
         adapter = None if self.adapter in ADAPTERS.values() else self.adapter
         models = (self.base, self.base_text, self.vae, self.image_encoder)
         given = (*models, adapter, self.distillation_lora)

@@ -8,17 +8,20 @@ longer for it than for the whole export.
 """
 
 import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastface_trt.engines import contract
 from fastface_trt.engines.files import describe_file
 from fastface_trt.engines.manifest import Dimension, Probe
 from fastface_trt.engines.probe import INPUT, OUTPUT, PROBE_FILE
+from fastface_trt.errors import WeightsError
 from fastface_trt.export.modules import ModuleExport
 from fastface_trt.export.onnx_writer import MODEL_FILE
 
@@ -47,7 +50,8 @@ def write_probe(export: ModuleExport, folder: Path, precision: str) -> Probe | N
     """Write `folder`/NAME/probe.safetensors, running the module once as it was exported.
 
     Returns None without running anything for latents of a fixed size beyond 32 × 32. `precision`
-    is the coarser of those that weights are stored and computed in. Of a quantised module the
+    is the coarser of those that weights are stored and computed in. Raises `WeightsError` where
+    the module overflows. Of a quantised module the
     written graph runs, by ONNX Runtime: the PyTorch module is not quantised.
     """
     sizes = _sizes(export)
@@ -56,11 +60,12 @@ def write_probe(export: ModuleExport, folder: Path, precision: str) -> Probe | N
         return None
     inputs = _inputs(export, sizes)
     if export.quantization is None:
-        with torch.no_grad():
+        with torch.no_grad(), _watched(export.module) as layers:
             results = export.module.eval()(**inputs)
         results = results if isinstance(results, tuple) else (results,)
     else:
-        results = _run_graph(folder / export.name / MODEL_FILE, inputs)
+        results, layers = _run_graph(folder / export.name / MODEL_FILE, inputs), []
+    _require_finite(export.name, precision, results, layers)
     outputs = dict(zip(export.outputs, results, strict=True))
     path = folder / export.name / PROBE_FILE
     tensors = {INPUT + k: v for k, v in inputs.items()} | {
@@ -69,6 +74,47 @@ def write_probe(export: ModuleExport, folder: Path, precision: str) -> Probe | N
     # Not save_file, which makes a file that only its owner can read.
     path.write_bytes(save({name: tensor.contiguous() for name, tensor in tensors.items()}))
     return Probe(file=describe_file(folder, path), sizes=sizes, tolerance=TOLERANCES[precision])
+
+
+@contextmanager
+def _watched(module: nn.Module) -> Iterator[list[str]]:
+    """Names of layers in the order in which they return values that are not finite.
+
+    The result need not tell: a clamp makes a number of an infinite value.
+    """
+    found: list[str] = []
+
+    def watch(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def look(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            if isinstance(output, Tensor) and not bool(torch.isfinite(output).all()):
+                found.append(name)
+
+        return look
+
+    hooks = [
+        layer.register_forward_hook(watch(name))
+        for name, layer in module.named_modules()
+        if not any(layer.children())
+    ]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _require_finite(
+    name: str, precision: str, results: tuple[Tensor, ...], layers: list[str]
+) -> None:
+    """Raise `WeightsError` where a module overflows: its pictures would be black or noise."""
+    if not layers and all(bool(torch.isfinite(result).all()) for result in results):
+        return
+    where = f", first in its layer {layers[0]}" if layers else ""
+    vae = "Give a VAE that does not overflow (--vae madebyollin/sdxl-vae-fp16-fix), or export"
+    hint = f"{vae if name == 'vae_decoder' else 'Export'} with --precision bf16 or fp32."
+    if precision in ("fp32", "bf16"):
+        hint = "Its weights may be damaged: download them again, or use others."
+    raise WeightsError(f"{name} returns values that are not finite in {precision}{where}.", hint)
 
 
 def _run_graph(model: Path, inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:

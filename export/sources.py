@@ -251,16 +251,23 @@ class CheckpointSource:
         self.sources = [self.located.source]
         self.notes: list[str] = []
         self.where = self.located.path.name if is_local(item) else self.located.source.location
+        self._without = without
         self.single_file = self.located.path if self.located.path.is_file() else None
         self._text = self._locate_text(base_text)
+        self._configs = [self._text.path] if self._text else []
         if self.single_file:
-            self._configs = [located.path for located in (self._text,) if located]
             self.folder = self._folder_of_tokenizers(config)
-            self._read_single_file(open_weights(self.single_file), without)
         else:
             self.folder = self.located.path
-            self._configs = [self.folder, *([self._text.path] if self._text else [])]
-            self._read_folder()
+            self._configs.insert(0, self.folder)
+            self._check_folder()
+
+    def find(self) -> None:
+        """Find every model's weights, by headers alone; raises `WeightsError`."""
+        if self.single_file:
+            self._find_in_file(open_weights(self.single_file))
+        else:
+            self._find_in_folder()
 
     def _choose(self, names: Sequence[str]) -> list[str]:
         """Of a repository's files the configurations, the tokenizers and one set of weights."""
@@ -311,11 +318,11 @@ class CheckpointSource:
                 "or go online.",
             ) from error
 
-    def _read_single_file(self, file: WeightsFile, without: Collection[str]) -> None:
+    def _find_in_file(self, file: WeightsFile) -> None:
         used: set[str] = set()
         replaced, absent = "", []
         for component in ("unet", "vae", *TEXT_ENCODERS):
-            if component in without:
+            if component in self._without:
                 replaced += {"vae": r"|first_stage_model\.|vae\.", "unet": r"|model\."}[component]
                 continue
             config = self._config_of_single(component)
@@ -343,7 +350,7 @@ class CheckpointSource:
         where = self._text.source.location
         return folder_part(self._text.path / component, component, self.dtype, where)
 
-    def _read_folder(self) -> None:
+    def _check_folder(self) -> None:
         _check_pipeline(self.folder, self.where)
         own_text = all((self.folder / name).is_dir() for name in (*TEXT_ENCODERS, *TOKENIZERS))
         if self._text and own_text:
@@ -351,6 +358,8 @@ class CheckpointSource:
                 f"{self.where} has text encoders and tokenizers of its own.",
                 "Leave out --base-text.",
             )
+
+    def _find_in_folder(self) -> None:
         for component in self._wanted:
             folder = self.folder / component
             if folder.is_dir():
@@ -387,10 +396,15 @@ class CheckpointSource:
 
     def skeleton(self, component: str) -> Model:
         """The component on torch's meta device: names and shapes of its weights without values."""
-        return self.parts[component].skeleton()
+        if component in self.parts:
+            return self.parts[component].skeleton()
+        config = self.config(component)
+        return Part(component, _class_of(component, config), config, {}).skeleton()
 
     def component(self, name: str) -> Model:
         """`unet` (without an adapter), `vae`, `text_encoder` or `text_encoder_2`."""
+        if name not in self.parts:
+            self.find()
         return self.parts[name].load(self.dtype)
 
     def tokenizer(self, name: str) -> Path:

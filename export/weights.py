@@ -7,7 +7,7 @@ collected for the manifest.
 
 import json
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -15,9 +15,11 @@ from fastface_trt.checkpoints import (
     ADAPTERS,
     EVA02_CLIP_L,
     FACE_MODELS,
+    FP16_VAE,
     TINY_VAE,
     HubItem,
 )
+from fastface_trt.engines.engine import Progress
 from fastface_trt.engines.manifest import AdapterKind, LoraFused, Orthogonal, Source
 from fastface_trt.errors import InvalidRequest, WeightsError
 from fastface_trt.export import full_size
@@ -27,6 +29,7 @@ from fastface_trt.export.adapters import (
     load_projection,
     read_adapter,
 )
+from fastface_trt.export.base_facts import read_base
 from fastface_trt.export.face_modules import check_eva_tower, load_eva_tower
 from fastface_trt.export.locations import is_local, locate
 from fastface_trt.export.lora import LoraRequest, fuse, plan_loras
@@ -37,7 +40,6 @@ from fastface_trt.export.sources import (
     CheckpointSource,
     model_config,
     model_part,
-    single_part,
 )
 from fastface_trt.mini.folders import FACE_MODEL
 from fastface_trt.runtime.tokenizer import PAD_TOKENS, write_byte_tokenizer
@@ -58,6 +60,9 @@ Normalisation = tuple[tuple[float, float, float], tuple[float, float, float]]
 class Weights(Protocol):
     """Models by name, each loaded anew when it is asked for."""
 
+    scheduler: dict[str, Any]
+    size: tuple[int, int]
+    """(height, width) in pixels that the checkpoint was made for."""
     adapter_name: str
     adapter_kind: AdapterKind
     orthogonal: Orthogonal
@@ -65,8 +70,6 @@ class Weights(Protocol):
     force_zeros_for_empty_prompt: bool
     sources: list[Source]
     loras: list[LoraFused]
-    notes: list[str]
-    """What a user should know of the files that were read, a sentence each."""
 
     def text_encoder(self, name: str) -> Model:
         """`text_encoder` or `text_encoder_2`."""
@@ -98,11 +101,12 @@ class Weights(Protocol):
 
 
 class CheckpointWeights:
-    """The weights that an `ExportOptions` names."""
+    """The weights that an `ExportOptions` names; `progress` is told what is replaced or kept."""
 
-    def __init__(self, options: ExportOptions) -> None:
+    def __init__(self, options: ExportOptions, progress: Progress = lambda line: None) -> None:
         checkpoint = options.checkpoint
         self._options = options
+        self._progress = progress
         unet = None if options.base else checkpoint.unet
         vae = self._vae_item()
         replaced = [name for name, item in (("unet", unet), ("vae", vae)) if item]
@@ -113,19 +117,20 @@ class CheckpointWeights:
             base_text=options.base_text,
             without=replaced,
         )
-        self.sources = list(self._source.sources)
-        self.notes = self._source.notes
-        parts = self._source.parts
-        if unet:
-            item, config = self._for_steps(unet), self._source.config("unet")
-            parts["unet"], source = single_part("unet", item, config, "unet")
-            self.sources.append(source)
-        if vae:
-            config = self._source.config("vae")
-            parts["vae"], _, source = model_part("vae", vae, options.dtype, config, inside=("vae",))
-            self.sources.append(source)
         adapter = locate(options.adapter or checkpoint.adapter, "adapter")
         self._adapter = read_adapter(adapter.path)
+        self._base = read_base(options, self._source, self._adapter, progress)
+        self.scheduler, self.size = self._base.scheduler, self._base.size
+        self._source.find()
+        for note in self._source.notes:
+            progress(note)
+        self.sources = list(self._source.sources)
+        self._vae_name = ""
+        if unet:
+            self._replace("unet", self._for_steps(unet))
+        if vae:
+            self._vae_name = self._replace("vae", vae)
+            self._base.check_vae(self._source.skeleton("vae"), self._vae_name)
         self.adapter_name = adapter.path.name
         self.adapter_kind = self._adapter.kind
         self.orthogonal = _orthogonal(options, self.adapter_kind)
@@ -145,12 +150,20 @@ class CheckpointWeights:
         """The distillation LoRA of the checkpoint or in its place, then those of `--lora`."""
         options, checkpoint = self._options, self._options.checkpoint
         requests = [LoraRequest(one.item, one.scale, "style") for one in options.loras]
-        item = options.distillation_lora or checkpoint.lora
+        item = self._base.distillation
         if item is not None:
             scale = options.distillation_lora_scale
             scale = checkpoint.lora_scale if scale is None else scale
             requests.insert(0, LoraRequest(self._for_steps(item), scale, "distillation"))
         return requests
+
+    def _replace(self, name: str, item: HubItem) -> str:
+        """Put a model of its own in the place of the base's; returns where it comes from."""
+        config = self._source.config(name)
+        part, _, source = model_part(name, item, self._options.dtype, config, inside=(name,))
+        self._source.parts[name] = part
+        self.sources.append(source)
+        return source.location
 
     def _find_image_encoder(self, item: HubItem) -> None:
         if self.adapter_kind == "pulid":
@@ -224,18 +237,35 @@ class CheckpointWeights:
         return projection.to(self._options.dtype)
 
     def _vae_item(self) -> HubItem | None:
-        """In float16 the checkpoint's fp16 VAE where it has one."""
+        """A VAE in the place of the base's own, which the registry has for fp16: a base of one's
+        own keeps its VAE, which may be trained on."""
         options = self._options
         item = options.vae or (TINY_VAE if options.tiny_vae else None)
-        if item is None and options.dtype == torch.float16:
-            return options.checkpoint.fp16_vae
-        return item
+        stand_in = options.checkpoint.fp16_vae
+        if item or options.base or options.dtype != torch.float16 or stand_in is None:
+            return item
+        self._progress(
+            f"{options.checkpoint.base.location}: its VAE overflows in fp16, {stand_in.location} "
+            "stands in for it"
+        )
+        return stand_in
 
     def vae(self) -> Model:
-        """SDXL's own overflows in fp16 and says so in its configuration; it stays in float32."""
-        part, dtype = self._source.parts["vae"], self._options.dtype
-        overflows = part.config.get("force_upcast", False) and dtype == torch.float16
-        return part.load(torch.float32 if overflows else dtype)
+        """In float32 where it is the base's own, and says that it overflows in float16."""
+        options, part = self._options, self._source.parts["vae"]
+        if self._vae_name:
+            vae = part.load(options.dtype)
+            self._base.check_vae(vae, self._vae_name)
+            return vae
+        overflows = self._base.vae_overflows and options.dtype == torch.float16
+        if overflows:
+            self._progress(
+                f"{self._base.name}: its VAE says that it overflows in fp16 (force_upcast) and "
+                f"stays in fp32; --vae {FP16_VAE.location} is half as large"
+            )
+        vae = part.load(torch.float32 if overflows else options.dtype)
+        self._base.give_latents(vae)
+        return vae
 
     def unet(self) -> Model:
         options = self._options
@@ -279,6 +309,8 @@ class RandomWeights:
     def __init__(self, options: ExportOptions) -> None:
         self._dtype = options.dtype
         self._zero_tokens = options.zero_tokens
+        self.scheduler = dict(options.checkpoint.scheduler)
+        self.size = (options.checkpoint.size, options.checkpoint.size)
         self.adapter_name = "random"
         named = (kind for kind, item in ADAPTERS.items() if item == options.adapter)
         self.adapter_kind: AdapterKind = next(named, "faceid-plus-v2")
@@ -288,7 +320,6 @@ class RandomWeights:
         self.force_zeros_for_empty_prompt = True
         self.sources = [Source(role="random weights", location="-", licence="none")]
         self.loras: list[LoraFused] = []
-        self.notes: list[str] = []
 
     def text_encoder(self, name: str) -> Model:
         return full_size.random_text_encoder(name, self._dtype)

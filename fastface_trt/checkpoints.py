@@ -84,8 +84,10 @@ class Checkpoint:
     """One distilled (or base) SDXL checkpoint with the schedule that it was made for.
 
     `unet` and `lora` may hold `{steps}` in their path: Hyper and Lightning ship one file per number
-    of steps. `size` is the side of the square picture in pixels. `image_encoder` is what a
-    FaceID-Plus-v2 adapter looks with.
+    of steps. Where both are there, `unet` is for the base itself and `lora` for another one.
+    `distilled_base`: the base itself is what was distilled, and nothing does it to another one.
+    `size` is the side of the square picture in pixels. `image_encoder` is what a FaceID-Plus-v2
+    adapter looks with. `fp16_vae` stands in for the base's own VAE where that overflows.
     """
 
     name: str
@@ -97,6 +99,7 @@ class Checkpoint:
     unet: HubItem | None = None
     lora: HubItem | None = None
     lora_scale: float = 1.0
+    distilled_base: bool = False
     adapter: HubItem = FACEID_PLUS_V2
     image_encoder: HubItem = CLIP_VIT_H
     fp16_vae: HubItem | None = FP16_VAE
@@ -175,6 +178,12 @@ CHECKPOINTS: Mapping[str, Checkpoint] = {
                 "sdxl_lightning_{steps}step_unet.safetensors",
                 OPENRAIL_PP,
             ),
+            lora=HubItem(
+                "ByteDance/SDXL-Lightning",
+                "c9a24f48e1c025556787b0c58dd67a091ece2e44",
+                "sdxl_lightning_{steps}step_lora.safetensors",
+                OPENRAIL_PP,
+            ),
         ),
         Checkpoint(
             "lcm",
@@ -201,6 +210,7 @@ CHECKPOINTS: Mapping[str, Checkpoint] = {
             steps=4,
             allowed_steps=(1, 2, 3, 4),
             size=512,
+            distilled_base=True,
         ),
         Checkpoint(
             "base", SDXL_BASE, _DDIM, steps=30, allowed_steps=tuple(range(1, 101)), size=1024

@@ -20,7 +20,7 @@ from fastface_trt.engines.manifest import (
 )
 from fastface_trt.errors import ExportIncomplete, UnknownName
 from fastface_trt.mini import folders
-from fastface_trt.runtime.schedule import Schedule, make_schedule
+from fastface_trt.runtime.schedule import Schedule, make_schedule, with_network_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,12 +79,13 @@ def find_export(export: str | os.PathLike[str]) -> Path:
 def with_schedule_of(manifest: ExportManifest, checkpoint: str) -> ExportManifest:
     """`manifest` with the sampler and the steps of another checkpoint of the registry.
 
-    Nothing of this is in an engine, so none is built. Raises `UnknownName`.
+    What the network was trained with stays. Nothing of this is in an engine, so none is built.
+    Raises `UnknownName`.
     """
     entry = find_checkpoint(checkpoint)
     return manifest.model_copy(
         update={
-            "scheduler": dict(entry.scheduler),
+            "scheduler": with_network_of(entry.scheduler, manifest.scheduler),
             "steps": entry.steps,
             "allowed_steps": entry.allowed_steps,
         }

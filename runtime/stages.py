@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from fastface_trt.engines import contract
 from fastface_trt.engines.device import Device, HostDevice, Tensor
+from fastface_trt.errors import EngineFailed
 from fastface_trt.runtime.conditioning import Conditioner
 from fastface_trt.runtime.export_folder import ModuleSet
 from fastface_trt.runtime.face import ChannelOrder, Face
@@ -29,6 +30,17 @@ from fastface_trt.runtime.sampling import (
     take_step,
 )
 from fastface_trt.runtime.timeline import NO_TIMELINE, Timeline
+
+
+def _not_blank(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """`pixels`, unless all are the same: numbers that are not finite end as one value, mostly 0."""
+    if (pixels[0] == pixels[0, 0, 0]).all() and (pixels == pixels[0, 0, 0]).all():
+        raise EngineFailed(
+            f"The VAE decoder overflows: every value of the picture is {pixels[0, 0, 0]}.",
+            "Export with another VAE (--vae madebyollin/sdxl-vae-fp16-fix), or with --precision "
+            "bf16 or fp32.",
+        )
+    return pixels
 
 
 class Stages:
@@ -100,7 +112,7 @@ class Stages:
     ) -> NDArray[np.uint8]:
         """The picture of final latents [C,h,w]: RGB, uint8 [H,W,3], written into `out` if given.
 
-        Raises `EngineFailed` where the latents are not finite.
+        Raises `EngineFailed` where the latents are not finite, or the decoder's values were not.
         """
         device, decoder = self.device, self._modules["vae_decoder"]
         with timeline.span("vae_decoder", device):
@@ -109,12 +121,12 @@ class Stages:
             # The picture cannot tell: its clamp to [0, 1] may swallow what is not a number.
             require_finite(device, latents)
             if contract.PIXELS in decoded:
-                return device.download(decoded[contract.PIXELS][0], out)
+                return _not_blank(device.download(decoded[contract.PIXELS][0], out))
             picture_3HW = device.download(decoded[contract.PICTURE][0])
             rounded = np.rint(picture_3HW.astype(np.float32) * 255).clip(0, 255)
             pixels = np.empty((*rounded.shape[1:], 3), np.uint8) if out is None else out
             np.copyto(pixels, rounded.transpose(1, 2, 0), casting="unsafe")
-            return pixels
+            return _not_blank(pixels)
 
     def check_size(self, request: GenerationRequest) -> None:
         """Raise `InvalidRequest` unless this export makes pictures of the request's size."""

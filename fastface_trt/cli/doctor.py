@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import click
+import numpy as np
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -21,7 +22,8 @@ from fastface_trt.engines.files import storage_errors, write_text_durably
 from fastface_trt.engines.hardware import cuda_driver, cuda_hardware, why_no_gpu
 from fastface_trt.engines.kernels.operator_library import library_status
 from fastface_trt.engines.ort.session import libraries_status
-from fastface_trt.errors import BackendUnavailable, UnknownName
+from fastface_trt.errors import BackendUnavailable, ExportIncomplete, UnknownName
+from fastface_trt.runtime.export_folder import Export
 from fastface_trt.verify.self_test import (
     REFERENCE,
     Check,
@@ -58,6 +60,13 @@ def _extras() -> dict[str, dict[str, str | None]]:
     "--backend", "chosen", multiple=True, help="With --gpu: only this backend (repeatable)."
 )
 @click.option(
+    "--export",
+    "export",
+    type=FOLDER,
+    metavar="EXPORT",
+    help="Say of this export which modules returned values that are not finite.",
+)
+@click.option(
     "--full-size",
     type=FOLDER,
     metavar="EXPORT",
@@ -75,6 +84,7 @@ def doctor(
     as_json: bool,
     gpu: bool,
     chosen: tuple[str, ...],
+    export: Path | None,
     full_size: Path | None,
     recording: Path | None,
     cache: Path | None,
@@ -85,6 +95,9 @@ def doctor(
     With --gpu it is a self-test: every GPU backend that works here builds the small model, makes
     pictures and is compared with ONNX Runtime on the CPU; exits with 1 when a check fails.
     """
+    if export:
+        _probes(export)
+        return
     backends = probe_backends()
     if gpu:
         names = chosen or _on_gpu(backends)
@@ -120,6 +133,26 @@ def doctor(
     for name, fact in _facts().items():
         out.print(f"{name}: {fact}", markup=False, soft_wrap=True)
     out.print(f"Engine cache: {EngineCache().root}", markup=False, soft_wrap=True)
+
+
+def _probes(folder: Path) -> None:
+    """Look whether what PyTorch made of each probe is finite; raises `ExportIncomplete` if not."""
+    from safetensors.numpy import load_file
+
+    export = Export.open(folder)
+    for name, module in export.manifest.modules.items():
+        if module.probe is None:
+            click.echo(f"{name}: no probe")
+            continue
+        tensors = load_file(folder / module.probe.file.path)
+        if not all(np.isfinite(value).all() for value in tensors.values()):
+            raise ExportIncomplete(
+                f"{name} of {folder} returns values that are not finite in "
+                f"{export.manifest.precision}.",
+                "Export again with --precision bf16 or fp32"
+                + (", or with another --vae." if name == "vae_decoder" else "."),
+            )
+        click.echo(f"{name}: finite")
 
 
 def _facts() -> dict[str, str]:

@@ -22,6 +22,21 @@ from fastface_trt.measure.memory import GB, peak_bytes
 @click.option("--steps", type=int, help="Steps that the checkpoint is exported for.")
 @click.option("--base", help="Other base weights: diffusers folder, single file, or hub id[@rev].")
 @click.option(
+    "--base-is-distilled/--base-is-not-distilled",
+    default=None,
+    help="Whether --base was distilled already: then no distillation LoRA is fused into it.",
+)
+@click.option(
+    "--prediction-type",
+    type=click.Choice(["epsilon", "v_prediction"]),
+    help="What the base predicts, where it does not say so itself.",
+)
+@click.option(
+    "--zero-snr/--no-zero-snr",
+    default=None,
+    help="Whether it was trained with zero terminal SNR, where it does not say so itself.",
+)
+@click.option(
     "--adapter",
     help="faceid-plus-v2, faceid, pulid, a file of one (.bin or .safetensors), or hub id/path.",
 )

@@ -1,6 +1,8 @@
 """`inspect`: read a manifest, an engine, or a picture's parameters."""
 
 import json
+from collections.abc import Mapping
+from typing import Any
 
 import click
 from rich.console import Console
@@ -67,7 +69,7 @@ def _show_export(out: Console, export: ExportManifest) -> None:
         f"{export.image_token_count} tokens){random}: {export.precision} "
         f"(weights stored as {export.weight_storage}), {export.width}x{export.height}"
         f"{' only' if export.fixed_size else ''}, {export.steps} steps of "
-        f"{export.scheduler['class']}, face model {export.face_model}"
+        f"{export.scheduler['class']}{_network(export.scheduler)}, face model {export.face_model}"
     )
     if export.adapter_kind == "pulid":
         parser = "with a face parser" if export.face_parser else "without a face parser"
@@ -109,6 +111,12 @@ def _loras(loras: tuple[LoraFused, ...]) -> Table:
         file = lora.file or "of the adapter" if lora.role == "faceid" else lora.file or "-"
         table.add_row(lora.role, f"{lora.scale:g}", file, "\n".join(parts) or "-")
     return table
+
+
+def _network(scheduler: Mapping[str, Any]) -> str:
+    """What the UNet predicts, and how it was trained where that is not the usual way."""
+    zero = ", zero terminal SNR" if scheduler.get("rescale_betas_zero_snr") else ""
+    return f" for {scheduler.get('prediction_type', 'epsilon')}{zero}"
 
 
 def _show_module(out: Console, module: ModuleSpec) -> None:

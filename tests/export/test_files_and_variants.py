@@ -47,7 +47,9 @@ def folder(tiny, tmp_path):
 
 def source(path, dtype=torch.float32, base=None, **options):
     base = base or HubItem("stabilityai/stable-diffusion-xl-base-1.0")
-    return CheckpointSource(HubItem(str(path)), dtype, base, **options)
+    read = CheckpointSource(HubItem(str(path)), dtype, base, **options)
+    read.find()
+    return read
 
 
 def weights_of(folder, component):

@@ -152,6 +152,11 @@ def write_tiny_sdxl(root: Path) -> Path:
         "vae": ["diffusers", "AutoencoderKL"],
     }
     (checkpoint / "model_index.json").write_text(json.dumps(index))
-    DDIMScheduler().save_pretrained(checkpoint / "scheduler")
+    DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+    ).save_pretrained(checkpoint / "scheduler")
     save_file(adapter_tensors(tiny_unet()), root / "adapter.safetensors")
     return root

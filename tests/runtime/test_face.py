@@ -216,7 +216,7 @@ def test_pack_that_cannot_be_downloaded(monkeypatch):
 
 @pytest.mark.parametrize("named", [True, False], ids=["pack", "folder"])
 def test_a_pack_one_folder_too_deep_is_found(tmp_path, monkeypatch, named):
-    """antelopev2's archive holds a folder of its name: ~/.insightface/models/antelopev2/antelopev2."""
+    """antelopev2's archive holds a folder of its name, and is unpacked into one."""
     monkeypatch.setenv("HOME", str(tmp_path))
     outer = tmp_path / ".insightface" / "models" / "antelopev2"
     outer.mkdir(parents=True)

@@ -6,9 +6,26 @@ import torch
 
 from fastface_trt.checkpoints import CHECKPOINTS
 from fastface_trt.errors import InvalidRequest, UnknownName
-from fastface_trt.runtime.schedule import make_schedule
+from fastface_trt.runtime.schedule import make_schedule, with_network_of
 
 diffusers = pytest.importorskip("diffusers")
+
+
+class DoublesForFloats:
+    """torch, in which float32 is float64: diffusers' Euler steps round x to float32 otherwise,
+    which at σ = 4096 leaves five digits of it."""
+
+    float32 = torch.float64
+
+    def __getattr__(self, name):
+        return getattr(torch, name)
+
+
+@pytest.fixture
+def doubles(monkeypatch):
+    for name in ("euler_discrete", "euler_ancestral_discrete", "edm_euler"):
+        module = __import__(f"diffusers.schedulers.scheduling_{name}", fromlist=["torch"])
+        monkeypatch.setattr(module, "torch", DoublesForFloats())
 
 
 def run_diffusers(config, count, x, epsilons):
@@ -16,10 +33,12 @@ def run_diffusers(config, count, x, epsilons):
     arguments = {k: v for k, v in config.items() if k != "class"}
     scheduler = getattr(diffusers, config["class"])(**arguments)
     scheduler.set_timesteps(count)
+    if isinstance(getattr(scheduler, "sigmas", None), torch.Tensor):
+        scheduler.sigmas = scheduler.sigmas.double()
     x = x * float(scheduler.init_noise_sigma)
     for step, t in enumerate(scheduler.timesteps):
         scaled = scheduler.scale_model_input(x, t)
-        stochastic = config["class"] != "DDIMScheduler"
+        stochastic = config["class"] not in ("DDIMScheduler", "EDMEulerScheduler")
         extra = {"generator": torch.Generator().manual_seed(step)} if stochastic else {}
         x = scheduler.step(epsilons[step], t, x, **extra).prev_sample.double()
         yield float(t), scaled, x
@@ -29,7 +48,7 @@ def noise_of_step(step, shape, dtype):
     return torch.randn(shape, generator=torch.Generator().manual_seed(step), dtype=dtype)
 
 
-def check(config, count):
+def check(config, count, tolerance=1e-6):
     schedule = make_schedule(config, count)
     generator = torch.Generator().manual_seed(7)
     x = torch.randn(1, 4, 16, 16, generator=generator, dtype=torch.float64)
@@ -42,7 +61,7 @@ def check(config, count):
         # Noise is drawn in the prediction's dtype.
         z = noise_of_step(step, x.shape, torch.float64)
         ours = row.latents * ours + row.prediction * epsilons[step] + row.noise * z
-        assert relative(ours, theirs) < 1e-6
+        assert relative(ours, theirs) < tolerance
         ours = theirs  # so that a later step is judged by itself
     assert len(schedule) == count
 
@@ -63,6 +82,64 @@ def test_tables_of_the_checkpoints_equal_diffusers(name, count):
 def test_spacings_and_predictions_equal_diffusers(name, spacing, prediction):
     config = dict(CHECKPOINTS[name].scheduler)
     check(config | {"timestep_spacing": spacing, "prediction_type": prediction}, 5)
+
+
+@pytest.mark.parametrize("count", [1, 4, 8])
+@pytest.mark.parametrize("name", ["hyper", "lightning", "lcm", "turbo"])
+def test_v_prediction_with_zero_terminal_snr_equals_diffusers(doubles, name, count):
+    config = dict(CHECKPOINTS[name].scheduler)
+    check(config | {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}, count)
+
+
+@pytest.mark.parametrize("name", ["lightning", "turbo"])
+def test_zero_terminal_snr_with_leading_steps_equals_diffusers(doubles, name):
+    """PyTorch's square roots of ᾱ are a last bit off in some places, which shows near t = 0."""
+    config = dict(CHECKPOINTS[name].scheduler) | {"timestep_spacing": "leading"}
+    config |= {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+    check(config, 5, tolerance=3e-6)
+
+
+def test_other_betas_equal_diffusers():
+    hyper = dict(CHECKPOINTS["hyper"].scheduler)
+    check(hyper | {"beta_schedule": "squaredcos_cap_v2"}, 4)
+    check(hyper | {"trained_betas": np.linspace(1e-4, 0.03, 1000).tolist()}, 4)
+
+
+EDM = {
+    "class": "EDMEulerScheduler",
+    "sigma_min": 0.002,
+    "sigma_max": 80.0,
+    "sigma_data": 0.5,
+    "prediction_type": "epsilon",
+}
+"""Playground v2.5's; the other is CosXL's."""
+
+
+@pytest.mark.parametrize("count", [2, 4, 25])
+@pytest.mark.parametrize(
+    "facts",
+    [
+        {},
+        {
+            "sigma_max": 120.0,
+            "sigma_data": 1.0,
+            "prediction_type": "v_prediction",
+            "sigma_schedule": "exponential",
+        },
+    ],
+    ids=["playground", "cosxl"],
+)
+def test_edm_equals_diffusers(doubles, facts, count):
+    check(EDM | facts, count)
+
+
+def test_a_network_keeps_its_facts_under_another_sampler():
+    lightning, hyper = (dict(CHECKPOINTS[name].scheduler) for name in ("lightning", "hyper"))
+    network = hyper | {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+    merged = with_network_of(lightning, network)
+    assert merged == lightning | {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+    assert with_network_of(network, lightning) == hyper
+    assert with_network_of(lightning, EDM) == EDM
 
 
 @pytest.mark.parametrize("name", ["hyper", "lightning", "lcm", "turbo"])
@@ -94,5 +171,9 @@ def test_what_cannot_be_scheduled_is_refused():
         make_schedule(dict(CHECKPOINTS["lcm"].scheduler), 51)
     with pytest.raises(InvalidRequest):
         make_schedule(dict(CHECKPOINTS["lightning"].scheduler) | {"use_karras_sigmas": True}, 4)
+    with pytest.raises(InvalidRequest, match="no signal"):
+        make_schedule(hyper | {"rescale_betas_zero_snr": True}, 4)
+    with pytest.raises(InvalidRequest, match="EDM"):
+        make_schedule(EDM, 2, timesteps=[500, 250])
     with pytest.raises(UnknownName, match="EulerDiscreteScheduler"):
         make_schedule({"class": "EulerDiscretScheduler"}, 4)
