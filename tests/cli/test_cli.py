@@ -1,6 +1,7 @@
 """The command line: what a person types, what is printed, and exit codes."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -245,6 +246,35 @@ def test_build_then_inspect(tiny_export, tmp_path):
     assert wrong.exit_code == USER_ERROR
     assert "'unet'" in wrong.stderr
     assert run("inspect", tmp_path).exit_code == USER_ERROR
+
+
+def test_doctor_names_the_module_of_an_export_that_is_not_finite(tmp_path):
+    from safetensors.numpy import load_file, save_file
+
+    from fastface_trt.mini.folders import EXPORT
+
+    assert "vae_decoder: finite" in run("doctor", "--export", EXPORT).output
+    broken = tmp_path / "broken"
+    shutil.copytree(EXPORT, broken)
+    file = broken / "vae_decoder" / "probe.safetensors"
+    tensors = load_file(file)
+    tensors["output.picture"][0, 0, 0, 0] = np.nan
+    save_file(tensors, file)
+    found = run("doctor", "--export", broken)
+    assert found.exit_code == USER_ERROR
+    assert "vae_decoder" in found.output
+    assert "--vae" in found.output
+
+
+def test_inspect_says_what_the_unet_predicts(tmp_path):
+    from fastface_trt.mini.folders import EXPORT
+
+    assert "DDIMScheduler for epsilon, face" in " ".join(run("inspect", EXPORT).output.split())
+    manifest = json.loads((EXPORT / "manifest.json").read_text())
+    manifest["scheduler"] |= {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    shown = " ".join(run("inspect", tmp_path).output.split())
+    assert "DDIMScheduler for v_prediction, zero terminal SNR, face" in shown
 
 
 def test_doctor():

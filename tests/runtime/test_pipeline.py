@@ -317,3 +317,30 @@ def test_another_checkpoints_schedule_on_an_export():
         np.testing.assert_allclose(trace.latents, latents, atol=1e-4)
     with pytest.raises(UnknownName, match="checkpoint 'lightening'"):
         FastFace.load("mini", schedule_of="lightening")
+
+
+def test_another_sampler_leaves_what_the_network_predicts(tmp_path):
+    """An export of a v-prediction base stays one under the sampler of another checkpoint."""
+    import json
+
+    from fastface_trt.checkpoints import find_checkpoint
+    from fastface_trt.mini.folders import EXPORT
+    from fastface_trt.runtime.export_folder import Export
+
+    facts = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+    manifest = json.loads((EXPORT / "manifest.json").read_text())
+    manifest["scheduler"] |= facts
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    other = Export.open(tmp_path, schedule_of="lightning").manifest.scheduler
+    assert other == find_checkpoint("lightning").scheduler | facts
+
+
+def test_a_picture_of_one_value_is_an_overflow_and_no_picture():
+    from fastface_trt.runtime.stages import _not_blank
+
+    black = np.zeros((4, 6, 3), np.uint8)
+    with pytest.raises(EngineFailed, match="every value of the picture is 0") as failed:
+        _not_blank(black)
+    assert "--vae" in failed.value.hint
+    black[3, 5, 2] = 1
+    assert _not_blank(black) is black
