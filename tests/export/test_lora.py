@@ -409,11 +409,11 @@ def test_peft_merges_its_own_folders_to_the_same_weights(tmp_path, models, kind)
             if parameter.requires_grad and "magnitude" not in name:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
     wrapped.save_pretrained(tmp_path, save_embedding_layers=False)
-    _, after = fused(plan_lora(request(tmp_path), models))
+    before, after = fused(plan_lora(request(tmp_path), models))
     theirs = wrapped.merge_and_unload().state_dict()
     for name, weight in theirs.items():
         np.testing.assert_allclose(after[name], weight.double().numpy(), atol=2e-6, err_msg=name)
-    assert any((tiny_unet().state_dict()[n] - w).abs().max() > 1e-3 for n, w in theirs.items())
+    assert all(np.abs(after[f"{m}.weight"] - before[f"{m}.weight"]).max() > 1e-3 for m in targets)
 
 
 def test_diffusers_fuses_a_file_of_kohyas_layout_to_the_same_weights(tmp_path, models):
@@ -586,6 +586,18 @@ REFUSED = {
     "numbers that are none": (
         lambda: {n: t / 0 for n, t in lora_of(LINEAR).items()},
         "holds numbers that are not finite: unet.mid_block",
+    ),
+    "a LoRA of SSD-1B": (
+        lambda: (
+            lora_of("down_blocks.2.attentions.0.transformer_blocks.0.attn1.to_q")
+            | lora_of("up_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q")
+            | lora_of("up_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k", columns=2048)
+        ),
+        r"is a LoRA of a reduced SDXL \(SSD-1B, Vega or KOALA\): its layers are not those",
+    ),
+    "an alpha that is no number": (
+        lambda: lora_of(LINEAR) | {f"unet.{LINEAR}.alpha": torch.tensor(float("nan"))},
+        "to_q.alpha is nan",
     ),
     "integers": (
         lambda: {n: t.to(torch.int8) for n, t in lora_of(LINEAR).items()},
