@@ -34,7 +34,7 @@ from torch import Tensor
 from fastface_trt.checkpoints import HubItem
 from fastface_trt.engines.manifest import LoraFused, LoraPart, LoraRole, Source
 from fastface_trt.errors import WeightsError
-from fastface_trt.export.file_kinds import family, identify, lora_kind
+from fastface_trt.export.file_kinds import family, identify, is_reduced, lora_kind
 from fastface_trt.export.locations import locate
 from fastface_trt.export.precision import Model
 from fastface_trt.export.sources import CheckpointSource
@@ -213,6 +213,8 @@ def plan_lora(request: LoraRequest, models: Mapping[str, Model]) -> LoraPlan:
         component, module = fitting[0]
         alpha = alphas.get(names.get("alpha", ""))
         factor = facts.factor(component, module, shapes, alpha)
+        if not math.isfinite(factor):
+            raise _refusal(request, file, f"{names['alpha']} is {alpha}")
         updates.setdefault(component, {})[module] = Update(names, factor)
     if misfits:
         more = f" ({len(misfits)} such modules)" if len(misfits) > 1 else ""
@@ -349,6 +351,8 @@ def _find_places(
     kind = lora_kind(file.tensors)
     if kind is None:
         raise _refusal(request, file, "not a LoRA")
+    if is_reduced(file) and getattr(models["unet"].mid_block, "attentions", None):
+        raise _refusal(request, file, "its layers are not those of this checkpoint")
     tables = {name: _table(name, model) for name, model in models.items()}
     places: dict[tuple[Place, ...], dict[str, str]] = {}
     left_over: list[str] = []
@@ -358,7 +362,7 @@ def _find_places(
         if not found or not place or found[0] in places.get(place, {}):
             left_over.append(name)
             continue
-        if header.dtype not in _FLOATS:
+        if header.dtype not in _FLOATS and found[0] != "alpha":
             raise _refusal(request, file, f"{name} holds numbers of type {header.dtype}")
         places.setdefault(place, {})[found[0]] = name
     for place in [place for place, names in places.items() if not _is_complete(names.keys())]:
@@ -494,13 +498,13 @@ def _read_alphas(file: WeightsFile) -> dict[str, float]:
     """The values of all alphas; every other tensor is looked at for numbers that are none."""
     alphas = {}
     for name, tensor in file.items():
-        if not tensor.float().isfinite().all():
+        if name.endswith(".alpha") and tensor.numel() == 1:
+            alphas[name] = float(tensor)
+        elif not tensor.float().isfinite().all():
             raise WeightsError(
                 f"{file.path.name} holds numbers that are not finite: {name}.",
                 "Its training or its conversion failed; take another version of it.",
             )
-        if name.endswith(".alpha") and tensor.numel() == 1:
-            alphas[name] = float(tensor)
     return alphas
 
 

@@ -184,18 +184,17 @@ class CheckpointWeights:
 
     def _check_widths(self) -> None:
         """What goes from one model into another has to be as wide as that expects."""
-        parts = self._source.parts
-        text = [parts[name].config["hidden_size"] for name in TEXT_ENCODERS]
-        unet = parts["unet"].config["cross_attention_dim"]
+        text = [self._source.config(name)["hidden_size"] for name in TEXT_ENCODERS]
+        unet = self._source.config("unet")["cross_attention_dim"]
         if isinstance(unet, int) and unet != sum(text):
             raise WeightsError(
                 f"The text encoders are {text[0]} and {text[1]} wide, and the UNet reads text of "
                 f"{unet}.",
                 "Take the text encoders of the model that the UNet is of: --base-text FOLDER|ID.",
             )
-        features = self._adapter.features
-        if features and "image_encoder" in parts:
-            width = parts["image_encoder"].config["hidden_size"]
+        features, encoder = self._adapter.features, self._source.parts.get("image_encoder")
+        if features and encoder:
+            width = encoder.config["hidden_size"]
             if width != features:
                 raise WeightsError(
                     f"The image encoder is {width} wide, and the adapter was trained with one of "
