@@ -29,7 +29,7 @@ from fastface_trt.export.adapters import (
     load_projection,
     read_adapter,
 )
-from fastface_trt.export.base_facts import read_base
+from fastface_trt.export.base_facts import base_name, read_base
 from fastface_trt.export.face_modules import check_eva_tower, load_eva_tower
 from fastface_trt.export.locations import is_local, locate
 from fastface_trt.export.lora import LoraRequest, fuse, plan_loras
@@ -244,8 +244,8 @@ class CheckpointWeights:
         if item or options.base or options.dtype != torch.float16 or stand_in is None:
             return item
         self._progress(
-            f"{options.checkpoint.base.location}: its VAE overflows in fp16, {stand_in.location} "
-            "stands in for it"
+            f"{base_name(options.checkpoint.base)}: its VAE overflows in fp16, "
+            f"{stand_in.location} stands in for it"
         )
         return stand_in
 

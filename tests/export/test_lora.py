@@ -602,7 +602,7 @@ REFUSED = {
     ),
     "integers": (
         lambda: {n: t.to(torch.int8) for n, t in lora_of(LINEAR).items()},
-        "numbers of type I8",
+        "weights in int8",
     ),
 }
 
