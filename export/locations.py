@@ -53,7 +53,8 @@ def _advice(error: Exception) -> str:
         return "Check what stands behind the @."
     if isinstance(error, hub.RepositoryNotFoundError):
         return "Check the spelling of owner/name; a private one needs a token: hf auth login."
-    if isinstance(error, hub.LocalEntryNotFoundError | hub.OfflineModeIsEnabled | ConnectionError):
+    of_http = type(error).__module__.partition(".")[0] in ("httpx", "requests", "urllib3")
+    if of_http or isinstance(error, hub.LocalEntryNotFoundError | hub.OfflineModeIsEnabled):
         return "Go online, or name a local folder or file; offline only the hub cache is there."
     if isinstance(error, hub.EntryNotFoundError):
         return "Check the path inside the repository."
@@ -134,11 +135,13 @@ def locate(
 def _listing(repository: str, revision: str | None, below: str) -> list[str]:
     """The names of a repository's files; offline those that the cache has."""
     from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import OfflineModeIsEnabled
+    from huggingface_hub.errors import HfHubHTTPError
 
     try:
         names = HfApi().list_repo_files(repository, revision=revision)
-    except (OfflineModeIsEnabled, ConnectionError):
+    except HfHubHTTPError:  # the hub's own answer
+        raise
+    except Exception:  # offline, whichever HTTP library the hub client has
         root = Path(snapshot_download(repository, revision=revision, local_files_only=True))
         names = [p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file()]
     return [name for name in names if name.startswith(below)]

@@ -250,20 +250,23 @@ class CheckpointWeights:
         return stand_in
 
     def vae(self) -> Model:
-        """In float32 where it is the base's own, and says that it overflows in float16."""
+        """In float32 where its configuration says that it overflows in float16."""
         options, part = self._options, self._source.parts["vae"]
-        if self._vae_name:
-            vae = part.load(options.dtype)
-            self._base.check_vae(vae, self._vae_name)
-            return vae
-        overflows = self._base.vae_overflows and options.dtype == torch.float16
-        if overflows:
+        own = not self._vae_name
+        overflows = self._base.vae_overflows if own else part.config.get("force_upcast", False)
+        if overflows and options.dtype == torch.float16:
+            name = self._vae_name or self._base.name
             self._progress(
-                f"{self._base.name}: its VAE says that it overflows in fp16 (force_upcast) and "
-                f"stays in fp32; --vae {FP16_VAE.location} is half as large"
+                f"{name}: the VAE's configuration says that it overflows in fp16 (force_upcast), "
+                f"so it stays in fp32; --vae {FP16_VAE.location} is half as large"
             )
-        vae = part.load(torch.float32 if overflows else options.dtype)
-        self._base.give_latents(vae)
+            vae = part.load(torch.float32)
+        else:
+            vae = part.load(options.dtype)
+        if self._vae_name:
+            self._base.check_vae(vae, self._vae_name)
+        else:
+            self._base.give_latents(vae)
         return vae
 
     def unet(self) -> Model:

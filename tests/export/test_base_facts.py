@@ -363,10 +363,11 @@ def test_a_base_of_ones_own_keeps_its_vae_and_says_where_it_overflows(folder, we
     assert "vae" not in [source.role for source in overflowing.sources]
 
 
-def test_the_vae_that_stands_in_for_the_registrys_is_said(tiny, tiny_entry, monkeypatch):
+def test_the_vae_that_stands_in_for_the_registrys_is_said(folder, tiny_entry, monkeypatch):
     from fastface_trt.export import weights as module
 
-    local, model_part = HubItem(str(tiny / "checkpoint" / "vae")), module.model_part
+    fixed = folder("fixed", vae={"force_upcast": False})
+    local, model_part = HubItem(f"{fixed.location}/vae"), module.model_part
 
     def local_part(name, item, *rest, **options):
         return model_part(name, local if item == FP16_VAE else item, *rest, **options)
