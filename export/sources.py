@@ -230,8 +230,8 @@ class CheckpointSource:
     """Models of one SDXL checkpoint: a diffusers folder, a hub id, or a single file.
 
     `config` is the registry's base, `base_text` where text encoders, tokenizers and configurations
-    come from that a checkpoint has none of, `without` names models that others replace. Everything
-    is checked here. Raises `WeightsError`.
+    come from that a checkpoint has none of, `without` names models that others replace. `find`
+    checks everything. Raises `WeightsError`.
     """
 
     def __init__(
@@ -250,9 +250,10 @@ class CheckpointSource:
         self.located = locate(item, "checkpoint", choose=self._choose)
         self.sources = [self.located.source]
         self.notes: list[str] = []
-        self.where = self.located.path.name if is_local(item) else self.located.source.location
         self._without = without
         self.single_file = self.located.path if self.located.path.is_file() else None
+        own_name = is_local(item) or self.single_file
+        self.where = self.located.path.name if own_name else self.located.source.location
         self._text = self._locate_text(base_text)
         self._configs = [self._text.path] if self._text else []
         if self.single_file:
@@ -265,9 +266,12 @@ class CheckpointSource:
     def find(self) -> None:
         """Find every model's weights, by headers alone; raises `WeightsError`."""
         if self.single_file:
-            self._find_in_file(open_weights(self.single_file))
+            from_text = self._find_in_file(open_weights(self.single_file))
         else:
-            self._find_in_folder()
+            from_text = self._find_in_folder()
+        if self._text:
+            role = "text encoders and tokenizers" if from_text else "tokenizers"
+            self.sources.append(self._text.source.model_copy(update={"role": role}))
 
     def _choose(self, names: Sequence[str]) -> list[str]:
         """Of a repository's files the configurations, the tokenizers and one set of weights."""
@@ -294,7 +298,6 @@ class CheckpointSource:
                 f"{identify(open_weights(located.path))}.",
                 "Give the folder that has text_encoder, text_encoder_2 and the tokenizers.",
             )
-        self.sources.append(located.source)
         return located
 
     def _folder_of_tokenizers(self, config: HubItem) -> Path:
@@ -318,7 +321,8 @@ class CheckpointSource:
                 "or go online.",
             ) from error
 
-    def _find_in_file(self, file: WeightsFile) -> None:
+    def _find_in_file(self, file: WeightsFile) -> list[str]:
+        """Fill `parts`; returns which are those of `base_text`."""
         used: set[str] = set()
         replaced, absent = "", []
         for component in ("unet", "vae", *TEXT_ENCODERS):
@@ -343,6 +347,7 @@ class CheckpointSource:
         copies = sum(name.startswith(_COPIES) for name in file.tensors)
         if copies:
             self.notes.append(f"{self.where}: {copies} tensors are EMA copies and are left out")
+        return from_text
 
     def _text_part(self, component: str) -> Part:
         if self._text is None:
@@ -359,16 +364,19 @@ class CheckpointSource:
                 "Leave out --base-text.",
             )
 
-    def _find_in_folder(self) -> None:
+    def _find_in_folder(self) -> list[str]:
+        from_text = []
         for component in self._wanted:
             folder = self.folder / component
             if folder.is_dir():
                 self.parts[component] = folder_part(folder, component, self.dtype, self.where)
             elif component in TEXT_ENCODERS:
                 self.parts[component] = self._text_part(component)
+                from_text.append(component)
             else:
                 hint = _ADD.get(component, _COMPLETE)
                 raise WeightsError(f"{self.where} has no folder {component}.", hint)
+        return from_text
 
     def _config_of_single(self, component: str) -> dict[str, Any]:
         for folder in self._configs:

@@ -216,6 +216,7 @@ def test_a_complete_file_needs_of_the_hub_nothing_but_tokenizers(one_file, tiny)
         )
     assert ours.tokenizer("tokenizer") == tiny / "checkpoint" / "tokenizer"
     assert ours.config("scheduler")["prediction_type"] == "epsilon"
+    assert [s.role for s in ours.sources] == ["checkpoint", "tokenizers"]
 
 
 def test_offline_a_file_without_tokenizers_says_how_to_give_them(one_file, monkeypatch):
