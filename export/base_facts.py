@@ -25,7 +25,7 @@ import torch
 
 from fastface_trt.checkpoints import Checkpoint, HubItem
 from fastface_trt.engines.engine import Progress
-from fastface_trt.errors import InvalidRequest, WeightsError
+from fastface_trt.errors import FastFaceError, InvalidRequest, WeightsError
 from fastface_trt.export.adapters import AdapterWeights
 from fastface_trt.export.file_kinds import TEXT_WIDTHS, identify, in_channels, text_width
 from fastface_trt.export.options import ExportOptions
@@ -48,6 +48,8 @@ MARKERS = frozenset(
 
 UNET_PREFIX = "model.diffusion_model."
 
+_OPTIONS = {" of SDXL": "--lora", "VAE": "--vae", "Adapter": "--adapter", "adapter": "--adapter"}
+"""Options that take what `identify` says with such a word."""
 _TAKES = "--base takes a text-to-image SDXL checkpoint: a diffusers folder, single file or hub id."
 _FIX_CONFIGURATION = "If its scheduler_config.json is wrong about that, correct it there."
 
@@ -63,6 +65,9 @@ _PREDICTIONS = {
     "v": "v_prediction",
     "v_prediction": "v_prediction",
     "v-prediction": "v_prediction",
+    "v_pred": "v_prediction",
+    "v-pred": "v_prediction",
+    "vpred": "v_prediction",
     "velocity": "v_prediction",
     "sample": "sample",
     "x0": "sample",
@@ -70,13 +75,13 @@ _PREDICTIONS = {
 """Words of metadata by diffusers' names."""
 
 _DISTILLED = re.compile(
-    r"lightning|turbo|dmd2|(?<![a-z])(lcm|tcd)(?![a-z])|hyper[-_ ]?(sd|xl)|hyper(?![a-z])"
+    r"lightning|turbo|dmd2|(?<![a-z])(lcm|tcd)(?![a-z])|hyper[-_ ]?(sd|xl)|hyper(?![a-z]|[-_ ]real)"
     r"|(?<!\d)[1-9][-_ ]?steps?(?![a-z])"
 )
 """Words in the name of a checkpoint that say that it was distilled, in lower case."""
 
 _PLAYGROUND = {"sigma_min": 0.002, "sigma_max": 80.0, "sigma_data": 0.5}
-_PLAYGROUND_SCALING = 0.5
+_PLAYGROUND_SCALING, _SDXL_SCALING = 0.5, 0.13025
 _COSXL = {"sigma_min": 0.002, "sigma_data": 1.0, "sigma_schedule": "exponential"}
 
 
@@ -110,18 +115,12 @@ class BaseFacts:
     def check_vae(self, vae: Model, name: str) -> None:
         """Give a VAE that stands in for the base's own the latents of the base, or refuse it."""
         channels, scaling = vae.config.latent_channels, vae.config.scaling_factor
-        tiny = vae.config._class_name == "AutoencoderTiny"
         if channels != 4:
             raise WeightsError(
                 f"{name} is a VAE of {channels} latent channels; SDXL's have 4.",
                 "Give a VAE of SDXL.",
             )
-        if tiny:
-            if self.latents.mean:
-                raise InvalidRequest(
-                    f"{self.name} normalises its latents, which no tiny VAE undoes.",
-                    "Leave out --tiny-vae.",
-                )
+        if vae.config._class_name == "AutoencoderTiny":  # its latents are the scaled ones
             return
         said = "scaling_factor" not in vae.config.get("_use_default_values", ())
         if said and abs(scaling / self.latents.scaling_factor - 1) > 1e-4 and not self.latents.mean:
@@ -157,7 +156,11 @@ def read_base(
     file = open_weights(source.single_file) if source.single_file else None
     _refuse_other_models(name, source, file)
     _check_adapter(name, source, file, adapter)
-    latents, overflows = _latent_space(name, source, file)
+    latents, overflows = _latent_space(name, source, file, options)
+    if options.tiny_vae and latents.mean:
+        raise InvalidRequest(
+            f"{name} normalises its latents, which no tiny VAE undoes.", "Leave out --tiny-vae."
+        )
     network, own = (
         _network_of_file(name, file, options) if file else _network_of_folder(name, source, options)
     )
@@ -193,9 +196,6 @@ def _refuse_other_models(name: str, source: CheckpointSource, file: WeightsFile 
     if said and not (source.folder / "unet").is_dir():
         refuse(f"a checkpoint for {said}, which is not SDXL")
     _refuse_other_unets(source.config("unet"), refuse)
-    vae = source.config("vae").get("_class_name", "AutoencoderKL")
-    if vae != "AutoencoderKL":
-        refuse(f"a checkpoint whose VAE is {vae}; SDXL's is AutoencoderKL")
 
 
 def _refuse_other_files(
@@ -212,21 +212,15 @@ def _refuse_other_files(
         and text_width(file) == config["cross_attention_dim"]
         and UNET_PREFIX + "label_emb.0.0.weight" in unet
     )
-    if not fits and not _is_unet_alone(file):
-        refuse(phrase)
+    alone = ("an SDXL UNet", f"a UNet for text of width {config['cross_attention_dim']}")
+    if not fits and phrase not in alone:  # what it lacks is said where it is loaded
+        option = next((option for word, option in _OPTIONS.items() if word in phrase), None)
+        refuse(phrase, *([f"Give it with {option} beside a base."] if option else []))
     out = unet.get(UNET_PREFIX + "out.2.weight")
     if out is not None and out.shape[0] != config["out_channels"]:
         refuse(f"{phrase} that predicts {out.shape[0]} channels instead of 4")
     if any("cond_proj" in key for key in unet):
         refuse(*_GUIDANCE_EMBEDDED)
-
-
-def _is_unet_alone(file: WeightsFile) -> bool:
-    """Whether a file is one part of a checkpoint: what is missing is said where it is loaded."""
-    return not any(name.startswith(UNET_PREFIX) for name in file.tensors) and (
-        identify(file) in ("an SDXL UNet", "a VAE", "text encoders in one file")
-        or (text_width(file) not in TEXT_WIDTHS and " UNet" in identify(file))
-    )
 
 
 _REFINER = "an SDXL refiner, which only goes on with another model's pictures"
@@ -452,8 +446,13 @@ def _merged(
             "Use --checkpoint base with it.",
         )
     scheduler = with_network_of(entry.scheduler, network)
+    if own.get("class") == scheduler["class"] == "LCMScheduler":
+        scheduler |= {key: own[key] for key in ("original_inference_steps", "timestep_scaling")}
     for steps in {options.steps or entry.steps, min(entry.allowed_steps)}:
-        make_schedule(scheduler, steps)
+        try:
+            make_schedule(scheduler, steps)
+        except FastFaceError as error:
+            raise WeightsError(f"{name} cannot be scheduled. {error.message}", error.hint) from None
     kind, prediction = scheduler["class"], scheduler["prediction_type"]
     spacing = next((f" with {key}" for key in _SPACINGS if own.get(key)), "")
     if spacing or (options.base and own and own["class"] != kind):
@@ -527,14 +526,22 @@ def _is_base_of(entry: Checkpoint, base: HubItem) -> bool:
 
 
 def _latent_space(
-    name: str, source: CheckpointSource, file: WeightsFile | None
+    name: str, source: CheckpointSource, file: WeightsFile | None, options: ExportOptions
 ) -> tuple[LatentSpace, bool]:
+    """The latents that the base was trained with, and whether its VAE overflows in float16."""
+    if (options.vae or options.tiny_vae) and not (source.folder / "vae" / "config.json").is_file():
+        return LatentSpace(_SDXL_SCALING), True
     config = source.config("vae")
     overflows = bool(config.get("force_upcast", True))
     if file and {"edm_mean", "edm_std"} <= file.tensors.keys():
         values = _tensors(file, "edm_")
         statistics = (tuple(values[key].flatten().tolist()) for key in ("edm_mean", "edm_std"))
         return LatentSpace(_PLAYGROUND_SCALING, None, *statistics), overflows
+    kind = config.get("_class_name", "AutoencoderKL")
+    if kind != "AutoencoderKL":
+        raise WeightsError(
+            f"{name} is a checkpoint whose VAE is {kind}; SDXL's is another.", _TAKES
+        )
     mean, std = config.get("latents_mean"), config.get("latents_std")
     if (mean is None) != (std is None):
         raise WeightsError(
@@ -554,8 +561,9 @@ def _latent_space(
 
 def _size(source: CheckpointSource, file: WeightsFile | None) -> tuple[int, int]:
     """(height, width) in pixels that a base was made for: `sample_size`, or modelspec's."""
-    unet, vae = source.config("unet"), source.config("vae")
-    factor = 2 ** (len(vae["block_out_channels"]) - 1)
+    has_vae = (source.folder / "vae" / "config.json").is_file()
+    blocks = source.config("vae")["block_out_channels"] if has_vae else (128, 256, 512, 512)
+    unet, factor = source.config("unet"), 2 ** (len(blocks) - 1)
     sample = unet.get("sample_size") or 128
     height, width = (sample, sample) if isinstance(sample, int) else tuple(sample)
     size = height * factor, width * factor

@@ -148,8 +148,8 @@ def _epsilon_form(
             raise InvalidRequest(
                 "A network that predicts noise cannot start where there is no signal "
                 "(epsilon with rescale_betas_zero_snr).",
-                "Such checkpoints predict v: correct prediction_type in the scheduler's "
-                "configuration, or set rescale_betas_zero_snr to false.",
+                "Such checkpoints predict v: say --prediction-type v_prediction when exporting, or "
+                "--no-zero-snr.",
             )
         on_x, on_output = 1 / alpha**0.5, -((1 - alpha) ** 0.5) / alpha**0.5
     elif kind == "v_prediction":

@@ -294,6 +294,36 @@ def test_a_single_file_with_fewer_layers_is_refused(one_file, tmp_path, weights)
         weights(HubItem(str(tmp_path / "small.safetensors")))
 
 
+def test_a_lora_given_as_a_base_is_told_where_it_goes(tmp_path, weights):
+    name = "lora_unet_output_blocks_1_1_transformer_blocks_9_attn2_to_k"
+    factors = {"lora_down": torch.zeros(4, 2048), "lora_up": torch.zeros(1280, 4)}
+    state = {f"{name}.{part}.weight": tensor for part, tensor in factors.items()}
+    save_file(state, tmp_path / "style.safetensors")
+    with pytest.raises(WeightsError, match=r"style\.safetensors is a LoRA of SDXL") as refused:
+        weights(HubItem(str(tmp_path / "style.safetensors")))
+    assert "--lora" in refused.value.hint
+
+
+def test_fewer_layers_work_with_an_adapter_that_was_trained_for_them(folder, tmp_path, weights):
+    from diffusers import UNet2DConditionModel
+
+    from tests.helpers.tiny_sdxl import UNET, adapter_tensors
+
+    reduced = {"mid_block_type": None}
+    base = folder(unet=reduced)
+    unet = UNet2DConditionModel(**UNET | reduced)
+    unet.save_pretrained(base.location + "/unet")
+    save_file(adapter_tensors(unet), tmp_path / "adapter.safetensors")
+    made = weights(base, adapter=HubItem(str(tmp_path / "adapter.safetensors")))
+    assert len(made.unet().attn_processors) == len(unet.attn_processors) == 12
+
+
+def test_an_lcm_bases_own_steps_are_kept(folder, weights):
+    own = {"_class_name": "LCMScheduler", "original_inference_steps": 40}
+    made = weights(folder(scheduler=own), "lcm", base_is_distilled=True)
+    assert made.scheduler["original_inference_steps"] == 40
+
+
 # Distillation
 
 
