@@ -36,12 +36,17 @@ def weights_errors(what: str) -> Iterator[None]:
     except FastFaceError:
         raise
     except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
+        advice = _advice(error)
+        if advice == _OFFLINE:
+            reason = "it is not in the hub's cache, and the hub is not reached"
+        else:
+            reason = " ".join(str(error).split()) or type(error).__name__
         if len(reason) > 300:
             reason = reason[:297] + "..."
-        raise WeightsError(
-            f"{what} could not be loaded: {reason.rstrip('.')}.", _advice(error)
-        ) from error
+        raise WeightsError(f"{what} could not be loaded: {reason.rstrip('.')}.", advice) from error
+
+
+_OFFLINE = "Go online, or name a local folder or file."
 
 
 def _advice(error: Exception) -> str:
@@ -56,7 +61,7 @@ def _advice(error: Exception) -> str:
         return "Check the spelling of owner/name; a private one needs a token: hf auth login."
     of_http = type(error).__module__.partition(".")[0] in ("httpx", "requests", "urllib3")
     if of_http or isinstance(error, hub.LocalEntryNotFoundError | hub.OfflineModeIsEnabled):
-        return "Go online, or name a local folder or file; offline only the hub cache is there."
+        return _OFFLINE
     if isinstance(error, hub.EntryNotFoundError):
         return "Check the path inside the repository."
     if isinstance(error, json.JSONDecodeError):

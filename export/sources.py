@@ -145,18 +145,22 @@ def find_part(
             f"{list(wanted)})"
         )
     if faults:
-        raise _misfit(what, faults, files)
+        raise _misfit(component, what, faults, files)
     return Part(what, cls, config, found.places), found
 
 
-def _misfit(what: str, faults: Sequence[str], files: Sequence[WeightsFile]) -> WeightsError:
+def _misfit(
+    component: str, what: str, faults: Sequence[str], files: Sequence[WeightsFile]
+) -> WeightsError:
     channels = in_channels(files[0])
     kind = identify(files[0])
     if channels not in (None, 4) and "input channels" not in kind:
         kind += f" with {channels} input channels, as for inpainting or edits"
     return WeightsError(
         f"The {what}, {kind}, does not fit: {'; '.join(faults)}.",
-        "Use complete weights of one SDXL model; one of other sizes needs its configuration, "
+        f"Give {_TAKES[component]}."
+        if component in ("vae", "image_encoder")
+        else "Use complete weights of one SDXL model; one of other sizes needs its configuration, "
         "as a diffusers folder or with --base-text FOLDER.",
     )
 
@@ -181,9 +185,11 @@ def _left_over(files: Iterable[WeightsFile], used: Collection[str], also: str = 
     ]
 
 
-def _refuse_left_over(what: str, names: Sequence[str], files: Sequence[WeightsFile]) -> None:
+def _refuse_left_over(
+    component: str, what: str, names: Sequence[str], files: Sequence[WeightsFile]
+) -> None:
     if names:
-        raise _misfit(what, [f"{_some(names)} {_is(names)} of no place in it"], files)
+        raise _misfit(component, what, [f"{_some(names)} {_is(names)} of no place in it"], files)
 
 
 def model_config(folder: Path) -> dict[str, Any]:
@@ -207,10 +213,10 @@ def folder_part(folder: Path, component: str, dtype: torch.dtype, where: str) ->
     files = [open_weights(folder / name) for name in picked]
     result = find_part(component, config, files, where)
     if result is None:
-        raise _misfit(what, ["none of its weights is there"], files)
+        raise _misfit(component, what, ["none of its weights is there"], files)
     part, found = result
     tower = _OTHER_TOWER.pattern if component == "image_encoder" else ""
-    _refuse_left_over(what, _left_over(files, found.used(), tower), files)
+    _refuse_left_over(component, what, _left_over(files, found.used(), tower), files)
     return part
 
 
@@ -340,7 +346,7 @@ class CheckpointSource:
         if absent != from_text:
             raise _lacking(self.where, file, [n for n in absent if n not in from_text])
         _refuse_left_over(
-            f"checkpoint {self.where}", _left_over([file], used, replaced[1:]), [file]
+            "unet", f"checkpoint {self.where}", _left_over([file], used, replaced[1:]), [file]
         )
         for component in from_text:
             self.parts[component] = self._text_part(component)
@@ -515,7 +521,7 @@ def single_part(
         )
     part, found = result
     tower = _OTHER_TOWER.pattern if component == "image_encoder" else ""
-    _refuse_left_over(what, _left_over([file], found.used(), tower), [file])
+    _refuse_left_over(component, what, _left_over([file], found.used(), tower), [file])
     return part, located.source
 
 
@@ -548,8 +554,8 @@ def model_part(
                 wanted = [*picked, "config.json", "preprocessor_config.json"]
                 return [f"{place}/{n}" if place else n for n in wanted if n in below]
         raise WeightsError(
-            f"{item.location} has no {_NAMES[component]} with a config.json.",
-            f"Name a folder or a file in it: {_one_file(names, item.location)}.",
+            f"{item.location} has no config.json of a model; it holds {', '.join(names[:6])}.",
+            f"Give {_TAKES[component]}: name a folder or file in it, or another.",
         )
 
     one_file = (Path(item.location).expanduser() / (item.path or "")).is_file()
@@ -566,25 +572,21 @@ def model_part(
     if place is None:
         names = sorted(path.name for path in located.path.iterdir())
         raise WeightsError(
-            f"{located.path} has no {_NAMES[component]}: no config.json of one.",
-            f"Name a folder or a file in it: {_one_file(names, str(located.path))}.",
+            f"{located.path} has no config.json of a model; it holds {', '.join(names[:6])}.",
+            f"Give {_TAKES[component]}: name a folder or file in it, or another.",
         )
     folder = located.path / place
     stated = _read_config(folder / "config.json", f"The {_NAMES[component]} of {folder}")
     if component == "vae" and stated.get("_class_name") not in _VAES:
         raise WeightsError(
-            f"{stated.get('_class_name')} is not a VAE that SDXL latents fit.", "Use SDXL's."
+            f"{folder} is of a {stated.get('_class_name')}, not a VAE that SDXL latents fit.",
+            f"Give {_TAKES['vae']}.",
         )
     return folder_part(folder, component, dtype, located.source.location), folder, located.source
 
 
 def _is_below(name: str, place: str) -> bool:
     return name.startswith(f"{place}/") if place else True
-
-
-def _one_file(names: Sequence[str], location: str) -> str:
-    files = [n for n in names if n.endswith((".safetensors", ".bin", ".pt", ".ckpt"))]
-    return f"{location}/{files[0]}" if files else f"{location}/vae"
 
 
 def quiet_libraries() -> None:
