@@ -577,6 +577,21 @@ REFUSED = {
         lambda: lora_of(LINEAR) | {f"unet.{LINEAR}.lora_B.weight": numbers(16, 3)},
         "its shapes do not fit this checkpoint: 2x16 and 16x3",
     ),
+    "a rank of nothing": (
+        lambda: (
+            {f"unet.{LINEAR}.lora_A.weight": numbers(0, 16)}
+            | {f"unet.{LINEAR}.lora_B.weight": numbers(16, 0)}
+        ),
+        "its shapes do not fit",
+    ),
+    "two magnitudes of one layer": (
+        lambda: (
+            lora_of(LINEAR)
+            | {f"unet.{LINEAR}.dora_scale": numbers(16, 1)}
+            | {f"unet.{LINEAR}.lora_magnitude_vector.weight": numbers(16)}
+        ),
+        "4 of its 4 tensors cannot be applied",
+    ),
     "a LoHa that would broadcast": (
         lambda: {
             f"unet.{LINEAR}.hada_{part}": numbers(*shape)
@@ -607,7 +622,7 @@ REFUSED = {
     ),
     "an alpha that is no number": (
         lambda: lora_of(LINEAR) | {f"unet.{LINEAR}.alpha": torch.tensor(float("nan"))},
-        "to_q.alpha is nan",
+        r"its alpha \(unet.mid_block.*to_q.alpha\) is not finite",
     ),
     "integers": (
         lambda: {n: t.to(torch.int8) for n, t in lora_of(LINEAR).items()},
@@ -719,7 +734,7 @@ def test_an_export_gets_several_files_in_all_components(tiny_entry, style, tmp_p
         "text_encoder_2": (1, 1, {"lora": 1}),
     }
     assert own.sha256 == next(s.sha256 for s in weights.sources if s.role == "lora")
-    assert faceid.role == "faceid"
+    assert (faceid.role, faceid.components["unet"].modules) == ("faceid", 56)  # 7 blocks x 2 x 4
 
 
 def test_a_wrong_file_stops_before_anything_is_loaded(tiny_entry, tmp_path):
@@ -772,7 +787,7 @@ def test_the_command_says_one_sentence_and_leaves_nothing(tmp_path):
         assert result.exit_code == USER_ERROR
         words = " ".join(result.stderr.split())
         assert "flux.safetensors is a LoRA of Flux: 2 of its 2 tensors" in words
-        assert f"{option} takes LoRA, DoRA, LoHa and LoKr files of SDXL." in words
+        assert f"{option} takes LoRA, DoRA, LoHa and LoKr files that were made for" in words
         assert [path.name for path in tmp_path.iterdir()] == ["flux.safetensors"]
 
 
