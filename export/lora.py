@@ -34,7 +34,7 @@ from torch import Tensor
 from fastface_trt.checkpoints import HubItem
 from fastface_trt.engines.manifest import LoraFused, LoraPart, LoraRole, Source
 from fastface_trt.errors import WeightsError
-from fastface_trt.export.file_kinds import family, identify, is_reduced, lora_kind
+from fastface_trt.export.file_kinds import OTHER_MODELS, family, identify, is_reduced, lora_kind
 from fastface_trt.export.locations import locate
 from fastface_trt.export.precision import Model
 from fastface_trt.export.sources import CheckpointSource
@@ -173,6 +173,8 @@ class LoraPlan:
     def tensors(self, component: str) -> dict[str, Tensor]:
         """The file's tensors for one component by their names, read from the disk."""
         wanted = {n for u in self.updates.get(component, {}).values() for n in u.names.values()}
+        if not wanted:
+            return {}
         return {name: tensor for name, tensor in self.file.items() if name in wanted}
 
 
@@ -214,11 +216,15 @@ def plan_lora(request: LoraRequest, models: Mapping[str, Model]) -> LoraPlan:
         alpha = alphas.get(names.get("alpha", ""))
         factor = facts.factor(component, module, shapes, alpha)
         if not math.isfinite(factor):
-            raise _refusal(request, file, f"{names['alpha']} is {alpha}")
+            raise _refusal(
+                request, file, f"its alpha ({names.get('alpha', 'metadata')}) is not finite"
+            )
         updates.setdefault(component, {})[module] = Update(names, factor)
     if misfits:
         more = f" ({len(misfits)} such modules)" if len(misfits) > 1 else ""
         raise _refusal(request, file, f"its shapes do not fit this checkpoint: {misfits[0]}{more}")
+    if family(file) in OTHER_MODELS:  # text encoders of SD 1.5 have the shapes of SDXL's first
+        raise _refusal(request, file, "it was trained for that model")
     return LoraPlan(request, source, file, updates)
 
 
@@ -329,6 +335,8 @@ def _kind(parts: Iterable[str]) -> str:
 
 def _is_complete(parts: Set[str]) -> bool:
     """Whether the parts make a product, and nothing of them is left over."""
+    if {"dora", "magnitude"} <= parts:
+        return False
     kind = _kind(parts)
     rest = parts - {"alpha", "dora", "magnitude", "diff_b"}
     if kind == "lora":
@@ -349,7 +357,7 @@ def _find_places(
 ) -> dict[tuple[Place, ...], dict[str, str]]:
     """Names by part for every module; more than one place where a name does not tell which."""
     kind = lora_kind(file.tensors)
-    if kind is None:
+    if kind is None or not identify(file).startswith(kind):
         raise _refusal(request, file, "not a LoRA")
     if is_reduced(file) and getattr(models["unet"].mid_block, "attentions", None):
         raise _refusal(request, file, "its layers are not those of this checkpoint")
@@ -468,6 +476,8 @@ def _ldm_resnet(kind: str, inner: str) -> str:
 
 def _fits(models: Mapping[str, Model], place: Place, shapes: Mapping[str, tuple[int, ...]]) -> bool:
     """Whether the parts make a change of the weight's shape, tried on tensors without values."""
+    if any(0 in shape for shape in shapes.values()):
+        return False
     module = models[place[0]].get_submodule(place[1])
     parts = {part: torch.empty(shape, device="meta") for part, shape in shapes.items()}
     try:
@@ -613,8 +623,8 @@ def _refusal(
     """One sentence: the file, what it is, and what of it cannot be used."""
     what, name = identify(file), file.path.name
     link = ", " if problem.startswith("not a") else ": "
-    if hint is None:
-        hint = f"{request.option} takes LoRA, DoRA, LoHa and LoKr files of SDXL"
-        known = family(file)
-        hint += "." if known != "SDXL" else ", and this checkpoint's own layers."
+    hint = hint or (
+        f"{request.option} takes LoRA, DoRA, LoHa and LoKr files that were made for the UNet and "
+        "the text encoders of SDXL."
+    )
     return WeightsError(f"{name} is {what}{link}{problem}.", hint)

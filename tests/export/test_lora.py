@@ -22,7 +22,7 @@ from fastface_trt.export.sources import CheckpointSource
 from fastface_trt.export.weights import CheckpointWeights
 from fastface_trt.mini import folders
 from tests.helpers.ldm_layout import unet_key
-from tests.helpers.tiny_sdxl import tiny_unet
+from tests.helpers.tiny_sdxl import UNET, tiny_unet
 
 BLOCK = "mid_block.attentions.0.transformer_blocks.0"
 LINEAR = f"{BLOCK}.attn1.to_q"
@@ -171,6 +171,35 @@ def test_every_layout_reaches_every_type_of_module(tmp_path, models, layout, dty
     assert all(np.array_equal(before[name], after[name]) for name in others)
     part = plan.record().components["unet"]
     assert (part.modules, part.alphas) == (len(modules), len(modules) * bool(alpha_name))
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        ("input_blocks_3_0_op", "down_blocks.0.downsamplers.0.conv"),
+        ("input_blocks_4_1_proj_in", "down_blocks.1.attentions.0.proj_in"),
+        ("input_blocks_5_0_emb_layers_1", "down_blocks.1.resnets.1.time_emb_proj"),
+        ("input_blocks_8_1_proj_out", "down_blocks.2.attentions.1.proj_out"),
+        ("middle_block_1_proj_in", "mid_block.attentions.0.proj_in"),
+        ("middle_block_2_in_layers_2", "mid_block.resnets.1.conv1"),
+        ("output_blocks_2_1_proj_in", "up_blocks.0.attentions.2.proj_in"),
+        ("output_blocks_2_2_conv", "up_blocks.0.upsamplers.0.conv"),
+        ("output_blocks_8_0_out_layers_3", "up_blocks.2.resnets.2.conv2"),
+        ("label_emb_0_2", "add_embedding.linear_2"),
+        ("out_2", "conv_out"),
+    ],
+)
+def test_sgms_numbers_are_those_of_sdxls_published_files(tmp_path, theirs, ours):
+    """SDXL has two layers a block, the tiny model one."""
+    from diffusers import UNet2DConditionModel
+
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**UNET | {"layers_per_block": 2})
+    down, up = factors(unet.get_submodule(ours).weight, 0)
+    stem = f"lora_unet_{theirs}"
+    path = tmp_path / "x.safetensors"
+    write(path, {f"{stem}.lora_down.weight": down, f"{stem}.lora_up.weight": up})
+    assert plan_lora(request(path), {"unet": unet}).updates["unet"].keys() == {ours}
 
 
 @pytest.mark.parametrize(
@@ -517,6 +546,13 @@ REFUSED = {
         lambda: {"clip_l": numbers(2, 16), "clip_g": numbers(2, 24)},
         "is a textual inversion embedding, not a LoRA",
     ),
+    "an adapter with a LoRA in it": (
+        lambda: {
+            "image_proj.proj.weight": numbers(4, 4),
+            "ip_adapter.0.to_q_lora.down.weight": numbers(4, 4),
+        },
+        "is an IP-Adapter, not a LoRA",
+    ),
     "a UNet": (lambda: tiny_unet().state_dict(), "is a UNet for text of width 40, not a LoRA"),
     "a module that is not there": (
         lambda: lora_of(LINEAR) | lora_of("down_blocks.9.attentions.0.proj_in"),
@@ -571,6 +607,21 @@ REFUSED = {
         lambda: lora_of(LINEAR) | {f"unet.{LINEAR}.lora_B.weight": numbers(16, 3)},
         "its shapes do not fit this checkpoint: 2x16 and 16x3",
     ),
+    "a rank of nothing": (
+        lambda: (
+            {f"unet.{LINEAR}.lora_A.weight": numbers(0, 16)}
+            | {f"unet.{LINEAR}.lora_B.weight": numbers(16, 0)}
+        ),
+        "its shapes do not fit",
+    ),
+    "two magnitudes of one layer": (
+        lambda: (
+            lora_of(LINEAR)
+            | {f"unet.{LINEAR}.dora_scale": numbers(16, 1)}
+            | {f"unet.{LINEAR}.lora_magnitude_vector.weight": numbers(16)}
+        ),
+        "4 of its 4 tensors cannot be applied",
+    ),
     "a LoHa that would broadcast": (
         lambda: {
             f"unet.{LINEAR}.hada_{part}": numbers(*shape)
@@ -601,7 +652,7 @@ REFUSED = {
     ),
     "an alpha that is no number": (
         lambda: lora_of(LINEAR) | {f"unet.{LINEAR}.alpha": torch.tensor(float("nan"))},
-        "to_q.alpha is nan",
+        r"its alpha \(unet.mid_block.*to_q.alpha\) is not finite",
     ),
     "integers": (
         lambda: {n: t.to(torch.int8) for n, t in lora_of(LINEAR).items()},
@@ -618,6 +669,19 @@ def test_a_file_that_does_not_fit_is_refused_by_what_it_is(tmp_path, models, wha
         plan_lora(request(path), models)
     assert "\n" not in str(error.value)
     assert error.value.hint
+
+
+def test_text_encoders_of_another_model_are_refused_by_their_metadata(tmp_path, models):
+    stem, width = "lora_te_text_model_encoder_layers_0_self_attn_q_proj", 16
+    state = {
+        f"{stem}.lora_down.weight": numbers(2, width),
+        f"{stem}.lora_up.weight": numbers(16, 2),
+    }
+    path = tmp_path / "x.safetensors"
+    assert plan_lora(request(write(path, state)), models).updates.keys() == {"text_encoder"}
+    write(path, state, {"ss_base_model_version": "sd_v1"})
+    with pytest.raises(WeightsError, match=r"a LoRA of SD 1.5: it was trained for that model"):
+        plan_lora(request(path), models)
 
 
 def test_a_name_of_both_text_encoders_is_refused(tmp_path, models):
@@ -700,7 +764,7 @@ def test_an_export_gets_several_files_in_all_components(tiny_entry, style, tmp_p
         "text_encoder_2": (1, 1, {"lora": 1}),
     }
     assert own.sha256 == next(s.sha256 for s in weights.sources if s.role == "lora")
-    assert faceid.role == "faceid"
+    assert (faceid.role, faceid.components["unet"].modules) == ("faceid", 56)  # 7 blocks x 2 x 4
 
 
 def test_a_wrong_file_stops_before_anything_is_loaded(tiny_entry, tmp_path):
@@ -753,7 +817,7 @@ def test_the_command_says_one_sentence_and_leaves_nothing(tmp_path):
         assert result.exit_code == USER_ERROR
         words = " ".join(result.stderr.split())
         assert "flux.safetensors is a LoRA of Flux: 2 of its 2 tensors" in words
-        assert f"{option} takes LoRA, DoRA, LoHa and LoKr files of SDXL." in words
+        assert f"{option} takes LoRA, DoRA, LoHa and LoKr files that were made for" in words
         assert [path.name for path in tmp_path.iterdir()] == ["flux.safetensors"]
 
 
