@@ -19,7 +19,7 @@ or PuLID's id tokens (5), Q queries (32), W inner width, T tokens, C text width 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar, TypeAlias, cast
 
@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from fastface_trt.engines.manifest import AdapterKind, Dimension, Orthogonal
 from fastface_trt.errors import WeightsError
 from fastface_trt.export.attention import attach_processors
+from fastface_trt.export.file_kinds import identify
 from fastface_trt.export.precision import Model
 from fastface_trt.export.weight_files import State, open_weights
 
@@ -61,6 +62,12 @@ class AdapterWeights:
         return load_projection(self).tokens
 
     @property
+    def features(self) -> int | None:
+        """Width of the CLIP features that a FaceID-Plus-v2 projection reads."""
+        weight = self.image_proj.get("perceiver_resampler.proj_in.weight")
+        return None if weight is None else weight.shape[1]
+
+    @property
     def has_lora(self) -> bool:
         """Whether the file has a LoRA for the UNet's attention."""
         return any("_lora." in key for key in self.ip_adapter)
@@ -71,21 +78,38 @@ def read_adapter(path: Path) -> AdapterWeights:
 
     Raises `WeightsError` for a file of no kind that `AdapterKind` names.
     """
+    file = open_weights(path)
     parts: dict[str, State] = {}
-    for key, tensor in open_weights(path).items():
-        part, _, rest = key.partition(".")
+    for key, tensor in file.items():
+        part, _, rest = _published_name(key).partition(".")
         parts.setdefault(part, {})[rest] = tensor
-    if "id_adapter" in parts and "id_adapter_attn_layers" in parts:
+    training = "image_proj" in parts and "image_proj.norm.weight" not in file.tensors
+    if training:
+        parts.pop("unet", None)  # frozen, and saved with the rest by the training script
+    if parts.keys() == {"id_adapter", "id_adapter_attn_layers"}:
         attention = {_ip_adapter_name(key): v for key, v in parts["id_adapter_attn_layers"].items()}
         return AdapterWeights("pulid", parts["id_adapter"], attention)
-    if "image_proj" not in parts or "ip_adapter" not in parts:
+    if parts.keys() != {"image_proj", "ip_adapter"}:
+        others = sorted(parts.keys() - {"image_proj", "ip_adapter"})
+        lacks = sorted({"image_proj", "ip_adapter"} - parts.keys())
+        fault = f"it lacks {' and '.join(lacks)}" if lacks else f"it also has {', '.join(others)}"
         raise WeightsError(
-            f"{path.name} is neither an IP-Adapter nor a PuLID file: it lacks image_proj or "
-            "ip_adapter.",
+            f"{path.name} is {identify(file)}, and neither an IP-Adapter nor a PuLID file of this "
+            f"kind: {fault}.",
             _USE,
         )
     kind = _ip_adapter_kind(path.name, parts["image_proj"])
     return AdapterWeights(kind, parts["image_proj"], parts["ip_adapter"])
+
+
+_TRAINED = {"image_proj_model": "image_proj", "adapter_modules": "ip_adapter"}
+
+
+def _published_name(key: str) -> str:
+    """A key of a published file: IP-Adapter's training names its two parts otherwise, and some
+    trainers wrap them into a `model`."""
+    part, _, rest = key.removeprefix("model.").partition(".")
+    return f"{_TRAINED.get(part, part)}.{rest}"
 
 
 def _ip_adapter_name(key: str) -> str:
@@ -118,9 +142,18 @@ def load_projection(adapter: AdapterWeights, zero_tokens: int | None = None) -> 
         return encoder.from_state_dict(state, zero_tokens)
     except (KeyError, RuntimeError, IndexError) as error:
         raise WeightsError(
-            f"The adapter's projection is incomplete: {str(error).splitlines()[0]}.",
+            f"The adapter's projection is incomplete: {' '.join(str(error).split())[:200]}.",
             "Download the adapter again.",
         ) from error
+
+
+def check_adapter(adapter: AdapterWeights, skeleton: Model, orthogonal: Orthogonal) -> None:
+    """Raise what `attach_adapter` raises, for a UNet on the meta device, which it changes."""
+    shapes = {key: torch.empty_like(t, device="meta") for key, t in adapter.ip_adapter.items()}
+    with torch.device("meta"):
+        attach_adapter(
+            skeleton, replace(adapter, ip_adapter=shapes), lora_scale=1.0, orthogonal=orthogonal
+        )
 
 
 @torch.no_grad()

@@ -26,6 +26,7 @@ from fastface_trt.engines import contract
 from fastface_trt.engines.manifest import Dimension
 from fastface_trt.errors import WeightsError
 from fastface_trt.export.adapters import Projection
+from fastface_trt.export.file_kinds import identify
 from fastface_trt.export.modules import EXAMPLE_REQUESTS, ModuleExport
 from fastface_trt.export.precision import Model, boundary_dtype
 from fastface_trt.export.weight_files import State, open_weights
@@ -148,10 +149,16 @@ def load_eva_tower(path: Path, dtype: torch.dtype) -> EvaVisionTower:
 
     Raises `WeightsError` when the file is another model.
     """
+    return _eva_tower(path, open_weights(path).read()).to(dtype).eval()
 
-    tensors = open_weights(path).read()
-    for prefix in ("module.", "state_dict."):
-        tensors = {key.removeprefix(prefix): tensor for key, tensor in tensors.items()}
+
+def check_eva_tower(path: Path) -> None:
+    """Raise what `load_eva_tower` raises, from the file's header alone."""
+    with torch.device("meta"):
+        _eva_tower(path, open_weights(path).on_meta())
+
+
+def _eva_tower(path: Path, tensors: State) -> EvaVisionTower:
     visual = {
         key.removeprefix("visual."): tensor.float()
         for key, tensor in tensors.items()
@@ -162,7 +169,8 @@ def load_eva_tower(path: Path, dtype: torch.dtype) -> EvaVisionTower:
         tower = EvaVisionTower.from_state_dict(state)
     except (KeyError, RuntimeError, ValueError) as error:
         raise WeightsError(
-            f"{path.name} is not the vision tower of EVA02-CLIP: {str(error).splitlines()[0]}.",
+            f"{path.name} is {identify(open_weights(path))} and not the vision tower of "
+            f"EVA02-CLIP: {' '.join(str(error).split())[:200]}.",
             "PuLID needs EVA02_CLIP_L_336_psz14_s6B.pt or a file of the same layout.",
         ) from error
     if len(tower.blocks) <= LEVELS[-1]:
@@ -171,7 +179,7 @@ def load_eva_tower(path: Path, dtype: torch.dtype) -> EvaVisionTower:
             f"input of block {LEVELS[-1]}.",
             "PuLID needs EVA02_CLIP_L_336_psz14_s6B.pt or a file of the same layout.",
         )
-    return tower.to(dtype).eval()
+    return tower
 
 
 class EvaVisionTower(nn.Module):

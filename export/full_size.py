@@ -81,6 +81,32 @@ IMAGE_ENCODER_CONFIG: dict[str, Any] = {
 }
 
 
+def sdxl_config(component: str) -> dict[str, Any]:
+    """SDXL's own configuration of a model or of the `scheduler`, for files that have none.
+
+    As the published checkpoint states it: its VAE overflows in fp16, its text models have CLIP's
+    vocabulary.
+    """
+    clip = {"vocab_size": 49408, "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1}
+    noise = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+    configs: dict[str, dict[str, Any]] = {
+        "unet": UNET_CONFIG,
+        "vae": VAE_CONFIG | {"force_upcast": True},
+        "text_encoder": TEXT_ENCODER_CONFIG | clip,
+        "text_encoder_2": TEXT_ENCODER_2_CONFIG | clip,
+        "image_encoder": IMAGE_ENCODER_CONFIG,
+        "scheduler": noise
+        | {
+            "_class_name": "EulerDiscreteScheduler",
+            "num_train_timesteps": 1000,
+            "prediction_type": "epsilon",
+            "steps_offset": 1,
+            "timestep_spacing": "leading",
+        },
+    }
+    return dict(configs[component])
+
+
 @torch.no_grad()
 def randomize(module: nn.Module, dtype: torch.dtype, seed: int = 0) -> Model:
     """Give a module whose parameters are on the meta device random weights of `dtype`.

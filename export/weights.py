@@ -21,20 +21,25 @@ from fastface_trt.checkpoints import (
 )
 from fastface_trt.engines.engine import Progress
 from fastface_trt.engines.manifest import AdapterKind, LoraFused, Orthogonal, Source
-from fastface_trt.errors import InvalidRequest
+from fastface_trt.errors import InvalidRequest, WeightsError
 from fastface_trt.export import full_size
-from fastface_trt.export.adapters import attach_adapter, load_projection, read_adapter
-from fastface_trt.export.base_facts import read_base
-from fastface_trt.export.face_modules import load_eva_tower
+from fastface_trt.export.adapters import (
+    attach_adapter,
+    check_adapter,
+    load_projection,
+    read_adapter,
+)
+from fastface_trt.export.base_facts import base_name, read_base
+from fastface_trt.export.face_modules import check_eva_tower, load_eva_tower
+from fastface_trt.export.locations import is_local, locate
+from fastface_trt.export.lora import LoraRequest, fuse, plan_loras
 from fastface_trt.export.options import ExportOptions
 from fastface_trt.export.precision import Model
 from fastface_trt.export.sources import (
+    TEXT_ENCODERS,
     CheckpointSource,
-    fuse_distillation_lora,
-    load_image_encoder,
-    load_unet_weights,
-    load_vae,
-    locate,
+    model_config,
+    model_part,
 )
 from fastface_trt.mini.folders import FACE_MODEL
 from fastface_trt.runtime.tokenizer import PAD_TOKENS, write_byte_tokenizer
@@ -102,24 +107,100 @@ class CheckpointWeights:
         checkpoint = options.checkpoint
         self._options = options
         self._progress = progress
+        unet = None if options.base else checkpoint.unet
+        vae = self._vae_item()
+        replaced = [name for name, item in (("unet", unet), ("vae", vae)) if item]
         self._source = CheckpointSource(
-            options.base or checkpoint.base, options.dtype, checkpoint.base
+            options.base or checkpoint.base,
+            options.dtype,
+            checkpoint.base,
+            base_text=options.base_text,
+            without=replaced,
         )
         adapter = locate(options.adapter or checkpoint.adapter, "adapter")
         self._adapter = read_adapter(adapter.path)
         self._base = read_base(options, self._source, self._adapter, progress)
         self.scheduler, self.size = self._base.scheduler, self._base.size
+        self._source.find()
+        for note in self._source.notes:
+            progress(note)
+        self.sources = list(self._source.sources)
+        self._vae_name = ""
+        if unet:
+            self._replace("unet", self._for_steps(unet))
+        if vae:
+            self._vae_name = self._replace("vae", vae)
+            self._base.check_vae(self._source.skeleton("vae"), self._vae_name)
         self.adapter_name = adapter.path.name
         self.adapter_kind = self._adapter.kind
         self.orthogonal = _orthogonal(options, self.adapter_kind)
         self.face_model = checkpoint.face_model or FACE_MODELS[self.adapter_kind]
         self.force_zeros_for_empty_prompt = self._source.force_zeros_for_empty_prompt()
-        self.sources = [self._source.located.source, adapter.source]
+        self.sources.append(adapter.source)
         encoder = self._encoder_item()
         if encoder is not None:
-            self._image_encoder = locate(encoder, "image_encoder")
-            self.sources.append(self._image_encoder.source)
-        self.loras: list[LoraFused] = []
+            self._find_image_encoder(encoder)
+        check_adapter(self._adapter, self._source.skeleton("unet"), self.orthogonal)
+        self._check_widths()
+        self._loras = plan_loras(self._lora_requests(), self._source)
+        self.sources += [plan.source for plan in self._loras]
+        self.loras = [plan.record() for plan in self._loras]
+
+    def _lora_requests(self) -> list[LoraRequest]:
+        """The distillation LoRA of the checkpoint or in its place, then those of `--lora`."""
+        options, checkpoint = self._options, self._options.checkpoint
+        requests = [LoraRequest(one.item, one.scale, "style") for one in options.loras]
+        item = self._base.distillation
+        if item is not None:
+            scale = options.distillation_lora_scale
+            scale = checkpoint.lora_scale if scale is None else scale
+            requests.insert(0, LoraRequest(self._for_steps(item), scale, "distillation"))
+        return requests
+
+    def _replace(self, name: str, item: HubItem) -> str:
+        """Put a model of its own in the place of the base's; returns where it comes from."""
+        config = self._source.config(name)
+        part, _, source = model_part(name, item, self._options.dtype, config, inside=(name,))
+        self._source.parts[name] = part
+        self.sources.append(source)
+        return source.location
+
+    def _find_image_encoder(self, item: HubItem) -> None:
+        if self.adapter_kind == "pulid":
+            located = locate(item, "image_encoder")
+            check_eva_tower(located.path)
+            self._image_encoder, source = located.path, located.source
+        else:
+            own = self._options.checkpoint.image_encoder
+            config = model_config(Path(own.location)) if is_local(own) else None
+            self._source.parts["image_encoder"], self._image_encoder, source = model_part(
+                "image_encoder",
+                item,
+                self._options.dtype,
+                config or full_size.sdxl_config("image_encoder"),
+                inside=("image_encoder", "models/image_encoder"),
+            )
+        self.sources.append(source)
+
+    def _check_widths(self) -> None:
+        """What goes from one model into another has to be as wide as that expects."""
+        text = [self._source.config(name)["hidden_size"] for name in TEXT_ENCODERS]
+        unet = self._source.config("unet")["cross_attention_dim"]
+        if isinstance(unet, int) and unet != sum(text):
+            raise WeightsError(
+                f"The text encoders are {text[0]} and {text[1]} wide, and the UNet reads text of "
+                f"{unet}.",
+                "Take the text encoders of the model that the UNet is of: --base-text FOLDER|ID.",
+            )
+        features, encoder = self._adapter.features, self._source.parts.get("image_encoder")
+        if features and encoder:
+            width = encoder.config["hidden_size"]
+            if width != features:
+                raise WeightsError(
+                    f"The image encoder is {width} wide, and the adapter was trained with one of "
+                    f"{features}.",
+                    "FaceID-Plus-v2 needs CLIP ViT-H (h94/IP-Adapter, models/image_encoder).",
+                )
 
     def _encoder_item(self) -> HubItem | None:
         if self.adapter_kind == "pulid":
@@ -134,16 +215,18 @@ class CheckpointWeights:
         )
 
     def text_encoder(self, name: str) -> Model:
-        return self._source.component(name)
+        encoder = self._source.component(name)
+        fuse(name, encoder, self._loras)
+        return encoder
 
     def image_encoder(self) -> Model:
         if self.adapter_kind == "pulid":
-            return load_eva_tower(self._image_encoder.path, self._options.dtype)
-        return load_image_encoder(self._image_encoder.path, self._options.dtype)
+            return load_eva_tower(self._image_encoder, self._options.dtype)
+        return self._source.component("image_encoder")
 
     def image_normalisation(self) -> Normalisation:
         """CLIP's own where the folder has no preprocessor configuration."""
-        file = self._image_encoder.path / "preprocessor_config.json"
+        file = self._image_encoder / "preprocessor_config.json"
         values = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
         mean, std = values.get("image_mean", CLIP_MEAN), values.get("image_std", CLIP_STD)
         return (mean[0], mean[1], mean[2]), (std[0], std[1], std[2])
@@ -152,43 +235,44 @@ class CheckpointWeights:
         projection = load_projection(self._adapter, self._options.zero_tokens)
         return projection.to(self._options.dtype)
 
-    def vae(self) -> Model:
-        """The base's own, in float32 where it says that it overflows in float16.
-
-        The registry's base has a VAE that stands in for its own there; a base of one's own keeps
-        its VAE, which may be trained on.
-        """
-        options, name = self._options, self._base.name
+    def _vae_item(self) -> HubItem | None:
+        """A VAE in the place of the base's own, which the registry has for fp16: a base of one's
+        own keeps its VAE, which may be trained on."""
+        options = self._options
         item = options.vae or (TINY_VAE if options.tiny_vae else None)
-        overflows = self._base.vae_overflows and options.dtype == torch.float16
-        if item is None and overflows and not options.base and options.checkpoint.fp16_vae:
-            item = options.checkpoint.fp16_vae
-            self._progress(f"{name}: its VAE overflows in fp16, {item.location} stands in for it")
-        if item is not None:
-            vae, source = load_vae(item, options.dtype)
-            self._base.check_vae(vae, source.location)
-            self.sources.append(source)
-            return vae
-        vae = self._source.component("vae")
-        self._base.give_latents(vae)
-        if overflows:
+        stand_in = options.checkpoint.fp16_vae
+        if item or options.base or options.dtype != torch.float16 or stand_in is None:
+            return item
+        self._progress(
+            f"{base_name(options.checkpoint.base)}: its VAE overflows in fp16, "
+            f"{stand_in.location} stands in for it"
+        )
+        return stand_in
+
+    def vae(self) -> Model:
+        """In float32 where its configuration says that it overflows in float16."""
+        options, part = self._options, self._source.parts["vae"]
+        own = not self._vae_name
+        overflows = self._base.vae_overflows if own else part.config.get("force_upcast", False)
+        if overflows and options.dtype == torch.float16:
+            name = self._vae_name or self._base.name
             self._progress(
-                f"{name}: its VAE says that it overflows in fp16 (force_upcast) and stays in fp32; "
-                f"--vae {FP16_VAE.location} is half as large"
+                f"{name}: the VAE's configuration says that it overflows in fp16 (force_upcast), "
+                f"so it stays in fp32; --vae {FP16_VAE.location} is half as large"
             )
-        return vae.float() if overflows else vae
+            vae = part.load(torch.float32)
+        else:
+            vae = part.load(options.dtype)
+        if self._vae_name:
+            self._base.check_vae(vae, self._vae_name)
+        else:
+            self._base.give_latents(vae)
+        return vae
 
     def unet(self) -> Model:
-        options, checkpoint = self._options, self._options.checkpoint
+        options = self._options
         unet = self._source.component("unet")
-        if checkpoint.unet and not options.base:
-            self.sources.append(load_unet_weights(unet, self._for_steps(checkpoint.unet)))
-        lora = self._base.distillation
-        if lora:
-            scale = options.distillation_lora_scale
-            scale = checkpoint.lora_scale if scale is None else scale
-            self.sources.append(fuse_distillation_lora(unet, self._for_steps(lora), scale))
-            self.loras.append(LoraFused(role="distillation", scale=scale))
+        fuse("unet", unet, self._loras)
         scale = options.faceid_lora_scale
         attach_adapter(unet, self._adapter, lora_scale=scale, orthogonal=self.orthogonal)
         if self._adapter.has_lora:

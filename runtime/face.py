@@ -18,6 +18,7 @@ import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from threading import Lock
 from typing import Any, Literal
@@ -290,13 +291,19 @@ def _open_models(model: str, providers: Sequence[str]) -> Any:
         # InsightFace prints while it downloads; stdout belongs to the caller. One dynamic session
         # serves all detector sizes: with static ones, every size would load the model again.
         with contextlib.redirect_stdout(sys.stderr):
-            analysis = FaceAnalysis(
-                name=model,
+            open_folder = partial(
+                FaceAnalysis,
                 allowed_modules=["detection", "recognition"],
                 providers=list(providers),
                 static_shape_sessions=False,
                 sess_options=options,
             )
+            try:
+                analysis = open_folder(name=_models_folder(model))
+            except AssertionError:  # no detector; the pack may just have been downloaded
+                if _models_folder(model) == model:
+                    raise
+                analysis = open_folder(name=_models_folder(model))
             analysis.prepare(ctx_id=0, det_size=(DETECTOR_SIZES[0], DETECTOR_SIZES[0]))
         if "recognition" not in analysis.models:
             raise WeightsError(
@@ -309,7 +316,7 @@ def _open_models(model: str, providers: Sequence[str]) -> Any:
     # and InsightFace's assertions have no common base.
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else ""
-        folder = Path(model) if Path(model).is_dir() else Path("~/.insightface/models") / model
+        folder = _packs_folder(model)
         raise WeightsError(
             f"The face model {model} cannot be opened: "
             f"{reason.rstrip('.') or 'no detector among its ONNX files'}.",
@@ -319,6 +326,22 @@ def _open_models(model: str, providers: Sequence[str]) -> Any:
     for task, part in analysis.models.items():
         _check_providers(providers, part.session.get_providers(), f"The face {task} model")
     return analysis
+
+
+def _packs_folder(model: str) -> Path:
+    """The folder that `model` is, or where InsightFace keeps the pack of that name."""
+    folder = Path(model)
+    return folder if folder.is_dir() else Path("~/.insightface/models") / model
+
+
+def _models_folder(model: str) -> str:
+    """`model`, or the folder inside it that has the models: the archive of antelopev2 holds a
+    folder of its own, so that it lies one folder too deep."""
+    folder = _packs_folder(model).expanduser()
+    if any(folder.glob("*.onnx")):
+        return model
+    inner = {path.parent for path in folder.glob("*/*.onnx") if path.parent.name != "__MACOSX"}
+    return str(inner.pop()) if len(inner) == 1 else model
 
 
 def _check_providers(wanted: Sequence[str], used: Sequence[str], who: str) -> None:

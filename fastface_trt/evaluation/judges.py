@@ -240,7 +240,7 @@ class ClipView:
             import torch
             from transformers import CLIPModel
 
-            from fastface_trt.export.sources import locate, weights_errors
+            from fastface_trt.export.locations import locate, weights_errors
         except ImportError as error:
             raise MissingDependency(
                 f"The CLIP judges need {error.name}.",
@@ -371,7 +371,7 @@ class AestheticJudge(ClipJudge):
         super().load(data)
         if self._layers:
             return
-        from fastface_trt.export.sources import locate, weights_errors
+        from fastface_trt.export.locations import locate, weights_errors
         from fastface_trt.export.weight_files import open_weights
 
         path = locate(self._item, "aesthetic head").path

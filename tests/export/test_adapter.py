@@ -28,6 +28,38 @@ def test_bin_and_safetensors_are_the_same(tensors, tiny, tmp_path):
         assert all(torch.equal(ours[k], theirs[k]) for k in ours)
 
 
+def _as_trained(tensors):
+    """As IP-Adapter's training script saves it: other names, and the frozen UNet beside them."""
+    named = {"image_proj": "image_proj_model", "ip_adapter": "adapter_modules"}
+    out = {f"{named[k.partition('.')[0]]}.{k.partition('.')[2]}": v for k, v in tensors.items()}
+    return out | {"unet.conv_in.weight": torch.ones(3)}
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        _as_trained,
+        lambda t: {"state_dict": {f"model.{k}": v for k, v in t.items()}, "global_step": 5},
+        lambda t: {"module": _as_trained(t), "optimizer": {"state": {0: {"step": t}}}},
+        lambda t: {f"module.{k}": v for k, v in _as_trained(t).items()},
+    ],
+    ids=["accelerate", "lightning", "deepspeed", "distributed"],
+)
+def test_an_adapter_wrapped_as_a_training_checkpoint_is_read(tensors, tmp_path, wrap):
+    torch.save(wrap(tensors), tmp_path / "pytorch_model.bin")
+    adapter = read_adapter(tmp_path / "pytorch_model.bin")
+    read = {f"image_proj.{k}": v for k, v in adapter.image_proj.items()}
+    read |= {f"ip_adapter.{k}": v for k, v in adapter.ip_adapter.items()}
+    assert read.keys() == tensors.keys()
+    assert all(torch.equal(read[k], tensors[k]) for k in tensors)
+
+
+def test_a_part_that_no_adapter_has_is_refused(tensors, tmp_path):
+    save_file(tensors | {"time_embed.weight": torch.ones(2)}, tmp_path / "adapter.safetensors")
+    with pytest.raises(WeightsError, match="it also has time_embed"):
+        read_adapter(tmp_path / "adapter.safetensors")
+
+
 def test_bin_is_not_unpickled(tmp_path):
     class Trap:
         def __reduce__(self):

@@ -17,9 +17,9 @@ from fastface_trt.engines.manifest import ExportManifest
 from fastface_trt.errors import InvalidRequest, WeightsError
 from fastface_trt.export.adapters import attach_adapter, load_projection, read_adapter
 from fastface_trt.export.exporter import run_export
+from fastface_trt.export.locations import parse_adapter
 from fastface_trt.export.options import ExportOptions
 from fastface_trt.export.oracle import TorchUNet
-from fastface_trt.export.sources import parse_adapter
 from tests.export.test_exporter import open_module, quiet, unet_inputs
 from tests.helpers import face_models
 from tests.helpers.tiny_sdxl import adapter_tensors, tiny_faceid_projection, tiny_unet

@@ -10,7 +10,7 @@ from fastface_trt.cli.main import cli
 from fastface_trt.engines.files import verify_files
 from fastface_trt.engines.manifest import EXPORT_MANIFEST, ExportManifest, read_manifest
 from fastface_trt.evaluation.mini import POPULATION, MiniNetworks
-from fastface_trt.export.sources import sha256_folder
+from fastface_trt.export.locations import sha256_folder
 from fastface_trt.mini import folders
 from fastface_trt.mini.identity import sample_identity
 from fastface_trt.mini.prompts import PLACE_NAMES, STYLE_NAMES, Scene, canonical_prompt

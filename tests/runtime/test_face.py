@@ -214,6 +214,32 @@ def test_pack_that_cannot_be_downloaded(monkeypatch):
     assert "~/.insightface/models/buffalo_l" in caught.value.hint
 
 
+@pytest.mark.parametrize("named", [True, False], ids=["pack", "folder"])
+def test_a_pack_one_folder_too_deep_is_found(tmp_path, monkeypatch, named):
+    """antelopev2's archive holds a folder of its name, and is unpacked into one."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    outer = tmp_path / ".insightface" / "models" / "antelopev2"
+    outer.mkdir(parents=True)
+    face_models.write(outer / "antelopev2")
+    analyzer = FaceAnalyzer("antelopev2" if named else outer, licence_acknowledged=True)
+    assert analyzer.analyze(three_faces()).count == 3
+
+
+def test_a_pack_that_is_downloaded_one_folder_too_deep_is_found(tmp_path, monkeypatch):
+    import insightface.app.face_analysis as module
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    outer = tmp_path / ".insightface" / "models" / "antelopev2"
+
+    def download(*_args, **_kwargs):
+        outer.mkdir(parents=True)
+        face_models.write(outer / "antelopev2")
+        return str(outer)
+
+    monkeypatch.setattr(module, "ensure_available", download)
+    assert FaceAnalyzer("antelopev2", licence_acknowledged=True).analyze(three_faces()).count == 3
+
+
 def test_unknown_pack_and_missing_folder(tmp_path):
     with pytest.raises(UnknownName, match="buffalo_l"):
         FaceAnalyzer("bufalo_l", licence_acknowledged=True)
