@@ -442,10 +442,8 @@ def _merged(
     kind, prediction = scheduler["class"], scheduler["prediction_type"]
     spacing = next((f" with {key}" for key in _SPACINGS if own.get(key)), "")
     if spacing or (options.base and own and own["class"] != kind):
-        progress(
-            f"{name}: its own sampler ({own['class']}{spacing}) gives way to that of checkpoint "
-            f"{entry.name} ({kind})"
-        )
+        whose = "its first order" if kind == EDM else f"that of checkpoint {entry.name}"
+        progress(f"{name}: its own sampler ({own['class']}{spacing}) gives way to {whose} ({kind})")
     if prediction != "epsilon" or scheduler.get("rescale_betas_zero_snr"):
         zero = " with zero terminal SNR" if scheduler.get("rescale_betas_zero_snr") else ""
         progress(f"{name}: {prediction}{zero}, which {kind} is set to")
