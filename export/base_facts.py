@@ -212,10 +212,8 @@ def _refuse_other_files(
         and text_width(file) == config["cross_attention_dim"]
         and UNET_PREFIX + "label_emb.0.0.weight" in unet
     )
-    alone = not unet and " UNet" in phrase
-    if alone and (phrase == "an SDXL UNet" or text_width(file) not in TEXT_WIDTHS):
-        fits = True  # what it lacks is said where it is loaded
-    if not fits:
+    alone = ("an SDXL UNet", f"a UNet for text of width {config['cross_attention_dim']}")
+    if not fits and phrase not in alone:  # what it lacks is said where it is loaded
         option = next((option for word, option in _OPTIONS.items() if word in phrase), None)
         refuse(phrase, *([f"Give it with {option} beside a base."] if option else []))
     out = unet.get(UNET_PREFIX + "out.2.weight")

@@ -20,6 +20,7 @@ from fastface_trt.checkpoints import ADAPTERS, HubItem
 from fastface_trt.engines.files import sha256_file
 from fastface_trt.engines.manifest import Source
 from fastface_trt.errors import FastFaceError, WeightsError
+from fastface_trt.export.number_formats import PLAIN
 
 _FILES = (".safetensors", ".ckpt", ".bin", ".pt", ".pth", ".gguf", ".onnx")
 
@@ -106,6 +107,8 @@ def locate(
         return Located(
             path, Source(role=role, location=local.name, sha256=digest, licence=item.licence)
         )
+    if (item.path or "").endswith(".gguf"):  # before gigabytes of it are downloaded
+        raise WeightsError(f"{item.path} is a GGUF file, whose weights cannot be read here.", PLAIN)
     from huggingface_hub import hf_hub_download, snapshot_download
 
     repository, _, revision = item.location.partition("@")

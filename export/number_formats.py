@@ -82,6 +82,8 @@ def plain_tensors(
             form = {"I8": "int8", "U8": "packed bytes"}.get(header.dtype, header.dtype)
             raise _foreign(file, form, f"{name} and others")
     for name, scale in scales.items():
+        if tensors[scale].dtype not in _FLOATS:
+            raise _foreign(file, "a format with packed scales (MXFP8)", scale)
         _blocks(file, name, tensors[name].shape, tensors[scale].shape)
     return weights, scales
 

@@ -8,9 +8,11 @@ import json
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors.torch import save_file
 
 from fastface_trt.checkpoints import HubItem
+from fastface_trt.cli.main import USER_ERROR, cli
 from fastface_trt.engines.manifest import LoraFused
 from fastface_trt.errors import InvalidRequest, WeightsError
 from fastface_trt.export.locations import parse_scaled_item
@@ -18,6 +20,7 @@ from fastface_trt.export.lora import LoraRequest, fuse, plan_lora
 from fastface_trt.export.options import ExportOptions, LoraFile
 from fastface_trt.export.sources import CheckpointSource
 from fastface_trt.export.weights import CheckpointWeights
+from fastface_trt.mini import folders
 from tests.helpers.ldm_layout import unet_key
 from tests.helpers.tiny_sdxl import tiny_unet
 
@@ -739,6 +742,44 @@ def test_a_file_may_have_its_scale_behind_it(tmp_path):
     assert parse_scaled_item(f"{odd}=2") == (HubItem(str(odd)), 2.0)
     with pytest.raises(InvalidRequest, match="is nan"):
         LoraFile(HubItem("a"), float("nan"))
+
+
+def test_the_command_says_one_sentence_and_leaves_nothing(tmp_path):
+    write(tmp_path / "flux.safetensors", flux())
+    out = tmp_path / "out"
+    for option in ("--lora", "--distillation-lora"):
+        command = ["export", "--checkpoint", "mini", option, str(tmp_path / "flux.safetensors")]
+        result = CliRunner().invoke(cli, [*command, str(out)])
+        assert result.exit_code == USER_ERROR
+        words = " ".join(result.stderr.split())
+        assert "flux.safetensors is a LoRA of Flux: 2 of its 2 tensors" in words
+        assert f"{option} takes LoRA, DoRA, LoHa and LoKr files of SDXL." in words
+        assert [path.name for path in tmp_path.iterdir()] == ["flux.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"distillation_lora_scale": 0.5}, "no distillation LoRA to scale"),
+        ({"faceid_lora_scale": float("inf")}, "not finite"),
+        ({"random_weights": True, "loras": (LoraFile(HubItem("a")),)}, "takes no weights"),
+    ],
+)
+def test_options_that_no_lora_answers_to_are_refused(tiny_entry, options, words):
+    with pytest.raises(InvalidRequest, match=words):
+        ExportOptions(tiny_entry, **options)
+
+
+def test_inspect_shows_what_of_a_file_went_where(tmp_path):
+    manifest = json.loads((folders.EXPORT / "manifest.json").read_text())
+    part = {"modules": 3, "alphas": 2, "kinds": {"lora": 1, "dora-loha": 2}}
+    manifest["loras"] = [
+        {"role": "style", "scale": 0.5, "file": "mine.safetensors", "components": {"unet": part}}
+    ]
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    shown = " ".join(CliRunner().invoke(cli, ["inspect", str(tmp_path)]).output.split())
+    for words in ("style", "0.5", "mine.safetensors", "unet: 3", "1 lora", "2 dora-loha", "alphas"):
+        assert words in shown
 
 
 def test_manifests_of_before_are_read():

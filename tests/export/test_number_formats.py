@@ -91,6 +91,7 @@ FOREIGN = {
         "a.weight_scale": torch.ones(8, 1).to(E4M3),
         "a.weight_scale_2": torch.ones(()),
     },
+    "MXFP8": {"a.weight": WEIGHT.to(E4M3), "a.weight_scale": _BYTES},
     "packed bytes": {"a.weight": _BYTES},
 }
 
