@@ -71,9 +71,11 @@ _BY_METADATA = (
     ("SDXL", r"sdxl|stable-diffusion-xl|sd_xl"),
     ("SD 2", r"sd_v2|stable-diffusion-v2|sd_2"),
     ("SD 1.5", r"sd_v1|stable-diffusion-v1|sd_1"),
-    ("SD3", r"sd3|stable-diffusion-v?3|stable-diffusion-3"),
+    ("SD3", r"sd3|stable-diffusion-v?3"),
     ("Flux", r"flux"),
 )
+OTHER_MODELS = frozenset(name for name, _ in (*_TRANSFORMERS, *_BY_METADATA)) - {"SDXL"}
+"""Models whose files are not SDXL's, whatever fits."""
 
 
 def identify(file: WeightsFile) -> str:

@@ -34,7 +34,7 @@ from torch import Tensor
 from fastface_trt.checkpoints import HubItem
 from fastface_trt.engines.manifest import LoraFused, LoraPart, LoraRole, Source
 from fastface_trt.errors import WeightsError
-from fastface_trt.export.file_kinds import family, identify, is_reduced, lora_kind
+from fastface_trt.export.file_kinds import OTHER_MODELS, family, identify, is_reduced, lora_kind
 from fastface_trt.export.locations import locate
 from fastface_trt.export.precision import Model
 from fastface_trt.export.sources import CheckpointSource
@@ -219,6 +219,8 @@ def plan_lora(request: LoraRequest, models: Mapping[str, Model]) -> LoraPlan:
     if misfits:
         more = f" ({len(misfits)} such modules)" if len(misfits) > 1 else ""
         raise _refusal(request, file, f"its shapes do not fit this checkpoint: {misfits[0]}{more}")
+    if family(file) in OTHER_MODELS:  # text encoders of SD 1.5 have the shapes of SDXL's first
+        raise _refusal(request, file, "it was trained for that model")
     return LoraPlan(request, source, file, updates)
 
 
@@ -349,7 +351,7 @@ def _find_places(
 ) -> dict[tuple[Place, ...], dict[str, str]]:
     """Names by part for every module; more than one place where a name does not tell which."""
     kind = lora_kind(file.tensors)
-    if kind is None:
+    if kind is None or not identify(file).startswith(kind):
         raise _refusal(request, file, "not a LoRA")
     if is_reduced(file) and getattr(models["unet"].mid_block, "attentions", None):
         raise _refusal(request, file, "its layers are not those of this checkpoint")

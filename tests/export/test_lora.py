@@ -517,6 +517,13 @@ REFUSED = {
         lambda: {"clip_l": numbers(2, 16), "clip_g": numbers(2, 24)},
         "is a textual inversion embedding, not a LoRA",
     ),
+    "an adapter with a LoRA in it": (
+        lambda: {
+            "image_proj.proj.weight": numbers(4, 4),
+            "ip_adapter.0.to_q_lora.down.weight": numbers(4, 4),
+        },
+        "is an IP-Adapter, not a LoRA",
+    ),
     "a UNet": (lambda: tiny_unet().state_dict(), "is a UNet for text of width 40, not a LoRA"),
     "a module that is not there": (
         lambda: lora_of(LINEAR) | lora_of("down_blocks.9.attentions.0.proj_in"),
@@ -618,6 +625,19 @@ def test_a_file_that_does_not_fit_is_refused_by_what_it_is(tmp_path, models, wha
         plan_lora(request(path), models)
     assert "\n" not in str(error.value)
     assert error.value.hint
+
+
+def test_text_encoders_of_another_model_are_refused_by_their_metadata(tmp_path, models):
+    stem, width = "lora_te_text_model_encoder_layers_0_self_attn_q_proj", 16
+    state = {
+        f"{stem}.lora_down.weight": numbers(2, width),
+        f"{stem}.lora_up.weight": numbers(16, 2),
+    }
+    path = tmp_path / "x.safetensors"
+    assert plan_lora(request(write(path, state)), models).updates.keys() == {"text_encoder"}
+    write(path, state, {"ss_base_model_version": "sd_v1"})
+    with pytest.raises(WeightsError, match=r"a LoRA of SD 1.5: it was trained for that model"):
+        plan_lora(request(path), models)
 
 
 def test_a_name_of_both_text_encoders_is_refused(tmp_path, models):
