@@ -204,7 +204,10 @@ def folder_part(folder: Path, component: str, dtype: torch.dtype, where: str) ->
     config = _of_tower(_read_config(folder / "config.json", f"The {what}"), component)
     names = [path.name for path in folder.iterdir() if path.is_file()]
     picked = pick_weights(names, f"The {what}", dtype)
-    files = [open_weights(folder / name) for name in picked]
+    try:
+        files = [open_weights(folder / name) for name in picked]
+    except WeightsError as error:
+        raise WeightsError(f"{folder.name} of {where}: {error.message}", error.hint) from error
     result = find_part(component, config, files, where)
     if result is None:
         raise _misfit(what, ["none of its weights is there"], files)
