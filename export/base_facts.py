@@ -81,7 +81,7 @@ _DISTILLED = re.compile(
 """Words in the name of a checkpoint that say that it was distilled, in lower case."""
 
 _PLAYGROUND = {"sigma_min": 0.002, "sigma_max": 80.0, "sigma_data": 0.5}
-_PLAYGROUND_SCALING, _SDXL_SCALING = 0.5, 0.13025
+_PLAYGROUND_SCALING = 0.5
 _COSXL = {"sigma_min": 0.002, "sigma_data": 1.0, "sigma_schedule": "exponential"}
 
 
@@ -156,7 +156,7 @@ def read_base(
     file = open_weights(source.single_file) if source.single_file else None
     _refuse_other_models(name, source, file)
     _check_adapter(name, source, file, adapter)
-    latents, overflows = _latent_space(name, source, file, options)
+    latents, overflows = _latent_space(name, source, file)
     if options.tiny_vae and latents.mean:
         raise InvalidRequest(
             f"{name} normalises its latents, which no tiny VAE undoes.", "Leave out --tiny-vae."
@@ -203,7 +203,7 @@ def _refuse_other_files(
 ) -> None:
     unet = {k: v for k, v in file.tensors.items() if k.startswith(UNET_PREFIX)}
     phrase = identify(file)
-    channels = in_channels(file) if unet else None
+    channels = in_channels(file) if unet or " UNet" in phrase else None
     if channels not in (None, 4) and "input channels" not in phrase:
         refuse(_other_use(channels))
     fits = (
@@ -265,49 +265,33 @@ def _other_use(channels: int | None) -> str:
 def _check_adapter(
     name: str, source: CheckpointSource, file: WeightsFile | None, adapter: AdapterWeights
 ) -> None:
-    """Refuse a UNet with other cross-attention layers than the adapter has keys and values for.
-
-    In a single file the layers' order is the configuration's; their number and widths tell.
-    """
+    """Refuse a UNet with fewer cross-attention layers than its configuration or the adapter has."""
     bones = source.skeleton("unet")
-    layers = {
-        index: bones.get_submodule(layer.removesuffix(".processor")).to_k.weight.shape
-        for index, layer in enumerate(bones.attn_processors)
+    layers = [
+        tuple(bones.get_submodule(layer.removesuffix(".processor")).to_k.weight.shape)
+        for layer in bones.attn_processors
         if layer.endswith("attn2.processor")
-    }
+    ]
     if file:
         found = Counter(
             header.shape
             for key, header in file.tensors.items()
-            if key.startswith(UNET_PREFIX) and key.endswith("attn2.to_k.weight")
+            if key.endswith("attn2.to_k.weight")
         )
-        if found and found != Counter(tuple(shape) for shape in layers.values()):
+        if found and found != Counter(layers):
             raise WeightsError(
                 f"{name} is {_reduced(file)}: {found.total()} cross-attention layers instead of "
                 f"{len(layers)}.",
                 "Use a checkpoint with all of SDXL's layers; one with others works as a diffusers "
                 "folder with an adapter that was trained for it.",
             )
-    mine = {
-        int(key.partition(".")[0]): tensor.shape
-        for key, tensor in adapter.ip_adapter.items()
-        if key.endswith("to_k_ip.weight")
-    }
-    if mine == layers:
-        return
-    if len(mine) > len(layers):
+    mine = sum(key.endswith("to_k_ip.weight") for key in adapter.ip_adapter)
+    if mine > len(layers):
         raise WeightsError(
             f"{name} is a reduced SDXL checkpoint (SSD-1B, Vega or KOALA): its UNet has "
-            f"{len(layers)} cross-attention layers, the adapter is for {len(mine)}.",
+            f"{len(layers)} cross-attention layers, the adapter is for {mine}.",
             "Use a base with all of SDXL's layers, or an adapter that was trained for this one.",
         )
-    other = next((i for i in sorted(layers) if mine.get(i) != layers[i]), None)
-    raise WeightsError(
-        f"The adapter does not fit this checkpoint: {name} has {len(layers)} cross-attention "
-        f"layers, the adapter is for {len(mine)}"
-        + (f", and layer {other} has another width." if other in mine else "."),
-        "Use an adapter made for the same base model (SDXL adapters for SDXL checkpoints).",
-    )
 
 
 def _reduced(file: WeightsFile) -> str:
@@ -456,10 +440,8 @@ def _merged(
     kind, prediction = scheduler["class"], scheduler["prediction_type"]
     spacing = next((f" with {key}" for key in _SPACINGS if own.get(key)), "")
     if spacing or (options.base and own and own["class"] != kind):
-        progress(
-            f"{name}: its own sampler ({own['class']}{spacing}) gives way to that of checkpoint "
-            f"{entry.name} ({kind})"
-        )
+        whose = "its first order" if kind == EDM else f"that of checkpoint {entry.name}"
+        progress(f"{name}: its own sampler ({own['class']}{spacing}) gives way to {whose} ({kind})")
     if prediction != "epsilon" or scheduler.get("rescale_betas_zero_snr"):
         zero = " with zero terminal SNR" if scheduler.get("rescale_betas_zero_snr") else ""
         progress(f"{name}: {prediction}{zero}, which {kind} is set to")
@@ -526,11 +508,9 @@ def _is_base_of(entry: Checkpoint, base: HubItem) -> bool:
 
 
 def _latent_space(
-    name: str, source: CheckpointSource, file: WeightsFile | None, options: ExportOptions
+    name: str, source: CheckpointSource, file: WeightsFile | None
 ) -> tuple[LatentSpace, bool]:
     """The latents that the base was trained with, and whether its VAE overflows in float16."""
-    if (options.vae or options.tiny_vae) and not (source.folder / "vae" / "config.json").is_file():
-        return LatentSpace(_SDXL_SCALING), True
     config = source.config("vae")
     overflows = bool(config.get("force_upcast", True))
     if file and {"edm_mean", "edm_std"} <= file.tensors.keys():
@@ -561,9 +541,8 @@ def _latent_space(
 
 def _size(source: CheckpointSource, file: WeightsFile | None) -> tuple[int, int]:
     """(height, width) in pixels that a base was made for: `sample_size`, or modelspec's."""
-    has_vae = (source.folder / "vae" / "config.json").is_file()
-    blocks = source.config("vae")["block_out_channels"] if has_vae else (128, 256, 512, 512)
-    unet, factor = source.config("unet"), 2 ** (len(blocks) - 1)
+    unet, vae = source.config("unet"), source.config("vae")
+    factor = 2 ** (len(vae["block_out_channels"]) - 1)
     sample = unet.get("sample_size") or 128
     height, width = (sample, sample) if isinstance(sample, int) else tuple(sample)
     size = height * factor, width * factor

@@ -212,8 +212,8 @@ def folder_part(folder: Path, component: str, dtype: torch.dtype, where: str) ->
     picked = pick_weights(names, f"The {what}", dtype)
     try:
         files = [open_weights(folder / name) for name in picked]
-    except WeightsError as error:  # many folders have a model.safetensors
-        raise WeightsError(f"{folder.name}/{error.message}", error.hint) from error
+    except WeightsError as error:
+        raise WeightsError(f"{folder.name} of {where}: {error.message}", error.hint) from error
     result = find_part(component, config, files, where)
     if result is None:
         raise _misfit(component, what, ["none of its weights is there"], files)

@@ -235,7 +235,6 @@ def test_pictures_of_such_bases_are_those_of_diffusers_pipeline(
         ("unet", {"time_cond_proj_dim": 256}, "distilled with its guidance as an input"),
         ("unet", {"out_channels": 8}, "predicts 8 channels"),
         ("unet", {"_class_name": "UNetMotionModel"}, "UNetMotionModel"),
-        ("unet", {"transformer_layers_per_block": [1, 1, 2]}, "does not fit this checkpoint"),
         ("unet", {"mid_block_type": None}, "a reduced SDXL checkpoint"),
         ("vae", {"_class_name": "AutoencoderKLQwenImage"}, "AutoencoderKLQwenImage"),
         ("vae", {"latents_mean": MEAN}, "only one of latents_mean and latents_std"),

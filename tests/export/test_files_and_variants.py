@@ -429,7 +429,7 @@ def test_everything_is_checked_before_the_first_model_is_loaded(tiny, folder, mo
     """A UNet that does not fit, and an adapter of another model: no model is loaded for it."""
     monkeypatch.setattr("fastface_trt.export.sources.Part.load", lambda *_: pytest.fail("loaded"))
     mini = find_checkpoint("mini")
-    with pytest.raises(WeightsError, match=r"does not fit this checkpoint: checkpoint has 7"):
+    with pytest.raises(WeightsError, match=r"does not fit this checkpoint"):
         CheckpointWeights(ExportOptions(mini, adapter=HubItem(str(tiny / "adapter.safetensors"))))
     other = ExportOptions(mini, image_encoder=HubItem(str(tiny / "image_encoder")))
     with pytest.raises(WeightsError, match=r"image encoder is 16 wide, and the adapter .* 96"):
