@@ -4,6 +4,7 @@ import asyncio
 import json
 import re
 from collections.abc import Mapping
+from functools import cache
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -93,8 +94,12 @@ async def form_body(
 
 
 def _invalid(error: ValidationError, model: type[BaseModel]) -> InvalidField:
-    known = sorted(field_names(model.model_json_schema()))
-    return invalid_field(error.errors(include_input=False, include_url=False), known)
+    return invalid_field(error.errors(include_input=False, include_url=False), _known(model))
+
+
+@cache
+def _known(model: type[BaseModel]) -> list[str]:
+    return sorted(field_names(model.model_json_schema()))
 
 
 def _check_type(request: Request, wanted: str) -> None:
@@ -108,6 +113,7 @@ class _InMemory(MultiPartParser):
     """Starlette's parser puts files of a megabyte on the disk; a face must not be there."""
 
 
+@cache
 def _text_fields(model: type[BaseModel]) -> frozenset[str]:
     """Fields that take nothing but text."""
     properties: Mapping[str, Any] = model.model_json_schema()["properties"]

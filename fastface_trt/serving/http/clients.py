@@ -63,6 +63,8 @@ def as_sent(values: Mapping[str, Any], *, whole: frozenset[str]) -> dict[str, An
             value = _flag(value)
         elif name in whole:
             value = _whole(value)
+        elif name == "output_format" and value == "jpg":
+            value = "jpeg"
         if name == "seed" and value == -1:  # "any", as other programs write it
             continue
         read[name] = value
@@ -71,7 +73,7 @@ def as_sent(values: Mapping[str, Any], *, whole: frozenset[str]) -> dict[str, An
 
 def says_nothing(text: str) -> bool:
     """Whether the text of a form's field means that the field was left out."""
-    return text.lower() in _NOTHING
+    return len(text) < 10 and text.lower() in _NOTHING  # it may be a picture
 
 
 def _flag(value: Any) -> Any:

@@ -104,6 +104,8 @@ STATUS_OF_CODE = {
 
 TYPE_OF_STATUS = {401: "authentication_error", 429: "rate_limit_error"}
 RETRY_AFTER_UNAVAILABLE = 5.0
+_NAME = 60
+"""Characters of an unknown field's name that are compared with known ones; it may have millions."""
 GENERIC = "The server failed to answer this request."
 SECRET = frozenset({"out_of_memory"})
 """Codes whose sentence is for the operator's log only, though the status is not 500."""
@@ -190,7 +192,7 @@ def invalid_field(errors: Sequence[Any], known: Sequence[str] = ()) -> InvalidFi
         # A union's members are named by their class.
         above = [p for p in map(str, outer) if not p[:1].isupper()]
         path = ".".join([*above, str(last)])
-        near = get_close_matches(path, known, n=1, cutoff=0.6)
+        near = get_close_matches(path[:_NAME], known, n=1, cutoff=0.6)
         hint = f"Did you mean {near[0]}?" if near else "See /docs for those known."
         return InvalidField(f"There is no field {path!r}.", REASONS.get(path, hint), param=path)
     if named is not None and named in REASONS and first["type"] == "literal_error":

@@ -257,12 +257,13 @@ def test_base64_of_a_face_however_it_is_written(client, written):
     assert client.post("/v1/faces", json={"image": written(FACE)}).status_code == 201
 
 
-@pytest.mark.parametrize("form", ["png", "jpeg", "webp"])
+@pytest.mark.parametrize("form", ["png", "jpeg", "jpg", "webp"])
 def test_the_files_of_an_answer_are_what_was_asked_for(client, form):
     fields = {} if form == "png" else {"output_compression": "40"}
     answer = edit(client, output_format=form, **fields).json()
     with Image.open(io.BytesIO(base64.b64decode(answer["data"][0]["b64_json"]))) as picture:
-        assert (picture.format.lower(), picture.size) == (form, PIXELS.shape[1::-1])
+        assert answer["output_format"] == picture.format.lower() == form.replace("jpg", "jpeg")
+        assert picture.size == PIXELS.shape[1::-1]
 
 
 def test_a_registered_picture_of_two_people_says_so_once_and_with_every_picture():

@@ -121,7 +121,16 @@ def test_what_an_origin_is(origin):
 
 
 @pytest.mark.parametrize(
-    "origin", ["localhost:3000", "example.com", "https://example.com/app", "http://a b", ""]
+    "origin",
+    [
+        "localhost:3000",
+        "example.com",
+        "https://example.com/app",
+        "http://a b",
+        "https://*.a.com",
+        "http://a,http://b",
+        "",
+    ],
 )
 def test_what_is_none_is_refused_in_one_sentence(origin):
     with pytest.raises(InvalidRequest, match=r"no origin of a web page.*SCHEME://HOST"):
