@@ -7,7 +7,7 @@ do; null, and empty text, is a field that was left out.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 REASONS: Mapping[str, str] = {
@@ -48,14 +48,17 @@ _NOTHING = ("null", "none", "undefined")
 """How forms write that a field was left out, beside empty text."""
 
 
-def as_sent(values: Mapping[str, Any], *, whole: frozenset[str]) -> dict[str, Any]:
-    """The fields that a client gave, in the types that the models take; `whole` are numbers.
+def as_sent(
+    values: Mapping[str, Any], *, known: Collection[str], whole: Collection[str]
+) -> dict[str, Any]:
+    """The fields that a client gave, in the types that the models take.
 
-    Only what is written in another way is changed; what does not fit stays for the model to refuse.
+    `known` are the model's fields, `whole` those of them that are whole numbers. Only what is
+    written in another way is changed; what does not fit stays for the model to refuse.
     """
     read = {}
     for name, value in values.items():
-        if value == "" and name != "prompt":
+        if value == "" and name != "prompt" and (name in known or name in ABSENT):
             continue
         if value is None and name in ABSENT:
             continue

@@ -51,8 +51,8 @@ class Closed(BaseModel):
     def _as_sent(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
-        whole = (name for name, one in cls.model_fields.items() if one.annotation == int | None)
-        return as_sent(values, whole=frozenset(whole))
+        whole = [name for name, one in cls.model_fields.items() if one.annotation == int | None]
+        return as_sent(values, known=cls.model_fields, whole=whole)
 
 
 class PartBody(Closed):

@@ -93,6 +93,7 @@ def test_null_and_empty_text_are_a_field_that_was_left_out(client, name):
         ("ip_adaptor_scale", 0.5, "Did you mean ip_adapter_scale?"),
         ("promt", "x", "Did you mean prompt?"),
         ("negativePrompt", "x", "Did you mean negative_prompt?"),
+        ("ip_adaptor_scale", "", "Did you mean ip_adapter_scale?"),
         ("colour", "red", "/docs"),
     ],
 )
