@@ -18,7 +18,7 @@ $(VENV)/.runtime: pyproject.toml
 # Everything: export and the tools of developers.
 $(VENV)/.full: $(VENV)/.runtime
 	$(BIN)/pip install --quiet $(TORCH)
-	$(BIN)/pip install --quiet --editable '.[export,bench,evaluate,serve,telemetry,provenance,ray,docs,dev]'
+	$(BIN)/pip install --quiet --editable '.[export,bench,evaluate,heif,serve,telemetry,provenance,ray,docs,dev]'
 	touch $@
 
 setup: $(VENV)/.full
