@@ -22,11 +22,10 @@ import click
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from rich.console import Console
 from skimage.metrics import structural_similarity
 
 from fastface_trt.measure.machine import describe_machine
-from fastface_trt.measure.tables import Table, print_table
+from fastface_trt.measure.tables import Table, print_table, text_console
 from fastface_trt.mini.folders import SAMPLE_FACES
 
 ROOT: Final = Path(__file__).parents[1]
@@ -225,7 +224,7 @@ def table_of(cells: Sequence[Cell]) -> Table:
 def main(only: tuple[str, ...], bounds: bool, out: Path | None, environments: Path | None) -> None:
     """Make the golden pictures with several versions of ONNX Runtime; exits with 1 if one fails."""
     chosen = [cell for cell in (BOUNDS if bounds else MATRIX) if not only or cell[1] in only]
-    console = Console(stderr=True, highlight=False)
+    console = text_console(stderr=True)
     cells = [Cell(*versions) for versions in chosen]
     with tempfile.TemporaryDirectory(prefix="onnxruntime-versions-") as temporary:
         wheel = build_wheel(Path(temporary))
@@ -242,7 +241,7 @@ def main(only: tuple[str, ...], bounds: bool, out: Path | None, environments: Pa
             "cells": [asdict(cell) for cell in cells],
         }
         out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    print_table(Console(highlight=False), table_of(cells))
+    print_table(text_console(), table_of(cells))
     if not all(cell.passed for cell in cells if cell.ran):
         raise click.exceptions.Exit(1)
 

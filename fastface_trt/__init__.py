@@ -4,7 +4,11 @@ The package is torch-free: only `fastface_trt.export` imports torch. Public name
 first use, so that importing a sub-package costs no more than that sub-package.
 """
 
+import os
 from typing import TYPE_CHECKING, Any
+
+# ONNX Runtime reads it when it is imported, and would send events about sessions and their models.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 __version__ = "0.1.0"
 

@@ -24,7 +24,7 @@ from benchmarks.peers.work import Peer, Work, versions
 from fastface_trt import FastFace
 from fastface_trt.errors import FastFaceError
 from fastface_trt.measure.machine import BUSY, describe_machine, load_average
-from fastface_trt.measure.tables import print_table
+from fastface_trt.measure.tables import print_table, text_console
 from fastface_trt.mini import folders
 
 PACKAGES = ("fastface-trt", "torch", "diffusers", "transformers", "onnxruntime", "numpy")
@@ -152,7 +152,7 @@ def main(
     **on_gpu: Any,
 ) -> None:
     """Time the peers and write the tables and the plot."""
-    console = Console()
+    console = text_console()
     try:
         if gpu:
             run_gpu(out, console, rounds=rounds, presets=presets or PRESETS, names=names, **on_gpu)

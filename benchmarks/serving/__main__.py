@@ -7,7 +7,6 @@ import json
 from pathlib import Path
 
 import click
-from rich.console import Console
 
 from benchmarks.serving.machine import assumed_accelerator, measured_machine
 from benchmarks.serving.measured import Result, compare, make_works
@@ -18,7 +17,7 @@ from fastface_trt import FastFace
 from fastface_trt.errors import FastFaceError
 from fastface_trt.measure.machine import BUSY, describe_machine, load_average
 from fastface_trt.measure.style import require_matplotlib, save
-from fastface_trt.measure.tables import Table, print_table
+from fastface_trt.measure.tables import Table, print_table, text_console
 
 RESULTS = Path(__file__).parents[1] / "results"
 
@@ -66,7 +65,7 @@ def measured_table(results: list[Result]) -> Table:
 @click.option("--out", default=RESULTS, type=click.Path(path_type=Path, file_okay=False))
 def main(rounds: int, requests: int, simulated: int, running: int, out: Path) -> None:
     """Measure the machine, simulate it and an assumed one, and measure the three ways."""
-    console, limits, busy = Console(), Limits(max_running=running), load_average()
+    console, limits, busy = text_console(), Limits(max_running=running), load_average()
     try:
         require_matplotlib()
         with FastFace.load("mini") as fastface:

@@ -127,11 +127,11 @@ def facts(report: BenchReport) -> list[str]:
 def print_report(out: Console, report: BenchReport) -> None:
     """Facts, tables and notes on a terminal."""
     for line in facts(report):
-        out.print(line, markup=False)
+        out.print(line)
     for table in tables(report, _BRIEF):
         print_table(out, table)
     for note in report.notes:
-        out.print(f"Note: {note}", markup=False)
+        out.print(f"Note: {note}")
 
 
 def markdown(report: BenchReport, pictures: Sequence[str]) -> str:

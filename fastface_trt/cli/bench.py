@@ -10,7 +10,6 @@ from time import perf_counter
 from typing import Any, Literal
 
 import click
-from rich.console import Console
 
 from fastface_trt.bench.compare import compare, comparison_tables, read_report
 from fastface_trt.bench.measure import Workload, nvtx_ranges
@@ -33,7 +32,7 @@ from fastface_trt.cli.common import (
 )
 from fastface_trt.engines.cache import EngineCache
 from fastface_trt.errors import BadPicture, InvalidRequest, UnknownName
-from fastface_trt.measure.tables import print_table
+from fastface_trt.measure.tables import print_table, text_console
 from fastface_trt.mini.folders import SAMPLE_FACES
 from fastface_trt.runtime.export_folder import Export
 from fastface_trt.runtime.guidance import BRANCH_PLANS
@@ -220,7 +219,7 @@ def _bench(
     if as_json:
         click.echo(report.model_dump_json(indent=2))
         return
-    print_report(Console(highlight=False), report)
+    print_report(text_console(), report)
     click.echo(str(out / BENCH_FILE))
 
 
@@ -271,7 +270,7 @@ def compare_command(
         rows = [asdict(one) | {"distinguishable": one.distinguishable} for one in ratios]
         click.echo(json.dumps(rows, indent=2))
         return
-    out = Console(highlight=False)
+    out = text_console()
     for table in comparison_tables(before, after, ratios):
         print_table(out, table)
     apart = sum(one.distinguishable for one in ratios)

@@ -120,7 +120,7 @@ def build_display(screen: Console, log: Path | None) -> Iterator[BuildDisplay]:
         if screen.is_terminal:
             columns = (
                 SpinnerColumn(),
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(),
                 TimeElapsedColumn(),
                 TimeRemainingColumn(),

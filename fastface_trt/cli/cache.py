@@ -5,7 +5,6 @@ import time
 from pathlib import Path
 
 import click
-from rich.console import Console
 from rich.table import Table
 
 from fastface_trt.cli.common import FOLDER
@@ -15,6 +14,7 @@ from fastface_trt.engines.tensorrt.flavour import find_flavour
 from fastface_trt.engines.tensorrt.options import TensorRTOptions
 from fastface_trt.engines.tensorrt.plan import measurements, read_tactics
 from fastface_trt.errors import EngineMismatch, FastFaceError
+from fastface_trt.measure.tables import text_console
 
 _DAY_SECONDS = 24 * 3600
 
@@ -50,7 +50,7 @@ def list_engines(cache: Path | None, as_json: bool) -> None:
             f"{(time.time() - entry.used) / _DAY_SECONDS:.0f} days ago",
             entry.problem or "ok",
         )
-    out = Console(highlight=False)
+    out = text_console()
     out.print(table)
     out.print(f"{len(entries)} engines, {sum(e.bytes for e in entries) / 2**30:.2f} GB")
 

@@ -4,13 +4,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from time import perf_counter
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import click
 from rich.console import Console
+from rich.text import Text
 
 from fastface_trt.engines.engine import Progress
 from fastface_trt.errors import InvalidRequest
+from fastface_trt.measure.tables import text_console
 from fastface_trt.runtime.request import parse_size as parse_size
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -39,15 +41,22 @@ class Counts(click.ParamType[tuple[int, ...]]):
 
 def console() -> Console:
     """Where progress goes: standard error, so that standard output stays for results."""
-    return Console(stderr=True, highlight=False)
+    return text_console(stderr=True)
 
 
-def timed_lines(out: Console) -> Progress:
+class TimedLine(Protocol):
+    """A progress callback: prints a line, in a `style` of rich's."""
+
+    def __call__(self, text: str, style: str = "") -> None: ...
+
+
+def timed_lines(out: Console) -> TimedLine:
     """A progress callback that prints each phase with the seconds since the command started."""
     started = perf_counter()
 
-    def line(text: str) -> None:
-        out.print(f"[dim]{perf_counter() - started:7.1f} s[/dim]  {text}", markup=True)
+    def line(text: str, style: str = "") -> None:
+        seconds = Text(f"{perf_counter() - started:7.1f} s", "dim")
+        out.print(Text.assemble(seconds, "  ", (text, style)), soft_wrap=not out.is_terminal)
 
     return line
 
@@ -62,7 +71,7 @@ def passing_phases(out: Console, line: Progress) -> Iterator[Progress]:
         yield line
         return
     with out.status("") as status:
-        yield status.update
+        yield lambda text: status.update(Text(text))
 
 
 def backend_options(command: Command) -> Command:

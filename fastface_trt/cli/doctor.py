@@ -11,8 +11,8 @@ from pathlib import Path
 import click
 import numpy as np
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from fastface_trt import __version__
 from fastface_trt.cli.common import FILE, FOLDER, console, timed_lines
@@ -23,6 +23,7 @@ from fastface_trt.engines.hardware import cuda_driver, cuda_hardware, why_no_gpu
 from fastface_trt.engines.kernels.operator_library import library_status
 from fastface_trt.engines.ort.session import libraries_status
 from fastface_trt.errors import BackendUnavailable, ExportIncomplete, UnknownName
+from fastface_trt.measure.tables import text_console
 from fastface_trt.runtime.export_folder import Export
 from fastface_trt.verify.self_test import (
     REFERENCE,
@@ -117,7 +118,7 @@ def doctor(
         }
         click.echo(json.dumps(report, indent=2))
         return
-    out = Console(highlight=False)
+    out = text_console()
     out.print(
         f"FastFace-TRT {__version__}, Python {platform.python_version()}, {platform.platform()}"
     )
@@ -131,8 +132,8 @@ def doctor(
         table.add_row(name, ", ".join(have) or "-", ", ".join(lack) or "-")
     out.print(table)
     for name, fact in _facts().items():
-        out.print(f"{name}: {fact}", markup=False, soft_wrap=True)
-    out.print(f"Engine cache: {EngineCache().root}", markup=False, soft_wrap=True)
+        out.print(f"{name}: {fact}", soft_wrap=True)
+    out.print(f"Engine cache: {EngineCache().root}", soft_wrap=True)
 
 
 def _probes(folder: Path) -> None:
@@ -198,9 +199,13 @@ def _self_test(test: SelfTest, file: Path | None, as_json: bool) -> None:
     if as_json:
         click.echo(report)
     else:
-        _print_checks(Console(highlight=False), checks)
+        _print_checks(text_console(), checks)
     if not all(check.passed for check in checks):
         raise click.exceptions.Exit(1)
+
+
+def _yes_or_no(value: bool) -> Text:
+    return Text("yes", "green") if value else Text("no", "red")
 
 
 def _print_checks(out: Console, checks: list[Check]) -> None:
@@ -208,8 +213,8 @@ def _print_checks(out: Console, checks: list[Check]) -> None:
     for heading in ("backend", "check", "passed", "how"):
         table.add_column(heading, overflow="fold")
     for check in checks:
-        passed = "[green]yes[/green]" if check.passed else "[red]no[/red]"
-        table.add_row(check.backend, check.name, passed, escape(check.detail))
+        passed = _yes_or_no(check.passed)
+        table.add_row(check.backend, check.name, passed, check.detail)
     out.print(table)
 
 
@@ -219,11 +224,11 @@ def _print_backends(out: Console, backends: list[BackendStatus]) -> None:
         table.add_column(heading, overflow="fold")
     hints: dict[str, list[str]] = {}
     for status in backends:
-        works = "[green]yes[/green]" if status.works else "[red]no[/red]"
-        table.add_row(status.name, works, escape(status.detail))
+        works = _yes_or_no(status.works)
+        table.add_row(status.name, works, status.detail)
         if status.hint:
             hints.setdefault(status.hint, []).append(status.name)
     out.print(table)
     # Below the table, and never wrapped, so that a command can be copied.
     for hint, names in hints.items():
-        out.print(f"{', '.join(names)}: {hint}", markup=False, soft_wrap=True)
+        out.print(f"{', '.join(names)}: {hint}", soft_wrap=True)

@@ -299,7 +299,7 @@ def _progress(screen: Console) -> Iterator[tuple[Phase, OnBatch]]:
         yield line, say
         return
     bar = Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),

@@ -5,6 +5,7 @@ from time import perf_counter
 from typing import Any
 
 import click
+from rich.text import Text
 
 from fastface_trt.cli.common import FILE, FOLDER, console, licence_option, timed_lines
 from fastface_trt.errors import InvalidRequest, LicenceNotAcknowledged, MissingDependency
@@ -212,11 +213,11 @@ def export(
     line = timed_lines(screen)
     started = perf_counter()
     # A full-size UNet takes minutes in one phase: the spinner shows that it is alive.
-    with screen.status("starting") as status:
+    with screen.status(Text("starting")) as status:
 
         def progress(text: str) -> None:
             line(text)
-            status.update(text)
+            status.update(Text(text))
 
         manifest = run_export(chosen, target, progress)
     size = sum(f.bytes for f in manifest.files()) / 2**30

@@ -227,7 +227,7 @@ def generate(
         found = {face: fastface.analyze(pictures[face], index=face_index) for face in faces}
         said = {face: one.warning for face, one in found.items() if one.warning}
         for face, warning in said.items():  # now, with the file's name, and not after the pictures
-            line(f"[yellow]{face}: {warning}[/yellow]")
+            line(f"{face}: {warning}", "yellow")
 
         def on_step(trace: StepTrace) -> None:
             if trace.index == len(jobs) - 1:
@@ -261,7 +261,7 @@ def generate(
     for warning in result.warnings:
         if warning in said.values():
             continue
-        line(f"[yellow]{warning}[/yellow]")
+        line(warning, "yellow")
     _say(files, result, as_json, line)
 
 

@@ -19,6 +19,7 @@ from fastface_trt.engines.manifest import (
     read_manifest,
 )
 from fastface_trt.errors import ExportIncomplete
+from fastface_trt.measure.tables import text_console
 from fastface_trt.runtime.export_folder import Export, find_export
 from fastface_trt.runtime.picture_file import FORMATS, read_parameters
 
@@ -29,7 +30,7 @@ from fastface_trt.runtime.picture_file import FORMATS, read_parameters
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest or parameters as JSON.")
 def inspect(what: str, verify: bool, as_json: bool) -> None:
     """Show WHAT: an export's folder (or mini), an engine's folder, or a picture."""
-    out = Console(highlight=False)
+    out = text_console()
     path = find_export(what)
     if path.suffix.lower() in FORMATS:
         click.echo(json.dumps(read_parameters(path), indent=2))

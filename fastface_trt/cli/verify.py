@@ -7,11 +7,13 @@ from typing import Any
 import click
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from fastface_trt.cli.common import FOLDER, console, timed_lines
 from fastface_trt.engines.cache import EngineCache
 from fastface_trt.engines.engine import Progress
 from fastface_trt.errors import MissingDependency
+from fastface_trt.measure.tables import text_console
 from fastface_trt.runtime.export_folder import Export
 from fastface_trt.verify.inputs import module_inputs
 from fastface_trt.verify.layers import LayerReport, find_layer
@@ -110,7 +112,7 @@ def verify(
         report["layers"] = [one.as_json() for one in found]
         click.echo(json.dumps(report, indent=2))
     else:
-        out = Console(highlight=False)
+        out = text_console()
         _print_verdicts(out, backend, verdicts)
         for one in found:
             _print_layer(out, one)
@@ -121,7 +123,7 @@ def _show(report: dict[str, Any], as_json: bool, show: Any) -> None:
     if as_json:
         click.echo(json.dumps(report, indent=2))
     else:
-        show(Console(highlight=False), report)
+        show(text_console(), report)
 
 
 def _lint(
@@ -169,7 +171,7 @@ def _print_verdicts(out: Console, backend: str, verdicts: list[ModuleVerdict]) -
                 f"{one.max_abs:.2e}",
                 f"{one.relative_l2:.2e}",
                 f"{verdict.tolerance:.0e}",
-                "[red]differs[/red]" if differs else "[green]agrees[/green]",
+                Text("differs", "red") if differs else Text("agrees", "green"),
             )
     out.print(table)
 
@@ -195,5 +197,5 @@ def _print_layer(out: Console, report: LayerReport) -> None:
             f"backend {report.float64.backend:.1e}, ONNX Runtime {report.float64.reference:.1e}"
         )
     for key, value in rows.items():
-        out.print(f"  {key:15} {value}", markup=False)
-    out.print(f"  {report.suggestion}", markup=False)
+        out.print(f"  {key:15} {value}")
+    out.print(f"  {report.suggestion}")

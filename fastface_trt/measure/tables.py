@@ -1,4 +1,4 @@
-"""Tables of text, the same for a terminal and for Markdown."""
+"""Text and tables on a terminal, in a pipe, and as Markdown."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -6,6 +6,17 @@ from dataclasses import dataclass
 from rich import box
 from rich.console import Console
 from rich.table import Table as RichTable
+
+WIDEST = 10_000
+"""Columns where there is no terminal, so that nothing is left out of a table in a file or pipe."""
+
+
+def text_console(*, stderr: bool = False) -> Console:
+    """Where commands print: what people wrote is never read as markup, and never shortened."""
+    out = Console(stderr=stderr, highlight=False, markup=False, emoji=False)
+    if not out.is_terminal:
+        out.width = WIDEST
+    return out
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,21 @@
 """The command line: what a person types, what is printed, and exit codes."""
 
+import io
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
 from PIL import Image
 
+from fastface_trt.cli.common import timed_lines
 from fastface_trt.cli.main import USER_ERROR, cli
+from fastface_trt.measure.tables import text_console
+from fastface_trt.mini import folders
 from fastface_trt.runtime.picture_file import read_parameters
 from tests.helpers import face_models
 
@@ -283,6 +290,42 @@ def test_doctor():
     works = {b["name"]: b["works"] for b in report["backends"]}
     assert works["onnxruntime"]
     assert all(b["works"] or b["hint"] for b in report["backends"])
+
+
+def test_hints_keep_their_brackets_and_tables_in_a_pipe_their_columns():
+    """`[tensorrt]` is no markup, and a pipe has no width that text would be cut to."""
+    report = json.loads(run("doctor", "--json").stdout)
+    hints = {b["hint"] for b in report["backends"] if b["hint"]}
+    assert any("[" in hint for hint in hints)
+    shown = run("doctor").output
+    assert all(hint in shown for hint in hints)
+    installed = (f"{p} {v}" for packages in report["extras"].values() for p, v in packages.items())
+    assert all(one in shown for one in installed if not one.endswith("None"))
+
+
+def test_what_looks_like_markup_is_text(tmp_path):
+    for text in ("[/wow]", "[red]", ":smile:"):
+        result = run("inspect", tmp_path / text)
+        assert result.exit_code == USER_ERROR
+        assert text in result.stderr
+    lines = io.StringIO()
+    console = text_console()
+    console.file = lines
+    timed_lines(console)("a [/wow] [red]prompt[/red] :smile:")
+    assert lines.getvalue().endswith("a [/wow] [red]prompt[/red] :smile:\n")
+
+
+def test_a_fresh_home_stays_clean(tmp_path):
+    """ONNX Runtime would keep an id of the device and events for its telemetry there."""
+    code = (
+        "import fastface_trt.cli.main, onnxruntime;"
+        f"onnxruntime.InferenceSession({str(folders.EXPORT / 'guidance_step/model.onnx')!r})"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "ORT_DISABLE_TELEMETRY"}
+    subprocess.run(
+        [sys.executable, "-c", code], env=environment | {"HOME": str(tmp_path)}, check=True
+    )
+    assert list(tmp_path.rglob("*")) == []
 
 
 def test_export_asks_for_the_licence_first():
