@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from fastface_trt.runtime.guidance import FAMILIES, BranchPlan
 from fastface_trt.runtime.picture_file import QUALITY, PictureFormat
 from fastface_trt.runtime.presets import PRESETS
+from fastface_trt.runtime.prompt_syntax import PromptSyntax
 from fastface_trt.runtime.request import (
     ALIASES,
     PARSED_FIELDS,
@@ -20,7 +21,7 @@ from fastface_trt.runtime.request import (
 )
 
 MAX_PROMPT_LENGTH = 8000
-"""Characters; the text encoders read 77 tokens, and what they cut is said in a warning."""
+"""Characters; the text encoders read 75 tokens, or three times 75, and what they cut is said in a warning."""
 
 Number = Annotated[float, Field(allow_inf_nan=False, ge=-1000, le=1000)]
 PerStep = Number | Annotated[list[Number], Field(min_length=1, max_length=1000)]
@@ -129,6 +130,9 @@ class GenerationBody(Closed):
     )
     seed: int | None = _whole("seed", "[0]")
     negative_prompt: Prompt | None = Field(None, description="What the picture should not show.")
+    prompt_syntax: PromptSyntax | None = Field(
+        None, description="How weights are written in both prompts [plain: not at all]."
+    )
     preset: Annotated[str, Field(max_length=100)] | None = Field(
         None,
         description="Parameters to start from; every field overrides it. [plain]",
