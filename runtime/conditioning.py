@@ -22,9 +22,9 @@ from numpy.typing import NDArray
 from fastface_trt.engines.contract import IMAGE_TOKENS, MAX_WINDOWS, TEXT, TEXT_POSITIONS
 from fastface_trt.engines.device import Tensor, dtype_name
 from fastface_trt.errors import InvalidRequest
+from fastface_trt.runtime import guidance
 from fastface_trt.runtime.export_folder import ModuleSet
 from fastface_trt.runtime.face import ChannelOrder, Face, FaceParser, clip_pixels, portrait_pixels
-from fastface_trt.runtime import guidance
 from fastface_trt.runtime.prompt_syntax import (
     PromptSyntax,
     Section,
@@ -186,9 +186,8 @@ class Conditioner:
     ) -> Tensor:
         """Hidden states [L, C] with the weights of their tokens, computed on the host."""
         device, windows = self._modules.device, len(tokens[0])
-        (width, *_) = (
-            one.shape[-1] for one in self._modules.manifest.modules["text_encoder"].outputs
-        )
+        width = self._modules["text_encoder"].spec.outputs[0].shape[-1]
+        assert isinstance(width, int)
 
         def by_encoder(text: TextEmbedding) -> list[NDArray[np.float32]]:
             states = device.download(text.text).astype(np.float32)

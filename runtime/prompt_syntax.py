@@ -230,7 +230,8 @@ def multiply(
     weighed = states_WLC * weights_WL[..., None]
     before, after = (x.mean((1, 2), keepdims=True, dtype=np.float64) for x in (states_WLC, weighed))
     scale = np.divide(before, after, out=np.ones_like(before), where=after != 0)
-    return (weighed * scale).astype(np.float32)
+    restored: NDArray[np.float32] = (weighed * scale).astype(np.float32)
+    return restored
 
 
 def interpolate(
@@ -240,4 +241,5 @@ def interpolate(
 ) -> NDArray[np.float32]:
     """Compel's weights: e + w (z − e), exactly z where w is 1."""
     weights = weights_WL[..., None]
-    return np.where(weights == 1, states_WLC, empty_LC + weights * (states_WLC - empty_LC))
+    moved = empty_LC + weights * (states_WLC - empty_LC)
+    return np.where(weights == 1, states_WLC, moved).astype(np.float32)

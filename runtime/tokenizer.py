@@ -116,11 +116,13 @@ class ClipTokenizer:
         fragments = [fragment for section in sections for fragment in section]
         texts = [fragment.text for fragment in fragments]
         rows: list[list[tuple[int, int, int]]] = []  # token, its fragment, its place in that
-        number = -1
+        numbers = itertools.count()
         for section in sections:
-            found = []
-            for number, fragment in enumerate(section, number + 1):
-                found += [(token, number, start) for token, start in self._tokens(fragment.text)]
+            found = [
+                (token, number, start)
+                for number in itertools.islice(numbers, len(section))
+                for token, start in self._tokens(texts[number])
+            ]
             rows += [found[at : at + room] for at in range(0, len(found), room)] or [[]]
         if len(rows) > 1 and not rows[-1]:  # a new window was asked for, and nothing follows
             rows.pop()

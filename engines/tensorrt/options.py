@@ -73,14 +73,15 @@ class TensorRTOptions(Strict):
 
     requests × branches × latent_sizes give the fixed profiles (min = opt = max) of a module;
     `dynamic` adds one that covers a range. Each is for prompts of one window of 75 tokens; where
-    the text's length is dynamic, another takes prompts of 2 to `prompt_windows`. Numbers left at None are TensorRT's own defaults.
-    workspace_gb is in GB of 2³⁰ bytes. targets are GPU generations (TensorRT-RTX only; none given
-    means all that it can build for). weight_streaming lets the weights stay on the host when the
-    device is short of memory. tf32 lets float32 products round to 10 bits of mantissa; attention
-    manipulation takes its statistics in float32 for a reason, so it is off. refittable engines take
-    other weights without a rebuild; strip_weights leaves the weights out of the plan file, to be
-    put in on the target machine. attention_plugin replaces the decoupled attention's subroutine by
-    the CUDA kernels of `fastface_trt.engines.kernels` (TensorRT only).
+    the text's length is dynamic, another takes prompts of 2 to `prompt_windows`. Numbers left at
+    None are TensorRT's own defaults. workspace_gb is in GB of 2³⁰ bytes. targets are GPU
+    generations (TensorRT-RTX only; none given means all that it can build for). weight_streaming
+    lets the weights stay on the host when the device is short of memory. tf32 lets float32 products
+    round to 10 bits of mantissa; attention manipulation takes its statistics in float32 for a
+    reason, so it is off. refittable engines take other weights without a rebuild; strip_weights
+    leaves the weights out of the plan file, to be put in on the target machine. attention_plugin
+    replaces the decoupled attention's subroutine by the CUDA kernels of
+    `fastface_trt.engines.kernels` (TensorRT only).
 
     hardware_compatible engines run on every GPU from Ampere on, same_compute_capability ones on
     every GPU of the compute capability that built them, both without cuBLAS (TensorRT only).
@@ -158,7 +159,7 @@ class TensorRTOptions(Strict):
         """The options that are the same for every module, where they differ from the defaults."""
         chosen = self.model_dump(
             mode="json",
-            exclude=_SHAPES | RUNTIME_OPTIONS,
+            exclude={*_SHAPES, *RUNTIME_OPTIONS},
         )
         defaults = type(self)().model_dump(mode="json")
         return {name: value for name, value in chosen.items() if value != defaults[name]}

@@ -43,8 +43,9 @@ class Profile(Strict):
             for name, shape in shapes.items()
         )
 
-    def words(self, name: str) -> str:
-        """The shapes of input `name` for a message."""
+    def words(self, name: str | None = None) -> str:
+        """The shapes of an input, the first by default, for a message."""
+        name = name or next(iter(self.best))
         ends = [" x ".join(map(str, end[name])) for end in (self.smallest, self.largest)]
         return f"{name} {ends[0]}" if self.fixed else f"{name} {ends[0]} to {ends[1]}"
 

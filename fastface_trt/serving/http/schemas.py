@@ -21,7 +21,7 @@ from fastface_trt.runtime.request import (
 )
 
 MAX_PROMPT_LENGTH = 8000
-"""Characters; the text encoders read 75 tokens, or three times 75, and what they cut is said in a warning."""
+"""Characters; an export reads 75 or 225 tokens, and what it cuts is said in a warning."""
 
 Number = Annotated[float, Field(allow_inf_nan=False, ge=-1000, le=1000)]
 PerStep = Number | Annotated[list[Number], Field(min_length=1, max_length=1000)]
