@@ -34,7 +34,7 @@ def fastface():
 
 @pytest.fixture(scope="module")
 def pipeline():
-    loaded = StableDiffusionXLPipeline.from_pretrained(CHECKPOINT, torch_dtype=torch.float32)
+    loaded = StableDiffusionXLPipeline.from_pretrained(CHECKPOINT, dtype=torch.float32)
     loaded.set_progress_bar_config(disable=True)
     loaded.unet = CheckpointWeights(ExportOptions(MINI)).unet()  # with the adapter's LoRA
     with torch.no_grad():  # the export stores its weights in fp16
