@@ -115,11 +115,32 @@ class Source(Strict):
     licence: str = "unknown"
 
 
-class LoraFused(Strict):
-    """A LoRA whose product was added to the weights before export, and by which factor."""
+LoraRole = Literal["distillation", "style", "faceid"]
 
-    role: Literal["distillation", "faceid"]
+
+class LoraPart(Strict):
+    """What of a LoRA went into one component: modules by kind (lora, loha, lokr, difference, each
+    with "dora-" before it where it has magnitudes), and how many had an alpha of their own."""
+
+    modules: int = Field(ge=1)
+    alphas: int = Field(default=0, ge=0)
+    kinds: dict[str, int] = {}
+
+
+class LoraFused(Strict):
+    """A LoRA that was added to the weights before export, and by which factor.
+
+    file: its name; tensors: how many it holds, all of which were used; components: where they went.
+    role: "style" is what `--lora` gives, "faceid" the adapter's own.
+    """
+
+    role: LoraRole
     scale: float = Field(allow_inf_nan=False)
+    location: str | None = None
+    file: str | None = None
+    sha256: str | None = None
+    tensors: int | None = Field(default=None, ge=1)
+    components: dict[str, LoraPart] = {}
 
 
 class Quantization(Strict):

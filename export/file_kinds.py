@@ -71,9 +71,11 @@ _BY_METADATA = (
     ("SDXL", r"sdxl|stable-diffusion-xl|sd_xl"),
     ("SD 2", r"sd_v2|stable-diffusion-v2|sd_2"),
     ("SD 1.5", r"sd_v1|stable-diffusion-v1|sd_1"),
-    ("SD3", r"sd3|stable-diffusion-v?3|stable-diffusion-3"),
+    ("SD3", r"sd3|stable-diffusion-v?3"),
     ("Flux", r"flux"),
 )
+OTHER_MODELS = frozenset(name for name, _ in (*_TRANSFORMERS, *_BY_METADATA)) - {"SDXL"}
+"""Models whose files are not SDXL's, whatever fits."""
 
 
 def identify(file: WeightsFile) -> str:
@@ -130,6 +132,17 @@ def text_width(file: WeightsFile) -> int | None:
     return next((f["1"] * f["2"] for f in factors.values() if len(f) == 2), None)
 
 
+def is_reduced(file: WeightsFile) -> bool:
+    """Whether an SDXL UNet, or its LoRA, has the layers that SSD-1B, Vega and KOALA left: the
+    lowest level with at most four transformer blocks an attention, and no attention in the middle.
+    """
+    flat = [name.replace(".", "_") for name in file.tensors]
+    lowest = r"(down_blocks_2_attentions_\d|input_blocks_[78]_1)_transformer_blocks_"
+    ways = (lowest, r"(up_blocks_0_attentions|output_blocks_[012]_1_)")
+    more = (lowest + "[4-9]_", r"mid_block_attentions|middle_block_1_")
+    return all(_any(flat, mark) for mark in ways) and not any(_any(flat, mark) for mark in more)
+
+
 def in_channels(file: WeightsFile) -> int | None:
     """Channels that a UNet's first convolution reads; 4 latents, more for inpainting and edits."""
     for name, header in file.tensors.items():
@@ -152,6 +165,10 @@ def _kind(file: WeightsFile) -> str:
         model = family(file)
         if model is None and _any([n.replace(".", "_") for n in names], _TEXT.pattern):
             model = "text encoders"
+        if model == "SDXL" and is_reduced(file):
+            return f"{lora} of a reduced SDXL (SSD-1B, Vega or KOALA)"
+        if model == "SDXL refiner":
+            model = "the SDXL refiner"
         return f"{lora} of {model}" if model else f"{lora} of an unknown model"
     return _whole_model(file)
 
@@ -223,7 +240,7 @@ def _unet_name(file: WeightsFile, model: str | None, what: str) -> str:
     if channels not in (None, 4):
         use = {9: "inpainting ", 8: "edit ", 5: "depth ", 7: "upscaling "}.get(channels, "")
         return f"{article} {model} {use}{what} ({channels} input channels)"
-    if model == "SDXL" and not _any(file.tensors, r"mid_block\.att|middle_block\.1\.(tr|proj)"):
+    if model == "SDXL" and is_reduced(file):
         return f"a reduced {model} {what} (SSD-1B, Vega or KOALA)"
     return f"{article} {model} {what}"
 

@@ -1,6 +1,7 @@
 """What to export: the choices of one export, checked before anything is loaded."""
 
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 
 import torch
@@ -21,6 +22,20 @@ from fastface_trt.export.quantization.calibration import Calibration
 
 
 @dataclass(frozen=True)
+class LoraFile:
+    """A LoRA to fuse, and by which scale."""
+
+    item: HubItem
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not isfinite(self.scale):
+            raise InvalidRequest(
+                f"The scale of {self.item.location} is {self.scale}.", "Give a number such as 0.8."
+            )
+
+
+@dataclass(frozen=True)
 class ExportOptions:
     """What to export. Items left at None come from the checkpoint's registry entry.
 
@@ -28,7 +43,8 @@ class ExportOptions:
     type that the files hold (`fp16` halves an fp32 export's files, engines still compute in fp32).
     height, width: pixels, the
     example's size, or the only one with `fixed_size`. faceid_lora_scale: scale of the adapter's
-    LoRA, fused. zero_tokens, orthogonal, face_parser: of a PuLID adapter, see
+    LoRA, fused; loras: others, see `fastface_trt.export.lora`. zero_tokens, orthogonal,
+    face_parser: of a PuLID adapter, see
     `fastface_trt.export.adapters`, `fastface_trt.export.attention` and
     `fastface_trt.runtime.face`. random_weights: full-size SDXL without downloads.
     calibration: what the modules to quantise are run on. quantize_attention: q, k, v and softmax
@@ -55,6 +71,7 @@ class ExportOptions:
     faceid_lora_scale: float = 1.0
     distillation_lora: HubItem | None = None
     distillation_lora_scale: float | None = None
+    loras: tuple[LoraFile, ...] = ()
     random_weights: bool = False
     calibration: Calibration | None = None
     quantize_attention: bool = False
@@ -100,9 +117,17 @@ class ExportOptions:
                 f"A {self.quantized or self.quantize_vae} export needs something to calibrate on.",
                 "Give `calibration`, or use fastface-trt export, which runs prompts and faces.",
             )
+        scale = self.distillation_lora_scale
+        if scale is not None and not (self.distillation_lora or self.checkpoint.lora):
+            raise InvalidRequest(
+                f"Checkpoint {self.checkpoint.name} has no distillation LoRA to scale.",
+                "Leave out --distillation-lora-scale, or name a --distillation-lora.",
+            )
+        if not all(map(isfinite, (scale or 0.0, self.faceid_lora_scale))):
+            raise InvalidRequest("The scale of a LoRA is not finite.", "Give a number such as 0.8.")
         adapter = None if self.adapter in ADAPTERS.values() else self.adapter
         given = (self.base, adapter, self.vae, self.image_encoder, self.distillation_lora)
-        if self.random_weights and any(given):
+        if self.random_weights and (any(given) or self.loras):
             raise InvalidRequest(
                 "--random-weights takes no weights.",
                 f"Leave out --base and the like; --adapter takes {', '.join(ADAPTERS)}.",

@@ -102,6 +102,17 @@ def parse_item(text: str, licence: str = "unknown") -> HubItem:
     return HubItem(f"{owner}/{repository}", revision or None, path, licence)
 
 
+def parse_scaled_item(text: str) -> tuple[HubItem, float]:
+    """What `parse_item` reads, with `=SCALE` behind it or at scale 1."""
+    name, _, scale = text.rpartition("=")
+    try:
+        if name and not Path(text).expanduser().exists():
+            return parse_item(name), float(scale)
+    except ValueError:
+        pass
+    return parse_item(text), 1.0
+
+
 def parse_adapter(text: str) -> HubItem:
     """The name of a published adapter (`checkpoints.ADAPTERS`), or what `parse_item` reads."""
     named = next((item for name, item in ADAPTERS.items() if name == text), None)
@@ -250,22 +261,6 @@ def load_unet_weights(unet: Model, item: HubItem) -> Source:
     located = locate(item, "unet")
     with weights_errors(f"UNet weights {located.path.name}"):
         unet.load_state_dict(open_weights(located.path).read())
-    return located.source
-
-
-def fuse_distillation_lora(unet: Model, item: HubItem, scale: float) -> Source:
-    """Add a distillation LoRA (diffusers or kohya layout) to a UNet's weights, in place."""
-    from diffusers import StableDiffusionXLPipeline
-
-    located = locate(item, "distillation_lora")
-    with weights_errors(f"distillation LoRA {located.path.name}"):
-        loaded = StableDiffusionXLPipeline.lora_state_dict(
-            str(located.path.parent), weight_name=located.path.name, unet_config=unet.config
-        )
-        state, alphas = loaded[0], loaded[1]
-        StableDiffusionXLPipeline.load_lora_into_unet(state, alphas, unet)
-        unet.fuse_lora(lora_scale=scale)
-        unet.unload_lora()
     return located.source
 
 

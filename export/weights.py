@@ -23,11 +23,11 @@ from fastface_trt.errors import InvalidRequest
 from fastface_trt.export import full_size
 from fastface_trt.export.adapters import attach_adapter, load_projection, read_adapter
 from fastface_trt.export.face_modules import load_eva_tower
+from fastface_trt.export.lora import LoraRequest, fuse, plan_loras
 from fastface_trt.export.options import ExportOptions
 from fastface_trt.export.precision import Model
 from fastface_trt.export.sources import (
     CheckpointSource,
-    fuse_distillation_lora,
     load_image_encoder,
     load_unet_weights,
     load_vae,
@@ -110,7 +110,20 @@ class CheckpointWeights:
         if encoder is not None:
             self._image_encoder = locate(encoder, "image_encoder")
             self.sources.append(self._image_encoder.source)
-        self.loras: list[LoraFused] = []
+        self._loras = plan_loras(self._lora_requests(), self._source)
+        self.sources += [plan.source for plan in self._loras]
+        self.loras = [plan.record() for plan in self._loras]
+
+    def _lora_requests(self) -> list[LoraRequest]:
+        """The distillation LoRA of the checkpoint or in its place, then those of `--lora`."""
+        options, checkpoint = self._options, self._options.checkpoint
+        requests = [LoraRequest(one.item, one.scale, "style") for one in options.loras]
+        item = options.distillation_lora or checkpoint.lora
+        if item is not None:
+            scale = options.distillation_lora_scale
+            scale = checkpoint.lora_scale if scale is None else scale
+            requests.insert(0, LoraRequest(self._for_steps(item), scale, "distillation"))
+        return requests
 
     def _encoder_item(self) -> HubItem | None:
         if self.adapter_kind == "pulid":
@@ -125,7 +138,9 @@ class CheckpointWeights:
         )
 
     def text_encoder(self, name: str) -> Model:
-        return self._source.component(name)
+        encoder = self._source.component(name)
+        fuse(name, encoder, self._loras)
+        return encoder
 
     def image_encoder(self) -> Model:
         if self.adapter_kind == "pulid":
@@ -165,12 +180,7 @@ class CheckpointWeights:
         unet = self._source.component("unet")
         if checkpoint.unet and not options.base:
             self.sources.append(load_unet_weights(unet, self._for_steps(checkpoint.unet)))
-        lora = options.distillation_lora or checkpoint.lora
-        if lora:
-            scale = options.distillation_lora_scale
-            scale = checkpoint.lora_scale if scale is None else scale
-            self.sources.append(fuse_distillation_lora(unet, self._for_steps(lora), scale))
-            self.loras.append(LoraFused(role="distillation", scale=scale))
+        fuse("unet", unet, self._loras)
         scale = options.faceid_lora_scale
         attach_adapter(unet, self._adapter, lora_scale=scale, orthogonal=self.orthogonal)
         if self._adapter.has_lora:

@@ -46,6 +46,7 @@ from fastface_trt.measure.memory import GB, peak_bytes
     help="Zero tokens of PuLID: more are easier to edit and less alike [20; 8 for version 1].",
 )
 @click.option("--face-parser", type=FILE, help="ONNX face parser (BiSeNet, 19 classes) for PuLID.")
+@click.option("--lora", "loras", multiple=True, help="LoRA to fuse: FILE[=SCALE] (repeatable).")
 @click.option("--distillation-lora", help="Another distillation LoRA: file or hub id/path.")
 @click.option("--distillation-lora-scale", type=float, help="Scale of the distillation LoRA.")
 @click.option(
@@ -130,7 +131,7 @@ def export(
     try:
         from fastface_trt.checkpoints import ADAPTERS, find_checkpoint
         from fastface_trt.export.exporter import run_export
-        from fastface_trt.export.options import ExportOptions
+        from fastface_trt.export.options import ExportOptions, LoraFile
         from fastface_trt.export.precision import QUANTIZED_FORMATS
         from fastface_trt.export.quantization.calibration import (
             PipelineCalibration,
@@ -140,7 +141,12 @@ def export(
             find_faces,
             read_prompts,
         )
-        from fastface_trt.export.sources import parse_adapter, parse_item, quiet_libraries
+        from fastface_trt.export.sources import (
+            parse_adapter,
+            parse_item,
+            parse_scaled_item,
+            quiet_libraries,
+        )
     except ImportError as error:
         raise MissingDependency(
             f"Exporting needs {error.name}.", "Install it with: pip install 'fastface-trt[export]'."
@@ -152,6 +158,7 @@ def export(
     for name in ("base", "adapter", "image_encoder", "vae", "distillation_lora"):
         parse = parse_adapter if name == "adapter" else parse_item
         options[name] = parse(options[name]) if options[name] else None
+    options["loras"] = tuple(LoraFile(*parse_scaled_item(text)) for text in options["loras"])
     options["faceid_lora_scale"] = options.pop("lora_scale")
     # A file of one's own says no licence: it is asked for as the published one is.
     adapter = next((a for a in ADAPTERS.values() if a == options["adapter"]), entry.adapter)

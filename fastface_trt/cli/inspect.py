@@ -12,6 +12,7 @@ from fastface_trt.engines.manifest import (
     EXPORT_MANIFEST,
     EngineManifest,
     ExportManifest,
+    LoraFused,
     ModuleSpec,
     read_manifest,
 )
@@ -89,8 +90,25 @@ def _show_export(out: Console, export: ExportManifest) -> None:
         identity = source.revision or (source.sha256 or "-")[:16]
         table.add_row(source.role, source.location, identity, source.licence)
     out.print(table)
+    if export.loras:
+        out.print(_loras(export.loras))
     for module in export.modules.values():
         _show_module(out, module)
+
+
+def _loras(loras: tuple[LoraFused, ...]) -> Table:
+    table = Table(title="LoRAs")
+    for heading in ("role", "scale", "file", "what of it went where"):
+        table.add_column(heading, overflow="fold")
+    for lora in loras:
+        parts = [
+            f"{component}: {part.modules} modules"
+            f" ({', '.join(f'{n} {kind}' for kind, n in part.kinds.items())}), {part.alphas} alphas"
+            for component, part in lora.components.items()
+        ]
+        file = lora.file or "of the adapter" if lora.role == "faceid" else lora.file or "-"
+        table.add_row(lora.role, f"{lora.scale:g}", file, "\n".join(parts) or "-")
+    return table
 
 
 def _show_module(out: Console, module: ModuleSpec) -> None:

@@ -365,6 +365,11 @@ def _export(
             f"{'random' if manifest.random_weights else 'quantised'}.",
             "Give exports of your own with the axis export.",
         )
+    if any(lora.role == "style" for lora in manifest.loras):
+        raise InvalidRequest(
+            f"{folder} cannot be exported with another LoRA scale: it has LoRAs of --lora.",
+            "Export it with --lora-scale, and give the folders with the axis export.",
+        )
     quiet_libraries()
     checkpoint = find_checkpoint(manifest.checkpoint)
     options = ExportOptions(

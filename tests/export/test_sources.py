@@ -1,18 +1,15 @@
-"""Sources: what a location means, and the distillation LoRA in the layout that it ships in."""
+"""Sources: what a location means, and that every layout of a checkpoint has the same weights."""
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from fastface_trt.checkpoints import CHECKPOINTS, HubItem, find_checkpoint
-from fastface_trt.errors import UnknownName, WeightsError
+from fastface_trt.errors import UnknownName
 from fastface_trt.export.sources import (
     CheckpointSource,
-    fuse_distillation_lora,
     locate,
     parse_item,
 )
-from tests.helpers.tiny_sdxl import tiny_unet
 
 
 def test_parse_item(tmp_path):
@@ -55,36 +52,6 @@ def _download(cache, *arguments, **options):
     from huggingface_hub import _snapshot_download
 
     return _snapshot_download.snapshot_download(*arguments, cache_dir=str(cache), **options)
-
-
-@pytest.mark.parametrize("layout", ["kohya", "diffusers"])
-def test_distillation_lora_is_fused_with_scale_and_alpha(tmp_path, layout):
-    before, after = tiny_unet(), tiny_unet()
-    name = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
-    weight = before.get_submodule(name).weight
-    down, up = torch.randn(2, weight.shape[1]) * 0.1, torch.randn(weight.shape[0], 2) * 0.1
-    if layout == "kohya":
-        key = "lora_unet_middle_block_1_transformer_blocks_0_attn1_to_q"
-        state = {
-            f"{key}.lora_down.weight": down,
-            f"{key}.lora_up.weight": up,
-            f"{key}.alpha": torch.tensor(1.0),
-        }
-        factor = 0.5  # alpha / rank
-    else:
-        state = {f"unet.{name}.lora_A.weight": down, f"unet.{name}.lora_B.weight": up}
-        factor = 1.0
-    save_file({k: v.contiguous() for k, v in state.items()}, tmp_path / "lora.safetensors")
-    fuse_distillation_lora(after, HubItem(str(tmp_path / "lora.safetensors")), 0.8)
-    fused = after.get_submodule(name).weight
-    torch.testing.assert_close(fused, weight + 0.8 * factor * up @ down)
-    assert not any("lora" in n for n, _ in after.named_modules())
-
-
-def test_a_lora_that_is_not_one_is_explained(tmp_path):
-    (tmp_path / "lora.safetensors").write_bytes(b"no")
-    with pytest.raises(WeightsError, match="LoRA"):
-        fuse_distillation_lora(tiny_unet(), HubItem(str(tmp_path / "lora.safetensors")), 1.0)
 
 
 def test_single_file_holds_the_same_weights(tiny, tmp_path):
