@@ -18,7 +18,7 @@ $(VENV)/.runtime: pyproject.toml
 # Everything: export and the tools of developers.
 $(VENV)/.full: $(VENV)/.runtime
 	$(BIN)/pip install --quiet $(TORCH)
-	$(BIN)/pip install --quiet --editable '.[export,bench,evaluate,serve,telemetry,provenance,ray,docs,dev]'
+	$(BIN)/pip install --quiet --editable '.[export,bench,evaluate,heif,serve,telemetry,provenance,ray,docs,dev]'
 	touch $@
 
 setup: $(VENV)/.full
@@ -26,11 +26,15 @@ setup: $(VENV)/.full
 demo: $(VENV)/.runtime
 	$(BIN)/fastface-trt demo --out out
 
+# Tests run in so many processes, a file of them at a time.
+TEST_PROCESSES ?= 2
+
 test: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest -m "not long and not engines and not serving and not gpu"
+	$(BIN)/pytest --numprocesses $(TEST_PROCESSES) --dist loadfile \
+		-m "not long and not engines and not serving and not gpu"
 
 # Tests that take minutes: kills at random moments, more shapes, more seeds.
 test-long: setup
@@ -39,7 +43,7 @@ test-long: setup
 # TensorRT-RTX engines of every module of the mini and the golden model, and the slower exports for
 # them (fp16, fp8, int8); no GPU needed.
 test-engines: setup
-	$(BIN)/pytest -m engines
+	$(BIN)/pytest --numprocesses $(TEST_PROCESSES) --dist loadfile -m engines
 
 # The golden pictures by every second minor version of onnxruntime, in environments of their own, on
 # Python 3.10, 3.11 and 3.13 where they are: writes benchmarks/results/onnxruntime-versions.json.

@@ -2,7 +2,7 @@
 
 export, engines and runtime lie beside the package, and links in it make them its sub-packages in a
 clone. A build goes by the folders themselves, because a checkout may hold files in place of links
-(Windows), and what is reached both ways would be in the wheel twice.
+(Windows); where it holds links, what is found both ways is named once.
 
 A package index shows README without the files beside it, so its relative links and pictures are
 made absolute, below `Repository` of [project.urls] in pyproject.toml, once there is one. Everything
@@ -17,11 +17,10 @@ from setuptools import find_packages, setup
 PACKAGE = "fastface_trt"
 FOLDERS = ("engines", "export", "runtime")
 
-linked = [pattern for folder in FOLDERS for pattern in (folder, f"{folder}.*")]
-packages = [PACKAGE, *(f"{PACKAGE}.{name}" for name in find_packages(PACKAGE, exclude=linked))]
+packages = {PACKAGE, *(f"{PACKAGE}.{name}" for name in find_packages(PACKAGE))}
 for folder in FOLDERS:
-    packages += [f"{PACKAGE}.{folder}"]
-    packages += [f"{PACKAGE}.{folder}.{name}" for name in find_packages(folder)]
+    inside = (f"{folder}.{name}" for name in find_packages(folder))
+    packages |= {f"{PACKAGE}.{name}" for name in (folder, *inside)}
 
 
 def readme_for_an_index(text: str, repository: str | None) -> str:
@@ -41,7 +40,7 @@ address = re.search(r'^Repository = "([^"]+)"', (here / "pyproject.toml").read_t
 
 if __name__ == "__main__":  # a test imports this file
     setup(
-        packages=packages,
+        packages=sorted(packages),
         package_dir={f"{PACKAGE}.{folder}": folder for folder in FOLDERS},
         long_description=readme_for_an_index(
             (here / "README.md").read_text("utf-8"), address and address[1]

@@ -172,6 +172,8 @@ class LoraPlan:
     def tensors(self, component: str) -> dict[str, Tensor]:
         """The file's tensors for one component by their names, read from the disk."""
         wanted = {n for u in self.updates.get(component, {}).values() for n in u.names.values()}
+        if not wanted:
+            return {}
         return {name: tensor for name, tensor in self.file.items() if name in wanted}
 
 
@@ -213,7 +215,9 @@ def plan_lora(request: LoraRequest, models: Mapping[str, Model]) -> LoraPlan:
         alpha = alphas.get(names.get("alpha", ""))
         factor = facts.factor(component, module, shapes, alpha)
         if not math.isfinite(factor):
-            raise _refusal(request, file, f"{names['alpha']} is {alpha}")
+            raise _refusal(
+                request, file, f"its alpha ({names.get('alpha', 'metadata')}) is not finite"
+            )
         updates.setdefault(component, {})[module] = Update(names, factor)
     if misfits:
         more = f" ({len(misfits)} such modules)" if len(misfits) > 1 else ""
@@ -330,6 +334,8 @@ def _kind(parts: Iterable[str]) -> str:
 
 def _is_complete(parts: Set[str]) -> bool:
     """Whether the parts make a product, and nothing of them is left over."""
+    if {"dora", "magnitude"} <= parts:
+        return False
     kind = _kind(parts)
     rest = parts - {"alpha", "dora", "magnitude", "diff_b"}
     if kind == "lora":
@@ -469,6 +475,8 @@ def _ldm_resnet(kind: str, inner: str) -> str:
 
 def _fits(models: Mapping[str, Model], place: Place, shapes: Mapping[str, tuple[int, ...]]) -> bool:
     """Whether the parts make a change of the weight's shape, tried on tensors without values."""
+    if any(0 in shape for shape in shapes.values()):
+        return False
     module = models[place[0]].get_submodule(place[1])
     parts = {part: torch.empty(shape, device="meta") for part, shape in shapes.items()}
     try:
@@ -614,8 +622,8 @@ def _refusal(
     """One sentence: the file, what it is, and what of it cannot be used."""
     what, name = identify(file), file.path.name
     link = ", " if problem.startswith("not a") else ": "
-    if hint is None:
-        hint = f"{request.option} takes LoRA, DoRA, LoHa and LoKr files of SDXL"
-        known = family(file)
-        hint += "." if known != "SDXL" else ", and this checkpoint's own layers."
+    hint = hint or (
+        f"{request.option} takes LoRA, DoRA, LoHa and LoKr files that were made for the UNet and "
+        "the text encoders of SDXL."
+    )
     return WeightsError(f"{name} is {what}{link}{problem}.", hint)

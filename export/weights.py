@@ -18,7 +18,7 @@ from fastface_trt.checkpoints import (
     TINY_VAE,
     HubItem,
 )
-from fastface_trt.engines.manifest import AdapterKind, LoraFused, Orthogonal, Source
+from fastface_trt.engines.manifest import AdapterKind, LoraFused, LoraPart, Orthogonal, Source
 from fastface_trt.errors import InvalidRequest
 from fastface_trt.export import full_size
 from fastface_trt.export.adapters import attach_adapter, load_projection, read_adapter
@@ -184,7 +184,13 @@ class CheckpointWeights:
         scale = options.faceid_lora_scale
         attach_adapter(unet, self._adapter, lora_scale=scale, orthogonal=self.orthogonal)
         if self._adapter.has_lora:
-            self.loras.append(LoraFused(role="faceid", scale=scale))
+            modules = sum(key.endswith("_lora.down.weight") for key in self._adapter.ip_adapter)
+            part = LoraPart(modules=modules, kinds={"lora": modules})
+            self.loras.append(
+                LoraFused(
+                    role="faceid", scale=scale, file=self.adapter_name, components={"unet": part}
+                )
+            )
         return unet
 
     def _for_steps(self, item: HubItem) -> HubItem:

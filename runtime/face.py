@@ -17,7 +17,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Lock
 from typing import Any, Literal
@@ -74,6 +74,19 @@ class Face:
     """The detector's input size in pixels at which the faces were found."""
     portrait_bgr: NDArray[np.uint8] | None = None
     """[512, 512, 3] in BGR order, see `align_portrait`; None where the analyser makes none."""
+    by_index: bool = True
+    """Whether the caller said which; False: the largest was taken, as nobody did."""
+
+    @property
+    def warning(self) -> str | None:
+        """That the picture has further faces, unless the caller said which to take."""
+        if self.by_index or self.count == 1:
+            return None
+        left, top, right, bottom = (round(side) for side in self.box)
+        return (
+            f"The picture has {self.count} faces; the largest is used, at x {left} to {right} and "
+            f"y {top} to {bottom} (face_index chooses another: 1 is the next in size)."
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,7 +194,7 @@ class FaceAnalyzer:
                 f"Use an index from 0 (the largest face) to {count - 1}.",
             )
         with timeline.span("face_recognition"):
-            return self._embed(bgr, found, chosen)
+            return replace(self._embed(bgr, found, chosen), by_index=index is not None)
 
     def faces(self, picture: NDArray[np.uint8], *, pad: bool = True) -> list[Face]:
         """All faces of an RGB picture (uint8 [H, W, 3]), largest first; see `analyze`."""

@@ -10,23 +10,40 @@ import io
 import os
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from PIL import (
+    ExifTags,
+    Image,
+    ImageDraw,
+    ImageFont,
+    ImageOps,
+    UnidentifiedImageError,
+    features,
+)
 
 from fastface_trt.errors import BadPicture
 
 PictureSource = str | os.PathLike[str] | bytes | BinaryIO | Image.Image | NDArray[np.uint8]
 
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "HEIF", "AVIF")
 MIN_SIDE = 16
 """Pixels; no detector finds a face in less, and it catches icons and tracking pixels."""
 
 _CONVERT = "Open it in an image editor and save it as PNG or JPEG."
+_NAMES = {"WEBP": "WebP", "HEIF": "HEIC"}
+_BRANDS: Mapping[str, tuple[bytes, ...]] = {
+    "AVIF": (b"avif", b"avis"),
+    "HEIF": (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"),
+}
+
+
+class BadPictureSize(BadPicture):
+    """A picture of more pixels than the limit, or of too few; its header says so."""
 
 
 def load_picture(
@@ -42,7 +59,8 @@ def load_picture(
     orientation is applied, transparency is laid on white, 16 bits are scaled to 8, and of an
     animation the first frame is taken. Raises `BadPicture`, naming the file, for anything that
     gives no such picture, that has more than `max_pixels` pixels, or fewer than `MIN_SIDE` on a
-    side. PIL's own bomb limit, about 179 million pixels, holds whatever `max_pixels` says.
+    side, and for HEIC and AVIF where nothing is installed that reads them. PIL's own bomb limit,
+    about 179 million pixels, holds whatever `max_pixels` says.
     """
     name = _name_of(source)
     if isinstance(source, np.ndarray):
@@ -104,14 +122,18 @@ def _open_image(name: str, stream: BinaryIO, formats: Sequence[str]) -> Image.Im
     """Read the header only; PIL decodes nothing before `load()`."""
     try:
         position = stream.tell()
-        empty = not stream.read(1)
+        beginning = stream.read(64)
         stream.seek(position)
-        if empty:
+        if not beginning:
             raise BadPicture(f"{name} is empty (0 bytes).", "Save or download it again.")
+        boxed = boxed_format(beginning)
+        if boxed is not None and boxed in formats:
+            _open_reader(name, boxed)
         with warnings.catch_warnings():
             # Our own limit is checked right after; PIL's warning would only be noise before it.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            return Image.open(stream, formats=tuple(formats))
+            readable = [kind for kind in formats if kind not in _BRANDS or kind == boxed]
+            return Image.open(stream, formats=readable)
     except BadPicture:
         raise
     except Image.DecompressionBombError:
@@ -127,19 +149,50 @@ def _open_image(name: str, stream: BinaryIO, formats: Sequence[str]) -> Image.Im
         raise _broken(name, error) from None
 
 
+def boxed_format(beginning: bytes) -> str | None:
+    """PIL's name of the format of a file in ISO's boxes: HEIF (iPhones' HEIC), AVIF, or None.
+
+    The first box names the file's brand and those it is compatible with (ISO/IEC 14496-12, 4.3).
+    """
+    if beginning[4:8] != b"ftyp":
+        return None
+    end = min(int.from_bytes(beginning[:4], "big"), len(beginning))
+    brands = {beginning[8:12], *(beginning[at : at + 4] for at in range(16, end, 4))}
+    return next((kind for kind, known in _BRANDS.items() if brands.intersection(known)), None)
+
+
+def _open_reader(name: str, boxed: str) -> None:
+    """Make PIL read HEIC or AVIF; raises `BadPicture` where it cannot."""
+    if boxed == "AVIF" and not features.check("avif"):
+        raise BadPicture(
+            f"{name} is an AVIF file, which this build of Pillow does not read.",
+            "Install Pillow's own wheel (pip install --force-reinstall pillow), or save the "
+            "picture as JPEG.",
+        )
+    if boxed == "HEIF":
+        try:
+            from pillow_heif import register_heif_opener
+        except ImportError:
+            raise BadPicture(
+                f"{name} is a HEIC file, which is read only with pillow-heif.",
+                "Run pip install 'fastface-trt[heif]', or save the picture as JPEG.",
+            ) from None
+        register_heif_opener(thumbnails=False)
+
+
 def _choice(formats: Sequence[str]) -> str:
-    *others, last = ("WebP" if name == "WEBP" else name for name in formats)
+    *others, last = (_NAMES.get(name, name) for name in formats)
     return f"{', '.join(others)} or {last}" if others else last
 
 
 def _check_size(name: str, width: int, height: int, max_pixels: int) -> None:
     if width * height > max_pixels:
-        raise BadPicture(
+        raise BadPictureSize(
             f"{name} has {width} × {height} pixels, more than the limit of {max_pixels:,}.",
             "Scale it down first.",
         )
     if min(width, height) < MIN_SIDE:
-        raise BadPicture(
+        raise BadPictureSize(
             f"{name} has {width} × {height} pixels, fewer than {MIN_SIDE} on a side.",
             "Use a larger picture of the face.",
         )

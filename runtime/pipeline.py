@@ -263,7 +263,7 @@ class FastFace(Closing):
             seconds | {"total": sum(seconds.values())},
             sum(request.unet_samples for request in requests),
             [[step.branches for step in sample.guidance_steps] for sample in samples],
-            self.warnings(requests),
+            self.warnings(requests, list(found.values())),
         )
 
     def _analyze_each(
@@ -293,9 +293,11 @@ class FastFace(Closing):
             "software": f"FastFace-TRT {__version__}",
         }
 
-    def warnings(self, requests: Sequence[GenerationRequest]) -> list[str]:
-        """What was changed or cut in pictures of these requests, in sentences."""
-        warnings = []
+    def warnings(
+        self, requests: Sequence[GenerationRequest], faces: Sequence[Face] = ()
+    ) -> list[str]:
+        """What was changed or cut in pictures of these requests and faces, in sentences."""
+        warnings = [*dict.fromkeys(face.warning for face in faces if face.warning is not None)]
         if self.manifest.adapter_kind == "pulid" and self.manifest.face_parser is None:
             warnings.append(
                 "This export has no face parser, so the adapter sees what is around the face; "

@@ -377,18 +377,18 @@ def noise_of(request: GenerationRequest) -> NoiseSource:
     return partial(standard_noise, request.seed, request.image_index)
 
 
-def standard_noise(seed: int, picture: int, stream: int, shape: tuple[int, ...]) -> Latents:
+def standard_noise(seed: int, image_index: int, stream: int, shape: tuple[int, ...]) -> Latents:
     """Standard normal numbers, float32 of `shape`, for a seed in 0…2⁶⁴−1: the same everywhere.
 
-    They are a function of (seed, index of the image within the seed, stream). The uniform bits are
-    those of Philox-4x64-10 (Salmon et al. 2011) with the 128-bit key `seed + 2⁶⁴ · picture` and the
-    counter starting at `stream · 2⁶⁴`; numpy guarantees the bit stream of its Philox. Two 64-bit
+    They are a function of the three. The uniform bits are those of Philox-4x64-10 (Salmon et al.
+    2011) with the 128-bit key `seed + 2⁶⁴ · image_index` and the counter starting at
+    `stream · 2⁶⁴`; numpy guarantees the bit stream of its Philox. Two 64-bit
     words make two normal numbers by Box and Muller: with u₁ = (⌊word₁/2¹¹⌋ + 1)/2⁵³ and
     u₂ = ⌊word₂/2¹¹⌋/2⁵³, √(−2 ln u₁) · (cos 2πu₂, sin 2πu₂), in float64, rounded to float32.
     """
     if not 0 <= seed < 2**64:
         raise InvalidRequest(f"Seed {seed} is out of range.", "Use 0 to 2^64 - 1.")
-    bits = np.random.Philox(key=seed + (picture << 64), counter=stream << 64)
+    bits = np.random.Philox(key=seed + (image_index << 64), counter=stream << 64)
     pairs = (prod(shape) + 1) // 2
     words = bits.random_raw(2 * pairs).reshape(pairs, 2) >> np.uint64(11)
     radius = np.sqrt(-2 * np.log((words[:, 0] + 1.0) * 2.0**-53))

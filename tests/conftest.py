@@ -45,6 +45,25 @@ def golden():
 
 
 @pytest.fixture(scope="session")
+def made_once(tmp_path_factory):
+    """Folder `name`, filled by `make(folder)` in whichever process of the run asks for it first."""
+    from filelock import FileLock
+
+    in_processes = "PYTEST_XDIST_WORKER" in os.environ
+    root = tmp_path_factory.getbasetemp()
+    root = root.parent if in_processes else root
+
+    def made_once(name, make):
+        with FileLock(root / f"{name}.lock"):
+            if not (root / name).exists():
+                make(root / f"{name}.part")
+                (root / f"{name}.part").rename(root / name)
+        return root / name
+
+    return made_once
+
+
+@pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
     """Folder of the tiny SDXL checkpoint: checkpoint/, image_encoder/, adapter.safetensors."""
     from tests.helpers.tiny_sdxl import write_tiny_sdxl
@@ -74,14 +93,17 @@ def tiny_entry(tiny, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def tiny_export(tiny_entry, tmp_path_factory):
+def tiny_export(tiny_entry, made_once):
     """The tiny checkpoint exported: folder and manifest."""
+    from fastface_trt.engines.manifest import EXPORT_MANIFEST, ExportManifest, read_manifest
     from fastface_trt.export.exporter import run_export
     from fastface_trt.export.options import ExportOptions
 
-    folder = tmp_path_factory.mktemp("export") / "tiny"
-    manifest = run_export(ExportOptions(tiny_entry), folder, lambda line: None)
-    return folder, manifest
+    def make(folder):
+        run_export(ExportOptions(tiny_entry), folder, lambda line: None)
+
+    folder = made_once("tiny-export", make)
+    return folder, read_manifest(folder / EXPORT_MANIFEST, ExportManifest)
 
 
 @pytest.fixture(scope="session")
@@ -113,14 +135,14 @@ def export_with_shared_modules(tiny_export):
 
 
 @pytest.fixture(scope="session")
-def half_scale_export(tiny_entry, tiny_export, tmp_path_factory):
+def half_scale_export(tiny_entry, tiny_export, made_once):
     """The tiny export with its LoRA at half scale: folder and manifest.
 
     Only its UNet is exported again, since the LoRA changes nothing else.
     """
     import shutil
 
-    from fastface_trt.engines.manifest import EXPORT_MANIFEST
+    from fastface_trt.engines.manifest import EXPORT_MANIFEST, ExportManifest, read_manifest
     from fastface_trt.export.modules import unet_export
     from fastface_trt.export.onnx_writer import write_module
     from fastface_trt.export.options import ExportOptions
@@ -128,36 +150,45 @@ def half_scale_export(tiny_entry, tiny_export, tmp_path_factory):
     from fastface_trt.export.weights import CheckpointWeights
 
     whole, manifest = tiny_export
-    folder = tmp_path_factory.mktemp("export") / "half"
-    shutil.copytree(whole, folder)
-    shutil.rmtree(folder / "unet")
-    options = ExportOptions(tiny_entry, faceid_lora_scale=0.5)
-    unet = CheckpointWeights(options).unet()
-    size = options.latent_size(manifest.vae_scale_factor, 3)
-    export = unet_export(
-        unet, tokens=manifest.image_token_count, latent_size=size, fixed_size=False
-    )
-    spec = write_module(export, folder)
-    spec = spec.model_copy(update={"probe": write_probe(export, folder, "fp32")})
-    modules = manifest.modules | {"unet": spec}
-    manifest = manifest.model_copy(update={"modules": modules})
-    (folder / EXPORT_MANIFEST).write_text(manifest.model_dump_json())
-    return folder, manifest
+
+    def make(folder):
+        shutil.copytree(whole, folder)
+        shutil.rmtree(folder / "unet")
+        options = ExportOptions(tiny_entry, faceid_lora_scale=0.5)
+        unet = CheckpointWeights(options).unet()
+        size = options.latent_size(manifest.vae_scale_factor, 3)
+        export = unet_export(
+            unet, tokens=manifest.image_token_count, latent_size=size, fixed_size=False
+        )
+        spec = write_module(export, folder)
+        spec = spec.model_copy(update={"probe": write_probe(export, folder, "fp32")})
+        modules = manifest.modules | {"unet": spec}
+        changed = manifest.model_copy(update={"modules": modules})
+        (folder / EXPORT_MANIFEST).write_text(changed.model_dump_json())
+
+    folder = made_once("half-scale-export", make)
+    return folder, read_manifest(folder / EXPORT_MANIFEST, ExportManifest)
 
 
 @pytest.fixture(scope="session")
-def tiny_fp16_unet(tiny, tmp_path_factory):
+def tiny_fp16_unet(tiny, made_once):
     """The tiny UNet exported in fp16, folder and spec, for what looks at its graph."""
+    from fastface_trt.engines.manifest import ModuleSpec
     from fastface_trt.export.adapters import attach_adapter, read_adapter
     from fastface_trt.export.modules import unet_export
     from fastface_trt.export.onnx_writer import write_module
     from tests.helpers.tiny_sdxl import tiny_unet
 
-    folder = tmp_path_factory.mktemp("fp16")
-    unet = tiny_unet()
-    attach_adapter(unet, read_adapter(tiny / "adapter.safetensors"), lora_scale=1.0)
-    export = unet_export(unet.half(), tokens=4, latent_size=(16, 16), fixed_size=False)
-    return folder, write_module(export, folder)
+    def make(folder):
+        folder.mkdir()
+        unet = tiny_unet()
+        attach_adapter(unet, read_adapter(tiny / "adapter.safetensors"), lora_scale=1.0)
+        export = unet_export(unet.half(), tokens=4, latent_size=(16, 16), fixed_size=False)
+        spec = write_module(export, folder)
+        (folder / "spec.json").write_text(spec.model_dump_json())
+
+    folder = made_once("tiny-fp16-unet", make)
+    return folder, ModuleSpec.model_validate_json((folder / "spec.json").read_text())
 
 
 @pytest.fixture

@@ -38,8 +38,8 @@ class Work:
 
     def initial_noise(self) -> NDArray[np.float32]:
         """The noise that every peer starts from, [1,C,h,w]."""
-        seed, picture = self.request.seed, self.request.image_index
-        return standard_noise(seed, picture, INITIAL_LATENTS, self.latent_shape)[None]
+        seed, image_index = self.request.seed, self.request.image_index
+        return standard_noise(seed, image_index, INITIAL_LATENTS, self.latent_shape)[None]
 
 
 @dataclass(frozen=True)

@@ -223,8 +223,8 @@ class Measurement:
         """One call, its spans (the whole call is the last) and its UNet rows."""
         workload, fastface = self._workload, self._fastface
         requests = [
-            workload.request(fastface, setting.preset, picture=picture)
-            for picture in range(setting.requests)
+            workload.request(fastface, setting.preset, image_index=index)
+            for index in range(setting.requests)
         ]
         face: FaceInput = workload.face
         if setting.features == "fresh":

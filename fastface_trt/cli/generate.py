@@ -232,9 +232,9 @@ def generate(
         ]
         pictures = {face: load_picture(face) for face in faces}
         found = {face: fastface.analyze(pictures[face], index=face_index) for face in faces}
-        for face, one in found.items():
-            if one.count > 1 and face_index is None:
-                line(f"{face} has {one.count} faces; the largest is used (--face-index chooses).")
+        said = {face: one.warning for face, one in found.items() if one.warning}
+        for face, warning in said.items():  # now, with the file's name, and not after the pictures
+            line(f"[yellow]{face}: {warning}[/yellow]")
 
         def on_step(trace: StepTrace) -> None:
             if trace.index == len(jobs) - 1:
@@ -266,6 +266,8 @@ def generate(
     if grid:
         files.append(_write_grid(out, jobs, pictures, result, not no_ai_mark))
     for warning in result.warnings:
+        if warning in said.values():
+            continue
         line(f"[yellow]{warning}[/yellow]")
     _say(files, result, as_json, line)
 

@@ -106,8 +106,7 @@ def _loras(loras: tuple[LoraFused, ...]) -> Table:
             f" ({', '.join(f'{n} {kind}' for kind, n in part.kinds.items())}), {part.alphas} alphas"
             for component, part in lora.components.items()
         ]
-        file = lora.file or "of the adapter" if lora.role == "faceid" else lora.file or "-"
-        table.add_row(lora.role, f"{lora.scale:g}", file, "\n".join(parts) or "-")
+        table.add_row(lora.role, f"{lora.scale:g}", lora.file or "-", "\n".join(parts) or "-")
     return table
 
 

@@ -115,6 +115,21 @@ def _ray_options(command: Command) -> Command:
 @_setting("max_deadline", _SECONDS, "Seconds that a request may ask for.")
 @_setting("drain_seconds", _SECONDS, "After SIGTERM, until pictures on their way are ended.")
 @_setting("faces_ttl", _SECONDS, "Seconds until a registered face is forgotten.")
+@click.option(
+    "--allow-origin",
+    "allow_origins",
+    multiple=True,
+    metavar="ORIGIN",
+    help="Let pages of this origin call from a browser (CORS; repeatable; * for all).",
+)
+@click.option(
+    "--model-name",
+    "model_names",
+    multiple=True,
+    metavar="NAME",
+    help="A further name that clients may ask for as model (repeatable).",
+)
+@click.option("--heif", is_flag=True, help="Read HEIC and AVIF pictures (extra heif).")
 @click.option("--fetch-urls", is_flag=True, help="Take pictures by address (face_url).")
 @click.option("--ui", is_flag=True, help="Serve the web page at /.")
 @click.option("--log-prompts", is_flag=True, help="Write prompts to the log.")

@@ -315,7 +315,7 @@ class Session:
             pixels,
             sample.latents,
             self._fastface.parameters(request),
-            tuple(self._fastface.warnings([request])),
+            tuple(self._fastface.warnings([request], [tokens] if isinstance(tokens, Face) else [])),
         )
 
     def decode(self, latents: Foreign, *, out: Foreign | None = None) -> NDArray[np.uint8] | None:

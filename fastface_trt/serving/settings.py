@@ -1,12 +1,16 @@
 """Every limit of the server in one place, with the reason for each."""
 
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from fastface_trt.errors import InvalidRequest
 
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://(\[[0-9a-f:.]+\]|[^\s/?#@:,*]+)(:[0-9]{1,5})?")
 
 
 class Settings(BaseModel):
@@ -70,6 +74,13 @@ class ServerSettings(Settings):
     address: None there, and the limit in the proxy."""
     default_deadline: Seconds = 120
     max_deadline: Seconds = 600
+    allow_origins: tuple[str, ...] = ()
+    """Origins (`https://example.com:8443`) whose pages may call the server from a browser, or `*`;
+    none sends no CORS headers. Raises `InvalidRequest` for what is no origin."""
+    model_names: tuple[str, ...] = ()
+    """Further names that clients may ask for as `model`, whose own cannot be changed."""
+    heif: bool = False
+    """Whether HEIC and AVIF pictures are read: their decoders see whole files of strangers."""
     fetch_urls: bool = False
     """Whether pictures may be given by address; see `pictures.fetch` for what is checked then."""
     faces_ttl: Seconds = 3600
@@ -87,3 +98,16 @@ class ServerSettings(Settings):
     c2pa_key: Path | None = None
     checks: tuple[str, ...] = ()
     """`package.module:name` of prompt and picture checks; see `pictures.checks`."""
+
+    @field_validator("allow_origins")
+    @classmethod
+    def _are_origins(cls, origins: tuple[str, ...]) -> tuple[str, ...]:
+        # As browsers send them: lower case, no slash behind; that of a file is "null".
+        written = tuple(one.strip().lower().removesuffix("/") for one in origins)
+        for one, given in zip(written, origins, strict=True):
+            if one not in ("*", "null") and not _ORIGIN.fullmatch(one):
+                raise InvalidRequest(
+                    f"{given!r:.80} is no origin of a web page.",
+                    "Write SCHEME://HOST[:PORT] without a path, or *.",
+                )
+        return written

@@ -66,7 +66,7 @@ class Double:
         if self.fail:
             raise ValueError("no")
         with self.lock:
-            self.asked.append((requests[0].preset, faces[0], [r.picture for r in requests]))
+            self.asked.append((requests[0].preset, faces[0], [r.image_index for r in requests]))
             self.threads.add(threading.get_ident())
         with timeline.span("unet", step=0, branches=1, rows=len(requests)):
             self.clock.now += len(requests) * (2 if requests[0].preset == "am1" else 1)

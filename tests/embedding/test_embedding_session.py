@@ -1,6 +1,7 @@
 """Sessions on the host: the caller's memory in and out, threads, and what is refused at once."""
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -49,6 +50,13 @@ def test_the_picture_lies_in_the_callers_buffer(session, face, request_, expecte
     np.testing.assert_array_equal(np.frombuffer(out, np.uint8).reshape(96, 96, 3), expected)
     assert output.pixels.ctypes.data == np.frombuffer(out, np.uint8).ctypes.data
     assert output.parameters["seed"] == 3
+
+
+def test_a_face_that_was_one_of_several_is_told(session, face, request_):
+    largest = replace(face, count=2, by_index=False)
+    (warning,) = session.generate(request_, largest, decode=False).warnings
+    assert "has 2 faces; the largest is used" in warning
+    assert session.generate(request_, session.tokens(largest), decode=False).warnings == ()
 
 
 def test_without_a_buffer_the_picture_is_the_callers_own(session, face, request_, expected):

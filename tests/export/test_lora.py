@@ -21,7 +21,7 @@ from fastface_trt.export.sources import CheckpointSource, parse_scaled_item
 from fastface_trt.export.weights import CheckpointWeights
 from fastface_trt.mini import folders
 from tests.helpers.ldm_layout import unet_key
-from tests.helpers.tiny_sdxl import tiny_unet
+from tests.helpers.tiny_sdxl import UNET, tiny_unet
 
 BLOCK = "mid_block.attentions.0.transformer_blocks.0"
 LINEAR = f"{BLOCK}.attn1.to_q"
@@ -170,6 +170,35 @@ def test_every_layout_reaches_every_type_of_module(tmp_path, models, layout, dty
     assert all(np.array_equal(before[name], after[name]) for name in others)
     part = plan.record().components["unet"]
     assert (part.modules, part.alphas) == (len(modules), len(modules) * bool(alpha_name))
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        ("input_blocks_3_0_op", "down_blocks.0.downsamplers.0.conv"),
+        ("input_blocks_4_1_proj_in", "down_blocks.1.attentions.0.proj_in"),
+        ("input_blocks_5_0_emb_layers_1", "down_blocks.1.resnets.1.time_emb_proj"),
+        ("input_blocks_8_1_proj_out", "down_blocks.2.attentions.1.proj_out"),
+        ("middle_block_1_proj_in", "mid_block.attentions.0.proj_in"),
+        ("middle_block_2_in_layers_2", "mid_block.resnets.1.conv1"),
+        ("output_blocks_2_1_proj_in", "up_blocks.0.attentions.2.proj_in"),
+        ("output_blocks_2_2_conv", "up_blocks.0.upsamplers.0.conv"),
+        ("output_blocks_8_0_out_layers_3", "up_blocks.2.resnets.2.conv2"),
+        ("label_emb_0_2", "add_embedding.linear_2"),
+        ("out_2", "conv_out"),
+    ],
+)
+def test_sgms_numbers_are_those_of_sdxls_published_files(tmp_path, theirs, ours):
+    """SDXL has two layers a block, the tiny model one."""
+    from diffusers import UNet2DConditionModel
+
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**UNET | {"layers_per_block": 2})
+    down, up = factors(unet.get_submodule(ours).weight, 0)
+    stem = f"lora_unet_{theirs}"
+    path = tmp_path / "x.safetensors"
+    write(path, {f"{stem}.lora_down.weight": down, f"{stem}.lora_up.weight": up})
+    assert plan_lora(request(path), {"unet": unet}).updates["unet"].keys() == {ours}
 
 
 @pytest.mark.parametrize(
@@ -577,6 +606,21 @@ REFUSED = {
         lambda: lora_of(LINEAR) | {f"unet.{LINEAR}.lora_B.weight": numbers(16, 3)},
         "its shapes do not fit this checkpoint: 2x16 and 16x3",
     ),
+    "a rank of nothing": (
+        lambda: (
+            {f"unet.{LINEAR}.lora_A.weight": numbers(0, 16)}
+            | {f"unet.{LINEAR}.lora_B.weight": numbers(16, 0)}
+        ),
+        "its shapes do not fit",
+    ),
+    "two magnitudes of one layer": (
+        lambda: (
+            lora_of(LINEAR)
+            | {f"unet.{LINEAR}.dora_scale": numbers(16, 1)}
+            | {f"unet.{LINEAR}.lora_magnitude_vector.weight": numbers(16)}
+        ),
+        "4 of its 4 tensors cannot be applied",
+    ),
     "a LoHa that would broadcast": (
         lambda: {
             f"unet.{LINEAR}.hada_{part}": numbers(*shape)
@@ -607,7 +651,7 @@ REFUSED = {
     ),
     "an alpha that is no number": (
         lambda: lora_of(LINEAR) | {f"unet.{LINEAR}.alpha": torch.tensor(float("nan"))},
-        "to_q.alpha is nan",
+        r"its alpha \(unet.mid_block.*to_q.alpha\) is not finite",
     ),
     "integers": (
         lambda: {n: t.to(torch.int8) for n, t in lora_of(LINEAR).items()},
@@ -719,7 +763,7 @@ def test_an_export_gets_several_files_in_all_components(tiny_entry, style, tmp_p
         "text_encoder_2": (1, 1, {"lora": 1}),
     }
     assert own.sha256 == next(s.sha256 for s in weights.sources if s.role == "lora")
-    assert faceid.role == "faceid"
+    assert (faceid.role, faceid.components["unet"].modules) == ("faceid", 56)  # 7 blocks x 2 x 4
 
 
 def test_a_wrong_file_stops_before_anything_is_loaded(tiny_entry, tmp_path):
@@ -772,7 +816,7 @@ def test_the_command_says_one_sentence_and_leaves_nothing(tmp_path):
         assert result.exit_code == USER_ERROR
         words = " ".join(result.stderr.split())
         assert "flux.safetensors is a LoRA of Flux: 2 of its 2 tensors" in words
-        assert f"{option} takes LoRA, DoRA, LoHa and LoKr files of SDXL." in words
+        assert f"{option} takes LoRA, DoRA, LoHa and LoKr files that were made for" in words
         assert [path.name for path in tmp_path.iterdir()] == ["flux.safetensors"]
 
 

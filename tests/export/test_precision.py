@@ -70,6 +70,8 @@ def half_modules(tiny, dtype):
 )
 def half_unet(request, tiny, tmp_path_factory):
     """A tiny UNet exported in half precision: torch type, folder, specification."""
+    if request.param == torch.float16:
+        return torch.float16, *request.getfixturevalue("tiny_fp16_unet")
     folder = tmp_path_factory.mktemp("half")
     unet = nn.Module.to(adapted_unet(tiny), request.param)
     export = unet_export(unet, tokens=4, latent_size=(16, 16), fixed_size=False)

@@ -30,6 +30,7 @@ PLAIN = (
     "GET /v1/faces",
     "DELETE /v1/faces/{id}",
     "GET /v1/models",
+    "GET /v1/models/{id}",
     "GET /v1/presets",
     "GET /v2/health/live",
     "GET /v2/health/ready",

@@ -4,6 +4,9 @@ import io
 
 import numpy as np
 
+HEIC_BEGINNING = bytes.fromhex("00000018") + b"ftypheic\0\0\0\0mif1heic" + b"\0" * 40
+"""How the files of iPhones begin (ISO/IEC 23008-12, 10.2)."""
+
 
 def gradient(height=40, width=60):
     y, x = np.mgrid[:height, :width]

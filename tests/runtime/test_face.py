@@ -75,6 +75,16 @@ def test_faces_are_ordered_by_area_and_chosen_by_index(analyzer):
 
 
 @pytest.mark.filterwarnings("ignore:`estimate` is deprecated")
+@pytest.mark.parametrize(("index", "told"), [(None, True), (0, False), (2, False)])
+def test_of_several_faces_it_says_which_is_used_unless_one_was_asked_for(analyzer, index, told):
+    face = analyzer.analyze(three_faces(), index=index)
+    assert (face.warning is not None) == told
+    if told:
+        assert "has 3 faces; the largest is used" in face.warning
+        assert f"x {round(face.box[0])} to {round(face.box[2])}" in face.warning
+        assert "face_index" in face.warning
+
+
 def test_equals_insightface_called_directly(analyzer, folder):
     from insightface.app import FaceAnalysis
     from insightface.utils.face_align import norm_crop

@@ -1,16 +1,17 @@
 import io
 import os
+import sys
 import warnings
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 
 from fastface_trt.errors import BadPicture
 from fastface_trt.runtime.images import load_picture
-from tests.helpers.made_pictures import encoded, gradient
+from tests.helpers.made_pictures import HEIC_BEGINNING, encoded, gradient
 
 
 @pytest.mark.parametrize("kind", ["path", "str", "bytes", "stream", "pil", "array"])
@@ -144,6 +145,45 @@ def test_first_frame_of_an_animation(form):
     options = {"lossless": True} if form == "WEBP" else {}
     data = encoded(first, form, save_all=True, append_images=[second], **options)
     np.testing.assert_array_equal(load_picture(data), gradient())
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+def test_a_jpeg_of_two_pictures_and_a_progressive_one(progressive):
+    first, second = Image.fromarray(gradient()), Image.new("RGB", (60, 40), "red")
+    more = {"progressive": progressive, "quality": 95, "subsampling": 0}
+    for form, options in (("MPO", {"save_all": True, "append_images": [second]}), ("JPEG", {})):
+        loaded = load_picture(encoded(first, form, **options, **more))
+        assert np.abs(loaded.astype(int) - gradient()).mean() < 3
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("form", ["AVIF", "HEIF"])
+def test_pictures_of_phones(form, orientation):
+    """Their rotation is in the container, and readers turn the picture or tell the orientation."""
+    if form == "HEIF":
+        pytest.importorskip("pillow_heif").register_heif_opener()
+    image = Image.fromarray(gradient())
+    image.getexif()[0x0112] = orientation
+    upright = np.asarray(ImageOps.exif_transpose(image))
+    options = {"exif": image.getexif()} if form == "AVIF" else {"chroma": 444}
+    loaded = load_picture(encoded(image, form, quality=100, **options))
+    assert loaded.shape == upright.shape
+    assert np.abs(loaded.astype(int) - upright).mean() < 3
+
+
+def test_a_heic_file_names_the_extra_that_reads_it(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    path = tmp_path / "IMG_0001.jpg"  # whatever it is called
+    path.write_bytes(HEIC_BEGINNING)
+    with pytest.raises(BadPicture, match=r"IMG_0001.jpg is a HEIC file.*fastface-trt\[heif\]"):
+        load_picture(path)
+
+
+def test_an_avif_file_where_pillow_reads_none(monkeypatch):
+    data = encoded(Image.fromarray(gradient()), "AVIF")
+    monkeypatch.setattr("PIL.features.check", lambda name: False)
+    with pytest.raises(BadPicture, match="an AVIF file, which this build of Pillow"):
+        load_picture(data)
 
 
 def test_array_of_another_type_or_shape_is_refused():

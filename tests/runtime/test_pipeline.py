@@ -50,6 +50,14 @@ def pixels(result):
     return [np.asarray(image).astype(np.int16) for image in result.images]
 
 
+def test_a_picture_of_two_people_says_who_was_taken(fastface):
+    two = picture((80, 80), (220, 220))
+    (warning,) = fastface(PROMPT, two, num_images_per_prompt=2).warnings
+    assert "has 2 faces; the largest is used" in warning
+    assert fastface(PROMPT, two, face_index=0).warnings == []
+    assert fastface(PROMPT, FACE).warnings == []
+
+
 def test_one_picture(fastface):
     result = fastface(PROMPT, FACE, preset="am1+dcg", seed=3)
     (image,) = result.images

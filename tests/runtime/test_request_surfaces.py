@@ -249,9 +249,12 @@ def test_errors_of_the_old_name_say_it():
 
 def test_the_http_body_declares_what_a_request_has():
     names = {f.name for f in fields(GenerationRequest)} - {"width", "height", "image_index"}
-    assert names | {"preset", "size", "rescale"} == GenerationBody.model_fields.keys() & (
-        PARSED_FIELDS | ALIASES.keys()
-    )
+    assert names | {
+        "preset",
+        "size",
+        "rescale",
+        "num_inference_steps",
+    } == GenerationBody.model_fields.keys() & (PARSED_FIELDS | ALIASES.keys())
     assert PartBody().model_dump() == asdict(PartManipulation())
 
 

@@ -9,7 +9,7 @@ from fastface_trt.serving.settings import ServerSettings, WorkerSettings
 TEXT = (Path(__file__).parents[2] / "docs" / "threat-model.md").read_text()
 NO_LIMITS = {  # what is served, where, and how it looks
     *("export", "backend", "cache", "threads", "engine_options", "licence_acknowledged"),
-    *("schedule_of", "port", "telemetry", "ui"),
+    *("schedule_of", "port", "telemetry", "ui", "model_names"),
 }
 
 

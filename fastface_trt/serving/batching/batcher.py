@@ -166,7 +166,7 @@ def _busy(message: str, seconds: float) -> Busy:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Asked:
+class _WaitingPicture:
     pixels: Pixels
     index: int | None
     future: Future[Face]
@@ -179,7 +179,7 @@ class FaceAnalysis:
         self._fastface = fastface
         self._max_waiting = max_waiting
         self._changed = threading.Condition()
-        self._asked: deque[_Asked] = deque()
+        self._waiting: deque[_WaitingPicture] = deque()
         self._closed = False
         self._thread = threading.Thread(target=self._serve, name="face-analysis", daemon=True)
 
@@ -189,19 +189,19 @@ class FaceAnalysis:
 
     def submit(self, pixels: Pixels, index: int | None) -> Future[Face]:
         """The face of a picture, later; the future raises `Busy` where too many wait already."""
-        asked = _Asked(pixels, index, Future())
+        waiting = _WaitingPicture(pixels, index, Future())
         with self._changed:
             error: FastFaceError | None = None
             if self._closed:
                 error = Unavailable("This worker takes no more pictures.", "Try another.")
-            elif len(self._asked) >= self._max_waiting:
+            elif len(self._waiting) >= self._max_waiting:
                 error = Busy("Too many pictures wait for face analysis.", "Try again soon.")
             if error is None:
-                self._asked.append(asked)
+                self._waiting.append(waiting)
                 self._changed.notify()
         if error is not None:
-            asked.future.set_exception(error)
-        return asked.future
+            waiting.future.set_exception(error)
+        return waiting.future
 
     def close(self) -> None:
         """Finish the picture at hand and refuse the others with `Unavailable`."""
@@ -212,28 +212,28 @@ class FaceAnalysis:
             self._thread.join()
 
     def _serve(self) -> None:
-        while (asked := self._next()) is not None:
-            if asked.future.set_running_or_notify_cancel():
-                self._analyze(asked)
-        for left in self._asked:
+        while (waiting := self._next()) is not None:
+            if waiting.future.set_running_or_notify_cancel():
+                self._analyze(waiting)
+        for left in self._waiting:
             if left.future.set_running_or_notify_cancel():
                 left.future.set_exception(Unavailable("This worker was closed.", "Try another."))
-        self._asked.clear()
+        self._waiting.clear()
 
-    def _next(self) -> _Asked | None:
+    def _next(self) -> _WaitingPicture | None:
         with self._changed:
-            self._changed.wait_for(lambda: self._closed or self._asked)
-            return None if self._closed else self._asked.popleft()
+            self._changed.wait_for(lambda: self._closed or self._waiting)
+            return None if self._closed else self._waiting.popleft()
 
-    def _analyze(self, asked: _Asked) -> None:
+    def _analyze(self, waiting: _WaitingPicture) -> None:
         try:
-            face = self._fastface.analyze(asked.pixels, index=asked.index)
+            face = self._fastface.analyze(waiting.pixels, index=waiting.index)
         except FastFaceError as error:
-            asked.future.set_exception(error)
+            waiting.future.set_exception(error)
         except Exception:
             _log.exception("Face analysis failed.")
-            asked.future.set_exception(
+            waiting.future.set_exception(
                 EngineFailed("The face could not be analysed.", "Try another picture.")
             )
         else:
-            asked.future.set_result(face)
+            waiting.future.set_result(face)

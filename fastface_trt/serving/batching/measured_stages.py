@@ -71,7 +71,7 @@ class MeasuredStages:
         def work() -> tuple[Sample, tuple[str, ...]]:
             tokens = self._stages.image_tokens(task.face, task.channel_order)
             sample = self._stages.sample(request, tokens)
-            return sample, tuple(self._fastface.warnings([request]))
+            return sample, tuple(self._fastface.warnings([request], [task.face]))
 
         prepared, seconds = self._single("preparation", work)
         self._cost.observe_preparation(seconds)

@@ -9,24 +9,27 @@ import time
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
+from importlib.util import find_spec
 from typing import Any
 
 from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
 from fastface_trt import __version__
 from fastface_trt.engines.manifest import ExportManifest
-from fastface_trt.errors import FastFaceError
+from fastface_trt.errors import FastFaceError, MissingDependency
 from fastface_trt.runtime.presets import PRESETS, preset_fields
 from fastface_trt.runtime.request import request_for
 from fastface_trt.serving.http.admission import Admission
 from fastface_trt.serving.http.context import PICTURE_THREADS, Context, context_of
 from fastface_trt.serving.http.errors import (
     RETRY_AFTER_UNAVAILABLE,
+    UnknownModel,
     error_answer,
     http_error_answer,
     invalid_field,
@@ -81,6 +84,10 @@ def create_app(
     `tracing` replaces what the settings say, `faces` the registry of this process. Raises
     `MissingDependency` and `InvalidRequest` for what the settings name and this machine lacks.
     """
+    if settings.heif and find_spec("pillow_heif") is None:
+        raise MissingDependency(
+            "HEIC pictures need pillow-heif.", "Run pip install 'fastface-trt[heif]'."
+        )
     context = _context(worker, settings, manifest, backend, tracing, faces)
 
     @asynccontextmanager
@@ -114,6 +121,15 @@ def create_app(
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes, seconds=settings.body_timeout)
     app.add_middleware(Gate, keys=context.keys, limit=context.limit, admission=context.admission)
     app.add_middleware(RequestLog, metrics=context.metrics, tracing=context.tracing)
+    if settings.allow_origins:  # outermost, since a page reads no error without these headers
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.allow_origins,
+            allow_methods=("GET", "POST", "DELETE"),
+            allow_headers=("*",),  # whatever clients add, Authorization among it
+            allow_private_network=True,
+            expose_headers=("Retry-After", "WWW-Authenticate", "X-Request-Id"),
+        )
     return app
 
 
@@ -205,7 +221,25 @@ def about_router() -> APIRouter:
     )
     async def models(request: Request) -> Response:
         """The served export and what it can do."""
-        return json_answer(ModelList(data=[_model(context_of(request))]))
+        context = context_of(request)
+        return json_answer(ModelList(data=[_model(context, id) for id in context.model_names]))
+
+    @router.get(
+        "/v1/models/{id:path}",
+        response_model=ModelAnswer,
+        responses=refusals(401, 404, 429),
+        tags=["models"],
+        dependencies=keyed,
+    )
+    async def one_model(request: Request, id: str) -> Response:
+        """The same of one by its name."""
+        context = context_of(request)
+        known = context.model_names
+        if id not in known:
+            raise UnknownModel(
+                "There is no such model here.", f"It serves {' and '.join(known)}.", param="id"
+            )
+        return json_answer(_model(context, id))
 
     @router.get(
         "/v1/presets",
@@ -223,6 +257,9 @@ def about_router() -> APIRouter:
         """Whether the process answers at all."""
         return json_answer(HealthAnswer(state=context_of(request).admission.state.value))
 
+    # The names that other servers and platforms have for it.
+    @router.api_route("/health", methods=["GET", "HEAD"], include_in_schema=False)
+    @router.api_route("/healthz", methods=["GET", "HEAD"], include_in_schema=False)
     @router.get(
         "/v2/health/ready",
         response_model=HealthAnswer,
@@ -251,10 +288,10 @@ def about_router() -> APIRouter:
     return router
 
 
-def _model(context: Context) -> ModelAnswer:
+def _model(context: Context, id: str) -> ModelAnswer:
     manifest = context.manifest
     return ModelAnswer(
-        id=manifest.checkpoint,
+        id=id,
         created=context.started,
         owned_by="fastface-trt",
         size=f"{manifest.width}x{manifest.height}",

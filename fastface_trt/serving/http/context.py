@@ -45,6 +45,11 @@ class Context:
     tracing: Tracing
     threads: ThreadPoolExecutor
 
+    @property
+    def model_names(self) -> tuple[str, ...]:
+        """What clients may ask for as `model`, the export's own name first."""
+        return tuple(dict.fromkeys((self.manifest.checkpoint, *self.settings.model_names)))
+
     async def in_thread(self, function: Callable[..., Value], *arguments: Any) -> Value:
         """Run what is done to pictures on one of few threads, beside the event loop."""
         loop = asyncio.get_running_loop()

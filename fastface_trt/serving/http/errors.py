@@ -5,12 +5,14 @@ First those that only an HTTP server can raise, then the answer to any error.
 
 import math
 from collections.abc import Sequence
+from difflib import get_close_matches
 from typing import Any
 
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from fastface_trt.errors import Busy, FastFaceError, Unavailable
+from fastface_trt.serving.http.clients import REASONS
 from fastface_trt.serving.http.responses import (
     ErrorAnswer,
     ErrorDetail,
@@ -71,6 +73,12 @@ class InvalidField(FastFaceError):
         self.param = param
 
 
+class UnknownModel(InvalidField):
+    """A model that the server does not have."""
+
+    code = "model_not_found"
+
+
 STATUS_OF_CODE = {
     "invalid_request": 400,
     "unknown_name": 400,
@@ -80,6 +88,7 @@ STATUS_OF_CODE = {
     "refused": 400,
     "invalid_api_key": 401,
     "unknown_face": 404,
+    "model_not_found": 404,
     "request_timeout": 408,
     "request_too_large": 413,
     "unsupported_media_type": 415,
@@ -95,6 +104,8 @@ STATUS_OF_CODE = {
 
 TYPE_OF_STATUS = {401: "authentication_error", 429: "rate_limit_error"}
 RETRY_AFTER_UNAVAILABLE = 5.0
+_NAME = 60
+"""Characters of an unknown field's name that are compared with known ones; it may have millions."""
 GENERIC = "The server failed to answer this request."
 SECRET = frozenset({"out_of_memory"})
 """Codes whose sentence is for the operator's log only, though the status is not 500."""
@@ -166,8 +177,11 @@ def http_error_answer(error: HTTPException) -> Response:
     return json_answer(answer, status=error.status_code, headers=dict(error.headers or {}))
 
 
-def invalid_field(errors: Sequence[Any]) -> InvalidField:
-    """The first of pydantic's errors that matters to a client, without the value that it sent."""
+def invalid_field(errors: Sequence[Any], known: Sequence[str] = ()) -> InvalidField:
+    """The first of pydantic's errors that matters to a client, without the value that it sent.
+
+    `known` are names that a field may have been meant for.
+    """
     # An unknown field explains more than what it made of the others.
     first = next((one for one in errors if one["type"] == "extra_forbidden"), errors[0])
     place = [part for part in first["loc"] if part != "body"]
@@ -176,9 +190,14 @@ def invalid_field(errors: Sequence[Any]) -> InvalidField:
     if first["type"] == "extra_forbidden":
         *outer, last = place
         # A union's members are named by their class.
-        path = ".".join([*(p for p in map(str, outer) if not p[:1].isupper()), str(last)])
+        above = [p for p in map(str, outer) if not p[:1].isupper()]
+        path = ".".join([*above, str(last)])
+        near = get_close_matches(path[:_NAME], known, n=1, cutoff=0.6)
+        hint = f"Did you mean {near[0]}?" if near else "See /docs for those known."
+        return InvalidField(f"There is no field {path!r}.", REASONS.get(path, hint), param=path)
+    if named is not None and named in REASONS and first["type"] == "literal_error":
         return InvalidField(
-            f"There is no field {path!r}.", "See /docs for those known.", param=path
+            f"{named} takes only {first['ctx']['expected']} here.", REASONS[named], param=named
         )
     if first["type"] == "missing":
         return InvalidField(f"The field {named!r} is missing.", "See /docs.", param=named)

@@ -12,11 +12,11 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from fastface_trt.errors import FastFaceError
-from fastface_trt.serving.http.bodies import form_body, json_body
+from fastface_trt.serving.http.bodies import form_body, json_body, media_type
 from fastface_trt.serving.http.context import context_of
 from fastface_trt.serving.http.errors import error_event, is_internal
 from fastface_trt.serving.http.middleware import has_passed_the_gate
-from fastface_trt.serving.http.openapi import event_stream, form_of, json_of, refusals
+from fastface_trt.serving.http.openapi import either, event_stream, form_of, json_of, refusals
 from fastface_trt.serving.http.responses import (
     ImagesAnswer,
     Picture,
@@ -62,13 +62,16 @@ def images_router() -> APIRouter:
         "/v1/images/edits",
         response_model=ImagesAnswer,
         responses={**refusals(*REFUSALS), 200: event_stream("image_edit")},
-        openapi_extra=form_of(GenerationBody, without=("face",)),
+        openapi_extra=either(json_of(GenerationBody), form_of(GenerationBody, without=("face",))),
         summary="Make pictures of the person in a picture",
     )
     async def edits(request: Request) -> Response:
-        """The same from a form, whose file `image` is the picture with the face."""
-        limit = context_of(request).settings.max_body_bytes
-        body, file = await form_body(request, GenerationBody, limit)
+        """The same from a form, whose file `image` is the picture with the face, or from JSON."""
+        if media_type(request) == "application/json":
+            body, file = await json_body(request, GenerationBody), None
+        else:
+            limit = context_of(request).settings.max_body_bytes
+            body, file = await form_body(request, GenerationBody, limit)
         return await _answer(request, body, file, "image_edit")
 
     return router

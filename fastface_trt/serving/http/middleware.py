@@ -39,15 +39,14 @@ MAX_BUCKETS = 10_000
 CLIENT_GONE = 499
 OUTCOMES = {408: "request_timeout", 413: "request_too_large", CLIENT_GONE: "disconnected"}
 WORKING = ("/v1/images/generations", "/v1/images/edits", "/v1/faces")
+PROBES = ("/health", "/healthz", "/v2/health/live", "/v2/health/ready", "/metrics")
 ROUTES = frozenset(
     {
         *WORKING,
         "/",
         "/v1/models",
         "/v1/presets",
-        "/v2/health/live",
-        "/v2/health/ready",
-        "/metrics",
+        *PROBES,
         "/docs",
         "/openapi.json",
     }
@@ -141,7 +140,7 @@ class RequestLog:
             fields["tasks"] = record.tasks
         if record.prompt is not None:
             fields["prompt"] = record.prompt
-        quiet = route in ("/metrics", "/v2/health/live", "/v2/health/ready") and status == 200
+        quiet = route in PROBES and status == 200
         log_event("request", level=logging.DEBUG if quiet else logging.INFO, **fields)
 
 
@@ -157,7 +156,10 @@ def route_of(path: str) -> str:
     """The route of a path, one of few: a client must not be able to make more metrics."""
     if path in ROUTES:
         return path
-    return "/v1/faces/{id}" if path.startswith("/v1/faces/") else "other"
+    for parent in ("/v1/faces", "/v1/models"):
+        if path.startswith(f"{parent}/"):
+            return f"{parent}/{{id}}"
+    return "other"
 
 
 class Gate:

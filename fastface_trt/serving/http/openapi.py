@@ -18,7 +18,7 @@ BODIES: tuple[type[BaseModel], ...] = (GenerationBody, FaceBody)
 DESCRIPTIONS = {
     400: "The request is not one, or not one for this server.",
     401: "No valid API key.",
-    404: "There is no such face.",
+    404: "There is no such face or model.",
     408: "The body did not arrive in time.",
     413: "The body is too large.",
     415: "The body's type is another.",
@@ -64,6 +64,12 @@ def form_of(model: type[BaseModel], without: Sequence[str] = ()) -> dict[str, An
     file = {"type": "string", "format": "binary", "description": "The picture with the face."}
     schema["properties"] = {"image": file, **properties}
     return _body("multipart/form-data", schema)
+
+
+def either(*bodies: dict[str, Any]) -> dict[str, Any]:
+    """Documents a body that may have several types."""
+    content = {kind: one for body in bodies for kind, one in body["requestBody"]["content"].items()}
+    return {"requestBody": {"required": True, "content": content}}
 
 
 def _body(media_type: str, schema: dict[str, Any]) -> dict[str, Any]:

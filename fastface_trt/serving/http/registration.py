@@ -8,7 +8,7 @@ from fastface_trt.serving.http.context import context_of
 from fastface_trt.serving.http.errors import InvalidField
 from fastface_trt.serving.http.faces import RegisteredFace
 from fastface_trt.serving.http.middleware import has_passed_the_gate, record_of
-from fastface_trt.serving.http.openapi import form_of, json_of, refusals
+from fastface_trt.serving.http.openapi import either, form_of, json_of, refusals
 from fastface_trt.serving.http.responses import FaceAnswer, FaceList, json_answer
 from fastface_trt.serving.http.schemas import FaceBody, FaceForm
 from fastface_trt.serving.http.tasks import unless_disconnected, within
@@ -25,15 +25,7 @@ def faces_router() -> APIRouter:
         status_code=201,
         response_model=FaceAnswer,
         responses=refusals(400, 401, 408, 413, 415, 429, 500, 503, 504),
-        openapi_extra={
-            "requestBody": {
-                "required": True,
-                "content": {
-                    **json_of(FaceBody)["requestBody"]["content"],
-                    **form_of(FaceForm)["requestBody"]["content"],
-                },
-            }
-        },
+        openapi_extra=either(json_of(FaceBody), form_of(FaceForm)),
         summary="Register a face",
     )
     async def register(request: Request) -> Response:
@@ -97,4 +89,5 @@ def _face_answer(one: RegisteredFace) -> FaceAnswer:
         score=face.score,
         index=face.index,
         count=face.count,
+        warnings=[] if face.warning is None else [face.warning],
     )

@@ -76,6 +76,7 @@ class FaceAnswer(BaseModel):
     score: float
     index: int
     count: int
+    warnings: list[str]
 
 
 class FaceList(BaseModel):

@@ -5,9 +5,10 @@ the OpenAPI document and refused before anything looks at it; what the fields of
 how they may be written, `parse_request` says.
 """
 
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from fastface_trt.runtime.guidance import FAMILIES, BranchPlan
 from fastface_trt.runtime.picture_file import QUALITY, PictureFormat
@@ -19,6 +20,8 @@ from fastface_trt.runtime.request import (
     WHOLE_NUMBERS,
     StatisticsScope,
 )
+from fastface_trt.serving.http.clients import as_sent
+from fastface_trt.serving.http.errors import InvalidField
 
 MAX_PROMPT_LENGTH = 8000
 """Characters; an export reads 75 or 225 tokens, and what it cuts is said in a warning."""
@@ -40,9 +43,17 @@ def _whole(name: str, description: str) -> Any:
 
 
 class Closed(BaseModel):
-    """Base of what clients send: nothing is converted, and an unknown field is an error."""
+    """Base of what clients send: see `clients.as_sent`; an unknown field is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_sent(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        whole = [name for name, one in cls.model_fields.items() if one.annotation == int | None]
+        return as_sent(values, known=cls.model_fields, whole=whole)
 
 
 class PartBody(Closed):
@@ -85,6 +96,11 @@ class GenerationBody(Closed):
         }
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _face_of_image(cls, values: Any) -> Any:
+        return face_of_image(values) if isinstance(values, dict) else values
+
     prompt: Prompt = Field(min_length=1, description="What the picture shows.")
     n: int | None = Field(None, ge=1, description="Pictures to make of one seed [1].")
     size: str | None = Field(
@@ -92,14 +108,30 @@ class GenerationBody(Closed):
         pattern="^(auto|[1-9][0-9]{0,3}x[1-9][0-9]{0,3})$",
         description="WIDTHxHEIGHT in pixels, or auto: the export's own.",
     )
-    response_format: Literal["b64_json", "url"] | None = Field(
-        None, description="Only b64_json: pictures are not kept, so there is no address of one."
+    response_format: Literal["b64_json"] | None = Field(
+        None, description="Pictures are not kept, so there is no address of one."
     )
+    quality: Literal["auto", "standard"] | None = Field(
+        None, description="Not used: there is one quality, and presets and steps."
+    )
+    background: Literal["auto", "opaque"] | None = Field(
+        None, description="Not used: pictures are opaque."
+    )
+    moderation: Literal["auto", "low"] | None = Field(
+        None, description="Not used: the operator's checks decide."
+    )
+    input_fidelity: Literal["high", "low"] | None = Field(
+        None, description="Not used: see ip_adapter_scale."
+    )
+    style: Literal["vivid"] | None = Field(None, description="Not used: see prompt.")
     model: Annotated[str, Field(max_length=200)] | None = Field(
         None, description="The name of the served export, as /v1/models tells it, or nothing."
     )
     user: Annotated[str, Field(max_length=512)] | None = Field(
         None, description="Accepted for OpenAI's sake; neither used nor logged."
+    )
+    safety_identifier: Annotated[str, Field(max_length=512)] | None = Field(
+        None, description="Like `user`."
     )
     stream: bool | None = Field(None, description="Answer with server-sent events.")
     partial_images: int | None = Field(
@@ -114,7 +146,10 @@ class GenerationBody(Closed):
     )
 
     face: str | None = Field(
-        None, min_length=1, description="A picture with the face: base64, or a data: URL."
+        None,
+        min_length=1,
+        description="A picture with the face: base64, or a data: URL; OpenAI's `image` or the one "
+        "of `images` is read as well.",
     )
     face_id: Annotated[str, Field(min_length=1, max_length=100)] | None = Field(
         None, description="A face registered with POST /v1/faces."
@@ -128,7 +163,7 @@ class GenerationBody(Closed):
     channel_order: Literal["bgr", "rgb"] | None = Field(
         None, description="Order in which CLIP sees the face [bgr, as published]."
     )
-    seed: int | None = _whole("seed", "[0]")
+    seed: int | None = _whole("seed", "[a random one, which the answer tells]; -1 is any, too.")
     negative_prompt: Prompt | None = Field(None, description="What the picture should not show.")
     prompt_syntax: PromptSyntax | None = Field(
         None, description="How weights are written in both prompts [plain: not at all]."
@@ -139,6 +174,7 @@ class GenerationBody(Closed):
         json_schema_extra={"examples": list(PRESETS)},
     )
     steps: int | None = _whole("steps", "UNet steps [the export's].")
+    num_inference_steps: int | None = _whole("steps", "diffusers' name of steps.")
     ip_adapter_scale: Number | ScaleBody | None = Field(
         None, description="λ (Eq. 1): one number, or one per part of the UNet [0.8]."
     )
@@ -177,6 +213,53 @@ class GenerationBody(Closed):
         values = self.model_dump(include=names, exclude_none=True)
         off = {"guidance_rescale", "rescale"} & self.model_fields_set
         return dict.fromkeys(off) | values
+
+
+def face_of_image(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A body whose picture is in OpenAI's `image` or `images`, with the picture as ours."""
+    read = dict(values)
+    for name in ("image", "images"):
+        given = read.pop(name, None)
+        pictures = given if isinstance(given, list) else [given]
+        if len(pictures) > 1:
+            raise several_pictures(name, len(pictures))
+        picture = pictures[0] if pictures else None
+        for key in ("image_url", "url", "b64_json"):
+            if isinstance(picture, dict) and key in picture:
+                picture = picture[key]
+        if picture is None or picture == "":
+            continue
+        if not isinstance(picture, str):
+            raise InvalidField(
+                f"The picture in {name} is not one.",
+                "Give base64, a data: URL, or an address; a registered face goes into face_id.",
+                param=name,
+            )
+        ours = "face_url" if picture[:8].lower().startswith(("http://", "https://")) else "face"
+        if read.get(ours) is not None:
+            raise several_pictures(name, 2)
+        read[ours] = picture
+    return read
+
+
+def several_pictures(name: str, count: int) -> InvalidField:
+    """The error of a request with more than the one picture that a face is taken from."""
+    return InvalidField(
+        f"{name} holds {count} pictures, and one is of use.",
+        "A picture shows one person: send the one with the face.",
+        param=name,
+    )
+
+
+def field_names(schema: Mapping[str, Any], above: str = "") -> Iterator[str]:
+    """The names of a model's fields and, with what they are in, of the fields of those."""
+    for name, one in schema["properties"].items():
+        yield f"{above}{name}"
+        for option in one.get("anyOf", ()):
+            model = schema.get("$defs", {}).get(str(option.get("$ref", "")).rpartition("/")[2])
+            if model is not None:
+                inner = {"$defs": schema["$defs"], **model}
+                yield from field_names(inner, f"{above}{name}.")
 
 
 class FaceBody(Closed):

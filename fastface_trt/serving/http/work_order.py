@@ -6,6 +6,7 @@ registered, in the body, the file of a form, or at an address. `WorkOrder` is th
 
 import asyncio
 import base64
+import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 from starlette.requests import Request
 
 from fastface_trt.engines.manifest import ExportManifest
-from fastface_trt.errors import Busy, InvalidRequest, UnknownName
+from fastface_trt.errors import Busy, InvalidRequest, UnknownName, naming
 from fastface_trt.runtime.face import Face
 from fastface_trt.runtime.picture_file import PictureFormat, encode_picture
 from fastface_trt.runtime.request import GenerationRequest, parse_request
@@ -108,6 +109,10 @@ async def work_order(
     `Refused`, and `DeadlinePassed`.
     """
     record = record_of(request.scope)
+    if body.seed is None:
+        # As other servers do: another picture each time, and whoever wants one again sends the seed
+        # that came with it. Of 32 bits, which JavaScript reads exactly.
+        body = body.model_copy(update={"seed": secrets.randbits(32)})
     requests = generation_requests(body, context.manifest, context.settings)
     deadline = deadline_of(body, context.settings, record.arrived)
     check_one_face(body, file=file is not None)
@@ -142,14 +147,10 @@ def generation_requests(
 
     Raises `InvalidRequest`, `InvalidField` and `UnknownName`.
     """
-    if body.response_format == "url":
-        raise InvalidField(
-            "Pictures are not kept here, so there is no address of one.",
-            "Ask for response_format b64_json.",
-            param="response_format",
-        )
-    if body.model not in (None, manifest.checkpoint):
-        raise UnknownName("model", body.model or "", [manifest.checkpoint])
+    names = (manifest.checkpoint, *settings.model_names)
+    if body.model not in (None, *names):
+        with naming("model"):
+            raise UnknownName("model", body.model or "", names)
     count = body.n or 1
     if count > settings.max_pictures:
         raise InvalidField(

@@ -23,13 +23,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from fastface_trt.errors import BadPicture
-from fastface_trt.runtime.images import MIN_SIDE, load_picture
+from fastface_trt.runtime.images import MIN_SIDE, BadPictureSize, boxed_format, load_picture
 from fastface_trt.serving.settings import ServerSettings
 from fastface_trt.serving.work import Pixels
 
-MEDIA_TYPES = ("image/png", "image/jpeg", "image/webp")
-_DATA_URL_HEADER = 64
+_DATA_URL_HEADER = 200
 """Characters within which a data: URL must come to its data."""
+_NOT_PICTURES = ("image/svg+xml",)
+"""Media types of data: URLs that are refused by name; other pictures are known by their content."""
+_URL_SAFE, _LINE_BREAKS = bytes.maketrans(b"-_", b"+/"), b" \t\r\n"
 MAX_PARTS = 20_000
 """Chunks or segments; a PNG of 20 MB in the usual 8 kB chunks has 2,500, and a walk takes time."""
 MAX_SCANS = 40
@@ -47,29 +49,40 @@ _ORIENTATION, _SHORT = 0x0112, 3
 
 
 def decode_base64(text: str, settings: ServerSettings) -> bytes:
-    """The bytes of a picture given as base64, or as a `data:` URL of one of `MEDIA_TYPES`.
+    """The bytes of a picture given as base64, or as a `data:` URL (RFC 2397) of a picture.
 
-    The standard alphabet with padding and without line breaks (RFC 4648, chapter 4). Raises
+    Either alphabet of RFC 4648 (`+/` or `-_`), with or without padding and line breaks. Raises
     `BadPicture` for anything else, and where it would be more than `max_body_bytes`.
     """
+    text = text.lstrip()
     if text[:5].lower() == "data:":
         header, comma, _ = text[:_DATA_URL_HEADER].partition(",")
-        media, mark, encoding = header[5:].lower().partition(";")
-        if not comma or not mark or encoding != "base64" or media not in MEDIA_TYPES:
+        media, *parameters = (part.strip() for part in header[5:].lower().split(";"))
+        picture = media.startswith("image/") and media not in _NOT_PICTURES
+        # Without a type, or with that of any bytes, it may be one.
+        picture = picture or media in ("", "application/octet-stream")
+        if not comma or parameters[-1:] != ["base64"] or not picture:
             raise BadPicture(
                 "The data: URL of the picture is of no kind that is read here.",
-                f"Begin it with data:TYPE;base64, where TYPE is {' or '.join(MEDIA_TYPES)}.",
+                "Begin it with data:image/png;base64, or the type that it has.",
             )
         text = text[len(header) + 1 :]
-    size = len(text) // 4 * 3 - text[-2:].count("=")
-    if size > settings.max_body_bytes:
-        raise _too_many_bytes(settings)
+    elif text[:8].lower().startswith(("http://", "https://")):
+        raise BadPicture(
+            "The picture is given as an address where base64 belongs.",
+            "Send the picture itself, or for a picture to be made its address as face_url.",
+        )
     try:
-        return base64.b64decode(text.encode("ascii"), validate=True)
+        padded = text.encode("ascii").translate(_URL_SAFE, _LINE_BREAKS)
+        digits = padded.rstrip(b"=")
+        if len(digits) * 3 // 4 > settings.max_body_bytes:
+            raise _too_many_bytes(settings)
+        if len(padded) - len(digits) > 2:
+            raise ValueError("more padding than there can be")
+        return base64.b64decode(digits + b"=" * (-len(digits) % 4), validate=True)
     except (binascii.Error, ValueError):
         raise BadPicture(
-            "The picture is not base64.",
-            "Use the standard alphabet, with padding and without line breaks.",
+            "The picture is not base64.", "Send its bytes in base64 (RFC 4648), or a data: URL."
         ) from None
 
 
@@ -77,15 +90,19 @@ def decode_picture(data: bytes, settings: ServerSettings) -> Pixels:
     """The pixels of a PNG, JPEG or WebP file: RGB, uint8 [H, W, 3], upright, owned by the caller.
 
     The format is known by its content, the size by its header, before anything is decoded, and a
-    decoder sees only what pixels need: see `read_picture_file`. It takes up to some 35 bytes of
+    decoder sees only what pixels need: see `read_picture_file`. Where the operator allows it, HEIC
+    and AVIF are read too, whose decoders see the whole file. It takes up to some 35 bytes of
     memory per pixel while it runs, so a server calls it on few threads. Raises `BadPicture`, and
     nothing else, for whatever `data` holds; its sentence tells nothing about this machine or its
     libraries.
     """
     if len(data) > settings.max_body_bytes:
         raise _too_many_bytes(settings)
-    file = read_picture_file(data)
     limit = settings.max_picture_pixels
+    boxed = boxed_format(data[:64])
+    if settings.heif and boxed is not None:
+        return _decoded(data, boxed, limit)
+    file = read_picture_file(data)
     if file.width * file.height > limit:
         raise BadPicture(
             f"The picture has {file.width} × {file.height} pixels; at most {limit:,} are taken.",
@@ -97,11 +114,16 @@ def decode_picture(data: bytes, settings: ServerSettings) -> Pixels:
             f"fewer than {MIN_SIDE} on a side.",
             "Use a larger picture of the face.",
         )
+    return upright(_decoded(file.data, file.format, limit), file.orientation)
+
+
+def _decoded(data: bytes, form: str, max_pixels: int) -> Pixels:
     try:
-        pixels = load_picture(file.data, max_pixels=limit, formats=(file.format,))
+        return load_picture(data, max_pixels=max_pixels, formats=(form,))
+    except BadPictureSize:
+        raise
     except BadPicture:  # its reason is what a library said
         raise broken() from None
-    return upright(pixels, file.orientation)
 
 
 def _too_many_bytes(settings: ServerSettings) -> BadPicture:
@@ -127,6 +149,13 @@ class PictureFile:
 
 def read_picture_file(data: bytes) -> PictureFile:
     """Walk a PNG, JPEG or WebP file, known by its content; raises `BadPicture`."""
+    boxed = boxed_format(data[:64])
+    if boxed is not None:
+        raise BadPicture(
+            f"The picture is a {'HEIC' if boxed == 'HEIF' else boxed} file, and this server reads "
+            "PNG, JPEG and WebP.",
+            "Save it as JPEG, or start the server with --heif.",
+        )
     if not data:
         raise BadPicture("The picture is empty.", "Save or download it again.")
     if data.startswith(_PNG):

@@ -46,7 +46,7 @@ class RayArguments(WorkerSettings, ServerSettings, Placement):
     """Let everybody in who reaches the proxies: needed where there are no `api_keys`, since a
     replica cannot know on which addresses they listen."""
 
-    @field_validator("api_keys", "checks", mode="before")
+    @field_validator("api_keys", "allow_origins", "model_names", "checks", mode="before")
     @classmethod
     def _split(cls, value: Any) -> Any:
         return tuple(filter(None, value.split(","))) if isinstance(value, str) else value

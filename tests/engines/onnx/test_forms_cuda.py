@@ -52,9 +52,11 @@ def randomize(module):
             weight.data = noise / weight[0].numel() ** 0.5
 
 
-@pytest.fixture(scope="module")
-def wide_unets(tmp_path_factory):
-    """Graphs of a UNet with widths that the kernels are compiled for, by precision."""
+@pytest.fixture(
+    scope="module", params=["fp32", pytest.param("fp16", marks=pytest.mark.engines)], ids=str
+)
+def wide_unet(request, tmp_path_factory):
+    """Precision and graph of a UNet with widths that the kernels are compiled for."""
     import torch
     from diffusers import UNet2DConditionModel
 
@@ -62,15 +64,13 @@ def wide_unets(tmp_path_factory):
     from fastface_trt.export.modules import unet_export
     from fastface_trt.export.onnx_writer import write_module
 
-    paths = {}
-    for precision, dtype in (("fp32", torch.float32), ("fp16", torch.float16)):
-        unet = UNet2DConditionModel(**WIDE_UNET)
-        attach_processors(unet)
-        randomize(unet)
-        folder = tmp_path_factory.mktemp(precision)
-        export = unet_export(unet.to(dtype), tokens=4, latent_size=(8, 8), fixed_size=False)
-        paths[precision] = folder / write_module(export, folder).files[0].path
-    return paths
+    unet = UNet2DConditionModel(**WIDE_UNET)
+    attach_processors(unet)
+    randomize(unet)
+    unet.to(torch.float32 if request.param == "fp32" else torch.float16)
+    folder = tmp_path_factory.mktemp(request.param)
+    export = unet_export(unet, tokens=4, latent_size=(8, 8), fixed_size=False)
+    return request.param, folder / write_module(export, folder).files[0].path
 
 
 @pytest.fixture(scope="module")
@@ -161,6 +161,7 @@ def check_vae(path, form, size):
     assert relative_error(rewritten.run(None, feed)[0], exported.run(None, feed)[0]) < FP32
 
 
+@pytest.mark.engines  # its export is the slow part
 @pytest.mark.parametrize("manipulation", ["operator", "branches"])
 def test_the_golden_unet(golden_unet, manipulation):
     path, size = golden_unet
@@ -170,9 +171,8 @@ def test_the_golden_unet(golden_unet, manipulation):
 
 
 @pytest.mark.parametrize("manipulation", ["operator", "branches"])
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_a_unet_as_wide_as_the_kernels_want(wide_unets, precision, manipulation):
-    path = wide_unets[precision]
+def test_a_unet_as_wide_as_the_kernels_want(wide_unet, manipulation):
+    precision, path = wide_unet
     form = cuda_form(path, TOKENS, manipulation)
     had = Counter(node.op_type for node in onnx.load(path).graph.node)
     blocks = had["Gelu"]

@@ -78,6 +78,15 @@ def test_a_task_gives_its_picture_with_its_steps_before(fastface, start):
     assert events.of["a"][:-1] == [StepDone("a", step, 4) for step in (1, 2, 3, 4)]
 
 
+def test_a_face_that_was_one_of_several_is_told_with_its_picture(fastface, start):
+    batcher, events = start(), Events()
+    for name, chosen in (("a", False), ("b", True)):
+        face = replace(blank_face(3), count=2, by_index=chosen)
+        batcher.submit(task(fastface, name, face=face), events)
+        told = events.ending(name).warnings
+        assert told == (() if chosen else (face.warning,))
+
+
 def test_strangers_share_calls_and_get_what_they_get_alone(fastface, start):
     batcher, events = start(), Events()
     fastface.unet.hold()

@@ -17,6 +17,7 @@ from tests.serving.http.http_parts import (
     PROMPT,
     ask,
     client_of,
+    error_of,
     events_of,
     mini_manifest,
 )
@@ -53,18 +54,35 @@ def test_the_model(client):
 def test_the_fields_of_a_preset_are_the_preset(client, name):
     presets = {one["name"]: one["fields"] for one in client.get("/v1/presets").json()["data"]}
     assert set(presets) == set(PRESETS)
-    assert ask(client, **presets[name]).status_code == 200
+    assert ask(client, seed=0, **presets[name]).status_code == 200
     named = request_for(mini_manifest(), PROMPT, preset=name)
     assert client.worker.submitted[-1].request.to_dict() == named.to_dict()
 
 
+def test_a_model_by_its_name_and_by_further_ones():
+    with client_of(model_names=("gpt-image-1", "an/other")) as client:
+        listed = client.get("/v1/models").json()["data"]
+        assert [one["id"] for one in listed] == ["mini", "gpt-image-1", "an/other"]
+        for one in listed:
+            assert client.get(f"/v1/models/{one['id']}").json() == one
+            assert ask(client, model=one["id"]).status_code == 200
+        for path in ("/v1/models/dall-e-3", "/v1/models/"):
+            error = error_of(client.get(path), 404, "model_not_found")
+            assert "mini" in error["message"]
+        error = error_of(ask(client, model="dall-e-3"), 400, "unknown_name")
+        assert error["param"] == "model"
+
+
+@pytest.mark.parametrize("path", ["/v2/health/ready", "/health", "/healthz"])
 @pytest.mark.parametrize("state", State)
-def test_readiness_is_the_workers(client, state):
+def test_readiness_is_the_workers(client, state, path):
     client.worker.state = state
-    answer = client.get("/v2/health/ready")
+    answer = client.get(path)
     assert answer.status_code == (200 if state is State.READY else 503)
     assert answer.json() == {"state": state.value}
     assert client.get("/v2/health/live").status_code == 200
+    if path != "/v2/health/ready":
+        assert client.head(path).status_code == answer.status_code
 
 
 def test_metrics_count_requests_and_tasks_and_read_the_worker(client):

@@ -45,7 +45,8 @@ class Failing(ScriptedWorker):
         ({"manipulation": {"up": {"power": 2, "colour": 1}}}, "manipulation.up.colour"),
         ({"n": 0}, "n"),
         ({"n": 5}, "n"),
-        ({"n": "2"}, "n"),
+        ({"n": "two"}, "n"),
+        ({"n": 1.5}, "n"),
         ({"n": True}, "n"),
         ({"size": "1024"}, "size"),
         ({"size": "０x0"}, "size"),
@@ -56,7 +57,8 @@ class Failing(ScriptedWorker):
         ({"output_format": "jpeg", "output_compression": -1}, "output_compression"),
         ({"partial_images": 4, "stream": True}, "partial_images"),
         ({"partial_images": 1}, "partial_images"),
-        ({"seed": -1}, "seed"),
+        ({"seed": -2}, "seed"),
+        ({"stream": "perhaps"}, "stream"),
         ({"seed": 2**64}, "seed"),
         ({"alpha": []}, "alpha"),
         ({"alpha": 10**400}, "alpha"),
@@ -235,7 +237,7 @@ def test_forms_with_fields_that_do_not_fit(client, data, files):
 def test_addresses_and_methods_that_are_none(client):
     error_of(client.get("/v1/nothing"), 404, "not_found")
     error_of(client.get(GENERATIONS), 405, "method_not_allowed")
-    error_of(client.get("/v1/models/"), 404, "not_found")
+    error_of(client.get("/v1/presets/"), 404, "not_found")
 
 
 def test_a_body_that_is_too_large():

@@ -84,6 +84,34 @@ def test_edit(client, worker):
     assert request.manipulation.up.scale == 1.5
 
 
+def test_every_field_of_the_client_at_its_neutral_value(client):
+    fields = {"n": 1, "quality": "auto", "size": "auto", "background": "auto", "user": "somebody"}
+    fields |= {"output_format": "png", "output_compression": 100, "response_format": "b64_json"}
+    fields |= {"safety_identifier": "a hash", "stream": False, "partial_images": 0, "model": "mini"}
+    for background in ("auto", "opaque", None):
+        fields["background"] = background
+        made = client.images.generate(
+            prompt=PROMPT, moderation="auto", style="vivid", extra_body={"face": FACE}, **fields
+        )
+        edited = client.images.edit(
+            image=FACE_BYTES, prompt=PROMPT, input_fidelity="high", **fields
+        )
+        assert size_of(made.data[0].b64_json) == size_of(edited.data[0].b64_json)
+
+
+def test_what_the_client_can_ask_for_and_is_not_done_here(client):
+    for fields, param in (
+        ({"mask": FACE_BYTES}, "mask"),
+        ({"image": [FACE_BYTES, FACE_BYTES]}, "image"),
+        ({"background": "transparent"}, "background"),
+        ({"quality": "high"}, "quality"),
+        ({"output_format": "svg"}, "output_format"),
+    ):
+        with pytest.raises(openai.BadRequestError) as caught:
+            client.images.edit(**{"image": FACE_BYTES, "prompt": PROMPT} | fields)
+        assert (caught.value.code, caught.value.param) == ("invalid_request", param)
+
+
 def test_edit_takes_the_one_picture_of_a_list(client):
     assert client.images.edit(image=[FACE_BYTES], prompt=PROMPT).data
 
@@ -116,6 +144,9 @@ def test_stream_of_edit(client):
 def test_models(client):
     (model,) = client.models.list().data
     assert model.id == "mini"
+    assert client.models.retrieve("mini") == model
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("gpt-image-1")
     assert client.images.generate(prompt=PROMPT, model=model.id, extra_body={"face": FACE}).data
 
 

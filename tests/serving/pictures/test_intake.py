@@ -14,7 +14,7 @@ from fastface_trt.serving.pictures.files import (
     read_picture_file,
 )
 from fastface_trt.serving.settings import ServerSettings
-from tests.helpers.made_pictures import encoded, gradient
+from tests.helpers.made_pictures import HEIC_BEGINNING, encoded, gradient
 
 SETTINGS = ServerSettings()
 ORIENTATION = 0x0112
@@ -35,6 +35,8 @@ def pictures():
         "png palette": encoded(palette),
         "png palette transparent": encoded(palette, transparency=3),
         "png alpha": encoded(layer),
+        "png grey with alpha": encoded(layer.convert("LA")),
+        "png two colours": encoded(image.convert("1")),
         "png animated": encoded(image, save_all=True, append_images=[image.rotate(90)] * 3),
         "jpeg": encoded(image, "JPEG", icc_profile=icc, comment=b"hello"),
         "jpeg progressive": encoded(image, "JPEG", progressive=True),
@@ -42,6 +44,10 @@ def pictures():
         "jpeg grey": encoded(image.convert("L"), "JPEG"),
         "jpeg cmyk": encoded(image.convert("CMYK"), "JPEG"),
         "jpeg rgb": encoded(image, "JPEG", keep_rgb=True),
+        "jpeg of two pictures (MPO)": encoded(
+            image, "MPO", save_all=True, append_images=[image.rotate(90)]
+        ),
+        "jpeg grey progressive": encoded(image.convert("L"), "JPEG", progressive=True),
         "jpeg behind": encoded(image, "JPEG") + b"\xff\xda" * 1000,
         "webp": encoded(image, "WEBP"),
         "webp lossless": encoded(image, "WEBP", lossless=True),
@@ -90,6 +96,21 @@ def test_small_pictures_are_refused(form):
 def test_other_formats_are_refused(form):
     with pytest.raises(BadPicture, match="not a PNG, JPEG or WebP"):
         decode_picture(encoded(Image.fromarray(gradient()), form), SETTINGS)
+
+
+@pytest.mark.parametrize(("form", "name"), [("AVIF", "AVIF"), ("HEIC", "HEIC")])
+def test_heic_and_avif_are_read_only_where_the_operator_says_so(form, name):
+    data = HEIC_BEGINNING
+    if form == "AVIF":
+        data = encoded(Image.fromarray(gradient()), "AVIF")
+        read = decode_picture(data, ServerSettings(heif=True))
+        np.testing.assert_array_equal(read, load_picture(data))
+        with pytest.raises(BadPicture, match="60 × 40 pixels"):
+            decode_picture(data, ServerSettings(heif=True, max_picture_pixels=2000))
+        with pytest.raises(BadPicture, match="truncated or broken"):
+            decode_picture(data[:200], ServerSettings(heif=True))
+    with pytest.raises(BadPicture, match=f"a {name} file.*--heif"):
+        decode_picture(data, SETTINGS)
 
 
 def test_bytes_are_bounded():
@@ -148,11 +169,39 @@ def test_base64_with_and_without_data_url():
     assert decode_base64(f"DATA:image/WebP;Base64,{text}", SETTINGS) == data
 
 
+def lines(text):
+    """As RFC 2045 and the command base64 break it."""
+    return "\r\n".join(text[at : at + 76] for at in range(0, len(text), 76)) + "\n"
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        lines,
+        lambda text: text.replace("+", "-").replace("/", "_"),
+        lambda text: text.rstrip("="),
+        lambda text: f"data:image/jpg;charset=utf-8;base64,{text}",
+        lambda text: f"data:image/x-png;name=face.png;base64, {lines(text)}",
+        lambda text: f" data:;base64,{text.rstrip('=')}",
+        lambda text: f"data:application/octet-stream;base64,{text}",
+    ],
+)
+@pytest.mark.parametrize("end", [b"", b"a", b"ab"])
+def test_base64_is_read_however_it_is_written(written, end):
+    data = bytes(range(256)) + b"\xfb\xff\xfe" + end
+    assert decode_base64(written(base64.b64encode(data).decode()), SETTINGS) == data
+
+
+def test_an_address_in_place_of_a_picture_is_told_where_it_belongs():
+    with pytest.raises(BadPicture, match="face_url"):
+        decode_base64("https://example.com/a.png", SETTINGS)
+
+
 @pytest.mark.parametrize(
     "text",
-    ["a", "abc", "ab==ab==", "====", "=abc", "ab c", "abc\n", "ab-_", "abcé", "ab\0d", "\ud800abc"],
+    ["a", "ab==ab==", "====", "=abc", "abc===", "ab*d", "abcé", "ab\0d", "\ud800abc"],
 )
-def test_base64_is_strict(text):
+def test_what_is_no_base64_is_refused(text):
     with pytest.raises(BadPicture, match="not base64"):
         decode_base64(text, SETTINGS)
 
@@ -164,7 +213,7 @@ def test_base64_is_strict(text):
         "data:text/html;base64,abcd",
         "data:image/svg+xml;base64,abcd",
         "data:image/png,abcd",
-        "data:image/png;charset=x;base64,abcd",
+        "data:image/png;base64;charset=x,abcd",
         "data:image/png;base64",
         "data:" + "image/png" * 100 + ";base64,abcd",
     ],
