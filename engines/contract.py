@@ -11,7 +11,7 @@ them per request.
 
 SAMPLE = "sample"  # [B, 4, h, w], already scaled by the schedule's k_t
 TIMESTEP = "timestep"  # [B] float32
-TEXT = "encoder_hidden_states"  # [B, 77, C]
+TEXT = "encoder_hidden_states"  # [B, L, C], L a multiple of TEXT_POSITIONS; older exports: 77
 POOLED_TEXT = "text_embeds"  # [B, P]
 TIME_IDS = "time_ids"  # [B, 6] float32
 IMAGE_TOKENS = "image_tokens"  # [B, T, C]
@@ -22,6 +22,12 @@ NOISE_PREDICTION = "noise_prediction"  # [B, 4, h, w]
 # Module vae_decoder: it takes latents and gives the same picture twice.
 PICTURE = "picture"  # [B, 3, H, W] float32 in [0, 1]
 PIXELS = "pixels"  # [B, H, W, 3] uint8, rounded half to even; exports of older versions lack it
+
+TEXT_POSITIONS = 77
+"""Positions of one window of a prompt: start, 75 tokens, end."""
+
+MAX_WINDOWS = 3
+"""Windows of a prompt at most; what is beyond them is cut."""
 
 PARTS = ("down", "mid", "up")
 """Parts of the UNet, in the order of the second axis of the two parameter inputs."""

@@ -6,7 +6,7 @@ UNet calls is an engine too (`guidance_step`).
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
@@ -71,6 +71,14 @@ class DeviceTensor:
             raise IndexError(f"row {row} of {self.shape[0]}")
         stride = prod(self.shape[1:]) * ITEM_BYTES[self.dtype]
         return DeviceTensor(self.address + row * stride, self.shape[1:], self.dtype, self.memory)
+
+    def reshape(self, *shape: int) -> "DeviceTensor":
+        """The same memory in another shape, as numpy's; one size may be −1."""
+        known = -prod(shape)
+        whole = tuple(prod(self.shape) // known if size == -1 else size for size in shape)
+        if prod(whole) != prod(self.shape):
+            raise ValueError(f"{self.shape} has no shape {shape}")
+        return replace(self, shape=whole)
 
     def __dlpack_device__(self) -> tuple[int, int]:
         """(DLDeviceType, number), as in the array API standard."""

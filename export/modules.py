@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from fastface_trt.engines import contract
+from fastface_trt.engines.contract import TEXT_POSITIONS
 from fastface_trt.engines.manifest import Dimension
 from fastface_trt.export.operators import SPELLED, Operators
 from fastface_trt.export.precision import Model, boundary_dtype, keep_group_norms_in_float32
 from fastface_trt.export.quantization.graph import QuantizationPlan
 
-TEXT_POSITIONS = 77
 EXAMPLE_REQUESTS = 2  # at least 2, or the exporter takes the size for a constant
 EXAMPLE_ROWS = 6
 
@@ -196,6 +196,7 @@ def unet_export(
         for name, tensor in inputs.items()
     }
     shapes[contract.SAMPLE] = ("batch", config.in_channels, *size)
+    shapes[contract.TEXT] = ("batch", "text", text_width)
     shapes[contract.NOISE_PREDICTION] = ("batch", config.out_channels, *size)
     levels = 2 ** (len(config.block_out_channels) - 1)
     return ModuleExport(

@@ -136,6 +136,8 @@ def _sizes(export: ModuleExport) -> dict[str, int]:
         if name in ("height", "width"):
             # Twice the multiple, or more: the exporter takes smaller ones for constants.
             sizes[name] = max(_LATENT, 2 * export.multiples.get(name, 1))
+        elif name == "text":
+            sizes[name] = contract.TEXT_POSITIONS
         else:
             # One row is what other modules run anyway: TensorRT has a profile for it.
             sizes[name] = PROBE_REQUESTS if "requests" in names else 1

@@ -2,37 +2,49 @@
 
 Prompts and faces repeat and encoders cost, so what was encoded is kept for the next request.
 
-Shape legend: L = 77 text positions, C text width of the UNet, P pooled width, T image tokens.
+A prompt longer than 75 tokens is encoded in windows, each by itself, and their hidden states follow
+each other; the pooled text is the first window's. All branches of a request have as many windows as
+its longer prompt: an empty window is what an empty prompt is encoded to.
+
+Shape legend: W windows of 77 positions, L = 77·W text positions, C text width of the UNet, P pooled
+width, T image tokens.
 """
 
 from collections import OrderedDict
-from collections.abc import Hashable, Mapping
-from dataclasses import dataclass
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from threading import Lock
 from typing import Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fastface_trt.engines.contract import IMAGE_TOKENS
+from fastface_trt.engines.contract import IMAGE_TOKENS, MAX_WINDOWS, TEXT, TEXT_POSITIONS
 from fastface_trt.engines.device import Tensor, dtype_name
 from fastface_trt.errors import InvalidRequest
+from fastface_trt.runtime import guidance
 from fastface_trt.runtime.export_folder import ModuleSet
 from fastface_trt.runtime.face import ChannelOrder, Face, FaceParser, clip_pixels, portrait_pixels
-from fastface_trt.runtime.guidance import FACE, TEXT, TEXT_AND_FACE, UNCONDITIONAL
+from fastface_trt.runtime.prompt_syntax import (
+    PromptSyntax,
+    Section,
+    interpolate,
+    multiply,
+    parse_prompt,
+    weakened,
+)
 from fastface_trt.runtime.request import GenerationRequest
 from fastface_trt.runtime.sampling import Condition
 from fastface_trt.runtime.timeline import NO_TIMELINE, Timeline
-from fastface_trt.runtime.tokenizer import ClipTokenizer
+from fastface_trt.runtime.tokenizer import ClipTokenizer, Windows
 
 
 @dataclass(frozen=True, slots=True)
 class TextEmbedding:
-    """A prompt as the UNet takes it: text [L, C] and pooled [P]; `cut` is what did not fit."""
+    """A prompt as the UNet takes it: text [L, C] and pooled [P]."""
 
     text: Tensor
     pooled: Tensor
-    cut: str = ""
 
 
 class Conditioner:
@@ -49,6 +61,8 @@ class Conditioner:
             ClipTokenizer.from_folder(export.folder / name) for name in ("tokenizer", "tokenizer_2")
         ]
         self._parser = FaceParser(export.face_parser) if export.face_parser else None
+        (text,) = (one for one in modules.manifest.modules["unet"].inputs if one.name == TEXT)
+        self.most_windows = MAX_WINDOWS if isinstance(text.shape[1], str) else 1
         self._texts: Recent[TextEmbedding] = Recent(256)
         self._tokens: Recent[Tensor] = Recent(64)
 
@@ -59,52 +73,150 @@ class Conditioner:
         timeline: Timeline = NO_TIMELINE,
     ) -> Mapping[str, Condition]:
         """Text and image tokens of the four branches u, t, i and ti of a request."""
-        text = self.text(request.prompt, timeline)
-        nothing = self.negative_text(request.negative_prompt, text, timeline)
+        windows, syntax = self.windows(request), request.prompt_syntax
+        text = self.text(request.prompt, timeline, syntax=syntax, windows=windows)
+        nothing = self.negative_text(request.negative_prompt, text, timeline, syntax=syntax)
         no_face = self.image_tokens(None, timeline=timeline)
         return {
-            UNCONDITIONAL: Condition(nothing.text, nothing.pooled, no_face),
-            TEXT: Condition(text.text, text.pooled, no_face),
-            FACE: Condition(nothing.text, nothing.pooled, face_tokens),
-            TEXT_AND_FACE: Condition(text.text, text.pooled, face_tokens),
+            guidance.UNCONDITIONAL: Condition(nothing.text, nothing.pooled, no_face),
+            guidance.TEXT: Condition(text.text, text.pooled, no_face),
+            guidance.FACE: Condition(nothing.text, nothing.pooled, face_tokens),
+            guidance.TEXT_AND_FACE: Condition(text.text, text.pooled, face_tokens),
         }
 
-    def text(self, prompt: str, timeline: Timeline = NO_TIMELINE) -> TextEmbedding:
-        """Both encoders' penultimate hidden states side by side, and the second's pooled output."""
-        known = self._texts.get(prompt)
+    def windows(self, request: GenerationRequest) -> int:
+        """How many windows the texts of a request have in every branch."""
+        prompts = (request.prompt, request.negative_prompt)
+        return max(len(t) for p in prompts for t in self._tokenise(p, request.prompt_syntax, 1))
+
+    def cut_from(self, prompt: str, syntax: PromptSyntax = "plain") -> str:
+        """What of a prompt has no room in the windows; empty where all of it has."""
+        return max((one.cut for one in self._tokenise(prompt, syntax, 1)), key=len)
+
+    def text(
+        self,
+        prompt: str,
+        timeline: Timeline = NO_TIMELINE,
+        *,
+        syntax: PromptSyntax = "plain",
+        windows: int = 1,
+    ) -> TextEmbedding:
+        """Both encoders' penultimate hidden states side by side, and the second's pooled output.
+
+        It has `windows` windows, more where the prompt needs them.
+        """
+        key = prompt, syntax, windows
+        known = self._texts.get(key)
         if known is not None:
             return known
         with timeline.span("tokenise"):
-            first, second = (tokenizer.encode([prompt]) for tokenizer in self._tokenizers)
-        encoder, encoder_2 = (self._modules[name] for name in ("text_encoder", "text_encoder_2"))
-        device = self._modules.device
-        with timeline.span("text_encoder", device):
-            hidden = encoder(input_ids=first.input_ids)["hidden_states"]
-        with timeline.span("text_encoder_2", device):
-            both = encoder_2(input_ids=second.input_ids)
-        encoded = TextEmbedding(
-            device.concatenate_last((hidden[0], both["hidden_states"][0])),
-            device.copy(both["text_embeds"][0]),
-            max(first.cut[0], second.cut[0], key=len),
-        )
-        device.synchronize()  # from here on other threads read it
-        self._texts.put(prompt, encoded)
+            sections = parse_prompt(prompt, syntax)
+            tokens = self._tokenise(prompt, syntax, windows)
+        encoded = self._encode_text(tokens, timeline)
+        if any((one.weights != 1).any() for one in tokens):
+            weighed = self._weighed(encoded, tokens, sections, syntax, timeline)
+            encoded = replace(encoded, text=weighed)
+        if syntax == "compel":  # which pools the prompt as it is written, signs and all
+            written = self._windows_of(parse_prompt(prompt, "plain"), 1, 1)
+            encoded = replace(encoded, pooled=self._encode_text(written, timeline).pooled)
+        self._modules.device.synchronize()  # from here on other threads read it
+        self._texts.put(key, encoded)
         return encoded
 
     def negative_text(
-        self, prompt: str, positive: TextEmbedding, timeline: Timeline = NO_TIMELINE
+        self,
+        prompt: str,
+        positive: TextEmbedding,
+        timeline: Timeline = NO_TIMELINE,
+        *,
+        syntax: PromptSyntax = "plain",
     ) -> TextEmbedding:
         """The text of branches u and i: zeros for no prompt where the checkpoint was made so.
 
         The zeros have the shapes of `positive`, the request's prompt, so that nothing is encoded.
         """
         if prompt.strip() or not self._modules.manifest.force_zeros_for_empty_prompt:
-            return self.text(prompt, timeline)
+            windows = positive.text.shape[0] // TEXT_POSITIONS
+            return self.text(prompt, timeline, syntax=syntax, windows=windows)
         zeros = self._modules.device.zeros
         text, pooled = positive.text, positive.pooled
         return TextEmbedding(
             zeros(text.shape, dtype_name(text)), zeros(pooled.shape, dtype_name(pooled))
         )
+
+    def _tokenise(self, prompt: str, syntax: PromptSyntax, least: int) -> tuple[Windows, ...]:
+        """The windows of a prompt for each encoder, equally many."""
+        return self._windows_of(parse_prompt(prompt, syntax), least, self.most_windows)
+
+    def _windows_of(
+        self, sections: Sequence[Section], least: int, most: int
+    ) -> tuple[Windows, ...]:
+        found = [one.windows(sections, least, most) for one in self._tokenizers]
+        # The second tokenizer takes every "!" for a token of its own, so it may need one more.
+        longest = max(map(len, found))
+        return tuple(one.windows(sections, longest, most) for one in self._tokenizers)
+
+    def _encode_text(self, tokens: Sequence[Windows], timeline: Timeline) -> TextEmbedding:
+        """The tokens through both encoders, a window at a time."""
+        device = self._modules.device
+        encoder, encoder_2 = (self._modules[name] for name in ("text_encoder", "text_encoder_2"))
+        states: list[Tensor] = []
+        pooled: Tensor | None = None
+        for first, second in zip(*(one.input_ids[:, None] for one in tokens), strict=True):
+            with timeline.span("text_encoder", device):
+                hidden = encoder(input_ids=first)["hidden_states"]
+            with timeline.span("text_encoder_2", device):
+                both = encoder_2(input_ids=second)
+            states.append(device.concatenate_last((hidden[0], both["hidden_states"][0])))
+            if pooled is None:
+                pooled = device.copy(both["text_embeds"][0])
+        assert pooled is not None
+        if len(states) == 1:
+            return TextEmbedding(states[0], pooled)
+        joined = device.stack(states)
+        return TextEmbedding(joined.reshape(-1, joined.shape[-1]), pooled)
+
+    def _weighed(
+        self,
+        encoded: TextEmbedding,
+        tokens: Sequence[Windows],
+        sections: Sequence[Section],
+        syntax: PromptSyntax,
+        timeline: Timeline,
+    ) -> Tensor:
+        """Hidden states [L, C] with the weights of their tokens, computed on the host."""
+        device, windows = self._modules.device, len(tokens[0])
+        width = self._modules["text_encoder"].spec.outputs[0].shape[-1]
+        assert isinstance(width, int)
+
+        def by_encoder(text: TextEmbedding) -> list[NDArray[np.float32]]:
+            states = device.download(text.text).astype(np.float32)
+            return np.split(states.reshape(-1, TEXT_POSITIONS, states.shape[-1]), [width], axis=-1)
+
+        if syntax == "a1111":
+            weighed = [
+                multiply(states, one.weights)
+                for states, one in zip(by_encoder(encoded), tokens, strict=True)
+            ]
+        else:
+            empty = by_encoder(self.text("", timeline))
+
+            def weigh(text: TextEmbedding, of: Sequence[Windows]) -> list[NDArray[np.float32]]:
+                return [
+                    interpolate(states, nothing[0], one.weights)
+                    for states, nothing, one in zip(by_encoder(text), empty, of, strict=True)
+                ]
+
+            weighed, total = weigh(encoded, tokens), 1.0
+            for share, without in weakened(sections):
+                lacking = self._windows_of(without, windows, windows)
+                less = weigh(self._encode_text(lacking, timeline), lacking)
+                weighed = [a + share * b for a, b in zip(weighed, less, strict=True)]
+                total += share
+            weighed = [states / total for states in weighed]
+        joined = np.concatenate(weighed, axis=-1, dtype=np.float32)
+        dtype = np.dtype(dtype_name(encoded.text))
+        return device.upload(joined.reshape(-1, joined.shape[-1]).astype(dtype))
 
     def image_tokens(
         self,

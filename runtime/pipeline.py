@@ -14,6 +14,7 @@ from PIL import Image
 from fastface_trt import __version__
 from fastface_trt.engines.backends import make_builder
 from fastface_trt.engines.cache import EngineCache
+from fastface_trt.engines.contract import MAX_WINDOWS, TEXT_POSITIONS
 from fastface_trt.engines.device import Device, HostDevice
 from fastface_trt.engines.engine import Closing, Progress
 from fastface_trt.engines.manifest import EngineManifest, ExportManifest
@@ -22,6 +23,7 @@ from fastface_trt.runtime.conditioning import Recent
 from fastface_trt.runtime.export_folder import Export, ModuleSet
 from fastface_trt.runtime.face import ChannelOrder, Face, FaceAnalyzer
 from fastface_trt.runtime.images import PictureSource, load_picture
+from fastface_trt.runtime.prompt_syntax import signs_in
 from fastface_trt.runtime.request import GenerationRequest, request_for
 from fastface_trt.runtime.sampling import OnStep, denoise
 from fastface_trt.runtime.stages import Stages
@@ -301,10 +303,21 @@ class FastFace(Closing):
                 "This export has no face parser, so the adapter sees what is around the face; "
                 "export with --face-parser for PuLID's own preprocessing."
             )
-        for text in dict.fromkeys(t for r in requests for t in (r.prompt, r.negative_prompt)):
-            cut = self.stages.cut_from(text)
-            if cut:
-                warnings.append(f"The prompt is longer than 77 tokens; this was cut: {cut!r}.")
+        texts = dict.fromkeys(
+            (text, r.prompt_syntax) for r in requests for text in (r.prompt, r.negative_prompt)
+        )
+        for text, syntax in texts:
+            if cut := self.stages.cut_from(text, syntax):
+                most, possible = self.stages.most_tokens, MAX_WINDOWS * (TEXT_POSITIONS - 2)
+                warnings.append(
+                    f"The prompt is longer than {most} tokens; this was cut: {cut!r}."
+                    + (f" Exported again it may have {possible}." if most < possible else "")
+                )
+            if syntax == "plain" and (found := signs_in(text)):
+                warnings.append(
+                    f"The prompt has {found[0]!r:.60}, which plain text does not read as a weight: "
+                    f"it was taken literally. The prompt syntax {found[1]} reads it."
+                )
         return warnings
 
     def engines(self) -> dict[str, EngineManifest]:

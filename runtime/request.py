@@ -36,6 +36,7 @@ from fastface_trt.runtime.manipulation import (
     parse_manipulation,
 )
 from fastface_trt.runtime.presets import preset_fields
+from fastface_trt.runtime.prompt_syntax import SYNTAXES, PromptSyntax, parse_prompt
 
 StatisticsScope = Literal["request", "branch"]
 SCOPES: tuple[StatisticsScope, ...] = ("request", "branch")
@@ -62,7 +63,8 @@ ALIASES: Mapping[str, str] = {
 class GenerationRequest:
     """One picture to make; the face itself travels beside it as image tokens.
 
-    prompt, negative_prompt: text of up to 75 tokens. seed: 0 to 2⁶⁴−1; image_index: which of a
+    prompt, negative_prompt: text, in windows of 75 tokens, of up to three of them; prompt_syntax:
+    how weights are written in both, see `prompt_syntax`. seed: 0 to 2⁶⁴−1; image_index: which of a
     seed's images. steps: UNet steps. height, width: pixels. ip_adapter_scale: λ of Eq. 1, one
     number or one per part of the UNet (`{"down": …, "mid": …, "up": …}`). alpha, beta: DCG
     coefficients of Eq. 3 (number, list per step, or `NamedSchedule`). guidance_rescale: φ of Eq. 5,
@@ -88,6 +90,7 @@ class GenerationRequest:
     manipulation: AttentionManipulation = NO_MANIPULATION
     scope: StatisticsScope = "request"
     plan: BranchPlan = "exact"
+    prompt_syntax: PromptSyntax = "plain"
 
     def __post_init__(self) -> None:
         for name in ("prompt", "negative_prompt"):
@@ -100,11 +103,15 @@ class GenerationRequest:
         for name, kind, value, known in (
             ("plan", "branch plan", self.plan, BRANCH_PLANS),
             ("scope", "statistics scope", self.scope, SCOPES),
+            ("prompt_syntax", "prompt syntax", self.prompt_syntax, SYNTAXES),
             ("dcg_variant", "DCG variant", str(self.dcg_variant), tuple(map(str, VARIANTS))),
         ):
             if value not in known:
                 with naming(name):
                     raise UnknownName(kind, str(value), known)
+        for name in ("prompt", "negative_prompt"):
+            with naming(name):
+                parse_prompt(getattr(self, name), self.prompt_syntax)
         phi = self.guidance_rescale
         if phi is not None and not (is_number(phi) and 0 <= phi <= 1):
             with naming("guidance_rescale"):

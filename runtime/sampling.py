@@ -246,9 +246,15 @@ class Sample:
         return shares_statistics(self.request)
 
     @property
+    def text_positions(self) -> int:
+        """Positions of text, the same in every branch; padding others would change pictures."""
+        return int(next(iter(self.conditions.values())).text.shape[0])
+
+    @property
     def sharing(self) -> Hashable:
         """Samples that agree in this may share their next UNet call, at whatever step each is."""
-        return len(self.guidance.branches), self.latent_shape, self.shares_statistics
+        branches = len(self.guidance.branches)
+        return branches, self.latent_shape, self.shares_statistics, self.text_positions
 
     def advance(self, result: "StepResult") -> None:
         """One step is done: x' and k x' take the place of x and k x."""

@@ -18,6 +18,7 @@ from fastface_trt.errors import EngineFailed
 from fastface_trt.runtime.conditioning import Conditioner
 from fastface_trt.runtime.export_folder import ModuleSet
 from fastface_trt.runtime.face import ChannelOrder, Face
+from fastface_trt.runtime.prompt_syntax import PromptSyntax
 from fastface_trt.runtime.request import GenerationRequest, check_size
 from fastface_trt.runtime.sampling import (
     EngineGuidance,
@@ -132,9 +133,18 @@ class Stages:
         """Raise `InvalidRequest` unless this export makes pictures of the request's size."""
         check_size(self._modules.manifest, request)
 
-    def cut_from(self, prompt: str) -> str:
-        """What of a prompt did not fit the text encoders; empty where all of it did."""
-        return self._conditioner.text(prompt).cut if prompt else ""
+    def text_positions(self, request: GenerationRequest) -> int:
+        """How many positions of text the UNet is given for this request, in every branch."""
+        return self._conditioner.windows(request) * contract.TEXT_POSITIONS
+
+    @property
+    def most_tokens(self) -> int:
+        """How many tokens of a prompt this export reads."""
+        return self._conditioner.most_windows * (contract.TEXT_POSITIONS - 2)
+
+    def cut_from(self, prompt: str, syntax: PromptSyntax = "plain") -> str:
+        """What of a prompt this export has no room for; empty where it has."""
+        return self._conditioner.cut_from(prompt, syntax)
 
     def forget(self) -> None:
         """Drop every encoding of a prompt or a face kept for the next call."""

@@ -4,6 +4,7 @@ Reads the folder that diffusers ships with a checkpoint (`tokenizer`, `tokenizer
 its two forms: `vocab.json` and `merges.txt`, or one `tokenizer.json`.
 """
 
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 
 from fastface_trt.errors import InvalidRequest, WeightsError
+from fastface_trt.runtime.prompt_syntax import Fragment, Section
 
 BOS = "<|startoftext|>"
 EOS = "<|endoftext|>"
@@ -38,6 +40,21 @@ class Tokens:
     """[B, max_length]: start, the prompt, end, padding."""
     cut: tuple[str, ...]
     """Per prompt the text behind its last token that fitted, "" when all of it fitted."""
+
+
+@dataclass(frozen=True, slots=True)
+class Windows:
+    """A prompt in windows of 75 tokens, each between start and end; W windows of L positions."""
+
+    input_ids: NDArray[np.int64]
+    """[W, L]"""
+    weights: NDArray[np.float32]
+    """[W, L], 1 for start, end and padding."""
+    cut: str
+    """The text from the first token on that the windows have no room for."""
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
 
 
 class ClipTokenizer:
@@ -85,23 +102,55 @@ class ClipTokenizer:
         A prompt that is too long loses its tail, which `Tokens.cut` returns word for word. Raises
         `InvalidRequest` for text that is not valid Unicode.
         """
+        windows = [self.windows(((Fragment(prompt),),), 1, 1) for prompt in prompts]
+        rows = [one.input_ids for one in windows] or [np.empty((0, self.max_length), np.int64)]
+        return Tokens(np.concatenate(rows), tuple(one.cut for one in windows))
+
+    def windows(self, sections: Sequence[Section], least: int, most: int) -> Windows:
+        """Tokenise a prompt into `most` windows at most, and empty ones up to `least`.
+
+        A window ends where it is full or its section does; fragments are tokenised one by one.
+        Raises `InvalidRequest` for text that is not valid Unicode.
+        """
         room = self.max_length - 2
-        rows = np.full((len(prompts), self.max_length), self.pad_id, dtype=np.int64)
-        cut = []
-        for row, prompt in zip(rows, prompts, strict=True):
-            try:
-                prompt.encode("utf-8")
-            except UnicodeEncodeError:
-                raise InvalidRequest(
-                    "The prompt holds characters that are not valid Unicode.",
-                    "Type it again, or save its file as UTF-8.",
-                ) from None
-            encoding = self._tokenizer.encode(prompt, add_special_tokens=False)
-            ids = encoding.ids[:room]
-            row[: len(ids) + 2] = [self.bos_id, *ids, self.eos_id]
-            too_long = len(encoding.ids) > room
-            cut.append(prompt[encoding.offsets[room][0] :] if too_long else "")
-        return Tokens(rows, tuple(cut))
+        fragments = [fragment for section in sections for fragment in section]
+        texts = [fragment.text for fragment in fragments]
+        rows: list[list[tuple[int, int, int]]] = []  # token, its fragment, its place in that
+        numbers = itertools.count()
+        for section in sections:
+            found = [
+                (token, number, start)
+                for number in itertools.islice(numbers, len(section))
+                for token, start in self._tokens(texts[number])
+            ]
+            rows += [found[at : at + room] for at in range(0, len(found), room)] or [[]]
+        if len(rows) > 1 and not rows[-1]:  # a new window was asked for, and nothing follows
+            rows.pop()
+        cut = ""
+        for _, number, start in itertools.chain(*rows[most:]):
+            cut = " ".join([texts[number][start:], *texts[number + 1 :]])
+            break
+        kept = rows[:most]
+        input_ids = np.full((max(len(kept), least), self.max_length), self.pad_id, np.int64)
+        weights = np.ones(input_ids.shape, np.float32)
+        input_ids[:, :2] = self.bos_id, self.eos_id
+        for index, row in enumerate(kept):
+            end = len(row) + 1
+            input_ids[index, 1 : end + 1] = [*(token for token, *_ in row), self.eos_id]
+            weights[index, 1:end] = [fragments[number].weight for _, number, _ in row]
+        return Windows(input_ids, weights, cut)
+
+    def _tokens(self, text: str) -> list[tuple[int, int]]:
+        """The tokens of a text, and where each begins in it."""
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError:
+            raise InvalidRequest(
+                "The prompt holds characters that are not valid Unicode.",
+                "Type it again, or save its file as UTF-8.",
+            ) from None
+        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        return [(i, start) for i, (start, _) in zip(encoding.ids, encoding.offsets, strict=True)]
 
 
 def _read_json(path: Path, *, required: bool = True) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
+from fastface_trt.engines.contract import TEXT, TEXT_POSITIONS
 from fastface_trt.engines.cuda.device import CudaDevice
 from fastface_trt.engines.cuda.graphs import GraphKey
 from fastface_trt.engines.cuda.stream import Stream
@@ -197,14 +198,24 @@ class TensorRTEngine(Closing):
             return self._contexts[stream, index]
 
     def _not_built_for(self, shapes: dict[str, Shape]) -> InvalidRequest:
-        first = self.spec.inputs[0].name
+        names = [tensor.name for tensor in self.spec.inputs]
+        first = next(
+            (
+                name
+                for name in names
+                if not any(profile.fits({name: shapes[name]}) for profile in self._profiles)
+            ),
+            names[0],
+        )
         wanted = " x ".join(map(str, shapes[first]))
-        built = "; ".join(profile.words() for profile in self._profiles)
+        built = "; ".join(dict.fromkeys(profile.words(first) for profile in self._profiles))
+        windows = -(-shapes[TEXT][1] // TEXT_POSITIONS) if TEXT in shapes else 1
         return InvalidRequest(
             f"The engine of {self.spec.name} does not run {first} {wanted}. It was built for "
             f"{built}.",
             f"Build another: fastface-trt build --backend {self._backend}"
-            f"{_counts(self.spec, shapes)} --size WIDTHxHEIGHT (or --dynamic for a range).",
+            f"{_counts(self.spec, shapes)} --size WIDTHxHEIGHT (or --dynamic for a range)"
+            f"{f' --prompt-windows {windows}' if windows > 1 else ''}.",
         )
 
 

@@ -5,6 +5,7 @@ from typing import Annotated, Any, Final, Literal, TypeVar
 
 from pydantic import AfterValidator, Field, ValidationError
 
+from fastface_trt.engines.contract import MAX_WINDOWS
 from fastface_trt.engines.manifest import Strict, first_problem
 from fastface_trt.engines.tensorrt.flavour import Flavour
 from fastface_trt.errors import InvalidRequest
@@ -17,6 +18,8 @@ LatentSize = tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]]
 
 RUNTIME_OPTIONS: Final = frozenset(("kernel_specialization",))
 """Options of how an engine is run: they are no part of its identity and need no build."""
+
+_SHAPES: Final = frozenset(("requests", "branches", "latent_sizes", "dynamic", "prompt_windows"))
 
 
 def _distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -69,14 +72,16 @@ class TensorRTOptions(Strict):
     """What changes a TensorRT engine besides its module.
 
     requests × branches × latent_sizes give the fixed profiles (min = opt = max) of a module;
-    `dynamic` adds one that covers a range. Numbers left at None are TensorRT's own defaults.
-    workspace_gb is in GB of 2³⁰ bytes. targets are GPU generations (TensorRT-RTX only; none given
-    means all that it can build for). weight_streaming lets the weights stay on the host when the
-    device is short of memory. tf32 lets float32 products round to 10 bits of mantissa; attention
-    manipulation takes its statistics in float32 for a reason, so it is off. refittable engines take
-    other weights without a rebuild; strip_weights leaves the weights out of the plan file, to be
-    put in on the target machine. attention_plugin replaces the decoupled attention's subroutine by
-    the CUDA kernels of `fastface_trt.engines.kernels` (TensorRT only).
+    `dynamic` adds one that covers a range. Each is for prompts of one window of 75 tokens; where
+    the text's length is dynamic, another takes prompts of 2 to `prompt_windows`. Numbers left at
+    None are TensorRT's own defaults. workspace_gb is in GB of 2³⁰ bytes. targets are GPU
+    generations (TensorRT-RTX only; none given means all that it can build for). weight_streaming
+    lets the weights stay on the host when the device is short of memory. tf32 lets float32 products
+    round to 10 bits of mantissa; attention manipulation takes its statistics in float32 for a
+    reason, so it is off. refittable engines take other weights without a rebuild; strip_weights
+    leaves the weights out of the plan file, to be put in on the target machine. attention_plugin
+    replaces the decoupled attention's subroutine by the CUDA kernels of
+    `fastface_trt.engines.kernels` (TensorRT only).
 
     hardware_compatible engines run on every GPU from Ampere on, same_compute_capability ones on
     every GPU of the compute capability that built them, both without cuBLAS (TensorRT only).
@@ -96,6 +101,7 @@ class TensorRTOptions(Strict):
     branches: Counts = (1, 2, 3)
     latent_sizes: Annotated[tuple[LatentSize, ...], AfterValidator(_distinct)] = ((128, 128),)
     dynamic: DynamicProfile | None = None
+    prompt_windows: int = Field(default=MAX_WINDOWS, ge=1, le=MAX_WINDOWS)
     optimization_level: int | None = Field(default=None, ge=0, le=5)
     tiling: Tiling = "none"
     workspace_gb: float | None = Field(default=None, gt=0)
@@ -153,7 +159,7 @@ class TensorRTOptions(Strict):
         """The options that are the same for every module, where they differ from the defaults."""
         chosen = self.model_dump(
             mode="json",
-            exclude={"requests", "branches", "latent_sizes", "dynamic", *RUNTIME_OPTIONS},
+            exclude={*_SHAPES, *RUNTIME_OPTIONS},
         )
         defaults = type(self)().model_dump(mode="json")
         return {name: value for name, value in chosen.items() if value != defaults[name]}

@@ -10,6 +10,7 @@ Shape legend: R requests, G branches, B = R·G rows, h × w latent size.
 import itertools
 from collections.abc import Iterator, Mapping
 
+from fastface_trt.engines.contract import TEXT_POSITIONS
 from fastface_trt.engines.manifest import Dimension, EngineManifest, ModuleSpec, Strict
 from fastface_trt.engines.tensorrt.options import TensorRTOptions
 from fastface_trt.errors import BuildFailed
@@ -42,9 +43,9 @@ class Profile(Strict):
             for name, shape in shapes.items()
         )
 
-    def words(self) -> str:
-        """The shapes for a message: the rows and sizes of the first input."""
-        name = next(iter(self.best))
+    def words(self, name: str | None = None) -> str:
+        """The shapes of an input, the first by default, for a message."""
+        name = name or next(iter(self.best))
         ends = [" x ".join(map(str, end[name])) for end in (self.smallest, self.largest)]
         return f"{name} {ends[0]}" if self.fixed else f"{name} {ends[0]} to {ends[1]}"
 
@@ -56,9 +57,9 @@ def make_profiles(module: ModuleSpec, options: TensorRTOptions) -> tuple[Profile
     branches. Raises `BuildFailed` for a dynamic size that no option gives.
     """
     profiles: dict[str, Profile] = {}
-    for sizes in _sizes(module, options):
-        shapes = _shapes(module, sizes)
-        profile = Profile(smallest=shapes, best=shapes, largest=shapes)
+    for sizes, lengths in itertools.product(_sizes(module, options), _text_lengths(options)):
+        ends = [_shapes(module, sizes | {"text": length}) for length in lengths]
+        profile = Profile(smallest=ends[0], best=ends[1], largest=ends[2])
         profiles.setdefault(profile.model_dump_json(), profile)
     if (options.refittable or options.strip_weights) and module.probe is not None:
         # A refitted engine is compared on the export's probe, which is smaller than any picture.
@@ -117,6 +118,16 @@ def _sizes(module: ModuleSpec, options: TensorRTOptions) -> Iterator[dict[str, i
         }
 
 
+def _text_lengths(options: TensorRTOptions) -> Iterator[tuple[int, int, int]]:
+    """(least, best, most) text positions: of short prompts, then of all longer ones.
+
+    One range is enough for these: little of the UNet sees the text, the rest keeps fixed shapes.
+    """
+    yield (TEXT_POSITIONS,) * 3
+    if options.prompt_windows > 1:
+        yield 2 * TEXT_POSITIONS, 2 * TEXT_POSITIONS, options.prompt_windows * TEXT_POSITIONS
+
+
 def _dynamic(module: ModuleSpec, options: TensorRTOptions) -> Profile:
     dynamic = options.dynamic
     assert dynamic is not None
@@ -125,17 +136,28 @@ def _dynamic(module: ModuleSpec, options: TensorRTOptions) -> Profile:
     (low_h, low_w), (high_h, high_w) = dynamic.smallest, dynamic.largest
     best_h, best_w = options.latent_sizes[-1]
     ends = [
-        _shapes(module, {"requests": r, "branches": g, "batch": b, "height": h, "width": w})
-        for r, g, b, h, w in (
-            (1, 1, 1, low_h, low_w),
+        _shapes(
+            module,
+            {"requests": r, "branches": g, "batch": b, "height": h, "width": w, "text": text},
+        )
+        for r, g, b, h, w, text in (
+            (1, 1, 1, low_h, low_w, TEXT_POSITIONS),
             (
                 1,
                 branches,
                 branches,
                 _between(low_h, best_h, high_h),
                 _between(low_w, best_w, high_w),
+                TEXT_POSITIONS,
             ),
-            (requests, branches, requests * branches, high_h, high_w),
+            (
+                requests,
+                branches,
+                requests * branches,
+                high_h,
+                high_w,
+                options.prompt_windows * TEXT_POSITIONS,
+            ),
         )
     ]
     return Profile(smallest=ends[0], best=ends[1], largest=ends[2])

@@ -77,6 +77,7 @@ class RandomCalibration:
             "requests": 1,
             "height": self._side,
             "width": self._side,
+            "text": contract.TEXT_POSITIONS,
         }
         for call in range(self._calls):
             progress(f"unet: calibrating, call {call + 1} of {self._calls}")

@@ -21,6 +21,7 @@ import numpy as np
 
 from fastface_trt.bench.flops import OperationCount, count_module
 from fastface_trt.engines.cache import EngineCache
+from fastface_trt.engines.contract import TEXT_POSITIONS
 from fastface_trt.engines.device import Device, HostDevice, Tensor
 from fastface_trt.engines.engine import Engine, EngineBuilder
 from fastface_trt.engines.files import describe_file
@@ -263,7 +264,8 @@ def stage_floors(
     @cache
     def count(module: str, batch: int, requests: int) -> OperationCount:
         path = export.folder / manifest.modules[module].files[0].path
-        return count_module(path, size | {"batch": batch, "requests": requests})
+        sizes = size | {"batch": batch, "requests": requests, "text": TEXT_POSITIONS}
+        return count_module(path, sizes)
 
     floors: dict[str, Floor] = {}
     for stage in stages:

@@ -33,6 +33,7 @@ from fastface_trt.cli.common import (
 )
 from fastface_trt.engines.backends import make_builder
 from fastface_trt.engines.cache import EngineCache
+from fastface_trt.engines.contract import MAX_WINDOWS
 from fastface_trt.engines.files import storage_errors
 from fastface_trt.engines.tensorrt.options import DynamicProfile
 from fastface_trt.engines.tensorrt.plan import Event
@@ -147,6 +148,11 @@ def build_display(screen: Console, log: Path | None) -> Iterator[BuildDisplay]:
     "--dynamic",
     metavar="WxH..WxH",
     help="One more profile for every size in this range; slower than a fixed one.",
+)
+@click.option(
+    "--prompt-windows",
+    type=click.IntRange(1, MAX_WINDOWS),
+    help=f"Windows of 75 prompt tokens to build for [{MAX_WINDOWS}].",
 )
 @click.option("--max-requests", type=int, help="Largest number of requests of --dynamic [4].")
 @click.option(

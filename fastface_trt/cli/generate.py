@@ -37,6 +37,7 @@ from fastface_trt.runtime.sampling import StepTrace
 OPTIONS = {
     "prompt": "--prompt",
     "negative_prompt": "--negative-prompt",
+    "prompt_syntax": "--prompt-syntax",
     "preset": "--preset",
     "steps": "--steps",
     "seed": "--seed",
@@ -68,6 +69,12 @@ OPTIONS = {
 )
 @click.option("--prompt", "prompts", multiple=True, required=True, help="Text (repeatable).")
 @click.option("--negative-prompt", default="", help="What the picture should not show.")
+@click.option(
+    "--prompt-syntax",
+    default="plain",
+    show_default=True,
+    help="How weights are written: plain (not at all), a1111 or compel.",
+)
 @click.option(
     "--preset",
     "presets",

@@ -69,6 +69,7 @@ _PLAIN = (
     "scope",
     "plan",
     "negative_prompt",
+    "prompt_syntax",
 )
 SOURCE_FIELDS = ("export", "lora_scale", "scheduler")
 """Fields that choose the engines and their schedule, not the request: an export's folder, the scale

@@ -43,6 +43,7 @@ def picture_sizes(
         "batch": branches,
         "height": height,
         "width": width,
+        "text": contract.TEXT_POSITIONS,
     }
 
 

@@ -57,6 +57,7 @@ def verify_builder(
             requests=(sizes["requests"],),
             branches=(sizes["branches"],),
             latent_sizes=((sizes["height"], sizes["width"]),),
+            prompt_windows=1,
         )
         return builder_for(backend, options=options)
     return builder_for(backend, **({} if threads is None else {"threads": threads}))

@@ -33,7 +33,9 @@ def floors():
 
 
 def counted(module, **sizes):
-    return count_module(folders.EXPORT / module / "model.onnx", {"height": 24, "width": 16} | sizes)
+    return count_module(
+        folders.EXPORT / module / "model.onnx", {"height": 24, "width": 16, "text": 77} | sizes
+    )
 
 
 def test_only_modules_have_a_floor(floors):

@@ -103,7 +103,7 @@ def test_counts_agree_with_those_of_pytorch():
     by_kind = {str(op): flops for op, flops in counter.get_flop_counts()["Global"].items()}
     count = count_module(
         folders.EXPORT / "unet" / "model.onnx",
-        {"batch": 6, "requests": 2, "height": 24, "width": 24},
+        {"batch": 6, "requests": 2, "height": 24, "width": 24, "text": 77},
     )
     assert count.convolution == by_kind["aten.convolution"]
     assert count.linear == by_kind["aten.addmm"] + by_kind["aten.mm"]

@@ -39,9 +39,10 @@ def open_module(folder, spec):
     return EngineCache().open(spec, folder, builder_for("onnxruntime"), quiet)
 
 
-def unet_inputs(spec, requests, branches, height, width, seed=0):
+def unet_inputs(spec, requests, branches, height, width, seed=0, text=154):
     rng = np.random.default_rng(seed)
     sizes = {"batch": requests * branches, "requests": requests, "height": height, "width": width}
+    sizes["text"] = text
     inputs = {
         t.name: rng.standard_normal(
             [sizes[d] if isinstance(d, str) else d for d in t.shape]
@@ -58,14 +59,20 @@ def unet_inputs(spec, requests, branches, height, width, seed=0):
 
 
 @pytest.mark.parametrize(
-    ("requests", "branches", "height", "width"),
-    [(1, 1, 16, 16), (1, 3, 8, 24), (2, 3, 16, 16), (3, 2, 16, 8), (3, 1, 12, 12)],
+    ("requests", "branches", "height", "width", "text"),
+    [
+        (1, 1, 16, 16, 77),
+        (1, 3, 8, 24, 77),
+        (2, 3, 16, 16, 154),
+        (3, 2, 16, 8, 231),
+        (3, 1, 12, 12, 77),
+    ],
 )
 def test_unet_equals_pytorch_for_every_batch_and_size(
-    tiny_export, oracle, requests, branches, height, width
+    tiny_export, oracle, requests, branches, height, width, text
 ):
     folder, manifest = tiny_export
-    inputs = unet_inputs(oracle.spec, requests, branches, height, width, seed=requests)
+    inputs = unet_inputs(oracle.spec, requests, branches, height, width, requests, text)
     with open_module(folder, manifest.modules["unet"]) as engine:
         ours = engine(**inputs)[contract.NOISE_PREDICTION]
     expected = oracle(**inputs)[contract.NOISE_PREDICTION]

@@ -51,7 +51,7 @@ def adapted_unet(tiny):
 
 def random_inputs(spec, seed):
     rng = np.random.default_rng(seed)
-    sizes = {"batch": 3, "requests": 1, "height": 16, "width": 16}
+    sizes = {"batch": 3, "requests": 1, "height": 16, "width": 16, "text": 77}
     inputs = {
         t.name: rng.standard_normal(
             [sizes[d] if isinstance(d, str) else d for d in t.shape]

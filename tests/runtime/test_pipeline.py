@@ -201,7 +201,7 @@ def test_lists_pair_up(fastface):
 
 
 def test_a_long_prompt_says_what_was_cut(fastface):
-    result = fastface("x" * 74 + " and this is cut", FACE)
+    result = fastface("x" * 224 + " and this is cut", FACE)
     assert "cut" in result.warnings[0]
     assert "this is cut" in result.warnings[0]
 

@@ -111,7 +111,8 @@ class Batcher(Closing):
         try:
             entry.request = task.request.for_adapter(manifest.adapter_kind)
             self._fastface.stages.check_size(entry.request)
-            entry.demand = Demand.of(entry.request, manifest)
+            positions = self._fastface.stages.text_positions(entry.request)
+            entry.demand = Demand.of(entry.request, manifest, positions)
         except FastFaceError as error:
             entry.refused = error
         self._table.add(entry, lambda others: self._admit(entry, others))

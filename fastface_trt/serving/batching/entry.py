@@ -4,6 +4,7 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from math import inf
 
+from fastface_trt.engines.contract import TEXT_POSITIONS
 from fastface_trt.engines.manifest import ExportManifest
 from fastface_trt.errors import Cancelled, DeadlinePassed, FastFaceError
 from fastface_trt.runtime.request import GenerationRequest
@@ -88,20 +89,27 @@ class Entry:
 class Demand:
     """What a request will need of the UNet, known before anything of it is encoded.
 
-    rows: of each step. latent_shape: (C, h, w).
+    rows: of each step. latent_shape: (C, h, w). text_positions: see `Sample.text_positions`.
     """
 
     rows: tuple[int, ...]
     latent_shape: tuple[int, int, int]
     shares_statistics: bool
+    text_positions: int
 
     @classmethod
-    def of(cls, request: GenerationRequest, manifest: ExportManifest) -> "Demand":
+    def of(
+        cls,
+        request: GenerationRequest,
+        manifest: ExportManifest,
+        text_positions: int = TEXT_POSITIONS,
+    ) -> "Demand":
         """The demand of a request to an export."""
         return cls(
             tuple(len(step.branches) for step in request.guidance_steps()),
             manifest.latent_shape(request.height, request.width),
             shares_statistics(request),
+            text_positions,
         )
 
     @property
@@ -111,7 +119,7 @@ class Demand:
 
     def sharing(self, step: int) -> Hashable:
         """What `Sample.sharing` will be before that step, counted from 0."""
-        return self.rows[step], self.latent_shape, self.shares_statistics
+        return self.rows[step], self.latent_shape, self.shares_statistics, self.text_positions
 
 
 class LatencyBudget:

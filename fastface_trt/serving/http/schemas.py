@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from fastface_trt.runtime.guidance import FAMILIES, BranchPlan
 from fastface_trt.runtime.picture_file import QUALITY, PictureFormat
 from fastface_trt.runtime.presets import PRESETS
+from fastface_trt.runtime.prompt_syntax import PromptSyntax
 from fastface_trt.runtime.request import (
     ALIASES,
     PARSED_FIELDS,
@@ -23,7 +24,7 @@ from fastface_trt.serving.http.clients import as_sent
 from fastface_trt.serving.http.errors import InvalidField
 
 MAX_PROMPT_LENGTH = 8000
-"""Characters; the text encoders read 77 tokens, and what they cut is said in a warning."""
+"""Characters; an export reads 75 or 225 tokens, and what it cuts is said in a warning."""
 
 Number = Annotated[float, Field(allow_inf_nan=False, ge=-1000, le=1000)]
 PerStep = Number | Annotated[list[Number], Field(min_length=1, max_length=1000)]
@@ -164,6 +165,9 @@ class GenerationBody(Closed):
     )
     seed: int | None = _whole("seed", "[a random one, which the answer tells]; -1 is any, too.")
     negative_prompt: Prompt | None = Field(None, description="What the picture should not show.")
+    prompt_syntax: PromptSyntax | None = Field(
+        None, description="How weights are written in both prompts [plain: not at all]."
+    )
     preset: Annotated[str, Field(max_length=100)] | None = Field(
         None,
         description="Parameters to start from; every field overrides it. [plain]",

@@ -145,7 +145,7 @@ def inputs_for(running, kinds, branches, size=(24, 32)):
     """Random inputs of a UNet's session; `kinds` has one kind of manipulation per request."""
     rng = np.random.default_rng(7)
     sizes = {"requests": len(kinds), "batch": len(kinds) * branches}
-    sizes |= {"height": size[0], "width": size[1]}
+    sizes |= {"height": size[0], "width": size[1], "text": 154}
     feed = {}
     for one in running.get_inputs():
         shape = [sizes.get(dim, dim) for dim in one.shape]

@@ -32,20 +32,24 @@ def quiet(line):
     pass
 
 
-def build(store, module, folder, latent_size):
-    options = TensorRTOptions(branches=BRANCHES, latent_sizes=(latent_size,))
+def build(store, module, folder, latent_size, windows=1):
+    options = TensorRTOptions(
+        branches=BRANCHES, latent_sizes=(latent_size,), prompt_windows=windows
+    )
     return store.get(module, folder, TensorRTBuilder("tensorrt-rtx", options))
 
 
-def check_every_module(store, folder, manifest):
+def check_every_module(store, folder, manifest, windows=1):
     factor = manifest.vae_scale_factor
     size = (manifest.height // factor, manifest.width // factor)
     for name, module in manifest.modules.items():
-        engine, place = build(store, module, folder, size)
+        engine, place = build(store, module, folder, size, windows)
         profiles = engine.options["profiles"]
         per_request = any("requests" in tensor.shape for tensor in module.inputs)
         rows = [profile["best"][module.inputs[0].name][0] for profile in profiles]
-        assert rows == (list(BRANCHES) if per_request else [1]), name
+        lengths = 2 if windows > 1 and name == "unet" else 1
+        expected = BRANCHES if per_request else [1]
+        assert rows == [count for count in expected for _ in range(lengths)], name
         assert engine.report.layers > 0
         assert (place / "engine.plan").stat().st_size > 0
 
@@ -63,7 +67,8 @@ def mini_fp16(tmp_path_factory):
 def test_the_mini_model_in_fp32(store):
     from fastface_trt.mini.folders import EXPORT
 
-    check_every_module(store, EXPORT, read_manifest(EXPORT / EXPORT_MANIFEST, ExportManifest))
+    manifest = read_manifest(EXPORT / EXPORT_MANIFEST, ExportManifest)
+    check_every_module(store, EXPORT, manifest, windows=3)
 
 
 def test_the_mini_model_in_fp16(store, mini_fp16):

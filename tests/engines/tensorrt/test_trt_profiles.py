@@ -33,6 +33,27 @@ def test_one_fixed_profile_per_number_of_branches():
     assert all(p.best["ip_adapter_scale"] == (1, 3) and p.fixed for p in profiles)
 
 
+def test_longer_prompts_have_a_profile_per_number_of_branches():
+    unet = module(sample=("batch", 4, 8, 8), encoder_hidden_states=("batch", "text", 6))
+
+    def lengths(**options):
+        return [
+            (p.smallest[name], p.best[name], p.largest[name])
+            for p in make_profiles(unet, TensorRTOptions(branches=(2,), **options))
+            for name in ("encoder_hidden_states",)
+        ]
+
+    assert [[shape[1] for shape in ends] for ends in lengths()] == [[77] * 3, [154, 154, 231]]
+    assert [ends[0][1] for ends in lengths(prompt_windows=1)] == [77]
+    assert lengths(prompt_windows=2)[1] == ((1, 154, 6),) * 3
+    options = TensorRTOptions(
+        branches=(2,), dynamic=DynamicProfile(smallest=(8, 8), largest=(8, 8))
+    )
+    assert make_profiles(unet, options)[-1].largest["encoder_hidden_states"][1] == 231
+    with pytest.raises(InvalidRequest, match="prompt_windows"):
+        TensorRTOptions.checked(RTX, prompt_windows=4)
+
+
 def test_requests_times_branches_times_sizes():
     options = TensorRTOptions(
         requests=(2, 1), branches=(3, 1), latent_sizes=((16, 16), (8, 8)), dynamic=None

@@ -24,7 +24,9 @@ def random_task(fastface, generator, name):
         "dcg_variant": int(pick([1, 2, 3])),
         "negative_prompt": str(pick(["", "blurry"])),
     }
-    prompt = str(pick(["photo; a person in a garden", "painting; a person", "a person, smiling"]))
+    prompt = str(
+        pick(["photo; a person in a garden", "painting; a person", "a person at long last, " * 12])
+    )
     request = fastface.request(prompt, preset=str(pick(PRESETS)), **fields)
     face = blank_face(int(generator.integers(3)))
     return Task(name, request, face, str(pick(["bgr", "rgb"])), previews=True)

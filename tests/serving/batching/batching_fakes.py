@@ -139,23 +139,28 @@ class ArithmeticConditioner:
     def conditions(self, request, face_tokens, timeline=None):
         if PREPARATION_RAISES in request.prompt:
             raise RuntimeError("a secret of the encoder")
-        texts = [self._encode(text) for text in (request.negative_prompt, request.prompt)]
+        windows = self.windows(request)
+        texts = [self._encode(text, windows) for text in (request.negative_prompt, request.prompt)]
         faces = [self.image_tokens(None), face_tokens]
         return {
             branch: Condition(*texts["t" in branch], faces["i" in branch])
             for branch in ("u", "t", "i", "ti")
         }
 
-    def _encode(self, text):
+    def windows(self, request):
+        return 2 if "long" in request.prompt else 1
+
+    def _encode(self, text, windows):
         generator = np.random.default_rng(zlib.crc32(text.encode()))
         hidden, pooled = (
-            generator.standard_normal(shape).astype(np.float32) for shape in ((77, 6), (5,))
+            generator.standard_normal(shape).astype(np.float32)
+            for shape in ((77 * windows, 6), (5,))
         )
         pooled[0] = next((mark for words, mark in _MARKS.items() if words in text), 0.0)
         return hidden, pooled
 
-    def text(self, prompt):
-        return SimpleNamespace(cut="")
+    def cut_from(self, prompt, syntax):
+        return ""
 
     def forget(self):
         pass

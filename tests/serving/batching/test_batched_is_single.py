@@ -92,7 +92,7 @@ def test_what_will_share_is_known_before_anything_is_encoded(mini):
     tokens = mini.stages.image_tokens(None)
     for index in range(60):
         request = random_task(mini, generator, str(index)).request
-        demand = Demand.of(request, mini.manifest)
+        demand = Demand.of(request, mini.manifest, mini.stages.text_positions(request))
         sample = mini.stages.sample(request, tokens)
         for step, row in enumerate(sample.schedule.steps):
             sample.step = step
