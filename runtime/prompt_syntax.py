@@ -63,7 +63,7 @@ _REFUSED: Final = {
         ),
     ),
 }
-"""What a syntax has besides and is not done here: pattern, what it is, the mend."""
+"""What a syntax has besides and is not done here: pattern, what it is, the hint."""
 
 _SIGNS: Final = (
     ("a1111", r"\([^()]*:\s*[+-]?[.\d]+\s*\)|\({2,}[^()]+\){2,}|\[[^\[\]]+\]|\bBREAK\b"),
@@ -82,9 +82,9 @@ def signs_in(prompt: str) -> tuple[str, PromptSyntax] | None:
 
 def parse_prompt(prompt: str, syntax: PromptSyntax) -> tuple[Section, ...]:
     """The weighted pieces of a prompt; raises `InvalidRequest` for what a syntax has and we not."""
-    for pattern, what, mend in _REFUSED.get(syntax, ()):
+    for pattern, what, hint in _REFUSED.get(syntax, ()):
         if found := re.search(pattern, prompt):
-            raise InvalidRequest(f"The prompt has {found[0]!r:.60}, {what}.", mend)
+            raise InvalidRequest(f"The prompt has {found[0]!r:.60}, {what}.", hint)
     if syntax == "plain":
         return ((Fragment(prompt),),)
     sections = _a1111(prompt) if syntax == "a1111" else (_compel(prompt),)
