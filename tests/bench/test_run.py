@@ -103,7 +103,9 @@ def test_stages_are_the_pipelines_and_make_up_the_call(report):
     for case in report.cases:
         total = np.sum([stage.seconds.samples for stage in case.stages], axis=0)
         np.testing.assert_allclose(total, case.seconds.samples)
-        assert min(case.stages[-1].seconds.samples) > 0  # nothing is counted twice
+        # Nothing is counted twice, but the file that another thread encodes meanwhile.
+        png, other = (np.array(stage.seconds.samples) for stage in case.stages[-2:])
+        assert min(png + other) > 0
 
 
 def test_what_is_stamped(report):
