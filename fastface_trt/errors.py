@@ -190,6 +190,6 @@ class Busy(FastFaceError):
 
 
 class Unavailable(FastFaceError):
-    """A worker that is starting, draining or dead."""
+    """A worker that is starting, draining or dead, or a `FastFace` that was closed."""
 
     code = "unavailable"

@@ -1,5 +1,6 @@
 """An export: which folder is meant, what its manifest says, and its modules opened as engines."""
 
+import hashlib
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from fastface_trt.engines.manifest import (
     ModuleSpec,
     read_manifest,
 )
-from fastface_trt.errors import ExportIncomplete, UnknownName
+from fastface_trt.errors import ExportIncomplete, Unavailable, UnknownName
 from fastface_trt.mini import folders
 from fastface_trt.runtime.schedule import Schedule, make_schedule, with_network_of
 
@@ -117,6 +118,8 @@ class ModuleSet(Closing, Mapping[str, Engine]):
         self._build = build
         self._open: dict[str, Engine] = {}
         self._device: Device | None = None
+        self._hash: str | None = None
+        self._closed = False
         self._lock = Lock()
 
     @property
@@ -133,6 +136,7 @@ class ModuleSet(Closing, Mapping[str, Engine]):
 
     def __getitem__(self, name: str) -> Engine:
         """The engine of module `name`; raise `ExportIncomplete` when the export lacks it."""
+        self.require_open()
         with self._lock:
             if name not in self._open:
                 spec = self.manifest.modules.get(name)
@@ -161,9 +165,25 @@ class ModuleSet(Closing, Mapping[str, Engine]):
         }
         return {name: manifest for name, manifest in found.items() if manifest is not None}
 
+    @property
+    def export_hash(self) -> str:
+        """Of the manifest, which has the hashes of all files."""
+        if self._hash is None:
+            self._hash = hashlib.sha256(self.manifest.model_dump_json().encode()).hexdigest()
+        return self._hash
+
+    def require_open(self) -> None:
+        """Raise `Unavailable` after `close`: what was freed does not come back by itself."""
+        if self._closed:
+            raise Unavailable(
+                f"The export {self.export.folder.name} was closed.",
+                "Load it again, or make pictures inside the with block.",
+            )
+
     def close(self) -> None:
         """Close every engine that was opened, then their device."""
         with self._lock:
+            self._closed = True
             for engine in self._open.values():
                 engine.close()
             self._open.clear()

@@ -17,7 +17,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from threading import Lock
@@ -55,13 +55,13 @@ ChannelOrder = Literal["bgr", "rgb"]
 
 @dataclass(frozen=True, slots=True)
 class Face:
-    """One face of a picture."""
+    """One face of a picture; its `repr`, which ends up in logs, tells nothing of who it is."""
 
-    embedding: NDArray[np.float32]
+    embedding: NDArray[np.float32] = field(repr=False)
     """[512], of length 1: InsightFace's `normed_embedding`."""
     embedding_norm: float
     """Length that the recogniser gave the embedding; PuLID takes it unnormalised."""
-    crop_bgr: NDArray[np.uint8]
+    crop_bgr: NDArray[np.uint8] = field(repr=False)
     """[224, 224, 3] in BGR order, aligned by InsightFace's `norm_crop`."""
     box: tuple[float, float, float, float]
     """Left, top, right, bottom in pixels of the picture; may reach beyond its edges."""
@@ -73,7 +73,7 @@ class Face:
     """How many faces the picture has."""
     detector_size: int
     """The detector's input size in pixels at which the faces were found."""
-    portrait_bgr: NDArray[np.uint8] | None = None
+    portrait_bgr: NDArray[np.uint8] | None = field(default=None, repr=False)
     """[512, 512, 3] in BGR order, see `align_portrait`; None where the analyser makes none."""
     by_index: bool = True
     """Whether the caller said which; False: the largest was taken, as nobody did."""

@@ -73,6 +73,11 @@ def load_picture(
         return np.array(source, order="C")
     if isinstance(source, Image.Image):
         return _decode(name, source, max_pixels)
+    if not isinstance(source, str | os.PathLike | bytes) and not hasattr(source, "read"):
+        raise BadPicture(
+            f"A picture cannot be read from {source!r:.40} ({type(source).__name__}).",
+            "Pass a path, bytes, an open binary file, a PIL image or RGB pixels.",
+        )
     # A path is opened here and closed here; a file of the caller's stays open.
     if isinstance(source, (str, os.PathLike)):
         with _open_file(Path(source)) as stream:

@@ -16,13 +16,17 @@ look for runs and Huffman codes alone; `python -m benchmarks.picture_encoding` c
 """
 
 import contextlib
+import errno
 import io
 import json
+import os
+import secrets
 import struct
 import warnings
 import zlib
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Literal, cast
@@ -36,6 +40,7 @@ from PIL.PngImagePlugin import PngInfo
 from fastface_trt import __version__
 from fastface_trt.engines.files import write_durably
 from fastface_trt.errors import BadPicture, InvalidRequest, StorageError
+from fastface_trt.runtime.picture_names import check_template, counted, picture_name
 
 PictureFormat = Literal["png", "jpeg", "webp"]
 """A media type is image/ and this."""
@@ -47,6 +52,10 @@ FORMATS: Final[dict[str, PictureFormat]] = {
     ".webp": "webp",
 }
 """Formats by the suffix of a file."""
+
+_OTHER_PICTURES: Final = frozenset(
+    (".avif", ".bmp", ".gif", ".heic", ".jp2", ".jxl", ".pdf", ".svg", ".tif", ".tiff")
+)
 
 QUALITY: Final = 90
 """Of JPEG and WebP, 0 to 100, where nobody asks for another."""
@@ -77,7 +86,7 @@ _LABELS = {
 """Keys that other tools know under another name, in the order in which they expect them."""
 
 
-def picture_format(path: str | Path, wanted: str | None = None) -> PictureFormat:
+def picture_format(path: str | os.PathLike[str], wanted: str | None = None) -> PictureFormat:
     """The format of a file called `path`: the one that is wanted, or its suffix's, or PNG.
 
     Raises `InvalidRequest` where the suffix says another one than is wanted, or that is none.
@@ -160,11 +169,52 @@ def write_picture(
         format=picture_format(path, format),
         quality=quality,
     )
-    try:
+    with _unwritable(path):
         write_durably(path, data)
-    except OSError as error:
+
+
+def add_picture(
+    path: str | Path,
+    picture: NDArray[np.uint8],
+    *,
+    taken: Collection[Path] = (),
+    parameters: Mapping[str, Any],
+    ai_generated: bool = True,
+    format: PictureFormat | None = None,
+    quality: int | None = None,
+) -> Path:
+    """`write_picture` that replaces nothing; returns the path of the file that holds the picture.
+
+    A file that is the same to the byte stays as it is. Beside others the name gets a counter, and
+    beside those of `taken` even where they are the same.
+    """
+    data = encode_picture(
+        picture,
+        parameters=parameters,
+        ai_generated=ai_generated,
+        format=picture_format(path, format),
+        quality=quality,
+    )
+    for candidate in counted(Path(path)):
+        if candidate in taken:
+            continue
+        with _unwritable(candidate):
+            if not candidate.exists():
+                write_durably(candidate, data)
+                return candidate
+            if candidate.is_file() and candidate.read_bytes() == data:
+                return candidate
+    raise AssertionError("there is always another number")
+
+
+@contextlib.contextmanager
+def _unwritable(path: Path) -> Iterator[None]:
+    """Errors of the system inside are that `path` cannot be written."""
+    try:
+        yield
+    except (OSError, ValueError) as error:  # ValueError: a null character in the path
         raise StorageError(
-            f"The picture {path} cannot be written: {error.strerror or error}.",
+            f"{path} cannot be written: {getattr(error, 'strerror', None) or error}.",
             "Check that its folder exists, is writable and has space.",
         ) from None
 
@@ -172,21 +222,36 @@ def write_picture(
 class PictureWriter:
     """Writes picture files on a thread of its own, while the caller makes the next picture.
 
-    A context manager: when the block is left, every file is written, in the order of the calls. A
-    failure is raised by the next call or at the end, the earliest first; files behind it are still
-    tried. A block that is left by an exception drops what has not begun.
+    A context manager: when the block is left, also by an exception, every file is written, in the
+    order of the calls. A failure is raised by the next call or at the end, the earliest first;
+    files behind it are still tried.
     """
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="picture-writer")
         self._writing: list[Future[None]] = []
+        self.written: list[Path] = []
+        """The files that are on the disk, in the order of the calls."""
 
-    def write(self, path: str | Path, picture: NDArray[np.uint8], **options: Any) -> None:
-        """`write_picture` with these arguments, later; `picture` must stay as it is until then."""
+    def write(
+        self, path: str | Path, picture: NDArray[np.uint8], *, replace: bool = True, **options: Any
+    ) -> None:
+        """`write_picture` with these arguments, later; `picture` must stay as it is until then.
+
+        With `replace=False` it is `add_picture`, and no two pictures of this writer share a file.
+        """
         for earlier in self._writing:
             if earlier.done():
                 earlier.result()
-        self._writing.append(self._thread.submit(write_picture, path, picture, **options))
+        work = self._write if replace else self._add
+        self._writing.append(self._thread.submit(work, Path(path), picture, **options))
+
+    def _write(self, path: Path, picture: NDArray[np.uint8], **options: Any) -> None:
+        write_picture(path, picture, **options)
+        self.written.append(path)
+
+    def _add(self, path: Path, picture: NDArray[np.uint8], **options: Any) -> None:
+        self.written.append(add_picture(path, picture, taken=self.written, **options))
 
     def __enter__(self) -> "PictureWriter":
         return self
@@ -197,10 +262,96 @@ class PictureWriter:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._thread.shutdown(cancel_futures=error is not None)
+        self._thread.shutdown()
         if error is None:
             for one in self._writing:
                 one.result()
+
+
+@dataclass(frozen=True, slots=True)
+class Destination:
+    """Where pictures go: one into a file, replacing it, or any number into a folder, see `of`."""
+
+    out: Path
+    format: PictureFormat
+    template: str | None
+
+    @classmethod
+    def of(
+        cls,
+        out: str | os.PathLike[str],
+        *,
+        count: int,
+        format: str | None = None,
+        template: str | None = None,
+    ) -> "Destination":
+        """`out` is a file where its suffix is one of `FORMATS`, or else a folder.
+
+        In a folder `picture_name` makes the names of `template`. Raises `InvalidRequest` and
+        `UnknownName` for what does not fit together, or does not fit `count` pictures.
+        """
+        place = cls(Path(out), picture_format(out, format), template)
+        if place.is_file and count != 1:
+            raise InvalidRequest(
+                f"{place.out} is one file, and {count} pictures are asked for.", "Give a folder."
+            )
+        if place.is_file and template is not None:
+            raise InvalidRequest(
+                f"{place.out} is a file, and the name {template!r:.60} is for files in a folder.",
+                "Give a folder, or leave out the name.",
+            )
+        if place.out.suffix.lower() in _OTHER_PICTURES and not place.out.is_dir():
+            raise InvalidRequest(
+                f"{place.out} says {place.out.suffix.lower()}, a format that is not written.",
+                "Use .png, .jpg or .webp, or give a folder.",
+            )
+        if template is not None:
+            check_template(template)
+        return place
+
+    @property
+    def is_file(self) -> bool:
+        """Whether it takes one picture."""
+        return self.out.suffix.lower() in FORMATS
+
+    def write(
+        self,
+        writer: PictureWriter,
+        fields: Mapping[str, Any],
+        picture: NDArray[np.uint8],
+        **options: Any,
+    ) -> None:
+        """`writer.write` with these options, of a picture with these `picture_names.FIELDS`."""
+        path = self.out
+        if not self.is_file:
+            suffix = next(suffix for suffix, known in FORMATS.items() if known == self.format)
+            path /= f"{picture_name(fields, self.template)}{suffix}"
+        with _unwritable(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        writer.write(path, picture, replace=self.is_file, format=self.format, **options)
+
+    def check(self) -> None:
+        """Raise `StorageError` unless something can be written there.
+
+        Tried with a file that is gone again afterwards, like folders that were made for it.
+        """
+        folder = self.out.parent if self.is_file else self.out
+        made: list[Path] = []
+        with _unwritable(self.out):
+            try:
+                if self.is_file and self.out.is_dir():
+                    raise IsADirectoryError(errno.EISDIR, "It is a folder")
+                for one in (*reversed(folder.parents), folder):
+                    if not one.is_dir():
+                        one.mkdir()
+                        made.append(one)
+                trial = folder / f".fastface-{secrets.token_hex(8)}.tmp"
+                trial.touch(exist_ok=False)
+                trial.unlink()
+            finally:
+                for one in reversed(made):
+                    with contextlib.suppress(OSError):  # somebody else uses it by now
+                        one.rmdir()
 
 
 def read_parameters(path: str | Path) -> dict[str, Any]:

@@ -1,14 +1,16 @@
 """`FastFace`: an export opened on a backend, ready to turn faces and prompts into pictures."""
 
 import hashlib
+import inspect
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any, TypeAlias
 
+import numpy as np
 from PIL import Image
 
 from fastface_trt import __version__
@@ -18,14 +20,28 @@ from fastface_trt.engines.contract import MAX_WINDOWS, TEXT_POSITIONS
 from fastface_trt.engines.device import Device, HostDevice
 from fastface_trt.engines.engine import Closing, Progress
 from fastface_trt.engines.manifest import EngineManifest, ExportManifest
-from fastface_trt.errors import InvalidRequest
+from fastface_trt.errors import InvalidRequest, UnknownName
 from fastface_trt.runtime.conditioning import Recent
 from fastface_trt.runtime.export_folder import Export, ModuleSet
 from fastface_trt.runtime.face import ChannelOrder, Face, FaceAnalyzer
 from fastface_trt.runtime.images import PictureSource, load_picture
+from fastface_trt.runtime.picture_file import Destination, PictureWriter
+from fastface_trt.runtime.picture_names import face_name, name_fields, picture_hash
 from fastface_trt.runtime.prompt_syntax import signs_in
-from fastface_trt.runtime.request import GenerationRequest, request_for
-from fastface_trt.runtime.sampling import OnStep, denoise
+from fastface_trt.runtime.request import (
+    OUTPUT_TYPES,
+    GenerationRequest,
+    OutputType,
+    parse_call,
+    request_for,
+)
+from fastface_trt.runtime.sampling import (
+    OnStep,
+    OnStepEnd,
+    denoise,
+    on_step_end,
+    require_finite,
+)
 from fastface_trt.runtime.stages import Stages
 from fastface_trt.runtime.timeline import NO_TIMELINE, Timeline
 
@@ -40,11 +56,13 @@ OnPicture: TypeAlias = Callable[[int, Image.Image, Mapping[str, Any]], None]
 class GenerationResult:
     """Pictures of one call, in the order of the requests.
 
-    images: PIL RGB pictures. requests: what made each. parameters: per picture what `write_picture`
-    stores. seconds: wall-clock time per stage (`face`, `text` with the noise, `unet`, `vae`) and
-    their `total`, without what it took to build and open models. unet_samples: rows evaluated in
-    all; branches: per picture and step the branches that ran. warnings: what was changed or cut, in
-    sentences.
+    images: PIL RGB pictures, or by `output_type` an array: "np" float32 [N,H,W,3] from 0 to 1,
+    "latent" float32 [N,C,h,w]. requests: what made each. parameters: per picture what
+    `write_picture` stores. seconds: wall-clock time per stage (`face`, `text` with the noise,
+    `unet`, `vae`) and their `total`, without what it took to build and open models. unet_samples:
+    rows evaluated in all; branches: per picture and step the branches that ran. warnings: what was
+    changed or cut, in sentences. names: per picture what its file's name is made of
+    (`picture_names.FIELDS`).
     """
 
     images: list[Image.Image]
@@ -54,13 +72,49 @@ class GenerationResult:
     unet_samples: int
     branches: list[list[tuple[str, ...]]]
     warnings: list[str] = field(default_factory=list)
+    names: list[Mapping[str, Any]] = field(default_factory=list)
+
+    def save(
+        self,
+        out: str | os.PathLike[str] = "out",
+        *,
+        name: str | None = None,
+        format: str | None = None,
+        quality: int | None = None,
+        ai_generated: bool = True,
+    ) -> list[Path]:
+        """Write the pictures as the command line does, with parameters and mark; returns the files.
+
+        `out` is a folder, made as needed, in which no file is replaced; or for one picture a file
+        (.png, .jpg, .webp), which is. `name` is a template of names in a folder, such as
+        `{face}-{seed}` (see `picture_names`). `ai_generated=False` leaves out the mark. Raises
+        `InvalidRequest`, `UnknownName`, `StorageError`.
+        """
+        pixels = [np.asarray(image) for image in self.images]
+        if any(one.shape[2:] != (3,) for one in pixels):
+            raise InvalidRequest(
+                "Latents are no pictures.", "Leave output_type at pil to save pictures."
+            )
+        place = Destination.of(out, count=len(pixels), format=format, template=name)
+        place.check()
+        with PictureWriter() as writer:
+            for one, parameters, fields in zip(pixels, self.parameters, self.names, strict=True):
+                place.write(
+                    writer,
+                    fields,
+                    one if one.dtype == np.uint8 else np.rint(one * 255).astype(np.uint8),
+                    parameters=parameters,
+                    ai_generated=ai_generated,
+                    quality=quality,
+                )
+        return writer.written
 
 
 class FastFace(Closing):
     """Identity-preserving generation with decoupled guidance and attention manipulation.
 
-    Use `FastFace.load`, call the object, and close it (or use it in a `with` block). One object may
-    be called from several threads.
+    Use `FastFace.load`, call the object, and close it (or use it in a `with` block), after which it
+    makes no pictures (`Unavailable`). One object may be called from several threads.
     """
 
     def __init__(self, modules: ModuleSet, faces: FaceAnalyzer) -> None:
@@ -131,6 +185,7 @@ class FastFace(Closing):
         The last 64 faces are kept in memory by the content of their pictures, until `forget`.
         Raises `BadPicture`, `NoFaceFound`, `FaceIndexOutOfRange`.
         """
+        self._modules.require_open()
         if isinstance(picture, Face):
             return picture
         with timeline.span("read_picture"):
@@ -144,57 +199,54 @@ class FastFace(Closing):
 
     def __call__(
         self,
-        prompt: str | Sequence[str],
-        face: FaceInput | list[FaceInput] | tuple[FaceInput, ...],
+        prompt: str | Sequence[str] | None = None,
+        face: FaceInput | list[FaceInput] | tuple[FaceInput, ...] | None = None,
         *,
         preset: str = "plain",
-        num_images_per_prompt: int = 1,
-        steps: int | None = None,
-        num_inference_steps: int | None = None,
         face_index: int | None = None,
         channel_order: ChannelOrder = "bgr",
         max_rows: int | None = None,
+        output_type: OutputType = "pil",
         on_step: OnStep | None = None,
+        callback_on_step_end: OnStepEnd | None = None,
         timeline: Timeline = NO_TIMELINE,
         **fields: Any,
     ) -> GenerationResult:
         """Make pictures of a person: one per prompt and face, times `num_images_per_prompt`.
 
-        `prompt` and `face` are single or lists of equal length. `preset` is one of
-        `presets.PRESETS`; `fields` are further fields of `GenerationRequest` (seed, height, width,
-        negative_prompt, ip_adapter_scale, alpha, beta, guidance_rescale, manipulation, …) as
-        `request.parse_request` reads them, and override it. `num_inference_steps` is diffusers'
-        name of `steps`.
+        `prompt`, `face` and negative_prompt are single or lists of equal length; `seed` is single
+        or a list of one per picture. `preset` is one of `presets.PRESETS`; `fields` are further
+        fields of `GenerationRequest` (seed, steps, height, width, negative_prompt,
+        ip_adapter_scale, alpha, beta, guidance_rescale, manipulation, …) as `request.parse_request`
+        reads them, and override it.
+
+        What diffusers has: `num_images_per_prompt`; `num_inference_steps` is steps; `generator` (a
+        torch.Generator, whose initial seed is taken, or a number) is seed;
+        `callback_on_step_end(pipe, step, timestep, {"latents": …})` is called once per step, may
+        return False to cancel, and changes nothing; `output_type` is pil, np or latent.
         Raises `InvalidRequest`, `UnknownName` and the errors of `analyze`.
         """
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        faces: list[FaceInput] = [*face] if isinstance(face, list | tuple) else [face]
-        if len(faces) == 1:
-            faces *= len(prompts)
-        if len(prompts) == 1:
-            prompts *= len(faces)
-        if len(prompts) != len(faces) or not prompts:
-            raise InvalidRequest(
-                f"{len(prompts)} prompts and {len(faces)} faces do not pair up.",
-                "Give equally many, or one of either.",
-            )
-        if num_images_per_prompt < 1:
-            raise InvalidRequest("num_images_per_prompt is below 1.", "Ask for at least one.")
-        fields["num_inference_steps"] = num_inference_steps
-        requests = [
-            self.request(text, preset=preset, steps=steps, image_index=index, **fields)
-            for text in prompts
-            for index in range(num_images_per_prompt)
-        ]
-        return self.generate(
+        requests, faces = parse_call(
+            self.manifest, prompt, face, known=_OF_A_CALL, preset=preset, **fields
+        )
+        if callback_on_step_end is not None:
+            if on_step is not None:
+                raise InvalidRequest(
+                    "on_step and callback_on_step_end are both given.", "Give one of them."
+                )
+            on_step = on_step_end(callback_on_step_end, self, len(requests))
+        result = self.generate(
             requests,
-            [one for one in faces for _ in range(num_images_per_prompt)],
+            faces,
             face_index=face_index,
             channel_order=channel_order,
             max_rows=max_rows,
+            output_type=output_type,
             on_step=on_step,
             timeline=timeline,
         )
+        # Told by its name even where `fields` have changed it.
+        return replace(result, names=[{**told, "preset": preset} for told in result.names])
 
     def request(
         self, prompt: str, *, preset: str = "plain", steps: int | None = None, **fields: Any
@@ -210,6 +262,7 @@ class FastFace(Closing):
         face_index: int | None = None,
         channel_order: ChannelOrder = "bgr",
         max_rows: int | None = None,
+        output_type: OutputType = "pil",
         on_step: OnStep | None = None,
         on_picture: OnPicture | None = None,
         timeline: Timeline = NO_TIMELINE,
@@ -219,8 +272,17 @@ class FastFace(Closing):
         `max_rows` bounds the rows of a UNet call (memory). `on_step` is called after every step of
         every request and may return False to cancel (`Cancelled`). `on_picture` is called with each
         picture before the next is decoded: handed to a `PictureWriter` there, it becomes a file
-        meanwhile. `timeline` is told the stages of this call: see `runtime.timeline`.
+        meanwhile. `output_type` says what `GenerationResult.images` are; nothing is decoded for
+        latents. `timeline` is told the stages of this call: see `runtime.timeline`.
         """
+        self._modules.require_open()
+        if output_type not in OUTPUT_TYPES:
+            raise UnknownName("output type", str(output_type), OUTPUT_TYPES)
+        if len({(r.height, r.width) for r in requests}) > 1 and output_type != "pil":
+            raise InvalidRequest(
+                "Pictures of several sizes are not one array.", "Leave output_type at pil."
+            )
+        presets = [request.preset for request in requests]
         requests = [request.for_adapter(self.manifest.adapter_kind) for request in requests]
         for request in requests:
             self.stages.check_size(request)
@@ -250,12 +312,18 @@ class FastFace(Closing):
                 timeline=timeline,
             )
         parameters = [self.parameters(request) for request in requests]
-        images = []
+        images: Any = []
         with _timed(seconds, "vae", self.device):
             for index, one in enumerate(latents):
+                if output_type == "latent":
+                    require_finite(self.device, one)
+                    images.append(self.device.download(one))
+                    continue
                 images.append(Image.fromarray(self.stages.decode(one, timeline)))
                 if on_picture is not None:
                     on_picture(index, images[-1], parameters[index])
+        if output_type != "pil":
+            images = np.array(images, np.float32) / np.float32(255 if output_type == "np" else 1)
         return GenerationResult(
             images,
             requests,
@@ -264,6 +332,15 @@ class FastFace(Closing):
             sum(request.unet_samples for request in requests),
             [[step.branches for step in sample.guidance_steps] for sample in samples],
             self.warnings(requests, list(found.values())),
+            [
+                name_fields(
+                    told,
+                    face=face_name(face) or "face",
+                    preset=preset,
+                    hash=self.picture_hash(told, found[id(face)], channel_order),
+                )
+                for told, face, preset in zip(parameters, faces, presets, strict=True)
+            ],
         )
 
     def _analyze_each(
@@ -292,6 +369,14 @@ class FastFace(Closing):
             "backend": self._modules.builder.backend,
             "software": f"FastFace-TRT {__version__}",
         }
+
+    def picture_hash(
+        self, parameters: Mapping[str, Any], face: Face, channel_order: ChannelOrder = "bgr"
+    ) -> str:
+        """8 hexadecimal digits that differ where anything does that makes this export's picture."""
+        portrait = b"" if face.portrait_bgr is None else face.portrait_bgr.tobytes()
+        seen = (face.embedding.tobytes(), face.crop_bgr.tobytes(), portrait)
+        return picture_hash(parameters, self._modules.export_hash, channel_order, *seen)
 
     def warnings(
         self, requests: Sequence[GenerationRequest], faces: Sequence[Face] = ()
@@ -333,6 +418,9 @@ class FastFace(Closing):
         """Free the engines and what is kept on their device."""
         self.forget()
         self._modules.close()
+
+
+_OF_A_CALL = frozenset(inspect.signature(FastFace.__call__).parameters) - {"self", "fields"}
 
 
 @contextmanager

@@ -7,7 +7,7 @@ requests before any engine is asked.
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
@@ -35,7 +35,7 @@ from fastface_trt.runtime.manipulation import (
     manipulated,
     parse_manipulation,
 )
-from fastface_trt.runtime.presets import preset_fields
+from fastface_trt.runtime.presets import PRESETS, preset_fields
 from fastface_trt.runtime.prompt_syntax import SYNTAXES, PromptSyntax, parse_prompt
 
 StatisticsScope = Literal["request", "branch"]
@@ -175,6 +175,16 @@ class GenerationRequest:
         with _by_field({"preset": name} | overrides, {}) as given:
             return replace(self, **_typed(given, given.get("steps", self.steps)))
 
+    @property
+    def preset(self) -> str:
+        """The name of the preset whose fields this request has, or `custom`."""
+        plain = {"alpha": 1.0, "beta": 1.0, "guidance_rescale": None}
+        for name in PRESETS:
+            fields = {"manipulation": NO_MANIPULATION} | plain | preset_fields(name, self.steps)
+            if replace(self, **fields).to_dict() == self.to_dict():
+                return name
+        return "custom"
+
     def for_adapter(self, kind: AdapterKind) -> "GenerationRequest":
         """This request with what it leaves to the adapter settled for one of that kind."""
         return replace(self, manipulation=self.manipulation.for_adapter(kind))
@@ -198,6 +208,24 @@ PARSED_FIELDS = frozenset({f.name for f in fields(GenerationRequest)} | {"preset
 """What `parse_request` takes, beside `ALIASES` and the parameters of attention manipulation."""
 
 _CHANGES = "manipulation."
+
+_ELSEWHERE: Mapping[str, str] = {
+    "guidance_scale": "Guidance is alpha and beta here.",
+    "cfg_scale": "Guidance is alpha and beta here.",
+    "ip_adapter_image": "Pass the picture of the face as face.",
+    "ip_adapter_image_embeds": "Pass a picture, or what FastFace.analyze returns, as face.",
+    "image": "Pass the picture of the face as face.",
+    "strength": "How closely the face is followed is ip_adapter_scale.",
+    "prompt_2": "Both text encoders read prompt.",
+    "negative_prompt_2": "Both text encoders read negative_prompt.",
+    "latents": "Noise is a function of seed.",
+    "callback": "Use callback_on_step_end, or on_step.",
+    "callback_on_step_end_tensor_inputs": "callback_on_step_end is given the latents.",
+}
+"""What diffusers' arguments are here, where they have no field of the same meaning."""
+
+OutputType = Literal["pil", "np", "latent"]
+OUTPUT_TYPES: tuple[OutputType, ...] = ("pil", "np", "latent")
 
 
 def parse_request(
@@ -251,6 +279,99 @@ def request_for(
     return parse_request({"prompt": prompt, "preset": preset, "steps": steps, **fields}, manifest)
 
 
+def parse_call(
+    manifest: ExportManifest,
+    prompt: Any,
+    face: Any,
+    *,
+    known: Collection[str],
+    num_images_per_prompt: Any = 1,
+    **fields: Any,
+) -> tuple[list[GenerationRequest], list[Any]]:
+    """Requests, and the face of each, that the arguments of a call stand for; see `FastFace`.
+
+    `known` are the call's other arguments, for errors. prompt, face and negative_prompt are single
+    or lists of equal length; each of these makes `num_images_per_prompt` pictures. A list of seeds
+    (or of generators) has one per picture.
+    """
+    for name in fields:
+        _require_field(name, PARSED_FIELDS | ALIASES.keys() | {*known, "generator"})
+    if face is None:
+        raise InvalidRequest("A call has no face.", "Pass the picture of one as face.")
+    if prompt is None:
+        raise InvalidRequest("A call has no prompt.", "Describe the picture in a few words.")
+    if not _is_whole(num_images_per_prompt) or num_images_per_prompt < 1:
+        raise InvalidRequest(
+            f"num_images_per_prompt is {num_images_per_prompt!r:.40}.", "Ask for at least one."
+        )
+    seeds = _seeds(fields)
+    negative = fields.pop("negative_prompt", None)
+    lists = {
+        "prompts": _listed(prompt),
+        "faces": list(face) if isinstance(face, list | tuple) else [face],
+        "negative prompts": _listed("" if negative is None else negative),
+    }
+    if num_images_per_prompt == 1:
+        lists["seeds"] = seeds
+    count = max(map(len, lists.values()))
+    for name, values in lists.items():
+        if len(values) not in (1, count):
+            more = max(lists, key=lambda other: len(lists[other]))
+            raise InvalidRequest(
+                f"{len(values)} {name} and {count} {more} do not pair up.",
+                "Give equally many, or one of either.",
+            )
+        lists[name] = values * (count // len(values))
+    pictures = count * num_images_per_prompt
+    if len(seeds) not in (1, pictures):
+        raise InvalidRequest(
+            f"{len(seeds)} seeds are not one for each of {pictures} pictures.",
+            "Give one per picture, or one for all.",
+        )
+    first = fields.pop("image_index", 0)
+    _check_whole("image_index", first)
+    requests = [
+        request_for(
+            manifest,
+            lists["prompts"][row],
+            negative_prompt=lists["negative prompts"][row],
+            seed=seeds[row * num_images_per_prompt + index] if len(seeds) > 1 else seeds[0],
+            image_index=first if len(seeds) > 1 else first + index,
+            **fields,
+        )
+        for row in range(count)
+        for index in range(num_images_per_prompt)
+    ]
+    return requests, [one for one in lists["faces"] for _ in range(num_images_per_prompt)]
+
+
+def _listed(values: Any) -> list[Any]:
+    if isinstance(values, Sequence | np.ndarray) and not isinstance(values, str | bytes):
+        return list(values)
+    return [values]
+
+
+def _seeds(fields: dict[str, Any]) -> list[Any]:
+    """Takes seed, or what diffusers has for it, out of `fields`."""
+    generators = _listed(fields.pop("generator", None))
+    if generators == [None]:
+        seeds = _listed(fields.pop("seed", 0))
+        return [int(seed) if isinstance(seed, np.integer) else seed for seed in seeds]
+    if "seed" in fields:
+        raise InvalidRequest("seed and generator are one field.", "Give one of them.")
+    seeds = []
+    for generator in generators:
+        initial = getattr(generator, "initial_seed", None)  # torch's
+        seed = initial() if callable(initial) else generator
+        if not _is_whole(seed):
+            raise InvalidRequest(
+                f"generator is {generator!r:.40}.",
+                "Give a torch.Generator, whose seed is taken, or a whole number.",
+            )
+        seeds.append(int(seed))
+    return seeds
+
+
 def parse_fields(values: Mapping[str, Any], steps: int) -> dict[str, Any]:
     """Arguments of `GenerationRequest` that plain values stand for, over those of their preset."""
     with _by_field(values, {}) as given:
@@ -272,9 +393,7 @@ def _by_field(values: Mapping[str, Any], spelling: Mapping[str, str]) -> Iterato
     spelled: dict[str, str] = {}
     for name, value in values.items():
         field = ALIASES.get(name, name)
-        if field not in PARSED_FIELDS and not str(field).startswith(_CHANGES):
-            near = UnknownName("field", str(name), PARSED_FIELDS).hint
-            raise InvalidRequest(f"A request has no field {name!r:.60}.", near)
+        _require_field(field, PARSED_FIELDS)
         if field == "steps" and value is None:  # the export's
             continue
         spelled_now = spelling.get(name, str(name))
@@ -291,6 +410,12 @@ def _by_field(values: Mapping[str, Any], spelling: Mapping[str, str]) -> Iterato
         if error.param in spelled:
             error.spell_param(spelled[error.param])
         raise
+
+
+def _require_field(name: Any, known: Collection[str]) -> None:
+    if name not in known and not str(name).startswith(_CHANGES):
+        hint = _ELSEWHERE.get(name) or UnknownName("field", str(name), known).hint
+        raise InvalidRequest(f"A request has no field {name!r:.60}.", hint)
 
 
 def _typed(given: Mapping[str, Any], steps: Any) -> dict[str, Any]:
@@ -385,6 +510,10 @@ def _changed(base: AttentionManipulation, name: str, value: Any) -> AttentionMan
     else:
         after = manipulated(before, value)
     return replace(base, **{part: after})
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
 def _check_whole(name: str, value: object) -> None:

@@ -414,11 +414,21 @@ def _traces(
 class StepTrace:
     """What happened to one sample in one step; arrays are float32 [C,h,w].
 
-    `index` is the sample's, `step` counts from 0 to `steps` − 1. The arrays cross from a GPU when
+    `index` is the sample's, `step` counts from 0 to `steps` − 1, `timestep` is what the UNet was
+    told of it. The arrays cross from a GPU when
     they are read, each time: a callback that reads none of them costs no copy to the host.
     """
 
-    __slots__ = ("_device", "_model_input", "_predictions", "_result", "index", "step", "steps")
+    __slots__ = (
+        "_device",
+        "_model_input",
+        "_predictions",
+        "_result",
+        "index",
+        "step",
+        "steps",
+        "timestep",
+    )
 
     def __init__(
         self,
@@ -429,6 +439,7 @@ class StepTrace:
     ) -> None:
         """Of the sample's next step, before the sample advances."""
         self.index, self.step, self.steps = sample.index, sample.step, len(sample.schedule)
+        self.timestep = sample.scheduled.timestep
         self._device, self._model_input = device, sample.model_input
         self._predictions, self._result = predictions, result
 
@@ -458,3 +469,32 @@ class StepTrace:
 
 OnStep = Callable[[StepTrace], bool | None]
 """Called after each step of each sample; returning False cancels the run."""
+
+OnStepEnd = Callable[[Any, int, float, dict[str, Any]], Any]
+"""diffusers' `callback_on_step_end`: (pipe, step, timestep, {"latents": float32 [N,C,h,w]})."""
+
+
+def on_step_end(callback: OnStepEnd, pipe: object, samples: int) -> OnStep:
+    """`callback` as an `OnStep` of samples with equally many steps: called once per step of all.
+
+    It may return False to cancel. Its latents are for reading: others in what it returns are an
+    `InvalidRequest`.
+    """
+    traces: dict[int, dict[int, StepTrace]] = defaultdict(dict)
+
+    def on_step(trace: StepTrace) -> bool | None:
+        traces[trace.step][trace.index] = trace
+        if len(traces[trace.step]) < samples:
+            return None
+        done = traces.pop(trace.step)
+        latents = np.stack([done[index].latents for index in range(samples)])
+        latents.flags.writeable = False
+        answer = callback(pipe, trace.step, trace.timestep, {"latents": latents})
+        if isinstance(answer, Mapping) and answer.get("latents", latents) is not latents:
+            raise InvalidRequest(
+                "callback_on_step_end returned other latents, and they cannot be changed here.",
+                "Return nothing, or what it was given; False cancels.",
+            )
+        return False if answer is False else None
+
+    return on_step

@@ -1,8 +1,11 @@
 """`generate`: faces and prompts in, pictures out."""
 
 import json
-import re
-from collections.abc import Mapping
+import sys
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +22,19 @@ from fastface_trt.cli.common import (
     provider_option,
     timed_lines,
 )
-from fastface_trt.engines.files import storage_errors
-from fastface_trt.errors import InvalidRequest
+from fastface_trt.engines.engine import Progress
+from fastface_trt.errors import FastFaceError, InvalidRequest
+from fastface_trt.runtime.face import ChannelOrder
 from fastface_trt.runtime.images import contact_sheet, load_picture
 from fastface_trt.runtime.picture_file import (
-    FORMATS,
     QUALITY,
-    PictureFormat,
+    Destination,
     PictureWriter,
+    add_picture,
+    encode_picture,
     picture_format,
-    write_picture,
 )
+from fastface_trt.runtime.picture_names import FIELDS, name_fields
 from fastface_trt.runtime.pipeline import FastFace, GenerationResult
 from fastface_trt.runtime.request import parse_request
 from fastface_trt.runtime.sampling import StepTrace
@@ -54,6 +59,10 @@ OPTIONS = {
     "plan": "--plan",
 }
 """How the fields of a request are spelled here."""
+
+STANDARD_OUTPUT = Path("-")
+Job = tuple[str, str, str, int]
+"""Face, prompt, preset, and which of a seed's pictures."""
 
 
 @click.command()
@@ -137,14 +146,22 @@ OPTIONS = {
     type=click.IntRange(min=1),
     default=12,
     show_default=True,
-    help="Rows per UNet call; bounds memory.",
+    help="Rows per UNet call; bounds memory. So many pictures are made at a time, then written.",
 )
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
     default=Path("out"),
     show_default=True,
-    help="Folder, or for a single picture a file: .png, .jpg or .webp.",
+    help="Folder, in which no file is replaced; or for a single picture a file (.png, .jpg or "
+    ".webp), or - for standard output.",
+)
+@click.option(
+    "--name",
+    "template",
+    metavar="TEMPLATE",
+    help="Names of the files in the folder, such as '{face}-{seed}'; fields: "
+    f"{', '.join(FIELDS)} [all but steps].",
 )
 @click.option(
     "--format",
@@ -176,6 +193,7 @@ def generate(
     channel_order: str,
     max_rows: int,
     out: Path,
+    template: str | None,
     wanted: str | None,
     quality: int | None,
     grid: bool,
@@ -188,15 +206,21 @@ def generate(
     """Make pictures of the person in FACE as PROMPT says, for every face, prompt and preset."""
     screen = console()
     line = timed_lines(screen)
-    form = picture_format(out, wanted)
-    if quality is not None and form == "png":
+    if quality is not None and picture_format(out, wanted) == "png":
         raise InvalidRequest("A PNG has no --quality.", "Add --format jpeg or --format webp.")
-    made = len(faces) * len(prompts) * len(presets) * count
-    if out.suffix.lower() in FORMATS and (made > 1 or grid):
-        raise InvalidRequest(
-            f"--out {out} is one file, and {made + grid} pictures are asked for.",
-            "Give a folder.",
-        )
+    jobs = [
+        (face, prompt, preset, index)
+        for face in faces
+        for prompt in prompts
+        for preset in presets
+        for index in range(count)
+    ]
+    if out == STANDARD_OUTPUT:
+        _check_standard_output(len(jobs) + grid, as_json, template)
+        place = Destination.of("picture", count=1, format=wanted)
+    else:
+        place = Destination.of(out, count=len(jobs) + grid, format=wanted, template=template)
+        place.check()
     with (
         passing_phases(screen, line) as phase,
         FastFace.load(
@@ -210,13 +234,6 @@ def generate(
             progress=phase,
         ) as fastface,
     ):
-        jobs = [
-            (face, prompt, preset, index)
-            for face in faces
-            for prompt in prompts
-            for preset in presets
-            for index in range(count)
-        ]
         values = {
             name.replace("am_", "manipulation."): value
             for name, value in given.items()
@@ -236,110 +253,153 @@ def generate(
         for face, warning in said.items():  # now, with the file's name, and not after the pictures
             line(f"{face}: {warning}", "yellow")
 
+        order: ChannelOrder = "rgb" if channel_order == "rgb" else "bgr"
+        results: list[GenerationResult] = []
+        encoded = b""
+        # Few at a time, and as many as can share a UNet call: what is made is written soon.
+        groups = [slice(first, first + max_rows) for first in range(0, len(jobs), max_rows)]
+        group = groups[0]
+
         def on_step(trace: StepTrace) -> None:
-            if trace.index == len(jobs) - 1:
-                phase(f"step {trace.step + 1} of {trace.steps}")
+            last = min(group.stop, len(jobs))
+            if group.start + trace.index == last - 1:
+                some = f"pictures {group.start + 1} to {last} of {len(jobs)}, "
+                step = f"step {trace.step + 1} of {trace.steps}"
+                phase(some + step if len(groups) > 1 else step)
 
-        files = _paths(out, jobs, given["seed"], form)
-        with PictureWriter() as writer:
-
-            def on_picture(index: int, image: Image.Image, parameters: Mapping[str, Any]) -> None:
-                path = files[index]
-                with storage_errors(path.parent):
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                writer.write(
-                    path,
-                    np.asarray(image),
+        def on_picture(index: int, image: Image.Image, parameters: Mapping[str, Any]) -> None:
+            nonlocal encoded
+            pixels, mark = np.asarray(image), not no_ai_mark
+            if out == STANDARD_OUTPUT:
+                encoded = encode_picture(
+                    pixels,
                     parameters=parameters,
-                    ai_generated=not no_ai_mark,
+                    ai_generated=mark,
+                    format=place.format,
                     quality=quality,
                 )
-
-            result = fastface.generate(
-                requests,
-                [found[face] for face, *_ in jobs],
-                channel_order="rgb" if channel_order == "rgb" else "bgr",
-                max_rows=max_rows,
-                on_step=on_step,
-                on_picture=on_picture,
+                return
+            face, _, preset, _ = jobs[group.start + index]
+            fields = name_fields(
+                parameters,
+                face=Path(face).stem,
+                preset=preset,
+                hash=fastface.picture_hash(parameters, found[face], order),
             )
+            place.write(
+                writer, fields, pixels, parameters=parameters, ai_generated=mark, quality=quality
+            )
+
+        with _telling_what_is_left(len(jobs), out, line) as writer:
+            for group in groups:
+                result = fastface.generate(
+                    requests[group],
+                    [found[face] for face, *_ in jobs[group]],
+                    channel_order=order,
+                    max_rows=max_rows,
+                    on_step=on_step,
+                    on_picture=on_picture,
+                )
+                results.append(result if grid else replace(result, images=[]))
+        warnings = fastface.warnings(requests, list(found.values()))
+    files = writer.written
     if grid:
-        files.append(_write_grid(out, jobs, pictures, result, not no_ai_mark))
-    for warning in result.warnings:
+        sheet = _contact_sheet(jobs, pictures, [one for r in results for one in r.images])
+        made = [told for r in results for told in r.parameters]
+        files.append(
+            add_picture(
+                out / "grid.png",
+                np.asarray(sheet),
+                parameters={"pictures": made},
+                ai_generated=not no_ai_mark,
+            )
+        )
+    for warning in warnings:
         if warning in said.values():
             continue
         line(warning, "yellow")
-    _say(files, result, as_json, line)
+    _say(files, len(jobs), results, warnings, as_json, line)
+    if out == STANDARD_OUTPUT:
+        sys.stdout.buffer.write(encoded)
 
 
-def _say(files: list[Path], result: GenerationResult, as_json: bool, line: Any) -> None:
+def _check_standard_output(count: int, as_json: bool, template: str | None) -> None:
+    if count != 1:
+        raise InvalidRequest(
+            f"--out - takes one picture, and {count} are asked for.", "Give a folder."
+        )
+    if as_json or template is not None:
+        other = "--json" if as_json else "--name"
+        raise InvalidRequest(
+            f"--out - writes the picture to standard output, and {other} does not go with it.",
+            f"Leave out {other}, or give a file or a folder.",
+        )
+    if sys.stdout.isatty():
+        raise InvalidRequest(
+            "A picture is no text for a terminal.", "Redirect it: --out - > picture.png"
+        )
+
+
+@contextmanager
+def _telling_what_is_left(count: int, out: Path, line: Progress) -> Iterator[PictureWriter]:
+    """A writer; where the block is stopped or fails, one line says how much was written."""
+    writer = PictureWriter()
+    try:
+        with writer:
+            yield writer
+    except (KeyboardInterrupt, FastFaceError) as stop:
+        told = f"{len(writer.written)} of {count} pictures are in {out}"
+        if writer.written and isinstance(stop, KeyboardInterrupt):
+            raise KeyboardInterrupt(f"Stopped: {told}; nothing half-made was left.") from None
+        if writer.written:
+            line(f"{told}.")
+        raise
+
+
+def _say(
+    files: Sequence[Path],
+    count: int,
+    results: Sequence[GenerationResult],
+    warnings: list[str],
+    as_json: bool,
+    line: Progress,
+) -> None:
+    seconds: Counter[str] = Counter()
+    for result in results:
+        seconds.update(result.seconds)
+    samples = sum(result.unet_samples for result in results)
     if as_json:
         numbers = {
             "files": [str(f) for f in files],
-            "seconds": dict(result.seconds),
-            "unet_samples": result.unet_samples,
-            "branches": result.branches,
-            "warnings": result.warnings,
+            "seconds": dict(seconds),
+            "unet_samples": samples,
+            "branches": [branches for result in results for branches in result.branches],
+            "warnings": warnings,
         }
         click.echo(json.dumps(numbers, indent=2))
         return
-    stages = ", ".join(f"{name} {value:.2f} s" for name, value in result.seconds.items())
-    line(f"{len(result.images)} pictures, {result.unet_samples} UNet samples: {stages}")
+    stages = ", ".join(f"{name} {value:.2f} s" for name, value in seconds.items())
+    line(f"{count} pictures, {samples} UNet samples: {stages}")
     for file in files:
         click.echo(str(file))
 
 
-def _name(text: str, length: int = 40) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:length].rstrip("-") or "picture"
-
-
-def _paths(
-    out: Path, jobs: list[tuple[str, str, str, int]], seed: int, form: PictureFormat
-) -> list[Path]:
-    """Where each picture goes."""
-    if out.suffix.lower() in FORMATS:
-        return [out]
-    suffix = next(suffix for suffix, known in FORMATS.items() if known == form)
-    files: list[Path] = []
-    for face, prompt, preset, index in jobs:
-        stem = f"{_name(Path(face).stem)}_{_name(prompt)}_{preset}_{seed}"
-        path = out / f"{stem}{f'-{index}' if index else ''}{suffix}"
-        number = 2
-        while path in files:  # two prompts may shorten to one name
-            path = out / f"{stem}-{index}_{number}{suffix}"
-            number += 1
-        files.append(path)
-    return files
-
-
-def _write_grid(
-    out: Path,
-    jobs: list[tuple[str, str, str, int]],
-    pictures: Mapping[str, Any],
-    result: GenerationResult,
-    ai_generated: bool,
-) -> Path:
+def _contact_sheet(
+    jobs: Sequence[Job], pictures: Mapping[str, Any], images: Sequence[Image.Image]
+) -> Image.Image:
     per_face: dict[str, list[Image.Image]] = {}
     labels: list[str] = []
     presets = {preset for _, _, preset, _ in jobs}
-    for (face, prompt, preset, _), image in zip(jobs, result.images, strict=True):
+    for (face, prompt, preset, _), image in zip(jobs, images, strict=True):
         per_face.setdefault(face, []).append(image)
         if face == jobs[0][0]:
             labels.append(f"{prompt} [{preset}]" if len(presets) > 1 else prompt)
-    sheet = contact_sheet(
+    return contact_sheet(
         list(per_face.values()),
         column_labels=labels,
-        cell=max(160, min(512, result.images[0].width)),
+        cell=max(160, min(512, images[0].width)),
         first_column=[_square(pictures[face]) for face in per_face],
     )
-    path = out / "grid.png"
-    write_picture(
-        path,
-        np.asarray(sheet),
-        parameters={"pictures": list(result.parameters)},
-        ai_generated=ai_generated,
-    )
-    return path
 
 
 def _square(picture: np.ndarray[Any, Any]) -> Image.Image:

@@ -37,8 +37,8 @@ class _Group(click.Group):
             if error.hint:
                 click.echo(f"  {error.hint}", err=True)
             ctx.exit(USER_ERROR)
-        except (KeyboardInterrupt, click.Abort):
-            click.echo("Stopped; nothing half-made was left.", err=True)
+        except (KeyboardInterrupt, click.Abort) as stop:
+            click.echo(str(stop) or "Stopped; nothing half-made was left.", err=True)
             ctx.exit(INTERRUPTED)
 
 
