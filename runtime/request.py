@@ -295,7 +295,9 @@ def parse_call(
     (or of generators) has one per picture.
     """
     for name in fields:
-        _require_field(name, PARSED_FIELDS | ALIASES.keys() | {*known, "generator"})
+        _require_field(
+            name, PARSED_FIELDS | ALIASES.keys() | {*known, "generator", "num_images_per_prompt"}
+        )
     if face is None:
         raise InvalidRequest("A call has no face.", "Pass the picture of one as face.")
     if prompt is None:
