@@ -39,6 +39,8 @@ _RESERVED: Final = frozenset(
 
 def check_template(template: str) -> None:
     """Raise `InvalidRequest` or `UnknownName` unless every name can be made of this template."""
+    if not isinstance(template, str):
+        raise InvalidRequest(f"The name is {template!r:.60}.", "Write text such as {face}-{seed}.")
     if any(mark in template for mark in "/\\"):
         raise InvalidRequest(
             f"The name {template!r:.60} has a path separator.", "Choose the folder with --out."

@@ -20,7 +20,7 @@ from fastface_trt.engines.contract import MAX_WINDOWS, TEXT_POSITIONS
 from fastface_trt.engines.device import Device, HostDevice
 from fastface_trt.engines.engine import Closing, Progress
 from fastface_trt.engines.manifest import EngineManifest, ExportManifest
-from fastface_trt.errors import InvalidRequest, UnknownName
+from fastface_trt.errors import InvalidRequest
 from fastface_trt.runtime.conditioning import Recent
 from fastface_trt.runtime.export_folder import Export, ModuleSet
 from fastface_trt.runtime.face import ChannelOrder, Face, FaceAnalyzer
@@ -29,9 +29,10 @@ from fastface_trt.runtime.picture_file import Destination, PictureWriter
 from fastface_trt.runtime.picture_names import face_name, name_fields, picture_hash
 from fastface_trt.runtime.prompt_syntax import signs_in
 from fastface_trt.runtime.request import (
-    OUTPUT_TYPES,
     GenerationRequest,
     OutputType,
+    check_callable,
+    check_run,
     parse_call,
     request_for,
 )
@@ -234,6 +235,7 @@ class FastFace(Closing):
                 raise InvalidRequest(
                     "on_step and callback_on_step_end are both given.", "Give one of them."
                 )
+            check_callable("callback_on_step_end", callback_on_step_end)
             on_step = on_step_end(callback_on_step_end, self, len(requests))
         result = self.generate(
             requests,
@@ -276,12 +278,15 @@ class FastFace(Closing):
         latents. `timeline` is told the stages of this call: see `runtime.timeline`.
         """
         self._modules.require_open()
-        if output_type not in OUTPUT_TYPES:
-            raise UnknownName("output type", str(output_type), OUTPUT_TYPES)
-        if len({(r.height, r.width) for r in requests}) > 1 and output_type != "pil":
-            raise InvalidRequest(
-                "Pictures of several sizes are not one array.", "Leave output_type at pil."
-            )
+        check_run(
+            requests,
+            faces,
+            face_index=face_index,
+            channel_order=channel_order,
+            max_rows=max_rows,
+            output_type=output_type,
+            on_step=on_step,
+        )
         presets = [request.preset for request in requests]
         requests = [request.for_adapter(self.manifest.adapter_kind) for request in requests]
         for request in requests:

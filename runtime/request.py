@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
@@ -224,6 +224,7 @@ _ELSEWHERE: Mapping[str, str] = {
 }
 """What diffusers' arguments are here, where they have no field of the same meaning."""
 
+CHANNEL_ORDERS = ("bgr", "rgb")
 OutputType = Literal["pil", "np", "latent"]
 OUTPUT_TYPES: tuple[OutputType, ...] = ("pil", "np", "latent")
 
@@ -345,6 +346,47 @@ def parse_call(
         for index in range(num_images_per_prompt)
     ]
     return requests, [one for one in lists["faces"] for _ in range(num_images_per_prompt)]
+
+
+def check_run(
+    requests: Sequence[GenerationRequest],
+    faces: Sequence[object],
+    *,
+    face_index: object = None,
+    channel_order: object = "bgr",
+    max_rows: object = None,
+    output_type: object = "pil",
+    on_step: object = None,
+) -> None:
+    """Raise `InvalidRequest` or `UnknownName` for what `FastFace.generate` cannot do."""
+    if len(requests) != len(faces):
+        raise InvalidRequest(
+            f"{len(requests)} requests and {len(faces)} faces do not pair up.",
+            "Give each request its face.",
+        )
+    for kind, value, names in (
+        ("channel order", channel_order, CHANNEL_ORDERS),
+        ("output type", output_type, OUTPUT_TYPES),
+    ):
+        if value not in names:
+            raise UnknownName(kind, str(value), names)
+    for name, value, least in (("face_index", face_index, 0), ("max_rows", max_rows, 1)):
+        if value is not None and not (_is_whole(value) and value >= least):
+            raise InvalidRequest(
+                f"{name} is {value!r:.40}.", f"It must be a whole number from {least} on."
+            )
+    if on_step is not None:
+        check_callable("on_step", on_step)
+    if output_type != "pil" and len({(r.height, r.width) for r in requests}) > 1:
+        raise InvalidRequest(
+            "Pictures of several sizes are not one array.", "Leave output_type at pil."
+        )
+
+
+def check_callable(name: str, value: object) -> None:
+    """Raise `InvalidRequest` unless the argument `name` can be called."""
+    if not callable(value):
+        raise InvalidRequest(f"{name} is {value!r:.40}.", "Give a function.")
 
 
 def _listed(values: Any) -> list[Any]:
@@ -514,7 +556,7 @@ def _changed(base: AttentionManipulation, name: str, value: Any) -> AttentionMan
     return replace(base, **{part: after})
 
 
-def _is_whole(value: Any) -> bool:
+def _is_whole(value: Any) -> TypeGuard[int]:
     return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 

@@ -114,6 +114,11 @@ def test_a_generator_is_its_seed(asked, generator, seeds):
         ({"preset": 3}, "Unknown preset"),
         ({"output_type": "pt"}, "Unknown output type 'pt'"),
         ({"output_type": ["np"]}, "Unknown output type"),
+        ({"face_index": "1"}, "face_index is '1'"),
+        ({"max_rows": 0}, "max_rows is 0"),
+        ({"channel_order": "rbg"}, "Did you mean 'rgb'"),
+        ({"on_step": 3}, "on_step is 3"),
+        ({"callback_on_step_end": 3}, "callback_on_step_end is 3"),
         ({"on_step": print, "callback_on_step_end": print}, "both given"),
     ],
 )
@@ -121,6 +126,11 @@ def test_mistakes_are_one_sentence(fastface, given, says):
     with pytest.raises(FastFaceError, match=says) as caught:
         fastface(**({"prompt": PROMPT, "face": FACE} | given))
     assert len(str(caught.value)) < 500
+
+
+def test_requests_and_faces_have_to_pair_up(fastface):
+    with pytest.raises(InvalidRequest, match="2 requests and 1 faces"):
+        fastface.generate([fastface.request(PROMPT)] * 2, [FACE])
 
 
 def test_a_call_without_anything_is_a_sentence_too(fastface):
@@ -201,7 +211,7 @@ def test_a_saved_picture_has_its_parameters_and_mark(fastface, tmp_path, output_
     (other,) = result.save(tmp_path, name="{face}-{seed}", format="jpeg", ai_generated=False)
     assert other == tmp_path / "ada-4.jpg"
     assert b"trainedAlgorithmicMedia" not in other.read_bytes()
-    for wrong in ({"name": "{x}"}, {"format": "gif"}, {"quality": 50}):
+    for wrong in ({"name": "{x}"}, {"name": 3}, {"format": "gif"}, {"quality": 50}):
         with pytest.raises(FastFaceError):
             result.save(tmp_path / "none", **wrong)
 
