@@ -114,7 +114,7 @@ def face_name(source: object) -> str:
 
 def _clean(text: str) -> str:
     """A text as a part of a file's name; `picture` where nothing of it can stay."""
-    kept = "".join(c if _stays(c) else " " for c in unicodedata.normalize("NFC", text))
+    kept = "".join(c if _stays(c) else " " for c in text)
     short = "-".join(kept.split())[:_LONGEST_FIELD]
     return _cut(short, _LONGEST_FIELD_BYTES).strip(f"-{_JOINERS}") or "picture"
 

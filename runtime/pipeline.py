@@ -277,7 +277,6 @@ class FastFace(Closing):
         meanwhile. `output_type` says what `GenerationResult.images` are; nothing is decoded for
         latents. `timeline` is told the stages of this call: see `runtime.timeline`.
         """
-        self._modules.require_open()
         check_run(
             requests,
             faces,
