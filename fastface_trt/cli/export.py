@@ -8,7 +8,12 @@ import click
 from rich.text import Text
 
 from fastface_trt.cli.common import FILE, FOLDER, console, licence_option, timed_lines
-from fastface_trt.errors import InvalidRequest, LicenceNotAcknowledged, MissingDependency
+from fastface_trt.errors import (
+    InvalidRequest,
+    LicenceNotAcknowledged,
+    MissingDependency,
+    install_hint,
+)
 from fastface_trt.measure.memory import GB, peak_bytes
 
 
@@ -164,7 +169,7 @@ def export(
         from fastface_trt.export.sources import quiet_libraries
     except ImportError as error:
         raise MissingDependency(
-            f"Exporting needs {error.name}.", "Install it with: pip install 'fastface-trt[export]'."
+            f"Exporting needs {error.name}.", f"Install it with: {install_hint('export')}"
         ) from None
     quiet_libraries()
     entry = find_checkpoint(checkpoint)

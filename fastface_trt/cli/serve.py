@@ -19,7 +19,7 @@ from fastface_trt.cli.common import (
     provider_option,
     timed_lines,
 )
-from fastface_trt.errors import InvalidRequest, MissingDependency, StorageError
+from fastface_trt.errors import InvalidRequest, MissingDependency, StorageError, install_hint
 from fastface_trt.runtime.export_folder import Export
 from fastface_trt.serving.settings import ServerSettings, Settings, WorkerSettings
 
@@ -199,7 +199,7 @@ def _serve(
         from fastface_trt.serving.http.server import check_binding, listen, run_server
     except ModuleNotFoundError as error:
         raise MissingDependency(
-            f"Serving needs {error.name}.", "Run pip install 'fastface-trt[serve]'."
+            f"Serving needs {error.name}.", f"Run {install_hint('serve')}"
         ) from None
     from fastface_trt.serving.storage.distribution import with_obtained
     from fastface_trt.serving.workers.placement import place_workers

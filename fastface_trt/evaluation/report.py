@@ -22,7 +22,7 @@ from typing import Any, Final
 from PIL import Image, ImageDraw, ImageFont
 
 from fastface_trt.engines.files import storage_errors, write_text_durably
-from fastface_trt.errors import MissingDependency
+from fastface_trt.errors import MissingDependency, install_hint
 from fastface_trt.evaluation.attention import read_attention
 from fastface_trt.evaluation.axes import Axis, Group, group_along, value_text
 from fastface_trt.evaluation.figures import alpha_beta_group, choose_figures
@@ -130,7 +130,7 @@ def _template() -> Any:
         from jinja2 import Environment, StrictUndefined
     except ImportError as error:
         raise MissingDependency(
-            f"Reports need {error.name}.", "Install it with: pip install 'fastface-trt[evaluate]'."
+            f"Reports need {error.name}.", f"Install it with: {install_hint('evaluate')}"
         ) from None
     text = (files(__package__) / "templates" / _TEMPLATE).read_text(encoding="utf-8")
     # Prompts and names come from files of others: everything is escaped.

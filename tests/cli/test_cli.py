@@ -290,6 +290,20 @@ def test_doctor():
     works = {b["name"]: b["works"] for b in report["backends"]}
     assert works["onnxruntime"]
     assert all(b["works"] or b["hint"] for b in report["backends"])
+    assert report["face"]["works"]
+    assert "found the face of ada.png" in report["face"]["detail"]
+
+
+def test_doctor_fails_where_no_face_can_be_found(monkeypatch):
+    for name in [n for n in sys.modules if n.split(".")[0] == "insightface"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "insightface", None)
+    shown, report = run("doctor"), run("doctor", "--json")
+    assert (shown.exit_code, report.exit_code) == (1, 1)
+    face = json.loads(report.stdout)["face"]
+    assert not face["works"]
+    assert f"Faces: {face['detail']} {face['hint']}" in shown.stdout
+    assert "pip install" in face["hint"]
 
 
 def test_hints_keep_their_brackets_and_tables_in_a_pipe_their_columns():
