@@ -1,12 +1,14 @@
 """An export: which folder is meant, what its manifest says, and its modules opened as engines."""
 
 import os
+import re
+import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 
-from fastface_trt.checkpoints import find_checkpoint
+from fastface_trt.checkpoints import CHECKPOINTS, find_checkpoint
 from fastface_trt.engines.cache import EngineCache
 from fastface_trt.engines.device import Device
 from fastface_trt.engines.engine import Closing, Engine, EngineBuilder, Progress
@@ -40,6 +42,8 @@ class Export:
         export's own. Raises `ExportIncomplete`, `ManifestError`, `UnknownName`.
         """
         folder = find_export(export)
+        if not folder.exists():
+            raise _no_export(str(export))
         manifest = read_manifest(folder / EXPORT_MANIFEST, ExportManifest)
         if schedule_of is not None:
             manifest = with_schedule_of(manifest, schedule_of)
@@ -74,6 +78,22 @@ def find_export(export: str | os.PathLike[str]) -> Path:
     A folder of that name in the working directory is `./mini`, or a `Path`.
     """
     return folders.EXPORT if export == "mini" else Path(export)
+
+
+def _no_export(name: str) -> ExportIncomplete:
+    """The error for a folder that does not exist, with what its name may have meant."""
+    if "#" in name or "://" in name:
+        address = name if "#" in name else f"{name}#TAG"
+        what, hint = "a release", f"Obtain it first: fastface-trt obtain {shlex.quote(address)}"
+    elif name in CHECKPOINTS:
+        command = f"fastface-trt export --checkpoint {name} exports/{name}"
+        what, hint = "a checkpoint", f"Export it first: {command}"
+    elif re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
+        command = f"fastface-trt export --checkpoint hyper --base {name} exports/{Path(name).name}"
+        what, hint = "a repository of the hub", f"Export it first: {command}"
+    else:
+        return ExportIncomplete(f"There is no folder {name}.", "Check the path of the export.")
+    return ExportIncomplete(f"There is no folder {name}; it looks like {what}.", hint)
 
 
 def with_schedule_of(manifest: ExportManifest, checkpoint: str) -> ExportManifest:

@@ -216,10 +216,20 @@ def _serve(
     app = create_app(pool, settings, export.manifest, backend=worker_settings.backend)
     log_json(sys.stderr)
     with listen(settings) as listener, pool:
+        _say_address(listener.getsockname()[1], settings)
         status = run_server(app, pool, settings, listener)
     if pool.failure is not None:
         raise pool.failure
     return status
+
+
+def _say_address(port: int, settings: ServerSettings) -> None:
+    """What a person at a terminal can open: the page, or the API's documentation."""
+    screen = console()
+    if screen.is_terminal:
+        host = {"0.0.0.0": "127.0.0.1", "::": "[::1]", "::1": "[::1]"}.get(settings.host)
+        path, rest = ("/", "") if settings.ui else ("/docs", " (--ui has a page)")
+        screen.print(f"open http://{host or settings.host}:{port}{path}{rest}", soft_wrap=True)
 
 
 def _serve_on_ray(

@@ -12,6 +12,7 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
+from fastface_trt.checkpoints import CHECKPOINTS, FACEID_PLUS_V2, PULID, SDXL_BASE
 from fastface_trt.cli.common import timed_lines
 from fastface_trt.cli.main import USER_ERROR, cli
 from fastface_trt.measure.tables import text_console
@@ -378,3 +379,42 @@ def test_help_of_every_command():
         result = run(name, "--help")
         assert result.exit_code == 0
         assert "Options" in result.output
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("build", "--cache"),
+        ("evaluate", "presets", "--pairs", 1, "--out"),
+        ("publish", "mini"),
+        ("export-triton",),
+        ("demo", "--out"),
+        ("generate", "--face", folders.SAMPLE_FACES / "ada.png", "--prompt", "x", "--cache"),
+    ],
+)
+def test_a_folder_that_cannot_be_is_one_sentence(arguments):
+    result = run(*arguments, "/proc/nope")
+    assert isinstance(result.exception, SystemExit), result.exception
+    assert result.exit_code == USER_ERROR
+    assert "nope" in result.stderr
+    assert "cannot be written: No such file or directory." in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (("hyper",), {"h94/IP-Adapter-FaceID"}),
+        (("turbo",), {"h94/IP-Adapter-FaceID", "stabilityai/sdxl-turbo"}),
+        (("turbo", "--base", "other/base"), {"h94/IP-Adapter-FaceID"}),
+        (("lcm", "--adapter", "pulid"), {"guozinan/PuLID"}),
+    ],
+)
+def test_the_licence_sentence_names_the_weights_that_are_restricted(options, named, tmp_path):
+    result = run("export", "--checkpoint", *options, tmp_path / "out")
+    assert result.exit_code == USER_ERROR
+    said = result.stderr.partition("(")[2]
+    known = {
+        item.location for item in (SDXL_BASE, PULID, FACEID_PLUS_V2, CHECKPOINTS["turbo"].base)
+    }
+    assert {location for location in known | {"other/base"} if location in said} == named
+    assert "RAIL" not in said

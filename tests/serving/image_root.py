@@ -91,7 +91,7 @@ class Stage:
 
 
 def build(dockerfile, context, folder):
-    """The stages of a Dockerfile in order, built below `folder`, and its ENTRYPOINT with its CMD."""
+    """A Dockerfile's stages in order, built below `folder`, and its ENTRYPOINT with its CMD."""
     instructions = read_dockerfile(dockerfile)
     roots, stages, words = {}, {}, {}
     for number, (image, name) in enumerate(bases(instructions), start=1):
