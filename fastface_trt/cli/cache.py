@@ -90,7 +90,8 @@ def prune(
 ) -> None:
     """Remove engines that no longer serve: damaged ones, and those of other backend versions.
 
-    What is damaged is what `cache verify` says, which reads every file. --older-than and --all take more. Left-overs of stopped builds go too.
+    What is damaged is what `cache verify` says, which reads every file. --older-than and --all
+    take more. Left-overs of stopped builds go too.
     """
     store = EngineCache(cache)
     versions = {name: one.probe().version for name, one in BACKENDS.items()}

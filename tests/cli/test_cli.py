@@ -413,8 +413,7 @@ def test_the_licence_sentence_names_the_weights_that_are_restricted(options, nam
     result = run("export", "--checkpoint", *options, tmp_path / "out")
     assert result.exit_code == USER_ERROR
     said = result.stderr.partition("(")[2]
-    known = {
-        item.location for item in (SDXL_BASE, PULID, FACEID_PLUS_V2, CHECKPOINTS["turbo"].base)
-    }
-    assert {location for location in known | {"other/base"} if location in said} == named
+    items = (SDXL_BASE, PULID, FACEID_PLUS_V2, CHECKPOINTS["turbo"].base)
+    known = {"other/base", *(item.location for item in items)}
+    assert {location for location in known if location in said} == named
     assert "RAIL" not in said
