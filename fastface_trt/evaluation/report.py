@@ -36,12 +36,10 @@ from fastface_trt.evaluation.run_view import (
     read_view,
     verdict,
 )
+from fastface_trt.evaluation.tables import caution
 from fastface_trt.measure.statistics import Interval
 from fastface_trt.measure.style import DARK, LIGHT, encode
 from fastface_trt.runtime.images import contact_sheet
-
-FEW = 30
-"""Pairs below which percentile bootstrap intervals deserve a warning."""
 
 EXAMPLES = 4
 """Best and worst pictures to show."""
@@ -376,12 +374,7 @@ def findings(run: RunView) -> list[str]:
     sentences += _merged([_compared(run, judge) for judge in judges])
     sentences.append(_chance(len(judges) * len(run.compared)))
     fewest = min(len(run.results[setting.name]) for setting in run.compared)
-    if fewest < FEW:
-        sentences.append(
-            f"With as few as {fewest} pairs, bootstrap intervals come out too narrow, so take "
-            "these differences as hints."
-        )
-    return [*sentences, _cost(run)]
+    return [*sentences, *caution(fewest), _cost(run)]
 
 
 def _completeness(run: RunView) -> list[str]:
