@@ -161,6 +161,10 @@ def boxed_format(beginning: bytes) -> str | None:
     return next((kind for kind, known in _BRANDS.items() if brands.intersection(known)), None)
 
 
+OPENCV_PACKAGES = ("libgl1", "libglib2.0-0")
+"""Debian's, with what the wheel of OpenCV links to and does not bring."""
+
+
 def load_opencv() -> Any:
     """OpenCV's module; raises `MissingDependency` with the packages of a system that lacks some."""
     try:
@@ -169,8 +173,8 @@ def load_opencv() -> Any:
         library = ".so" in str(error)  # not the package, but what it links to
         raise MissingDependency(
             f"OpenCV cannot be imported: {error}.",
-            "Install the libraries that it lacks: apt-get install -y libgl1 libglib2.0-0 (Debian, "
-            "Ubuntu) or dnf install -y mesa-libGL glib2 (Fedora)."
+            f"Install the libraries that it lacks: apt-get install -y {' '.join(OPENCV_PACKAGES)} "
+            "(Debian, Ubuntu) or dnf install -y mesa-libGL glib2 (Fedora)."
             if library
             else "Install it with: pip install --force-reinstall opencv-python",
         ) from None

@@ -27,6 +27,8 @@ def minimal_root(image, folder):
     command = ["debootstrap", "--variant=minbase"]
     if image.startswith("python:"):
         command += ["--include=python3,python3-venv"]
+    elif release == "noble":
+        command += ["--components=main,universe"]
     run([*command, release, folder, mirror])
     if image.startswith("python:"):
         (folder / "usr/local/bin/python").symlink_to("/usr/bin/python3")
