@@ -82,18 +82,22 @@ def find_export(export: str | os.PathLike[str]) -> Path:
 
 def _no_export(name: str) -> ExportIncomplete:
     """The error for a folder that does not exist, with what its name may have meant."""
+    path = Path(name)
+    what, hint = "", "Check the path of the export."
     if "#" in name or "://" in name:
         address = name if "#" in name else f"{name}#TAG"
-        what, hint = "a release", f"Obtain it first: fastface-trt obtain {shlex.quote(address)}"
-    elif name in CHECKPOINTS:
-        command = f"fastface-trt export --checkpoint {name} exports/{name}"
-        what, hint = "a checkpoint", f"Export it first: {command}"
-    elif re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
-        command = f"fastface-trt export --checkpoint hyper --base {name} exports/{Path(name).name}"
-        what, hint = "a repository of the hub", f"Export it first: {command}"
-    else:
-        return ExportIncomplete(f"There is no folder {name}.", "Check the path of the export.")
-    return ExportIncomplete(f"There is no folder {name}; it looks like {what}.", hint)
+        what = "; it looks like a release"
+        hint = f"Obtain it first: fastface-trt obtain {shlex.quote(address)}"
+    elif path.name in CHECKPOINTS:
+        target = path if path.parent.name else Path("exports", name)
+        what = f"; {path.name} is a checkpoint"
+        hint = f"Export it first: fastface-trt export --checkpoint {path.name} {target}"
+    # With one slash: OWNER/NAME, unless the first is a folder here.
+    elif re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) and not path.parent.exists():
+        what = "; it looks like a repository of the hub"
+        command = f"fastface-trt export --checkpoint hyper --base {name} exports/{path.name}"
+        hint = f"Export it first: {command}"
+    return ExportIncomplete(f"There is no folder {name}{what}.", hint)
 
 
 def with_schedule_of(manifest: ExportManifest, checkpoint: str) -> ExportManifest:

@@ -43,13 +43,16 @@ def test_mini_is_the_built_in_model_whatever_lies_in_the_working_directory(tmp_p
         ),
         ("pub#production", "Obtain it first: fastface-trt obtain 'pub#production'"),
         ("s3://models/fastface", "Obtain it first: fastface-trt obtain 's3://models/fastface#TAG'"),
-        ("/nowhere/exports/hyper", "Check the path of the export."),
-        ("../hyper", "Check the path of the export."),
+        ("exports/lcm", "Export it first: fastface-trt export --checkpoint lcm exports/lcm"),
+        ("exports/mine", "Check the path of the export."),  # no owner of the hub: a folder here
+        ("/nowhere/mine", "Check the path of the export."),
+        ("../mine", "Check the path of the export."),
     ],
 )
 def test_what_is_no_folder_is_told_how_to_become_one(name, hint, tmp_path, monkeypatch):
     """Every command in a hint is one that the command line takes."""
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "exports").mkdir()
     with pytest.raises(ExportIncomplete, match="There is no folder") as caught:
         Export.open(name)
     assert caught.value.hint == hint
