@@ -82,7 +82,7 @@ class Stage:
             *sources, target = instruction.words
             origin = Path(context)
             if sources[0].startswith("--from="):
-                origin, sources = stages[sources.pop(0).removeprefix("--from=")].folder, sources
+                origin = stages[sources.pop(0).removeprefix("--from=")].folder
             for source in sources:
                 destination = self.path(target) / (Path(source).name if target == "./" else "")
                 destination.parent.mkdir(parents=True, exist_ok=True)
