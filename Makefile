@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # A CPU build of torch is enough for export and tests; the range for users is in pyproject.toml.
 TORCH ?= torch==2.13.0
 
-.PHONY: setup demo test test-long test-engines test-serving test-gpu \
+.PHONY: setup demo test test-long test-engines test-serving test-image test-first-hour test-gpu \
 	docs test-onnxruntime-versions test-onnxruntime-bounds bench bench-full-width sizing evaluate \
 	evaluate-quantized mini-export full-size full-size-engines operator-library clean
 
@@ -34,7 +34,7 @@ test: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/pytest --numprocesses $(TEST_PROCESSES) --dist loadfile \
-		-m "not long and not engines and not serving and not gpu"
+		-m "not long and not engines and not serving and not gpu and not image and not hour"
 
 # Tests that take minutes: kills at random moments, more shapes, more seeds.
 test-long: setup
@@ -57,6 +57,15 @@ test-onnxruntime-bounds: setup
 # Load, faults and fuzz against whole servers; the page in a headless Chromium, where there is one.
 test-serving: setup
 	$(BIN)/pytest -m serving
+
+# What the CPU's image holds, built in folders by debootstrap and chroot, without a container engine:
+# as root, where debootstrap and curl are, about two minutes. FASTFACE_TEST_IMAGES=gpu builds the other.
+test-image: setup
+	$(BIN)/pytest -m image
+
+# A newcomer's hour: the wheel in a new environment and an empty home, generate, inspect, serve, stop.
+test-first-hour: setup
+	$(BIN)/pytest -m hour
 
 # On a machine with a GPU: pictures, kernels, memory, serving and the full-size UNet, in at most eight
 # minutes and without a network; writes benchmarks/results/gpu-<machine>.json. Nothing is installed;

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from fastface_trt.engines.contract import FUNCTION_DOMAIN, FUNCTION_NAME, KERNEL_DOMAIN, KINDS
 from fastface_trt.engines.kernels.decoupled_attention import AttentionKernel, workspace_bytes
 from fastface_trt.engines.kernels.operator_library import library_in, place_library
-from fastface_trt.errors import BackendUnavailable, FastFaceError
+from fastface_trt.errors import BackendUnavailable, FastFaceError, install_hint
 from tests.export.reference import decoupled_attention as reference
 
 Array = NDArray[Any]
@@ -131,7 +131,7 @@ class Gpu:
             raise BackendUnavailable(
                 "This benchmark needs an NVIDIA GPU with its driver, and there is none here "
                 f"({str(error).splitlines()[0]}).",
-                "Run it on a machine with one, after pip install 'fastface-trt[kernels]'.",
+                f"Run it on a machine with one, after {install_hint('kernels')}",
             ) from None
 
     def upload(self, array: Array) -> "OnGpu":

@@ -40,6 +40,7 @@ _NOT_WRITABLE = {
     errno.ENOTDIR,
     errno.EEXIST,
     errno.ENAMETOOLONG,
+    errno.ENOENT,  # /proc and its like have no new files
 }
 _ABANDONED_AFTER_SECONDS = 24 * 3600
 """Where folders cannot be locked: unchanged for so long, a partial folder is nobody's."""

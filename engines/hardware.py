@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
+from fastface_trt.errors import install_hint
+
 _CPUINFO = Path("/proc/cpuinfo")
 _TENSOR_FLAG = re.compile(r"(avx|amx|fma|f16c|asimd|bf16|i8mm|sve|sme)\w*")
 """Flags that ONNX Runtime's kernels and layouts depend on; others come with kernel versions."""
@@ -121,7 +123,7 @@ def why_no_gpu() -> tuple[str, str]:
     except (ImportError, OSError) as error:
         return (
             f"cuda-python, which finds the GPU, cannot be imported ({error})",
-            "pip install 'fastface-trt[gpu]' (it brings cuda-python).",
+            f"{install_hint('gpu')} (it brings cuda-python).",
         )
     if not cuda_driver():
         return (

@@ -8,7 +8,7 @@ same UNet in PyTorch.
 
 from importlib.util import find_spec
 
-from fastface_trt.errors import MissingDependency
+from fastface_trt.errors import MissingDependency, install_hint
 
 
 class TorchMissing(MissingDependency, ImportError):
@@ -16,8 +16,6 @@ class TorchMissing(MissingDependency, ImportError):
 
 
 if find_spec("torch") is None:
-    missing = TorchMissing(
-        "Exporting needs torch.", "Install it with: pip install 'fastface-trt[export]'."
-    )
+    missing = TorchMissing("Exporting needs torch.", f"Install it with: {install_hint('export')}")
     missing.name = "torch"
     raise missing

@@ -4,9 +4,38 @@ The command line prints `message` and `hint` and exits with 2; a server maps `co
 Library code raises these for everything a user can cause, and lets programming errors through.
 """
 
+import importlib.metadata
+import re
+import shlex
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from difflib import get_close_matches
+from pathlib import Path
+
+_SOURCES = Path(__file__).resolve().parent.parent
+
+
+def install_hint(*extras: str) -> str:
+    """The command that installs extras of this package, wherever the package came from.
+
+    From a clone, installed or not, it installs the clone. Elsewhere there may be neither the wheel
+    nor an index that has it, so the command names what the extras ask for.
+    """
+    project = _SOURCES / "pyproject.toml"
+    if project.is_file() and 'name = "fastface-trt"' in project.read_text("utf-8"):
+        return "pip install -e " + shlex.quote(f"{_SOURCES}[{','.join(extras)}]")
+    wanted = [text for extra in extras for text in _requirements(extra)]
+    return f"pip install {' '.join(map(shlex.quote, dict.fromkeys(wanted)))}"
+
+
+def _requirements(extra: str) -> Iterator[str]:
+    """What an extra of the installed package asks for, as pip takes it."""
+    with suppress(importlib.metadata.PackageNotFoundError):
+        for text in importlib.metadata.requires("fastface-trt") or ():
+            requirement, _, marker = text.partition(";")
+            rest, of_extra = re.subn(rf"""(\band\b)?\s*extra == ['"]{extra}['"]""", "", marker)
+            if of_extra:
+                yield "; ".join(filter(None, (requirement.strip(), rest.strip())))
 
 
 class FastFaceError(Exception):

@@ -2,12 +2,14 @@
 
 import hashlib
 import os
+import re
+import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 
-from fastface_trt.checkpoints import find_checkpoint
+from fastface_trt.checkpoints import CHECKPOINTS, find_checkpoint
 from fastface_trt.engines.cache import EngineCache
 from fastface_trt.engines.device import Device
 from fastface_trt.engines.engine import Closing, Engine, EngineBuilder, Progress
@@ -41,6 +43,8 @@ class Export:
         export's own. Raises `ExportIncomplete`, `ManifestError`, `UnknownName`.
         """
         folder = find_export(export)
+        if not folder.exists():
+            raise _no_export(str(export))
         manifest = read_manifest(folder / EXPORT_MANIFEST, ExportManifest)
         if schedule_of is not None:
             manifest = with_schedule_of(manifest, schedule_of)
@@ -75,6 +79,26 @@ def find_export(export: str | os.PathLike[str]) -> Path:
     A folder of that name in the working directory is `./mini`, or a `Path`.
     """
     return folders.EXPORT if export == "mini" else Path(export)
+
+
+def _no_export(name: str) -> ExportIncomplete:
+    """The error for a folder that does not exist, with what its name may have meant."""
+    path = Path(name)
+    what, hint = "", "Check the path of the export."
+    if "#" in name or "://" in name:
+        address = name if "#" in name else f"{name}#TAG"
+        what = "; it looks like a release"
+        hint = f"Obtain it first: fastface-trt obtain {shlex.quote(address)}"
+    elif path.name in CHECKPOINTS:
+        target = path if path.parent.name else Path("exports", name)
+        what = f"; {path.name} is a checkpoint"
+        hint = f"Export it first: fastface-trt export --checkpoint {path.name} {target}"
+    # With one slash: OWNER/NAME, unless the first is a folder here.
+    elif re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) and not path.parent.exists():
+        what = "; it looks like a repository of the hub"
+        command = f"fastface-trt export --checkpoint hyper --base {name} exports/{path.name}"
+        hint = f"Export it first: {command}"
+    return ExportIncomplete(f"There is no folder {name}{what}.", hint)
 
 
 def with_schedule_of(manifest: ExportManifest, checkpoint: str) -> ExportManifest:

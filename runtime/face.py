@@ -40,6 +40,7 @@ from fastface_trt.errors import (
     WeightsError,
 )
 from fastface_trt.runtime.export_folder import Export
+from fastface_trt.runtime.images import load_opencv
 from fastface_trt.runtime.timeline import NO_TIMELINE, Timeline
 
 DETECTOR_SIZES = (640, 576, 512, 448, 384, 320)
@@ -144,7 +145,8 @@ class FaceAnalyzer:
         elif not licence_acknowledged and os.environ.get(ACCEPT_VARIABLE) != "1":
             raise LicenceNotAcknowledged(
                 f"InsightFace's model pack {model} is for non-commercial research only.",
-                f"If that is your use, acknowledge it with {ACCEPT_VARIABLE}=1 in the environment.",
+                f"If that is your use, say so with --accept-licence, {ACCEPT_VARIABLE}=1 in the "
+                "environment, or licence_acknowledged=True.",
             )
         else:
             self._model = model
@@ -285,13 +287,14 @@ class FaceAnalyzer:
 
 
 def _open_models(model: str, providers: Sequence[str]) -> Any:
+    load_opencv()  # which InsightFace imports
     try:
         import onnxruntime
         from insightface.app import FaceAnalysis
     except ImportError as error:
         raise MissingDependency(
             f"InsightFace cannot be imported: {error}.",
-            "Install insightface; OpenCV may also need the system libraries libgl1 and libglib2.0.",
+            "Install it with: pip install --force-reinstall insightface",
         ) from error
     _check_providers(providers, onnxruntime.get_available_providers(), "This machine")
     if "CUDAExecutionProvider" in providers:  # this may be the process's first session on a GPU
@@ -442,8 +445,7 @@ def align_portrait(bgr: NDArray[np.uint8], points: NDArray[np.float32]) -> NDArr
     A similarity transform that the median of the points' errors is least for. Raises
     `EngineFailed` when the points make no face.
     """
-    import cv2
-
+    cv2 = load_opencv()
     matrix, _ = cv2.estimateAffinePartial2D(points, _POINTS, method=cv2.LMEDS)
     if matrix is None:
         raise EngineFailed(

@@ -12,7 +12,7 @@ import re
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +26,7 @@ from PIL import (
     features,
 )
 
-from fastface_trt.errors import BadPicture
+from fastface_trt.errors import BadPicture, MissingDependency, install_hint
 
 PictureSource = str | os.PathLike[str] | bytes | BinaryIO | Image.Image | NDArray[np.uint8]
 
@@ -166,6 +166,26 @@ def boxed_format(beginning: bytes) -> str | None:
     return next((kind for kind, known in _BRANDS.items() if brands.intersection(known)), None)
 
 
+OPENCV_PACKAGES = ("libgl1", "libglib2.0-0")
+"""Debian's, with what the wheel of OpenCV links to and does not bring."""
+
+
+def load_opencv() -> Any:
+    """OpenCV's module; raises `MissingDependency` with the packages of a system that lacks some."""
+    try:
+        import cv2
+    except ImportError as error:
+        library = ".so" in str(error)  # not the package, but what it links to
+        raise MissingDependency(
+            f"OpenCV cannot be imported: {error}.",
+            f"Install the libraries that it lacks: apt-get install -y {' '.join(OPENCV_PACKAGES)} "
+            "(Debian, Ubuntu) or dnf install -y mesa-libGL glib2 (Fedora)."
+            if library
+            else "Install it with: pip install --force-reinstall opencv-python",
+        ) from None
+    return cv2
+
+
 def _open_reader(name: str, boxed: str) -> None:
     """Make PIL read HEIC or AVIF; raises `BadPicture` where it cannot."""
     if boxed == "AVIF" and not features.check("avif"):
@@ -180,7 +200,7 @@ def _open_reader(name: str, boxed: str) -> None:
         except ImportError:
             raise BadPicture(
                 f"{name} is a HEIC file, which is read only with pillow-heif.",
-                "Run pip install 'fastface-trt[heif]', or save the picture as JPEG.",
+                f"Run {install_hint('heif')}, or save the picture as JPEG.",
             ) from None
         register_heif_opener(thumbnails=False)
 

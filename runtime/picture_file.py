@@ -40,6 +40,7 @@ from PIL.PngImagePlugin import PngInfo
 from fastface_trt import __version__
 from fastface_trt.engines.files import write_durably
 from fastface_trt.errors import BadPicture, InvalidRequest, StorageError
+from fastface_trt.runtime.images import load_opencv
 from fastface_trt.runtime.picture_names import check_template, counted, picture_name
 
 PictureFormat = Literal["png", "jpeg", "webp"]
@@ -398,8 +399,7 @@ _HEADER_BYTES: Final = 33
 
 def _png(picture: NDArray[np.uint8], plain: str, readable: str, ai_generated: bool) -> bytes:
     """A PNG file as OpenCV writes it, with our text behind its header."""
-    import cv2
-
+    cv2 = load_opencv()
     info = PngInfo()
     info.add_itxt(PARAMETERS_KEY, plain)
     info.add_text("parameters", readable)

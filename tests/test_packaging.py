@@ -1,6 +1,7 @@
 """A clone is the package; so is what is built from it, with every module once."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,8 @@ from pathlib import Path
 from zipfile import ZipFile
 
 import pytest
+
+from fastface_trt import __version__
 
 ROOT = Path(__file__).parent.parent
 LARGE = 200_000  # bytes: weights, which take longer to compress than all else
@@ -108,6 +111,18 @@ def test_a_wheel_holds_what_the_folders_hold_and_each_once(clone, wheel):
     assert {
         name for name in set(expected(clone)) ^ set(inside) if not name.endswith(".md")
     } == set()
+
+
+def test_one_version_is_in_the_wheel_the_citation_the_changelog_and_kubernetes(wheel):
+    """It stands in `fastface_trt/__init__.py`; a release writes the others after it."""
+    said = {"wheel": wheel.name.split("-")[1]}
+    for name, pattern in {
+        "CITATION.cff": r"^version: (\S+)$",
+        "CHANGELOG.md": r"^## (\d\S*)",  # the newest first
+        "fastface_trt/serving/deploy/kubernetes.yaml": r"image: \S+:gpu-(\S+)$",
+    }.items():
+        said[name] = re.search(pattern, (ROOT / name).read_text("utf-8"), re.MULTILINE)[1]
+    assert set(said.values()) == {__version__}, said
 
 
 def test_the_wheel_of_an_sdist_is_the_same(clone, wheel, build, tmp_path):

@@ -9,7 +9,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Final
 
-from fastface_trt.errors import BackendUnavailable, EngineFailed, FastFaceError, OutOfMemory
+from fastface_trt.errors import (
+    BackendUnavailable,
+    EngineFailed,
+    FastFaceError,
+    OutOfMemory,
+    install_hint,
+)
 
 Handle = Any
 """A stream, event, graph, pool or context of the binding."""
@@ -46,7 +52,7 @@ class Driver:
         except (ImportError, OSError) as error:
             raise BackendUnavailable(
                 f"The CUDA bindings cannot be imported: {error}.",
-                "pip install 'fastface-trt[gpu]' (it brings cuda-python).",
+                f"{install_hint('gpu')} (it brings cuda-python).",
             ) from None
         try:
             self._call("cuInit", 0)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from importlib import resources
 from typing import Any, Final, Literal
 
-from fastface_trt.errors import BuildFailed, InvalidRequest, MissingDependency
+from fastface_trt.errors import BuildFailed, InvalidRequest, MissingDependency, install_hint
 
 ARCHITECTURES: Final = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 """Ampere (A100, RTX 30), Ada, Hopper, Blackwell (B200, RTX 50): what tests compile and we ship."""
@@ -140,6 +140,6 @@ def _bindings() -> Any:
     except Exception as error:  # ImportError, or whatever the loader throws
         raise MissingDependency(
             f"The CUDA run-time compiler cannot be loaded: {str(error).splitlines()[0]}",
-            "pip install 'fastface-trt[kernels]'.",
+            install_hint("kernels"),
         ) from None
     return nvrtc

@@ -28,7 +28,7 @@ from fastface_trt.engines.kernels.compile import (
     check_head_size,
     compile_kernels,
 )
-from fastface_trt.errors import InvalidRequest, MissingDependency
+from fastface_trt.errors import InvalidRequest, MissingDependency, install_hint
 
 TOKENS: Final = 4
 """Image tokens that the kernels are written for: one 16-byte vector of the map per position."""
@@ -142,7 +142,7 @@ class AttentionKernel:
         except ImportError as error:
             raise MissingDependency(
                 f"The attention kernel cannot be launched: {error}.",
-                "pip install 'fastface-trt[kernels]'.",
+                install_hint("kernels"),
             ) from None
         code = core.ObjectCode.from_cubin(self._image)
         return core, code.get_kernel(STATISTICS_KERNEL), code.get_kernel(OUTPUT_KERNEL)

@@ -35,7 +35,7 @@ from fastface_trt.engines.hardware import (
 )
 from fastface_trt.engines.manifest import ModuleSpec
 from fastface_trt.engines.ort.options import ProviderOptions
-from fastface_trt.errors import BackendUnavailable
+from fastface_trt.errors import BackendUnavailable, install_hint
 
 Provider = Literal["cpu", "cuda", "tensorrt", "nv-tensorrt-rtx"]
 
@@ -188,7 +188,7 @@ def lacks_provider(provider: Provider, available: Sequence[str]) -> BackendUnava
     try:
         gpu = importlib.metadata.version("onnxruntime-gpu")
     except importlib.metadata.PackageNotFoundError:
-        return BackendUnavailable(f"{lacks}.", f"pip install 'fastface-trt[gpu]' && {REINSTALL}")
+        return BackendUnavailable(f"{lacks}.", f"{install_hint('gpu')} && {REINSTALL}")
     return BackendUnavailable(
         f"{lacks}: onnxruntime-gpu {gpu} is installed, but onnxruntime lies over it.", REINSTALL
     )

@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from fastface_trt.engines.hardware import FROM_TURING, RTX, Capabilities, refused_gpu
-from fastface_trt.errors import BackendUnavailable, InvalidRequest, UnknownName
+from fastface_trt.errors import BackendUnavailable, InvalidRequest, UnknownName, install_hint
 
 FlavourName = Literal["tensorrt", "tensorrt-rtx"]
 
@@ -96,7 +96,7 @@ class Flavour:
     @property
     def _hint(self) -> str:
         package = "tensorrt-cu13" if self.name == "tensorrt" else "tensorrt-rtx-cu13"
-        return f"pip install 'fastface-trt[{self.name}]' (it brings {package})."
+        return f"{install_hint(self.name)} (it brings {package})."
 
 
 FLAVOURS: Mapping[str, Flavour] = MappingProxyType(

@@ -26,7 +26,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from fastface_trt.errors import MissingDependency, WeightsError
+from fastface_trt.errors import MissingDependency, WeightsError, install_hint
 from fastface_trt.export.precision import QUANTIZED_FORMATS, Model, QuantizedFormat
 
 SMOOTHING_EXPONENT = 0.8
@@ -237,6 +237,6 @@ def _modelopt() -> Any:
     except ImportError as error:
         raise MissingDependency(
             f"Quantising needs NVIDIA ModelOpt, and {error.name or error} is missing.",
-            "Install it with: pip install 'fastface-trt[quantize]'.",
+            f"Install it with: {install_hint('quantize')}",
         ) from None
     return quantization

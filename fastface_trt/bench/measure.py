@@ -28,7 +28,7 @@ from fastface_trt.bench.report import (
     Work,
 )
 from fastface_trt.engines.engine import Progress
-from fastface_trt.errors import MissingDependency
+from fastface_trt.errors import MissingDependency, install_hint
 from fastface_trt.measure.statistics import Ratio
 from fastface_trt.runtime.face import Face
 from fastface_trt.runtime.guidance import BRANCH_PLANS
@@ -346,7 +346,7 @@ def nvtx_ranges() -> Ranges:
         import nvtx
     except ImportError:
         raise MissingDependency(
-            "NVTX ranges need the package nvtx.", "pip install 'fastface-trt[bench]'."
+            "NVTX ranges need the package nvtx.", install_hint("bench")
         ) from None
     return lambda label: nvtx.annotate(label, domain="fastface-trt")
 

@@ -40,7 +40,7 @@ from fastface_trt.engines.manifest import (
     Strict,
 )
 from fastface_trt.engines.ort.threads import usable_cores
-from fastface_trt.errors import InvalidRequest, MissingDependency
+from fastface_trt.errors import InvalidRequest, MissingDependency, install_hint
 from fastface_trt.mini import folders
 from fastface_trt.runtime.export_folder import with_schedule_of
 from fastface_trt.runtime.tokenizer import PAD_TOKENS, write_byte_tokenizer
@@ -148,8 +148,7 @@ def _export(
         raise MissingDependency(
             f"Random weights in {precision} have to be exported, which needs {error.name}; those "
             f"in {DRAWN} need nothing.",
-            f"Leave out --precision for {DRAWN}, or install it with: "
-            "pip install 'fastface-trt[export]'.",
+            f"Leave out --precision for {DRAWN}, or install it with: {install_hint('export')}",
         ) from None
     quiet_libraries()
     progress(f"Random weights in {precision} are exported with torch; those in {DRAWN} are drawn")

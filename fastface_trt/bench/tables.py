@@ -90,6 +90,8 @@ def tables(report: BenchReport, shown: tuple[str, ...] = _SUMMARY) -> list[Table
                     str(plan.unet_samples),
                 )
                 for plan in report.branch_plans
+                if plan.plan == report.work.plan
+                and plan.preset in {case.preset for case in report.cases}
             ),
             words=3,
         )

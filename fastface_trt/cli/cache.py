@@ -90,7 +90,8 @@ def prune(
 ) -> None:
     """Remove engines that no longer serve: damaged ones, and those of other backend versions.
 
-    --older-than and --all take more. Left-overs of stopped builds go too.
+    What is damaged is what `cache verify` says, which reads every file. --older-than and --all
+    take more. Left-overs of stopped builds go too.
     """
     store = EngineCache(cache)
     versions = {name: one.probe().version for name, one in BACKENDS.items()}
@@ -98,7 +99,7 @@ def prune(
     for entry in store.entries():
         if backend is not None and (entry.manifest is None or entry.manifest.backend != backend):
             continue
-        reason = _reason(entry, versions, older_than, everything)
+        reason = _reason(entry, versions, older_than, everything) or _damage(store, entry)
         if reason is None:
             continue
         freed += entry.bytes if dry_run else store.remove(entry.key)
@@ -128,6 +129,15 @@ def tactics(cache: Path | None, as_json: bool) -> None:
         click.echo(f"{file} holds no measurements; build with --editable-timing-cache first.")
     else:
         click.echo("\n".join(f"{key}={tactic}  {ms:.4f} ms" for key, tactic, ms in found))
+
+
+def _damage(store: EngineCache, entry: CacheEntry) -> str | None:
+    """What is wrong with the files of an engine; None where nothing is."""
+    try:
+        store.verify(entry.key)
+    except FastFaceError as error:
+        return error.message
+    return None
 
 
 def _reason(

@@ -9,6 +9,7 @@ from PIL import Image
 
 from fastface_trt.cli.common import FOLDER, backend_options, console, passing_phases, timed_lines
 from fastface_trt.engines.engine import Progress
+from fastface_trt.engines.files import storage_errors
 from fastface_trt.mini.folders import SAMPLE_FACES
 from fastface_trt.runtime.face import Face
 from fastface_trt.runtime.images import contact_sheet, load_picture
@@ -82,7 +83,8 @@ def _sheet(
     result = fastface.generate(requests, [face for face in faces for _ in columns], max_rows=12)
     rows = [result.images[at : at + len(columns)] for at in range(0, len(requests), len(columns))]
     sheet = contact_sheet(rows, column_labels=labels, cell=CELL, first_column=people)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with storage_errors(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
     write_picture(path, np.asarray(sheet), parameters={"pictures": list(result.parameters)})
     stages = ", ".join(f"{name} {value:.2f} s" for name, value in result.seconds.items())
     line(f"{len(requests)} pictures, {result.unet_samples} UNet samples: {stages}")

@@ -22,9 +22,12 @@ from fastface_trt.engines.files import storage_errors, write_text_durably
 from fastface_trt.engines.hardware import cuda_driver, cuda_hardware, why_no_gpu
 from fastface_trt.engines.kernels.operator_library import library_status
 from fastface_trt.engines.ort.session import libraries_status
-from fastface_trt.errors import BackendUnavailable, ExportIncomplete, UnknownName
+from fastface_trt.errors import BackendUnavailable, ExportIncomplete, FastFaceError, UnknownName
 from fastface_trt.measure.tables import text_console
+from fastface_trt.mini.folders import SAMPLE_FACES
 from fastface_trt.runtime.export_folder import Export
+from fastface_trt.runtime.face import FaceAnalyzer
+from fastface_trt.runtime.images import load_picture
 from fastface_trt.verify.self_test import (
     REFERENCE,
     Check,
@@ -93,8 +96,9 @@ def doctor(
 ) -> None:
     """Say what is installed, which backends work here, and how to make the others work.
 
-    With --gpu it is a self-test: every GPU backend that works here builds the small model, makes
-    pictures and is compared with ONNX Runtime on the CPU; exits with 1 when a check fails.
+    It also looks for the face of a sample picture. With --gpu it is a self-test: every GPU backend
+    that works here builds the small model, makes pictures and is compared with ONNX Runtime on the
+    CPU. Exits with 1 when a check fails.
     """
     if export:
         _probes(export)
@@ -105,6 +109,7 @@ def doctor(
         line = timed_lines(console())
         _self_test(SelfTest(names, EngineCache(cache), full_size, recording, line), file, as_json)
         return
+    face, face_hint = _sample_face()
     if as_json:
         report = {
             "fastface_trt": __version__,
@@ -114,11 +119,17 @@ def doctor(
             "extras": _extras(),
             "backends": [asdict(status) for status in backends],
             "facts": _facts(),
+            "face": {"works": not face_hint, "detail": face, "hint": face_hint},
             "cache": str(EngineCache().root),
         }
         click.echo(json.dumps(report, indent=2))
-        return
-    out = text_console()
+    else:
+        _print_report(text_console(), backends, " ".join(filter(None, (face, face_hint))))
+    if face_hint:
+        raise click.exceptions.Exit(1)
+
+
+def _print_report(out: Console, backends: list[BackendStatus], face: str) -> None:
     out.print(
         f"FastFace-TRT {__version__}, Python {platform.python_version()}, {platform.platform()}"
     )
@@ -133,7 +144,18 @@ def doctor(
     out.print(table)
     for name, fact in _facts().items():
         out.print(f"{name}: {fact}", soft_wrap=True)
+    out.print(f"Faces: {face}", soft_wrap=True)
     out.print(f"Engine cache: {EngineCache().root}", soft_wrap=True)
+
+
+def _sample_face() -> tuple[str, str]:
+    """What came of looking for the face of a sample picture, and the hint where that failed."""
+    sample = SAMPLE_FACES / "ada.png"
+    try:
+        face = FaceAnalyzer.of_export(Export.open()).analyze(load_picture(sample))
+    except FastFaceError as error:
+        return error.message, error.hint
+    return f"found the face of {sample.name} (score {face.score:.2f})", ""
 
 
 def _probes(folder: Path) -> None:

@@ -8,7 +8,12 @@ import click
 from rich.text import Text
 
 from fastface_trt.cli.common import FILE, FOLDER, console, licence_option, timed_lines
-from fastface_trt.errors import InvalidRequest, LicenceNotAcknowledged, MissingDependency
+from fastface_trt.errors import (
+    InvalidRequest,
+    LicenceNotAcknowledged,
+    MissingDependency,
+    install_hint,
+)
 from fastface_trt.measure.memory import GB, peak_bytes
 
 
@@ -164,7 +169,7 @@ def export(
         from fastface_trt.export.sources import quiet_libraries
     except ImportError as error:
         raise MissingDependency(
-            f"Exporting needs {error.name}.", "Install it with: pip install 'fastface-trt[export]'."
+            f"Exporting needs {error.name}.", f"Install it with: {install_hint('export')}"
         ) from None
     quiet_libraries()
     entry = find_checkpoint(checkpoint)
@@ -177,12 +182,13 @@ def export(
     options["faceid_lora_scale"] = options.pop("lora_scale")
     # A file of one's own says no licence: it is asked for as the published one is.
     adapter = next((a for a in ADAPTERS.values() if a == options["adapter"]), entry.adapter)
-    restricted = "non-commercial" in adapter.licence + entry.base.licence
+    base = options["base"] or entry.base
+    restricted = [item for item in (adapter, base) if "non-commercial" in item.licence]
     if restricted and not options["random_weights"] and not accept_licence:
         raise LicenceNotAcknowledged(
-            f"Checkpoint {checkpoint} uses weights for non-commercial research "
-            f"({adapter.location}: {adapter.licence}; "
-            f"{entry.base.location}: {entry.base.licence}).",
+            f"Checkpoint {checkpoint} uses weights with restricted licences ("
+            + "; ".join(f"{item.location}: {item.licence}" for item in restricted)
+            + ").",
             "Read their licences, then add --accept-licence.",
         )
     if options["precision"] not in QUANTIZED_FORMATS and not options["quantize_vae"]:

@@ -19,7 +19,7 @@ from fastface_trt.cli.common import (
     provider_option,
     timed_lines,
 )
-from fastface_trt.errors import InvalidRequest, MissingDependency, StorageError
+from fastface_trt.errors import InvalidRequest, MissingDependency, StorageError, install_hint
 from fastface_trt.runtime.export_folder import Export
 from fastface_trt.serving.settings import ServerSettings, Settings, WorkerSettings
 
@@ -199,7 +199,7 @@ def _serve(
         from fastface_trt.serving.http.server import check_binding, listen, run_server
     except ModuleNotFoundError as error:
         raise MissingDependency(
-            f"Serving needs {error.name}.", "Run pip install 'fastface-trt[serve]'."
+            f"Serving needs {error.name}.", f"Run {install_hint('serve')}"
         ) from None
     from fastface_trt.serving.storage.distribution import with_obtained
     from fastface_trt.serving.workers.placement import place_workers
@@ -216,10 +216,20 @@ def _serve(
     app = create_app(pool, settings, export.manifest, backend=worker_settings.backend)
     log_json(sys.stderr)
     with listen(settings) as listener, pool:
+        _say_address(listener.getsockname()[1], settings)
         status = run_server(app, pool, settings, listener)
     if pool.failure is not None:
         raise pool.failure
     return status
+
+
+def _say_address(port: int, settings: ServerSettings) -> None:
+    """What a person at a terminal can open: the page, or the API's documentation."""
+    screen = console()
+    if screen.is_terminal:
+        host = {"0.0.0.0": "127.0.0.1", "::": "[::1]", "::1": "[::1]"}.get(settings.host)
+        path, rest = ("/", "") if settings.ui else ("/docs", " (--ui has a page)")
+        screen.print(f"open http://{host or settings.host}:{port}{path}{rest}", soft_wrap=True)
 
 
 def _serve_on_ray(

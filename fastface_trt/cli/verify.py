@@ -12,7 +12,7 @@ from rich.text import Text
 from fastface_trt.cli.common import FOLDER, console, timed_lines
 from fastface_trt.engines.cache import EngineCache
 from fastface_trt.engines.engine import Progress
-from fastface_trt.errors import MissingDependency
+from fastface_trt.errors import MissingDependency, install_hint
 from fastface_trt.measure.tables import text_console
 from fastface_trt.runtime.export_folder import Export
 from fastface_trt.verify.inputs import module_inputs
@@ -133,7 +133,7 @@ def _lint(
         from fastface_trt.verify.lint import lint
     except ImportError as error:
         raise MissingDependency(
-            f"Linting needs {error.name}.", "Install it with: pip install 'fastface-trt[export]'."
+            f"Linting needs {error.name}.", f"Install it with: {install_hint('export')}"
         ) from None
     report: dict[str, Any] = {"export": str(export.folder), "lint": {}}
     failed = False

@@ -36,6 +36,7 @@ from fastface_trt.errors import (
     InvalidRequest,
     MissingDependency,
     UnknownName,
+    install_hint,
 )
 from fastface_trt.measure.style import (
     LIGHT,
@@ -314,7 +315,7 @@ def open_unet(export: Export) -> MarkableModule:
     except ImportError as error:
         raise MissingDependency(
             f"Attention maps need {error.name}.",
-            "Install it with: pip install 'fastface-trt[export]'.",
+            f"Install it with: {install_hint('export')}",
         ) from None
     module = export.manifest.modules["unet"]
     verify_files(export.folder, module.files)

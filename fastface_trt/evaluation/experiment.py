@@ -36,7 +36,13 @@ from pydantic import Field, ValidationError
 
 from fastface_trt.engines.contract import PARTS
 from fastface_trt.engines.manifest import Strict, first_problem
-from fastface_trt.errors import FastFaceError, InvalidRequest, MissingDependency, UnknownName
+from fastface_trt.errors import (
+    FastFaceError,
+    InvalidRequest,
+    MissingDependency,
+    UnknownName,
+    install_hint,
+)
 from fastface_trt.runtime.manipulation import (
     AttentionManipulation,
     PartManipulation,
@@ -336,7 +342,7 @@ def _toml() -> Any:
     except ImportError:
         raise MissingDependency(
             "Experiments need the package tomli on Python 3.10.",
-            "Install it with: pip install 'fastface-trt[evaluate]'.",
+            f"Install it with: {install_hint('evaluate')}",
         ) from None
     return tomli
 

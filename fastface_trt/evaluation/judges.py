@@ -31,7 +31,13 @@ from PIL import Image
 
 from fastface_trt.checkpoints import HubItem
 from fastface_trt.engines.manifest import Strict
-from fastface_trt.errors import MissingDependency, NoFaceFound, UnknownName, WeightsError
+from fastface_trt.errors import (
+    MissingDependency,
+    NoFaceFound,
+    UnknownName,
+    WeightsError,
+    install_hint,
+)
 from fastface_trt.evaluation.data import Dataset, Pair
 from fastface_trt.runtime.face import Face, FaceAnalyzer, clip_pixels
 from fastface_trt.runtime.images import MIN_SIDE
@@ -244,7 +250,7 @@ class ClipView:
         except ImportError as error:
             raise MissingDependency(
                 f"The CLIP judges need {error.name}.",
-                "Install it with: pip install 'fastface-trt[export,evaluate]', or leave out clip, "
+                f"Install it with: {install_hint('export', 'evaluate')}, or leave out clip, "
                 "fcs and ae with --judges.",
             ) from None
         folder = locate(self._item, "CLIP judge", patterns=_FILES).path

@@ -22,7 +22,7 @@ from typing import Any, Final
 from PIL import Image, ImageDraw, ImageFont
 
 from fastface_trt.engines.files import storage_errors, write_text_durably
-from fastface_trt.errors import MissingDependency
+from fastface_trt.errors import MissingDependency, install_hint
 from fastface_trt.evaluation.attention import read_attention
 from fastface_trt.evaluation.axes import Axis, Group, group_along, value_text
 from fastface_trt.evaluation.figures import alpha_beta_group, choose_figures
@@ -36,12 +36,10 @@ from fastface_trt.evaluation.run_view import (
     read_view,
     verdict,
 )
+from fastface_trt.evaluation.tables import caution
 from fastface_trt.measure.statistics import Interval
 from fastface_trt.measure.style import DARK, LIGHT, encode
 from fastface_trt.runtime.images import contact_sheet
-
-FEW = 30
-"""Pairs below which percentile bootstrap intervals deserve a warning."""
 
 EXAMPLES = 4
 """Best and worst pictures to show."""
@@ -130,7 +128,7 @@ def _template() -> Any:
         from jinja2 import Environment, StrictUndefined
     except ImportError as error:
         raise MissingDependency(
-            f"Reports need {error.name}.", "Install it with: pip install 'fastface-trt[evaluate]'."
+            f"Reports need {error.name}.", f"Install it with: {install_hint('evaluate')}"
         ) from None
     text = (files(__package__) / "templates" / _TEMPLATE).read_text(encoding="utf-8")
     # Prompts and names come from files of others: everything is escaped.
@@ -376,12 +374,7 @@ def findings(run: RunView) -> list[str]:
     sentences += _merged([_compared(run, judge) for judge in judges])
     sentences.append(_chance(len(judges) * len(run.compared)))
     fewest = min(len(run.results[setting.name]) for setting in run.compared)
-    if fewest < FEW:
-        sentences.append(
-            f"With as few as {fewest} pairs, bootstrap intervals come out too narrow, so take "
-            "these differences as hints."
-        )
-    return [*sentences, _cost(run)]
+    return [*sentences, *caution(fewest), _cost(run)]
 
 
 def _completeness(run: RunView) -> list[str]:

@@ -28,7 +28,13 @@ from fastface_trt.engines.manifest import (
     EXPORT_MANIFEST,
     ExportManifest,
 )
-from fastface_trt.errors import FastFaceError, InvalidRequest, MissingDependency, NoFaceFound
+from fastface_trt.errors import (
+    FastFaceError,
+    InvalidRequest,
+    MissingDependency,
+    NoFaceFound,
+    install_hint,
+)
 from fastface_trt.evaluation.data import SEED, Dataset, Pair
 from fastface_trt.evaluation.experiment import Experiment, Setting, Source
 from fastface_trt.evaluation.judges import Column, Judge, Sample, faceless
@@ -357,7 +363,7 @@ def _export(
     except ImportError as error:
         raise MissingDependency(
             f"Another LoRA scale is another export, which needs {error.name}.",
-            "Install it with: pip install 'fastface-trt[export]'.",
+            f"Install it with: {install_hint('export')}",
         ) from None
     if manifest.random_weights or manifest.quantization is not None:
         raise InvalidRequest(

@@ -14,7 +14,12 @@ from fastface_trt.evaluation.results import (
     read_results,
     read_run,
 )
-from fastface_trt.measure.statistics import Interval, paired_difference
+from fastface_trt.measure.statistics import (
+    FEW_PAIRS,
+    FEWEST_PAIRS,
+    Interval,
+    paired_difference,
+)
 from fastface_trt.measure.tables import Table, markdown_rows
 
 TABLES, SUMMARY = "tables.md", "summary.json"
@@ -102,11 +107,28 @@ def tables(record: RunRecord, summary: dict[str, Any]) -> str:
             "Differences from the baseline, pair by pair; **bold** where the interval does not "
             "hold 0:",
             "",
+            *(line for sentence in caution(done) for line in (sentence, "")),
             *_table(record, summary, "difference"),
             "",
         ]
     lines += [f"- {column.label}: {column.what}." for column in record.judges]
     return "\n".join(lines) + "\n"
+
+
+def caution(pairs: int) -> list[str]:
+    """What is to be said of differences over so few pairs; nothing of enough."""
+    if pairs < FEWEST_PAIRS:
+        chance = min(1.0, 2 / 2**pairs)
+        return [
+            f"So few pairs ({pairs}) say nothing about differences: all have one sign by chance in "
+            f"{100 * chance:.3g} % of runs. Take --pairs {FEW_PAIRS} or more."
+        ]
+    if pairs < FEW_PAIRS:
+        return [
+            f"With as few as {pairs} pairs, bootstrap intervals come out too narrow, so take "
+            "these differences as hints."
+        ]
+    return []
 
 
 def _table(record: RunRecord, summary: dict[str, Any], what: str) -> list[str]:

@@ -117,6 +117,13 @@ def drift(samples: Samples) -> tuple[float, float, float]:
     return float(np.median(second) / np.median(first)), *ratio_interval(first, second)
 
 
+FEWEST_PAIRS = 6
+"""Of fewer, all have one sign by chance in more than 5 % of runs without any difference (2/2⁵), and
+a bootstrap interval then excludes 0."""
+FEW_PAIRS = 30
+"""Of fewer, percentile bootstrap intervals come out too narrow."""
+
+
 @dataclass(frozen=True)
 class Interval:
     """A mean with its 95 % bootstrap interval over pairs, and the number of pairs."""
@@ -136,8 +143,8 @@ class Interval:
 
     @property
     def excludes_zero(self) -> bool:
-        """Whether a difference is one: 0 lies outside the interval, and it is of several pairs."""
-        return self.n > 1 and (self.low > 0 or self.high < 0)
+        """Whether a difference is one: 0 lies outside the interval, of `FEWEST_PAIRS` or more."""
+        return self.n >= FEWEST_PAIRS and (self.low > 0 or self.high < 0)
 
     def text(self, scale: float = 1.0, digits: int = 3, sign: str = "-") -> str:
         """`mean (low to high)`; `sign` as in format specifications."""

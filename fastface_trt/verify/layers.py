@@ -22,7 +22,7 @@ from fastface_trt.engines.cache import EngineCache
 from fastface_trt.engines.engine import EngineBuilder, Progress
 from fastface_trt.engines.files import storage_errors
 from fastface_trt.engines.manifest import Dimension, ExportManifest
-from fastface_trt.errors import MissingDependency
+from fastface_trt.errors import MissingDependency, install_hint
 from fastface_trt.verify.difference import Difference, compare
 from fastface_trt.verify.inputs import module_inputs
 from fastface_trt.verify.modules import ModuleVerdict, run_backend, run_reference
@@ -291,6 +291,6 @@ def _markable_module() -> "type[MarkableModule]":
     except ImportError as error:
         raise MissingDependency(
             f"verify --layers needs {error.name}.",
-            "Install it with: pip install 'fastface-trt[export]'.",
+            f"Install it with: {install_hint('export')}",
         ) from None
     return MarkableModule

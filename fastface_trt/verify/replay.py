@@ -26,7 +26,7 @@ from fastface_trt.engines.files import sha256_file, storage_errors
 from fastface_trt.engines.manifest import ModuleSpec
 from fastface_trt.engines.tensorrt.flavour import FLAVOURS
 from fastface_trt.engines.tensorrt.options import TensorRTOptions
-from fastface_trt.errors import MissingDependency, UnknownName, WeightsError
+from fastface_trt.errors import MissingDependency, UnknownName, WeightsError, install_hint
 from fastface_trt.runtime.guidance import FACE, TEXT, TEXT_AND_FACE, UNCONDITIONAL, VARIANTS
 from fastface_trt.runtime.manipulation import AttentionManipulation
 from fastface_trt.runtime.request import GenerationRequest
@@ -246,7 +246,7 @@ class _UNetProvider:
         except ImportError as error:
             raise MissingDependency(
                 f"Replay exports the model first and needs {error.name}.",
-                "Install it with: pip install 'fastface-trt[export]'.",
+                f"Install it with: {install_hint('export')}",
             ) from None
         self._model, self._cache, self._progress = model, cache, progress
         # Fail on an unknown backend before minutes of export.

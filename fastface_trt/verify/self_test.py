@@ -24,7 +24,7 @@ from fastface_trt.engines.backends import make_builder, probe_backends
 from fastface_trt.engines.cache import EngineCache
 from fastface_trt.engines.engine import Engine, Progress
 from fastface_trt.engines.hardware import cpu_hardware, cuda_driver, cuda_hardware
-from fastface_trt.errors import FastFaceError, MissingDependency
+from fastface_trt.errors import FastFaceError, MissingDependency, install_hint
 from fastface_trt.mini.folders import SAMPLE_FACES
 from fastface_trt.runtime.export_folder import Export
 from fastface_trt.runtime.pipeline import FastFace
@@ -217,5 +217,5 @@ def require_export_extra(recording: Path | None) -> None:
     if recording is not None and importlib.util.find_spec("torch") is None:
         raise MissingDependency(
             "Replaying recorded cases exports their model first and needs torch.",
-            "Install it with: pip install 'fastface-trt[export]', or leave out --recording.",
+            f"Install it with: {install_hint('export')}, or leave out --recording.",
         )

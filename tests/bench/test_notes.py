@@ -9,9 +9,10 @@ import pytest
 
 from fastface_trt.bench.report import Distribution
 from fastface_trt.bench.run import notes
+from fastface_trt.bench.tables import markdown
 from fastface_trt.measure import machine as gpu
 from tests.bench.reports import gpu as gpu_state
-from tests.bench.reports import make_case, make_environment, state
+from tests.bench.reports import make_case, make_environment, make_report, state
 
 
 def case(samples):
@@ -51,6 +52,16 @@ def test_company_and_throttling_are_said():
 
 def test_few_samples_are_said():
     assert "as few as 20 samples" in said(STEADY[:20])
+
+
+def test_unet_samples_are_told_of_what_was_measured():
+    report = make_report(("plain", "dcg"))
+    measured = report.model_copy(
+        update={"cases": tuple(case for case in report.cases if case.preset == "dcg")}
+    )
+    _, _, table = markdown(measured, ()).partition("## UNet samples per step")
+    rows = [line.split("|") for line in table.partition("##")[0].splitlines() if "+ti" in line]
+    assert [(row[1].strip(), row[2].strip()) for row in rows] == [("dcg", report.work.plan)]
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from PIL import Image
 
 from fastface_trt.bench.report import BenchReport, schema, schema_text
 from fastface_trt.cli.main import USER_ERROR, cli
+from fastface_trt.errors import install_hint
 
 SCHEMA = Path(__file__).parents[2] / "benchmarks" / "bench.schema.json"
 FEW = ("--runs", 2, "--warm-up", 0, "--requests", "1,2", "--cold-starts", 1)
@@ -223,12 +224,12 @@ def test_without_nvtx_or_the_export_extra_it_says_what_to_install(tmp_path, monk
     without(monkeypatch, "nvtx", "torch", "diffusers")
     result = run("--nvtx", "--out", tmp_path / "out")
     assert result.exit_code == USER_ERROR
-    assert "fastface-trt[bench]" in result.stderr
+    assert install_hint("bench") in result.stderr
     monkeypatch.setitem(__import__("sys").modules, "fastface_trt.export.exporter", None)
     fp8 = ("--random-weights", "--precision", "fp8")
     result = run(*fp8, "--out", tmp_path / "out", "--cache", tmp_path / "cache")
     assert result.exit_code == USER_ERROR
-    assert "fastface-trt[export]" in result.stderr
+    assert install_hint("export") in result.stderr
     assert "fp16 need nothing" in result.stderr
 
 

@@ -77,6 +77,20 @@ def test_prune_removes_other_versions_and_damaged_manifests(store):
     assert not (store.root / "quarantine").exists()
 
 
+def test_prune_removes_what_verify_calls_damaged_and_nothing_else(store):
+    damaged, old = entry(store, "chunks", "1"), entry(store, "onnxruntime", "1.0")
+    whole = {e.key for e in store.entries()} - {damaged.key, old.key}
+    with open(damaged.folder / "part1", "r+b") as file:
+        file.write(b"x")
+    dry = run("cache", "prune", "--cache", store.root, "--backend", "chunks", "--dry-run")
+    assert f"{damaged.key[:12]}  affine: " in dry.output
+    assert "part1 is changed" in dry.output
+    assert damaged.folder.is_dir()
+    assert run("cache", "prune", "--cache", store.root).exit_code == 0
+    assert {e.key for e in store.entries()} == whole
+    assert run("cache", "verify", "--cache", store.root).exit_code == 0
+
+
 def test_prune_by_age_and_all(store):
     lately = entry(store, "chunks", "1")
     weeks_ago = time.time() - 30 * 24 * 3600

@@ -12,6 +12,7 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
+from fastface_trt.checkpoints import CHECKPOINTS, FACEID_PLUS_V2, PULID, SDXL_BASE
 from fastface_trt.cli.common import timed_lines
 from fastface_trt.cli.main import USER_ERROR, cli
 from fastface_trt.measure.tables import text_console
@@ -290,6 +291,20 @@ def test_doctor():
     works = {b["name"]: b["works"] for b in report["backends"]}
     assert works["onnxruntime"]
     assert all(b["works"] or b["hint"] for b in report["backends"])
+    assert report["face"]["works"]
+    assert "found the face of ada.png" in report["face"]["detail"]
+
+
+def test_doctor_fails_where_no_face_can_be_found(monkeypatch):
+    for name in [n for n in sys.modules if n.split(".")[0] == "insightface"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "insightface", None)
+    shown, report = run("doctor"), run("doctor", "--json")
+    assert (shown.exit_code, report.exit_code) == (1, 1)
+    face = json.loads(report.stdout)["face"]
+    assert not face["works"]
+    assert f"Faces: {face['detail']} {face['hint']}" in shown.stdout
+    assert "pip install" in face["hint"]
 
 
 def test_hints_keep_their_brackets_and_tables_in_a_pipe_their_columns():
@@ -364,3 +379,41 @@ def test_help_of_every_command():
         result = run(name, "--help")
         assert result.exit_code == 0
         assert "Options" in result.output
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("build", "--cache"),
+        ("evaluate", "presets", "--pairs", 1, "--out"),
+        ("publish", "mini"),
+        ("export-triton",),
+        ("demo", "--out"),
+        ("generate", "--face", folders.SAMPLE_FACES / "ada.png", "--prompt", "x", "--cache"),
+    ],
+)
+def test_a_folder_that_cannot_be_is_one_sentence(arguments):
+    result = run(*arguments, "/proc/nope")
+    assert isinstance(result.exception, SystemExit), result.exception
+    assert result.exit_code == USER_ERROR
+    assert "nope" in result.stderr
+    assert "cannot be written: No such file or directory." in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (("hyper",), {"h94/IP-Adapter-FaceID"}),
+        (("turbo",), {"h94/IP-Adapter-FaceID", "stabilityai/sdxl-turbo"}),
+        (("turbo", "--base", "other/base"), {"h94/IP-Adapter-FaceID"}),
+        (("lcm", "--adapter", "pulid"), {"guozinan/PuLID"}),
+    ],
+)
+def test_the_licence_sentence_names_the_weights_that_are_restricted(options, named, tmp_path):
+    result = run("export", "--checkpoint", *options, tmp_path / "out")
+    assert result.exit_code == USER_ERROR
+    said = result.stderr.partition("(")[2]
+    items = (SDXL_BASE, PULID, FACEID_PLUS_V2, CHECKPOINTS["turbo"].base)
+    known = {"other/base", *(item.location for item in items)}
+    assert {location for location in known if location in said} == named
+    assert "RAIL" not in said

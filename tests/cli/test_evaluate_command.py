@@ -55,7 +55,7 @@ def test_list_shows_the_experiments():
         (("presets", "--judges", "idd"), "Unknown judge 'idd'"),
         (("presets", "--pairs", 9, "--all-pairs"), "exclude each other"),
         (("presets", "--clip", "x"), "has judges of its own"),
-        (("presets", "--pairs", 2, "--export", "nowhere"), "nowhere has no manifest.json"),
+        (("presets", "--pairs", 2, "--export", "nowhere"), "There is no folder nowhere"),
         (("tables", "nowhere"), "nowhere holds no run"),
     ],
 )

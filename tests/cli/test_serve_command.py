@@ -14,8 +14,10 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from PIL import Image
+from rich.console import Console
 
 from fastface_trt import FastFace
+from fastface_trt.cli import serve as serve_command
 from fastface_trt.cli.main import cli
 from fastface_trt.cli.serve import KEYS_VARIABLE, api_keys, serve
 from fastface_trt.errors import InvalidRequest, StorageError
@@ -128,6 +130,24 @@ def _use(client):
     metrics = client.get("/metrics").text
     assert 'fastface_tasks_total{outcome="picture"} 3.0' in metrics
     return [np.asarray(Image.open(io.BytesIO(base64.b64decode(one["b64_json"])))) for one in plain]
+
+
+@pytest.mark.parametrize(
+    ("host", "ui", "said"),
+    [
+        ("127.0.0.1", True, "open http://127.0.0.1:8123/\n"),
+        ("0.0.0.0", True, "open http://127.0.0.1:8123/\n"),
+        ("::", True, "open http://[::1]:8123/\n"),
+        ("localhost", False, "open http://localhost:8123/docs (--ui has a page)\n"),
+    ],
+)
+def test_on_a_terminal_it_says_what_to_open_and_in_a_log_it_does_not(host, ui, said, monkeypatch):
+    for terminal in (True, False):
+        out = io.StringIO()
+        screen = Console(file=out, force_terminal=terminal, color_system=None, highlight=False)
+        monkeypatch.setattr(serve_command, "console", lambda screen=screen: screen)
+        serve_command._say_address(8123, ServerSettings(host=host, ui=ui))
+        assert out.getvalue() == (said if terminal else "")
 
 
 def test_every_setting_has_an_option():

@@ -11,7 +11,7 @@ import pytest
 from fastface_trt.engines import backends
 from fastface_trt.engines.backends import builder_for, probe_backends
 from fastface_trt.engines.ort import session as onnxruntime_session
-from fastface_trt.errors import UnknownName
+from fastface_trt.errors import UnknownName, install_hint
 
 ADA = {"gpu": "NVIDIA RTX 4090", "compute_capability": "8.9"}
 HOPPER = {"gpu": "NVIDIA H100", "compute_capability": "9.0"}
@@ -116,7 +116,7 @@ def test_the_gpu_build_under_the_cpus_is_put_on_top_by_one_command(monkeypatch):
     monkeypatch.setattr(onnxruntime, "get_available_providers", only_cpu)
     command = "pip install --force-reinstall --no-deps onnxruntime-gpu"
     absent = status("onnxruntime-cuda")
-    assert absent.hint == f"pip install 'fastface-trt[gpu]' && {command}"
+    assert absent.hint == f"{install_hint('gpu')} && {command}"
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "1.31.1")
     covered = status("onnxruntime-cuda")
     assert "onnxruntime-gpu 1.31.1 is installed, but onnxruntime lies over it" in covered.detail

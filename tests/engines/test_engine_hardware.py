@@ -3,6 +3,7 @@
 import pytest
 
 from fastface_trt.engines import hardware
+from fastface_trt.errors import install_hint
 
 X86 = "processor\t: 0\nflags\t\t: fpu sse2 avx avx2 fma avx512f amx_tile hypervisor\nflags\t\t: x\n"
 ARM = "processor\t: 0\nFeatures\t: fp asimd evtstrm asimddp sve\n"
@@ -34,7 +35,7 @@ def test_cuda_without_cuda_python_is_unknown(monkeypatch):
     }
     why, hint = hardware.why_no_gpu()
     assert "cuda-python" in why
-    assert "fastface-trt[gpu]" in hint
+    assert install_hint("gpu") in hint
 
 
 @pytest.mark.parametrize(

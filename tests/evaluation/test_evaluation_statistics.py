@@ -2,8 +2,9 @@
 
 import numpy as np
 import pytest
-from scipy.stats import bootstrap
+from scipy.stats import binomtest, bootstrap
 
+from fastface_trt.evaluation.tables import caution
 from fastface_trt.measure.statistics import Interval, paired_difference
 
 
@@ -31,6 +32,16 @@ def test_differences_are_taken_pair_by_pair_where_both_are_known():
     baseline = {0: 1.0, 1: 100.0, 2: None, 3: 7.0}
     found = paired_difference({0: 1.5, 1: 100.5, 2: 3.0, 4: 9.0}, baseline)
     assert (found.mean, found.low, found.high, found.n) == (0.5, 0.5, 0.5, 2)
-    assert found.excludes_zero
     assert paired_difference({5: 1.0}, baseline) is None
     assert not paired_difference({0: 2.0, 3: 6.0}, baseline).excludes_zero
+
+
+@pytest.mark.parametrize("pairs", range(1, 13))
+def test_a_difference_is_named_only_where_a_sign_test_could_show_one(pairs):
+    """All pairs of one sign: scipy's exact test says how often that is chance."""
+    found = Interval.of([0.1 + 0.01 * pair for pair in range(pairs)])
+    chance = binomtest(pairs, pairs, 0.5).pvalue
+    assert found.excludes_zero == (chance < 0.05)
+    said = " ".join(caution(pairs))
+    assert ("say nothing" in said) == (chance >= 0.05)
+    assert (f"{100 * chance:.3g} % of runs" in said) == (chance >= 0.05)

@@ -14,7 +14,7 @@ from onnx.reference import ReferenceEvaluator
 from fastface_trt.engines import contract
 from fastface_trt.engines.manifest import EXPORT_MANIFEST, ExportManifest, read_manifest
 from fastface_trt.engines.onnx.file import MODULE_KEY
-from fastface_trt.errors import InvalidRequest, MissingDependency, WeightsError
+from fastface_trt.errors import InvalidRequest, MissingDependency, WeightsError, install_hint
 from fastface_trt.export.adapters import attach_adapter, read_adapter
 from fastface_trt.export.exporter import run_export
 from fastface_trt.export.modules import unet_export, vae_decoder_export
@@ -472,7 +472,7 @@ def test_missing_modelopt_is_said_before_anything_is_written(tiny_entry, tmp_pat
     options = ExportOptions(tiny_entry, precision="fp8", calibration=RandomCalibration())
     with pytest.raises(MissingDependency, match="modelopt") as caught:
         run_export(options, tmp_path / "out", quiet)
-    assert "fastface-trt[quantize]" in caught.value.hint
+    assert install_hint("quantize") in caught.value.hint
     assert list(tmp_path.iterdir()) == []
 
 

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from fastface_trt.errors import install_hint
 from fastface_trt.measure import memory
 
 
@@ -33,5 +34,5 @@ def test_export_without_torch_says_so_in_one_sentence(module):
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == (
         "fastface_trt.export.TorchMissing: Exporting needs torch. "
-        "Install it with: pip install 'fastface-trt[export]'."
+        f"Install it with: {install_hint('export')}"
     )

@@ -1,5 +1,6 @@
 """Which export is meant, what it says of itself, and what opening its engines costs a picture."""
 
+import shlex
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 from PIL import Image
 
 from fastface_trt import FastFace
+from fastface_trt.cli.main import cli
 from fastface_trt.engines.ort.builder import OnnxRuntimeBuilder
 from fastface_trt.errors import ExportIncomplete, NoFaceFound, UnknownName
 from fastface_trt.mini import folders
@@ -24,9 +26,39 @@ def test_mini_is_the_built_in_model_whatever_lies_in_the_working_directory(tmp_p
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mini").mkdir()
     assert Export.open("mini").folder == folders.EXPORT
+    (tmp_path / "mini" / "notes.txt").touch()
     for other in ("./mini", Path("mini")):
         with pytest.raises(ExportIncomplete, match="mini has no manifest"):
             Export.open(other)
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("hyper", "Export it first: fastface-trt export --checkpoint hyper exports/hyper"),
+        (
+            "RunDiffusion/Juggernaut-XL-v9",
+            "Export it first: fastface-trt export --checkpoint hyper --base "
+            "RunDiffusion/Juggernaut-XL-v9 exports/Juggernaut-XL-v9",
+        ),
+        ("pub#production", "Obtain it first: fastface-trt obtain 'pub#production'"),
+        ("s3://models/fastface", "Obtain it first: fastface-trt obtain 's3://models/fastface#TAG'"),
+        ("exports/lcm", "Export it first: fastface-trt export --checkpoint lcm exports/lcm"),
+        ("exports/mine", "Check the path of the export."),  # no owner of the hub: a folder here
+        ("/nowhere/mine", "Check the path of the export."),
+        ("../mine", "Check the path of the export."),
+    ],
+)
+def test_what_is_no_folder_is_told_how_to_become_one(name, hint, tmp_path, monkeypatch):
+    """Every command in a hint is one that the command line takes."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "exports").mkdir()
+    with pytest.raises(ExportIncomplete, match="There is no folder") as caught:
+        Export.open(name)
+    assert caught.value.hint == hint
+    if "fastface-trt" in hint:
+        _, command, *rest = shlex.split(hint.partition(": ")[2])
+        cli.commands[command].make_context(command, rest)
 
 
 def test_an_export_answers_for_its_folder_and_manifest(tmp_path):

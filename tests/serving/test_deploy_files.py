@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from fastface_trt.cli.main import cli
+from fastface_trt.runtime.images import OPENCV_PACKAGES
 from fastface_trt.serving.http import server
 from fastface_trt.serving.http.app import about_router
 from tests.serving.dockerfile_reader import bases, read_dockerfile
@@ -67,6 +68,16 @@ def test_what_is_copied_exists_and_reaches_the_builder(dockerfile, instructions)
     assert copied == kept
     for source in copied:
         assert (ROOT / source).exists(), source
+
+
+def test_the_last_stage_has_what_opencv_links_to(instructions):
+    """As packages; `make test-image` shows that they are enough, and that each is needed."""
+    names = {name: number for number, (_, name) in enumerate(bases(instructions), start=1) if name}
+    stages = [max(one.stage for one in instructions)]
+    while (base := bases(instructions)[stages[-1] - 1][0]) in names:
+        stages.append(names[base])
+    installed = [one for one in instructions if one.stage in stages and "apt-get" in one.text]
+    assert {*OPENCV_PACKAGES} <= {word for one in installed for word in one.text.split()}
 
 
 def test_extras_that_are_installed_exist(instructions):

@@ -22,7 +22,7 @@ from starlette.responses import Response
 
 from fastface_trt import __version__
 from fastface_trt.engines.manifest import ExportManifest
-from fastface_trt.errors import FastFaceError, MissingDependency
+from fastface_trt.errors import FastFaceError, MissingDependency, install_hint
 from fastface_trt.runtime.presets import PRESETS, preset_fields
 from fastface_trt.runtime.request import request_for
 from fastface_trt.serving.http.admission import Admission
@@ -85,9 +85,7 @@ def create_app(
     `MissingDependency` and `InvalidRequest` for what the settings name and this machine lacks.
     """
     if settings.heif and find_spec("pillow_heif") is None:
-        raise MissingDependency(
-            "HEIC pictures need pillow-heif.", "Run pip install 'fastface-trt[heif]'."
-        )
+        raise MissingDependency("HEIC pictures need pillow-heif.", f"Run {install_hint('heif')}")
     context = _context(worker, settings, manifest, backend, tracing, faces)
 
     @asynccontextmanager

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 from starlette.types import Scope
 
 from fastface_trt import __version__
-from fastface_trt.errors import MissingDependency
+from fastface_trt.errors import MissingDependency, install_hint
 
 
 class Traced(Protocol):
@@ -50,7 +50,7 @@ class Spans(Tracing):
                 exporter = OTLPSpanExporter()
         except ImportError as error:
             raise MissingDependency(
-                f"Traces need {error.name}.", "Run pip install 'fastface-trt[telemetry]'."
+                f"Traces need {error.name}.", f"Run {install_hint('telemetry')}"
             ) from None
         resource = Resource.create({"service.name": "fastface-trt", "service.version": __version__})
         # Not the global provider: a process may hold other things that are traced.

@@ -19,14 +19,20 @@ from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_add
 from typing import TypeAlias
 from urllib.parse import SplitResult, urljoin, urlsplit
 
-from fastface_trt.errors import BadPicture, FastFaceError, InvalidRequest, MissingDependency
+from fastface_trt.errors import (
+    BadPicture,
+    FastFaceError,
+    InvalidRequest,
+    MissingDependency,
+    install_hint,
+)
 from fastface_trt.serving.settings import ServerSettings
 
 try:
     import httpcore
 except ModuleNotFoundError:
     raise MissingDependency(
-        "Pictures by address need httpcore.", "Run pip install 'fastface-trt[serve]'."
+        "Pictures by address need httpcore.", f"Run {install_hint('serve')}"
     ) from None
 
 

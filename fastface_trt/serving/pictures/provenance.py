@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from fastface_trt import __version__
-from fastface_trt.errors import FastFaceError, InvalidRequest, MissingDependency
+from fastface_trt.errors import FastFaceError, InvalidRequest, MissingDependency, install_hint
 from fastface_trt.runtime.picture_file import DIGITAL_SOURCE_TYPE, PictureFormat, encode_picture
 from fastface_trt.serving.settings import ServerSettings
 
@@ -75,7 +75,7 @@ class PictureSigner:
         except ImportError:
             raise MissingDependency(
                 "Signed provenance needs c2pa-python.",
-                "Run pip install 'fastface-trt[provenance]'.",
+                f"Run {install_hint('provenance')}",
             ) from None
         chain, secret = _read(certificate), _read(key)
         picture = encode_picture(np.zeros((16, 16, 3), np.uint8), parameters={})

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from fastface_trt.errors import BackendUnavailable, EngineFailed, MissingDependency
+from fastface_trt.errors import BackendUnavailable, EngineFailed, MissingDependency, install_hint
 from fastface_trt.serving.ray.arguments import Checkpoint, Placement, RayArguments
 from fastface_trt.serving.settings import ServerSettings, WorkerSettings
 from fastface_trt.serving.storage.distribution import resolve
@@ -245,5 +245,5 @@ def require_ray() -> None:
     """Raise `MissingDependency` without Ray Serve."""
     if importlib.util.find_spec("ray") is None or importlib.util.find_spec("ray.serve") is None:
         raise MissingDependency(
-            "Many machines need the package ray[serve].", "pip install 'fastface-trt[serve,ray]'"
+            "Many machines need the package ray[serve].", install_hint("serve", "ray")
         )

@@ -33,6 +33,7 @@ from fastface_trt.errors import (
     InvalidRequest,
     MissingDependency,
     StorageError,
+    install_hint,
 )
 from fastface_trt.serving.storage.release import object_name
 
@@ -55,7 +56,7 @@ class Storage:
             from fsspec.core import url_to_fs
         except ImportError:
             raise MissingDependency(
-                "Shared storage needs the package fsspec.", "pip install 'fastface-trt[ray]'"
+                "Shared storage needs the package fsspec.", install_hint("ray")
             ) from None
         try:
             fs, root = url_to_fs(url)

@@ -18,7 +18,13 @@ import click
 import numpy as np
 from numpy.typing import NDArray
 
-from fastface_trt.errors import FastFaceError, InvalidRequest, MissingDependency, Unavailable
+from fastface_trt.errors import (
+    FastFaceError,
+    InvalidRequest,
+    MissingDependency,
+    Unavailable,
+    install_hint,
+)
 from fastface_trt.runtime.face import Face
 from fastface_trt.runtime.picture_file import write_picture
 from fastface_trt.serving.triton import tensors
@@ -43,9 +49,7 @@ class TritonClient:
         try:
             import httpx
         except ImportError:
-            raise MissingDependency(
-                "This client needs httpx.", "pip install 'fastface-trt[triton]'"
-            ) from None
+            raise MissingDependency("This client needs httpx.", install_hint("triton")) from None
         self._httpx = httpx
         self._http = httpx.Client(base_url=url, timeout=timeout)
 

@@ -100,7 +100,8 @@ def api(port, path="/v1/images/generations", **fields):
 
 
 def api_picture(port, **fields):
-    answer = api(port, **{"prompt": PROMPT, "face": FACE} | fields).json()
+    """What the API makes of the page's first values, its seed 0 among them, and `fields`."""
+    answer = api(port, **{"prompt": PROMPT, "face": FACE, "seed": 0} | fields).json()
     return base64.b64decode(answer["data"][0]["b64_json"])
 
 

@@ -1,0 +1,92 @@
+"""The images' own content, built without a container engine, serves a picture; without their system
+packages it says which ones are missing. Minutes and a gigabyte: `make test-image`, as root.
+"""
+
+import base64
+import io
+import json
+import os
+import shutil
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from tests.serving.image_root import build
+
+ROOT = Path(__file__).resolve().parents[2]
+DEPLOY = ROOT / "fastface_trt" / "serving" / "deploy"
+FACE = ROOT / "fastface_trt" / "mini" / "faces" / "ada.png"
+KEY = "a-key-for-this-test"
+pytestmark = pytest.mark.image
+
+
+@pytest.fixture(
+    scope="module",
+    # The other image's Ubuntu and TensorRT are gigabytes more: by name only.
+    params=os.environ.get("FASTFACE_TEST_IMAGES", "cpu").split(","),
+)
+def image(request, tmp_path_factory):
+    """The stages of an image as folders, and the command that a container of it runs."""
+    if os.geteuid() or not shutil.which("debootstrap"):
+        pytest.fail("This needs root and debootstrap: apt-get install -y debootstrap.")
+    folder = tmp_path_factory.mktemp("image")
+    yield build(DEPLOY / f"Dockerfile.{request.param}", ROOT, folder)
+    shutil.rmtree(folder)
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def curl(port, path, *more):
+    command = ["curl", "-sS", "-f", f"http://127.0.0.1:{port}{path}", *more]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_a_container_serves_a_picture_and_stops_when_asked(image):
+    (*_, stage), words = image
+    port = free_port()
+    # The backend of the GPU's image needs a GPU; of an option given twice, the last counts.
+    words = [*words, "--port", str(port), "--backend", "onnxruntime"]
+    command = stage.command(words, FASTFACE_API_KEYS=KEY)
+    server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    try:
+        deadline = time.monotonic() + 120
+        while curl(port, "/v2/health/ready").returncode and server.poll() is None:
+            assert time.monotonic() < deadline, "not ready after two minutes"
+            time.sleep(0.5)
+        form = ("-F", f"image=@{FACE}", "--form-string", "prompt=photo; person in a garden")
+        answer = curl(port, "/v1/images/edits", "-H", f"Authorization: Bearer {KEY}", *form)
+    finally:
+        server.terminate()
+        log = server.communicate(timeout=60)[1]
+    assert answer.returncode == 0, log[-3000:]
+    (picture,) = json.loads(answer.stdout)["data"]
+    assert Image.open(io.BytesIO(base64.b64decode(picture["b64_json"]))).size == (96, 96)
+    assert server.returncode == 0, log[-3000:]
+
+
+def test_doctor_finds_the_sample_face_in_a_container(image):
+    (*_, stage), (program, *_) = image
+    done = subprocess.run(stage.command([program, "doctor", "--json"]), capture_output=True)
+    assert (done.returncode, json.loads(done.stdout)["face"]["works"]) == (0, True)
+
+
+def test_without_each_system_package_doctor_names_it(image):
+    """On copies of the last stage, with OpenCV's libraries taken away one at a time."""
+    (*_, stage), (program, *_) = image
+    for package, library in (("libgl1", "libGL.so.1"), ("libglib2.0-0", "libgthread-2.0.so.0")):
+        (found,) = [path for path in stage.folder.glob(f"usr/lib/*/{library}*")][:1]
+        aside = found.rename(found.with_name("aside"))
+        done = subprocess.run(stage.command([program, "doctor", "--json"]), capture_output=True)
+        aside.rename(found)
+        face = json.loads(done.stdout)["face"]
+        assert (done.returncode, face["works"]) == (1, False)
+        assert library in face["detail"]
+        assert package in face["hint"]
