@@ -19,8 +19,15 @@ import pytest
 from fastface_trt import FastFace
 from fastface_trt.engines.kernels import operator_library
 from fastface_trt.engines.manifest import EXPORT_MANIFEST, ExportManifest, read_manifest
-from fastface_trt.errors import Cancelled, EngineFailed, ExportIncomplete, InvalidRequest
+from fastface_trt.errors import (
+    Cancelled,
+    EngineFailed,
+    ExportIncomplete,
+    InvalidRequest,
+    Unavailable,
+)
 from fastface_trt.mini import folders
+from fastface_trt.runtime.export_folder import ModuleSet
 from fastface_trt.runtime.timeline import Recorder
 from tests.engines.gpu_double import Session, simulated_gpu, simulated_onnxruntime
 
@@ -308,14 +315,19 @@ def test_an_encoding_is_finished_before_another_thread_gets_it(simulated, cpu, w
         del shared
 
 
-def test_closed_it_can_be_used_again(simulated, face):
+def test_closed_it_leaves_nothing_and_its_builder_opens_the_engines_again(simulated, face):
     gpu, cuda, _ = simulated
     first = pixels(gpu(PROMPT, face))
+    modules, faces = gpu._modules, gpu._faces
     for _ in range(3):
         gpu.close()
         gc.collect()
         assert cuda.leaks() == []
+        with pytest.raises(Unavailable):
+            gpu(PROMPT, face)
+        gpu = FastFace(ModuleSet(modules.export, modules.builder, modules._cache), faces)
         np.testing.assert_array_equal(pixels(gpu(PROMPT, face)), first)
+    gpu.close()
 
 
 def test_latents_that_are_not_finite_are_noticed_in_the_end(simulated, face):
