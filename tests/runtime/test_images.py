@@ -175,7 +175,7 @@ def test_a_heic_file_names_the_extra_that_reads_it(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "pillow_heif", None)
     path = tmp_path / "IMG_0001.jpg"  # whatever it is called
     path.write_bytes(HEIC_BEGINNING)
-    with pytest.raises(BadPicture, match="IMG_0001.jpg is a HEIC file") as caught:
+    with pytest.raises(BadPicture, match=r"IMG_0001.jpg is a HEIC file") as caught:
         load_picture(path)
     assert install_hint("heif") in caught.value.hint
 
