@@ -10,7 +10,17 @@ from typing import Any
 from fastface_trt.errors import UnknownName
 from fastface_trt.runtime.manipulation import AttentionManipulation, PartManipulation
 
-PRESETS = ("plain", "dcg", "am1", "am2", "am1+dcg", "am2+dcg")
+DESCRIPTIONS = {
+    "plain": "The adapter as it is: the fastest.",
+    "dcg": "Guidance: closer to the prompt, at up to three times the UNet work.",
+    "am1": "Stronger attention to the face: more alike.",
+    "am2": "Attention to the face in fewer places, the strongest of them.",
+    "am1+dcg": "FastFace with stronger attention: alike, and close to the prompt.",
+    "am2+dcg": "FastFace with attention in fewer places.",
+}
+"""Every preset, and what it does in a line."""
+
+PRESETS = tuple(DESCRIPTIONS)
 GUIDANCE_RESCALE = 0.75
 ALPHA_BETWEEN, BETA_BETWEEN = 1.5, 3.0
 

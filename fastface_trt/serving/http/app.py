@@ -23,7 +23,7 @@ from starlette.responses import Response
 from fastface_trt import __version__
 from fastface_trt.engines.manifest import ExportManifest
 from fastface_trt.errors import FastFaceError, MissingDependency, install_hint
-from fastface_trt.runtime.presets import PRESETS, preset_fields
+from fastface_trt.runtime.presets import DESCRIPTIONS, PRESETS, preset_fields
 from fastface_trt.runtime.request import request_for
 from fastface_trt.serving.http.admission import Admission
 from fastface_trt.serving.http.context import PICTURE_THREADS, Context, context_of
@@ -312,5 +312,11 @@ def _presets(context: Context) -> list[PresetAnswer]:
     for name in PRESETS:
         values = request_for(context.manifest, name, preset=name).to_dict()
         fields = preset_fields(name, context.manifest.steps)
-        answers.append(PresetAnswer(name=name, fields={field: values[field] for field in fields}))
+        answers.append(
+            PresetAnswer(
+                name=name,
+                description=DESCRIPTIONS[name],
+                fields={field: values[field] for field in fields},
+            )
+        )
     return answers

@@ -118,6 +118,7 @@ class PresetAnswer(BaseModel):
     """A preset: the fields of a request that it sets, written out for the export's steps."""
 
     name: str
+    description: str
     fields: dict[str, Any]
 
 

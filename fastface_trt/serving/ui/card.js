@@ -2,10 +2,8 @@
 
 import { element } from "./dom.js";
 
-const SMALL = 256; // pixels; smaller pictures are drawn art and keep their edges when enlarged
-
 export class Card {
-  constructor(title, size, onOpen) {
+  constructor(title, size, onOpen, onDelete) {
     this.title = title;
     this.img = element("img", { alt: `${title}, on its way`, hidden: true });
     this.bar = element("progress", { max: 1, value: 0, "aria-label": `Progress of ${title}` });
@@ -13,8 +11,11 @@ export class Card {
       onclick: () => onOpen(this) }, this.img);
     this.frame.style.aspectRatio = size.replace("x", " / ");
     this.note = element("span", { class: "note" }, "waiting");
+    this.delete = element("button", { type: "button", class: "delete", hidden: true,
+      title: "Delete", "aria-label": `Delete ${title}`, onclick: () => onDelete(this) }, "×");
     this.root = element("figure", { class: "card", "data-state": "waiting" }, this.frame, this.bar,
-      element("figcaption", {}, element("span", { class: "title" }, title), this.note));
+      element("figcaption", {}, element("span", { class: "title" }, title), this.note),
+      this.delete);
   }
 
   get ended() {
@@ -37,25 +38,22 @@ export class Card {
     this.body = body;
     this.#draw(event.b64_json);
     this.img.alt = `${this.title}: ${body.prompt}`;
-    const [width, height] = event.size.split("x").map(Number);
-    this.small = Math.max(width, height) <= SMALL;
-    this.img.classList.toggle("small", this.small);
     this.frame.disabled = false;
     this.frame.setAttribute("aria-label", `Parameters of ${this.title}`);
     this.#end("done", `seed ${event.seed}`);
   }
 
   fail(sentence) {
-    this.#end("failed", "failed");
-    this.root.title = sentence;
+    this.#end("failed", sentence);
   }
 
   cancel() {
     this.#end("cancelled", "cancelled");
   }
 
-  // Frees the picture's memory.
+  // Leaves the page, and frees the picture's memory.
   close() {
+    this.root.remove();
     if (this.address) URL.revokeObjectURL(this.address);
   }
 
@@ -71,6 +69,7 @@ export class Card {
   #end(state, note) {
     this.#state(state, note);
     this.bar.remove();
+    this.delete.hidden = false;
   }
 
   #state(state, note) {

@@ -22,7 +22,6 @@ export class Details {
     const picture = byId("details-picture");
     picture.src = card.address;
     picture.alt = card.img.alt;
-    picture.classList.toggle("small", card.small);
     const link = byId("details-download");
     link.href = card.address;
     link.download = `fastface-${body.preset.replace("+", "-")}-${event.seed}-${event.index}.png`;

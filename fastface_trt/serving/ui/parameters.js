@@ -73,6 +73,7 @@ export class Parameters {
 
   #follow() {
     const chosen = this.presets.find(({ name }) => name === this.input.preset.value);
+    byId("preset-says").textContent = chosen?.description ?? "";
     for (const dial of this.dials) {
       dial.follow(chosen?.fields[dial.field], Number(this.input.steps.value));
     }

@@ -100,8 +100,8 @@ def api(port, path="/v1/images/generations", **fields):
 
 
 def api_picture(port, **fields):
-    """What the API makes of the page's first values, its seed 0 among them, and `fields`."""
-    answer = api(port, **{"prompt": PROMPT, "face": FACE, "seed": 0} | fields).json()
+    """What the API makes of the page's first values, its seed 5 among them, and `fields`."""
+    answer = api(port, **{"prompt": PROMPT, "face": FACE, "seed": 5} | fields).json()
     return base64.b64decode(answer["data"][0]["b64_json"])
 
 
@@ -289,6 +289,25 @@ def test_errors_are_the_apis_sentences(page, ports, tmp_path):
     told = api(ports["open"], prompt=PROMPT, face=face).json()["error"]
     assert told["code"] == "no_face_found"
     page.until(lambda: page.text("#error") == told["message"])
+    assert page.text(".card .note") == told["message"]
+
+
+def test_a_card_is_deleted_and_a_row_with_its_last(ada):
+    ada.fill("#count", 2)
+    ada.click("#generate")
+    ada.until_states("done", "done")
+    for left in (1, 0):
+        ada.all(".card .delete")[0].click()
+        assert len(ada.all(".card")) == left
+        assert len(ada.all("#gallery .pictures")) == (left > 0)
+    assert ada.one("#empty").is_displayed()
+
+
+def test_a_preset_is_explained_in_a_line(ada, ports):
+    address = f"http://127.0.0.1:{ports['open']}/v1/presets"
+    for preset in httpx.get(address).json()["data"]:
+        ada.fill("#preset", preset["name"])
+        assert ada.text("#preset-says") == preset["description"] != ""
 
 
 def test_numbers_out_of_range_are_not_sent(ada):
