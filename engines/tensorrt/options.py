@@ -73,7 +73,8 @@ class TensorRTOptions(Strict):
 
     requests × branches × latent_sizes give the fixed profiles (min = opt = max) of a module;
     `dynamic` adds one that covers a range. Each is for prompts of one window of 75 tokens; where
-    the text's length is dynamic, another takes prompts of 2 to `prompt_windows`. Numbers left at
+    the text's length is dynamic, one more per number of requests and size takes those of 2 to
+    `prompt_windows`. Numbers left at
     None are TensorRT's own defaults. workspace_gb is in GB of 2³⁰ bytes. targets are GPU
     generations (TensorRT-RTX only; none given means all that it can build for). weight_streaming
     lets the weights stay on the host when the device is short of memory. tf32 lets float32 products

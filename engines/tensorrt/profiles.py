@@ -57,9 +57,11 @@ def make_profiles(module: ModuleSpec, options: TensorRTOptions) -> tuple[Profile
     branches. Raises `BuildFailed` for a dynamic size that no option gives.
     """
     profiles: dict[str, Profile] = {}
-    for sizes, lengths in itertools.product(_sizes(module, options), _text_lengths(options)):
-        ends = [_shapes(module, sizes | {"text": length}) for length in lengths]
-        profile = Profile(smallest=ends[0], best=ends[1], largest=ends[2])
+    for sizes in _sizes(module, options, options.branches):
+        shapes = _shapes(module, sizes | {"text": TEXT_POSITIONS})
+        profile = Profile(smallest=shapes, best=shapes, largest=shapes)
+        profiles.setdefault(profile.model_dump_json(), profile)
+    for profile in _long_prompts(module, options):
         profiles.setdefault(profile.model_dump_json(), profile)
     if (options.refittable or options.strip_weights) and module.probe is not None:
         # A refitted engine is compared on the export's probe, which is smaller than any picture.
@@ -105,9 +107,11 @@ def request_counts(module: ModuleSpec, profiles: tuple[Profile, ...]) -> tuple[i
     )
 
 
-def _sizes(module: ModuleSpec, options: TensorRTOptions) -> Iterator[dict[str, int]]:
+def _sizes(
+    module: ModuleSpec, options: TensorRTOptions, branch_counts: tuple[int, ...]
+) -> Iterator[dict[str, int]]:
     per_request = _names(module) & {"requests", "branches"}
-    counts = itertools.product(options.requests, options.branches) if per_request else [(1, 1)]
+    counts = itertools.product(options.requests, branch_counts) if per_request else [(1, 1)]
     for (requests, branches), (height, width) in itertools.product(counts, options.latent_sizes):
         yield {
             "requests": requests,
@@ -118,14 +122,23 @@ def _sizes(module: ModuleSpec, options: TensorRTOptions) -> Iterator[dict[str, i
         }
 
 
-def _text_lengths(options: TensorRTOptions) -> Iterator[tuple[int, int, int]]:
-    """(least, best, most) text positions: of short prompts, then of all longer ones.
-
-    One range is enough for these: little of the UNet sees the text, the rest keeps fixed shapes.
+def _long_prompts(module: ModuleSpec, options: TensorRTOptions) -> Iterator[Profile]:
+    """Profiles of prompts of 2 to `prompt_windows` windows: few, since each costs gigabytes while a
+    full-size UNet is built. One is for all branches and lengths of a size and number of requests;
+    another range of requests would promise numbers that the fixed profiles do not take.
     """
-    yield (TEXT_POSITIONS,) * 3
-    if options.prompt_windows > 1:
-        yield 2 * TEXT_POSITIONS, 2 * TEXT_POSITIONS, options.prompt_windows * TEXT_POSITIONS
+    if "text" not in _names(module) or options.prompt_windows < 2:
+        return
+    fewest, most = ((count(options.branches),) for count in (min, max))
+    for low, high in zip(
+        _sizes(module, options, fewest), _sizes(module, options, most), strict=True
+    ):
+        best = _shapes(module, high | {"text": 2 * TEXT_POSITIONS})
+        yield Profile(
+            smallest=_shapes(module, low | {"text": 2 * TEXT_POSITIONS}),
+            best=best,
+            largest=_shapes(module, high | {"text": options.prompt_windows * TEXT_POSITIONS}),
+        )
 
 
 def _dynamic(module: ModuleSpec, options: TensorRTOptions) -> Profile:

@@ -33,23 +33,41 @@ def test_one_fixed_profile_per_number_of_branches():
     assert all(p.best["ip_adapter_scale"] == (1, 3) and p.fixed for p in profiles)
 
 
-def test_longer_prompts_have_a_profile_per_number_of_branches():
-    unet = module(sample=("batch", 4, 8, 8), encoder_hidden_states=("batch", "text", 6))
+TEXT_UNET = module(
+    sample=("batch", 4, 8, 8),
+    encoder_hidden_states=("batch", "text", 6),
+    scale=("requests", 3),
+    branch=("branches", 2),
+)
+
+
+def test_longer_prompts_have_one_profile_for_all_branches_of_a_number_of_requests():
+    profiles = make_profiles(TEXT_UNET, TensorRTOptions(requests=(1, 4)))
+    assert [p.fixed for p in profiles] == [True] * 6 + [False] * 2
+    for requests, profile in zip((1, 4), profiles[6:], strict=True):
+        assert profile.smallest["encoder_hidden_states"] == (requests, 154, 6)
+        assert profile.largest["encoder_hidden_states"] == (3 * requests, 231, 6)
+        assert profile.smallest["scale"] == profile.largest["scale"] == (requests, 3)
+    # No range of requests: it would promise 2 and 3, which no profile of short prompts takes.
+    assert request_counts(TEXT_UNET, profiles) == (1, 4)
+
+
+def test_lengths_of_longer_prompts():
 
     def lengths(**options):
         return [
             (p.smallest[name], p.best[name], p.largest[name])
-            for p in make_profiles(unet, TensorRTOptions(branches=(2,), **options))
+            for p in make_profiles(TEXT_UNET, TensorRTOptions(branches=(2,), **options))
             for name in ("encoder_hidden_states",)
         ]
 
     assert [[shape[1] for shape in ends] for ends in lengths()] == [[77] * 3, [154, 154, 231]]
     assert [ends[0][1] for ends in lengths(prompt_windows=1)] == [77]
-    assert lengths(prompt_windows=2)[1] == ((1, 154, 6),) * 3
+    assert lengths(prompt_windows=2)[1] == ((2, 154, 6),) * 3
     options = TensorRTOptions(
         branches=(2,), dynamic=DynamicProfile(smallest=(8, 8), largest=(8, 8))
     )
-    assert make_profiles(unet, options)[-1].largest["encoder_hidden_states"][1] == 231
+    assert make_profiles(TEXT_UNET, options)[-1].largest["encoder_hidden_states"][1] == 231
     with pytest.raises(InvalidRequest, match="prompt_windows"):
         TensorRTOptions.checked(RTX, prompt_windows=4)
 
