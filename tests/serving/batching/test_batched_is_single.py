@@ -101,7 +101,7 @@ def test_what_will_share_is_known_before_anything_is_encoded(mini):
 
 
 def test_a_small_crowd_over_the_mini_model(mini):
-    tasks, crowd, load = run_crowd(mini, 1, 8, burst=8)
+    tasks, crowd, load = run_crowd(mini, 1, 16, burst=16)
     assert_same_as_alone(crowd, mini.stages, tasks, TOLERANCE)
     assert load.calls < sum(one.request.steps for one in tasks)
 
