@@ -39,6 +39,7 @@ from fastface_trt.export.locations import locate
 from fastface_trt.export.precision import Model
 from fastface_trt.export.sources import CheckpointSource
 from fastface_trt.export.weight_files import WeightsFile, open_weights
+from fastface_trt.export.weight_layouts import OriginalUNet
 
 COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
 _FOLDER_FILES = ("pytorch_lora_weights", "adapter_model", "pytorch_lora_weights_fp16")
@@ -85,23 +86,6 @@ _PREFIXES: tuple[tuple[str, str | None], ...] = (
 )
 """Beginnings of names, some of which say the component; several may stand one after the other."""
 
-_LDM_RESNET = {
-    "norm1": "in_layers.0",
-    "conv1": "in_layers.2",
-    "time_emb_proj": "emb_layers.1",
-    "norm2": "out_layers.0",
-    "conv2": "out_layers.3",
-    "conv_shortcut": "skip_connection",
-}
-_LDM_TOP = {
-    "time_embedding.linear_1": "time_embed.0",
-    "time_embedding.linear_2": "time_embed.2",
-    "add_embedding.linear_1": "label_emb.0.0",
-    "add_embedding.linear_2": "label_emb.0.2",
-    "conv_in": "input_blocks.0.0",
-    "conv_norm_out": "out.0",
-    "conv_out": "out.2",
-}
 _OLD_ATTENTION = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "out_proj": "to_out"}
 
 Place = tuple[str, str]
@@ -415,16 +399,17 @@ def _find(stem: str, tables: Mapping[str, Mapping[str, str]]) -> tuple[Place, ..
 def _table(component: str, model: Model) -> dict[str, str]:
     """Modules with weights by every name that they go by in LoRA files, underscores for dots."""
     modules = [n for n, m in model.named_modules() if getattr(m, "weight", None) is not None]
+    original = OriginalUNet(model.config) if component == "unet" else None
     table: dict[str, str] = {}
     for module in modules:
-        for name in _unet_names(model, module) if component == "unet" else _text_names(module):
+        for name in _unet_names(original, module) if original else _text_names(module):
             table[name.replace(".", "_")] = module
     return table
 
 
-def _unet_names(unet: Model, module: str) -> Iterator[str]:
+def _unet_names(original: OriginalUNet, module: str) -> Iterator[str]:
     """A UNet module's name in diffusers, there without the index of `to_out`, and in sgm."""
-    for name in (module, _ldm_name(unet, module)):
+    for name in (module, original.name_of(f"{module}.weight").removesuffix(".weight")):
         yield name
         yield name.replace("to_out.0", "to_out")
 
@@ -436,42 +421,6 @@ def _text_names(module: str) -> Iterator[str]:
     for name in (inner, f"{stem}.{_OLD_ATTENTION.get(last, last)}"):
         yield name
         yield f"text_model.{name}"
-
-
-def _ldm_name(unet: Model, module: str) -> str:
-    """A UNet module's name in the original code (sgm), which numbers blocks in one row."""
-    if module in _LDM_TOP:
-        return _LDM_TOP[module]
-    way, _, rest = module.partition(".")
-    if way == "mid_block":
-        kind, index, inner = rest.split(".", 2)
-        attended = len(getattr(unet.mid_block, "attentions", None) or ())
-        number = 2 * int(index) + 1 if kind == "attentions" else int(index) * (2 if attended else 1)
-        return f"middle_block.{number}.{_ldm_resnet(kind, inner)}"
-    if way not in ("down_blocks", "up_blocks"):
-        return module
-    level, kind, index, inner = rest.split(".", 3)
-    blocks = getattr(unet, way)
-    per_level = [
-        len(block.resnets) + bool(getattr(block, "downsamplers", None)) for block in blocks
-    ]
-    block = blocks[int(level)]
-    before = sum(per_level[: int(level)])
-    attended = bool(getattr(block, "attentions", None))
-    if way == "down_blocks":
-        before += 1  # conv_in
-        if kind == "downsamplers":
-            return f"input_blocks.{before + len(block.resnets)}.0.{inner.replace('conv', 'op')}"
-        slot = 1 if kind == "attentions" else 0
-        return f"input_blocks.{before + int(index)}.{slot}.{_ldm_resnet(kind, inner)}"
-    if kind == "upsamplers":
-        return f"output_blocks.{before + len(block.resnets) - 1}.{1 + attended}.{inner}"
-    slot = 1 if kind == "attentions" else 0
-    return f"output_blocks.{before + int(index)}.{slot}.{_ldm_resnet(kind, inner)}"
-
-
-def _ldm_resnet(kind: str, inner: str) -> str:
-    return _LDM_RESNET.get(inner, inner) if kind == "resnets" else inner
 
 
 def _fits(models: Mapping[str, Model], place: Place, shapes: Mapping[str, tuple[int, ...]]) -> bool:

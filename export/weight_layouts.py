@@ -99,7 +99,7 @@ def _layouts(part: str, config: Mapping[str, Any]) -> Iterator[tuple[str, Spelli
     (the n-th third of a stacked weight) or `|T` (transposed)."""
     own: Spelling = str
     if part == "unet":
-        original = _Unet(config).original
+        original = OriginalUNet(config).name_of
         for prefix in ("model.diffusion_model.", "", "diffusion_model."):
             yield prefix, original
         for prefix in ("", "unet.", "model.diffusion_model."):
@@ -147,8 +147,8 @@ _BLOCK = re.compile(
 )
 
 
-class _Unet:
-    """SDXL's original numbering: the blocks of all levels are counted through."""
+class OriginalUNet:
+    """Names of the original code (sgm), which counts the blocks of all levels through."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         down = config.get("down_block_types", ())
@@ -156,9 +156,12 @@ class _Unet:
         per_level = list(layers) if isinstance(layers, list | tuple) else [layers] * len(down)
         self._down, self._up = per_level, per_level[::-1]
         self._attends = [kind.startswith("CrossAttn") for kind in config.get("up_block_types", ())]
+        # Between the middle's two residual blocks stands its attention, where it has one.
+        middle = config.get("mid_block_type", "UNetMidBlock2DCrossAttn")
+        self._middle_step = 2 if middle == "UNetMidBlock2DCrossAttn" else 1
 
-    def original(self, name: str) -> str:
-        """The original code's name of a weight of the UNet."""
+    def name_of(self, name: str) -> str:
+        """The original name of a weight that diffusers calls `name`."""
         for ours, theirs in _UNET_ENDS.items():
             if name.startswith(ours + "."):
                 return theirs + name.removeprefix(ours)
@@ -169,7 +172,7 @@ class _Unet:
         level = int(block[2] or 0)
         slot = 1 if kind == "attentions" else 0
         if way is None:
-            before = f"middle_block.{1 if slot else 2 * index}"
+            before = f"middle_block.{1 if slot else self._middle_step * index}"
         elif way == "down":
             number = 1 + sum(n + 1 for n in self._down[:level])
             number += self._down[level] if kind == "downsamplers" else index
@@ -218,13 +221,13 @@ def vae_original(name: str, levels: int) -> str:
 
 def _vae_before_0_17(name: str) -> str:
     """diffusers' own names of a VAE's attention before it had one attention class."""
-    for now, before in {
+    for new, old in {
         ".to_q.": ".query.",
         ".to_k.": ".key.",
         ".to_v.": ".value.",
         ".to_out.0.": ".proj_attn.",
     }.items():
-        name = name.replace(now, before)
+        name = name.replace(new, old)
     return name
 
 
