@@ -180,8 +180,8 @@ class ExportManifest(Strict):
     counted include the zero ones. attention_operator, group_norm: spelled out, or as ONNX's own
     operators of opset 23 and 21. face_model: a folder whose files are among the extra ones, or the
     name of an InsightFace pack. face_parser: the extra file, an ONNX graph, that finds the
-    background around a face for PuLID. image_*: side in pixels and normalisation of the image encoder's input, None
-    where the adapter has no image encoder and the export no such module.
+    background around a face for PuLID. image_*: side in pixels and normalisation of the image
+    encoder's input, None where the adapter has no image encoder and the export no such module.
     """
 
     schema_version: Literal[1] = SCHEMA_VERSION

@@ -139,7 +139,7 @@ class OnnxFile(Closing):
                 if inner is None or not isinstance(value, memoryview):
                     continue
                 if inner == "operator":
-                    if value == b"EPContext":
+                    if _read_text(value) == "EPContext":
                         raise self._broken("it holds a graph that was compiled for one machine")
                 elif inner != "reference":
                     waiting.append((inner, value))
@@ -274,9 +274,9 @@ class OnnxFile(Closing):
 def check_references(folder: Path, graph: str, named: Iterable[str]) -> None:
     """Refuse the graph in file `graph` of `folder` unless all that it reads is among `named`.
 
-    Both are paths relative to `folder`, as its manifest spells them. A name that is absolute, leaves
-    the folder or is spelled in a roundabout way is none of those. Raises `ExportIncomplete`; only the
-    graph itself is opened.
+    Both are paths relative to `folder`, as its manifest spells them. A name that is absolute,
+    leaves the folder or is spelled in a roundabout way is none of those. Raises `ExportIncomplete`;
+    only the graph itself is opened.
     """
     named = set(named)
     with OnnxFile(folder / graph) as onnx:

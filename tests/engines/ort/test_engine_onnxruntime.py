@@ -171,11 +171,8 @@ def test_a_graph_that_does_not_fit_its_manifest_is_not_built(tmp_path, cache):
     [
         (b"", ExportIncomplete, "cannot be read"),
         (b"not a graph" * 100, ExportIncomplete, "is not an ONNX model"),
-        (
-            b"\x3a\x06\x0a\x04\x22\x02No",
-            BuildFailed,
-            "ONNX Runtime cannot build affine",
-        ),  # an operator
+        # An operator that there is not.
+        (b"\x3a\x06\x0a\x04\x22\x02No", BuildFailed, "ONNX Runtime cannot build affine"),
     ],
 )
 def test_a_file_that_is_no_graph_fails_with_one_sentence(tmp_path, cache, content, error, message):
