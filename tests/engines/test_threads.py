@@ -61,7 +61,8 @@ def test_written_and_read_up_to_the_cores_here(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     "text",
-    ['{"threads": 0}', '{"threads": -1}', '{"threads": 1.5}', '{"threads": "4"}', '{"threads": true}',
+    ['{"threads": 0}', '{"threads": -1}', '{"threads": 1.5}', '{"threads": "4"}',
+     '{"threads": true}',
      "{}", "[]", "5", "", "[" * 100_000, '{"threads": NaN}', '{"threads": [4]}'],
 )  # fmt: skip
 def test_a_file_of_nonsense_measured_nothing(tmp_path, text):
