@@ -117,7 +117,13 @@ def create_app(
     _describe(app, secured=bool(settings.api_keys))
     # The last added is the first that a request passes.
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes, seconds=settings.body_timeout)
-    app.add_middleware(Gate, keys=context.keys, limit=context.limit, admission=context.admission)
+    app.add_middleware(
+        Gate,
+        keys=context.keys,
+        metrics_keys=ApiKeys(settings.metrics_keys) if settings.metrics_keys else None,
+        limit=context.limit,
+        admission=context.admission,
+    )
     app.add_middleware(RequestLog, metrics=context.metrics, tracing=context.tracing)
     if settings.allow_origins:  # outermost, since a page reads no error without these headers
         app.add_middleware(
@@ -281,6 +287,8 @@ def about_router() -> APIRouter:
     )
     async def metrics(request: Request) -> Response:
         """Prometheus' metrics."""
+        if context_of(request).settings.metrics_keys:
+            await has_passed_the_gate(request)
         return Response(context_of(request).metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
     return router

@@ -163,22 +163,33 @@ def route_of(path: str) -> str:
 
 
 class Gate:
-    """Lets a request in by its key, its client's rate, and what is in work; before its body."""
+    """Lets a request in by its key, its client's rate, and what is in work; before its body.
+
+    /metrics has keys of its own, or none.
+    """
 
     def __init__(
-        self, app: ASGIApp, *, keys: "ApiKeys", limit: "RateLimit", admission: Admission
+        self,
+        app: ASGIApp,
+        *,
+        keys: "ApiKeys",
+        metrics_keys: "ApiKeys | None",
+        limit: "RateLimit",
+        admission: Admission,
     ) -> None:
         self._app, self._keys, self._limit, self._admission = app, keys, limit, admission
+        self._keys_of = {"/metrics": metrics_keys} if metrics_keys else {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or not path_of(scope).startswith("/v1/"):
+        path = path_of(scope) if scope["type"] == "http" else ""
+        if not path.startswith("/v1/") and path not in self._keys_of:
             await self._app(scope, receive, send)
             return
         record = record_of(scope)
         with ExitStack() as entered:
             try:
-                record.owner = self._owner(scope)
-                if scope["method"] == "POST" and path_of(scope) in WORKING:
+                record.owner = self._owner(scope, self._keys_of.get(path, self._keys))
+                if scope["method"] == "POST" and path in WORKING:
                     entered.enter_context(self._admission.enter())
             except FastFaceError as error:
                 record.outcome = error.code
@@ -186,9 +197,9 @@ class Gate:
                 return
             await self._app(scope, receive, send)
 
-    def _owner(self, scope: Scope) -> str:
+    def _owner(self, scope: Scope, keys: "ApiKeys") -> str:
         try:
-            owner = self._keys.owner_of(scope)
+            owner = keys.owner_of(scope)
         except InvalidApiKey:
             self._limit.take(address_of(scope))  # so that nobody tries many
             raise
@@ -233,11 +244,11 @@ class ApiKeys:
 
 
 def _bearer(scope: Scope) -> bytes:
-    for name, value in scope["headers"]:
-        if name == b"authorization":
-            kind, _, key = bytes(value).partition(b" ")
-            return key.strip() if kind.lower() == b"bearer" else b""
-    return b""
+    given = [bytes(value) for name, value in scope["headers"] if name == b"authorization"]
+    if len(given) != 1:  # of two, a proxy may have looked at the other
+        return b""
+    kind, _, key = given[0].partition(b" ")
+    return key.strip() if kind.lower() == b"bearer" else b""
 
 
 class RateLimit:
