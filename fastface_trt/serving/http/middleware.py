@@ -38,6 +38,7 @@ MAX_BUCKETS = 10_000
 """Clients whose rate is remembered; the one that asked longest ago is forgotten first."""
 CLIENT_GONE = 499
 OUTCOMES = {408: "request_timeout", 413: "request_too_large", CLIENT_GONE: "disconnected"}
+NO_SNIFFING = (b"x-content-type-options", b"nosniff")
 WORKING = ("/v1/images/generations", "/v1/images/edits", "/v1/faces")
 PROBES = ("/health", "/healthz", "/v2/health/live", "/v2/health/ready", "/metrics")
 ROUTES = frozenset(
@@ -96,8 +97,8 @@ class RequestLog:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                headers = [*message.get("headers", ()), (b"x-request-id", record.id.encode())]
-                message = {**message, "headers": headers}
+                ours = [(b"x-request-id", record.id.encode()), NO_SNIFFING]
+                message = {**message, "headers": [*message.get("headers", ()), *ours]}
             await send(message)
 
         self._metrics.request_began()
