@@ -5,9 +5,12 @@ import contextlib
 import json
 import random
 import socket
+from importlib.metadata import version
+from pathlib import Path
 
 import h11
 import pytest
+from packaging.requirements import Requirement
 
 from fastface_trt.serving.http import protocol
 from fastface_trt.serving.http.protocol import (
@@ -285,6 +288,16 @@ def test_later_requests_of_connections_begin_one_per_turn_of_the_loop():
             while answer.count(b"answer") < 50:
                 answer += one.recv(65536)
     assert len(turns) == len(set(turns)) == 20 * 49
+
+
+@pytest.mark.parametrize("name", ["h11", "starlette", "uvicorn"])
+def test_what_is_built_upon_is_bounded_from_both_sides(name):
+    tomllib = pytest.importorskip("tomllib")
+    project = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text())
+    listed = map(Requirement, project["project"]["optional-dependencies"]["serve"])
+    (found,) = (one.specifier for one in listed if one.name == name)
+    assert {one.operator for one in found} == {">=", "<"}
+    assert version(name) in found
 
 
 def test_a_parser_that_does_not_ask_the_bounded_readers_is_no_start(monkeypatch):
