@@ -253,30 +253,40 @@ def _bearer(scope: Scope) -> bytes:
 
 
 class RateLimit:
-    """A token bucket per client: `per_minute` requests at once, refilled evenly. Of one thread."""
+    """A token bucket per client: `count` at once, refilled evenly in `seconds`. Of one thread."""
 
-    def __init__(self, per_minute: int | None, clock: Callable[[], float] = time.monotonic) -> None:
-        self._per_minute, self._clock = per_minute, clock
+    def __init__(
+        self,
+        count: int | None,
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        seconds: float = 60.0,
+    ) -> None:
+        self._count, self._clock, self._seconds = count, clock, seconds
         self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()
 
     def take(self, client: str) -> None:
         """Count a request of a client. Raises `RateLimited` with the time until the next."""
-        if self._per_minute is None:
-            return
-        now, rate = self._clock(), self._per_minute / 60
-        tokens, since = self._buckets.pop(client, (float(self._per_minute), now))
-        tokens = min(float(self._per_minute), tokens + (now - since) * rate)
+        wait = self.wait(client)
+        if wait:
+            raise RateLimited(
+                f"More than {self._count} requests per minute.",
+                f"Try again in {math.ceil(wait)} s.",
+                retry_after=wait,
+            )
+
+    def wait(self, client: str) -> float:
+        """Count whatever a client does; the seconds until it may, 0 where it may now."""
+        if self._count is None:
+            return 0
+        now, rate = self._clock(), self._count / self._seconds
+        tokens, since = self._buckets.pop(client, (float(self._count), now))
+        tokens = min(float(self._count), tokens + (now - since) * rate)
         allowed = tokens >= 1
         self._buckets[client] = (tokens - 1 if allowed else tokens, now)
         if len(self._buckets) > MAX_BUCKETS:
             self._buckets.popitem(last=False)
-        if not allowed:
-            wait = (1 - tokens) / rate
-            raise RateLimited(
-                f"More than {self._per_minute} requests per minute.",
-                f"Try again in {math.ceil(wait)} s.",
-                retry_after=wait,
-            )
+        return 0 if allowed else (1 - tokens) / rate
 
 
 def address_of(scope: Scope) -> str:

@@ -13,6 +13,7 @@ for headers that arrive one byte at a time, and for a client that does not read.
 import asyncio
 import logging
 import re
+import socket
 from collections import Counter, deque
 from collections.abc import Callable
 from contextlib import suppress
@@ -27,7 +28,7 @@ from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
 from fastface_trt.errors import MissingDependency, install_hint
 from fastface_trt.serving.http.errors import http_error_answer
 from fastface_trt.serving.http.metrics import Metrics
-from fastface_trt.serving.http.middleware import client_of_address
+from fastface_trt.serving.http.middleware import RateLimit, client_of_address
 from fastface_trt.serving.settings import ServerSettings
 
 MAX_HEAD_BYTES = 16_384
@@ -39,9 +40,13 @@ CHUNK_BYTES = 1024
 """A body may have `FREE_CHUNKS` chunks of any size, and another for each `CHUNK_BYTES` of it."""
 JOINED_BYTES = 8192
 """What comes in smaller pieces is kept until there are so many bytes, or the last ones."""
+HUNG_UP_AT_ONCE = 32
+"""Connections that are refused before the loop looks at anything else."""
 RECEIVED_BYTES = 65_536
 """Taken from a socket at a time: how long one connection may occupy the loop, and what is kept of
 requests that come before the answer to the one at work."""
+REFUSAL_SECONDS = 1.0
+"""After which a client is told that it is refused: until then it does not come again."""
 LINGER_SECONDS = 1.0
 LINGER_BYTES = 1_000_000
 """For how long, and how much, is still read of a client that was refused, so that it gets to its
@@ -74,14 +79,17 @@ def guarded_protocol(
             "The installed h11 reads requests in a way that is not bounded here.",
             f"Run {install_hint('serve')}",
         )
-    connections = Connections(settings.max_connections, settings.max_connections_per_address)
+    connections = Connections(
+        settings.max_connections,
+        settings.max_connections_per_address,
+        metrics.connection_refused if metrics else lambda _: None,
+    )
 
     class Guarded(GuardedProtocol):
         open_connections = connections
         turns = Turns()
         header_seconds = settings.body_timeout
         write_seconds = settings.write_timeout
-        count_refusal = staticmethod(metrics.connection_refused if metrics else lambda _: None)
 
     return Guarded
 
@@ -238,14 +246,13 @@ class GuardedProtocol(H11Protocol):
     """uvicorn's HTTP/1.1 connection, bounded, and timed while headers come and answers go.
 
     It builds on h11 and not on httptools, which gathers headers without a bound on their size.
-    `guarded_protocol` fills in the five attributes.
+    `guarded_protocol` fills in the four attributes.
     """
 
     open_connections: "Connections"
     turns: "Turns"
     header_seconds: float
     write_seconds: float
-    count_refusal: Callable[[str], None]
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -262,7 +269,6 @@ class GuardedProtocol(H11Protocol):
         super().connection_made(transport)
         address = client_of_address(self.client[0]) if self.client else ""
         if not self.open_connections.enter(address):
-            self.count_refusal("connection")
             transport.abort()
             return
         with suppress(AttributeError):  # asyncio's transports have it, at 256 KiB
@@ -317,7 +323,7 @@ class GuardedProtocol(H11Protocol):
         uvicorn's own raises where a part of an answer has been sent.
         """
         status = self.conn.refusal if self.conn.refusal in REFUSALS else 400
-        self.count_refusal(str(status))
+        self.open_connections.count_refusal(str(status))
         self._unset_keepalive_if_required()
         self._stop_request_timer()
         if self.cycle is not None and not self.cycle.response_complete:
@@ -327,13 +333,19 @@ class GuardedProtocol(H11Protocol):
             self.transport.close()
             self._start_write_timer()
             return
+        self._unread = LINGER_BYTES
+        self.flow.pause_reading()
+        self.loop.call_later(REFUSAL_SECONDS, self._answer_refusal, status)
+
+    def _answer_refusal(self, status: int) -> None:
+        if self.transport.is_closing():
+            return
         answer = http_error_answer(HTTPException(status, REFUSALS[status]))
         answer.headers["Connection"] = "close"
         head = [b"HTTP/1.1 %d %s" % (status, STATUS_PHRASES[status])]
         head += [b"%s: %s" % header for header in answer.raw_headers]
         self.transport.write(b"\r\n".join([*head, b"", bytes(answer.body)]))
         self.transport.write_eof()
-        self._unread = LINGER_BYTES
         self.flow.resume_reading()
         self.loop.call_later(LINGER_SECONDS, self.transport.abort)
 
@@ -418,13 +430,44 @@ class Turns:
                 asyncio.get_running_loop().call_soon(self._next)
 
 
-class Connections:
-    """How many connections are open, in total and by the clients' addresses."""
+class BoundedListener(socket.socket):
+    """A listening socket that hangs up on clients that open too many connections.
 
-    def __init__(self, limit: int, limit_per_address: int | None) -> None:
+    Before anything is made for them: whoever opens and closes thousands would else keep the loop
+    busy with that alone.
+    """
+
+    def __init__(self, listener: socket.socket, connections: "Connections") -> None:
+        super().__init__(fileno=listener.detach())
+        self._connections = connections
+
+    def accept(self) -> tuple[socket.socket, Any]:
+        """The next connection of a client that may have one."""
+        for _ in range(HUNG_UP_AT_ONCE):
+            connection, address = super().accept()
+            if self._connections.may_open(client_of_address(str(address[0]))):
+                return connection, address
+            connection.close()
+        raise BlockingIOError  # there may be more, which the loop comes back for
+
+
+class Connections:
+    """How many connections are open, in total and by the clients' addresses.
+
+    An address may open as many in a second as it may have open.
+    """
+
+    def __init__(
+        self,
+        limit: int,
+        limit_per_address: int | None,
+        count_refusal: Callable[[str], None] = lambda _: None,
+    ) -> None:
         self._limit, self._limit_per_address = limit, limit_per_address
+        self._rate = RateLimit(limit_per_address, seconds=1.0)
         self._open: Counter[str] = Counter()
         self.refused = 0
+        self.count_refusal = count_refusal
 
     @property
     def open(self) -> int:
@@ -437,13 +480,21 @@ class Connections:
         if self._open.total() >= self._limit or (
             limit is not None and self._open[address] >= limit
         ):
-            # A line per refusal would give the flood a second way to do harm.
-            if self.refused % 1000 == 0:
-                _log.warning("connections are refused: too many are open (%d)", self._open.total())
-            self.refused += 1
-            return False
+            return self._refuse("too many are open")
         self._open[address] += 1
         return True
+
+    def may_open(self, address: str) -> bool:
+        """Count that one is opened, unless that comes too often."""
+        return not self._rate.wait(address) or self._refuse("a client opens too many a second")
+
+    def _refuse(self, why: str) -> bool:
+        # A line per refusal would give the flood a second way to do harm.
+        if self.refused % 1000 == 0:
+            _log.warning("connections are refused: %s (%d are open)", why, self._open.total())
+        self.refused += 1
+        self.count_refusal("connection")
+        return False
 
     def leave(self, address: str) -> None:
         """A counted connection has ended."""

@@ -17,7 +17,7 @@ from fastapi import FastAPI
 from fastface_trt.errors import InvalidRequest
 from fastface_trt.serving.http.context import Context
 from fastface_trt.serving.http.logs import log_event
-from fastface_trt.serving.http.protocol import guarded_protocol
+from fastface_trt.serving.http.protocol import BoundedListener, guarded_protocol
 from fastface_trt.serving.settings import ServerSettings
 from fastface_trt.serving.work import State, Worker
 
@@ -123,9 +123,11 @@ class _Life:
     async def run(self, listener: socket.socket) -> int:
         loop = asyncio.get_running_loop()
         stop_asked = asyncio.Event()
+        protocol = guarded_protocol(self._settings, self._app.state.context.metrics)
+        listener = BoundedListener(listener, protocol.open_connections)
         config = uvicorn.Config(
             self._app,
-            http=guarded_protocol(self._settings, self._app.state.context.metrics),
+            http=protocol,
             ws="none",
             lifespan="on",
             log_config=None,

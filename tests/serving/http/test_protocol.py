@@ -5,6 +5,7 @@ import contextlib
 import json
 import random
 import socket
+from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pytest
 from packaging.requirements import Requirement
 
 from fastface_trt.serving.http import protocol
+from fastface_trt.serving.http.middleware import RateLimit
 from fastface_trt.serving.http.protocol import (
     CHUNK_BYTES,
     FREE_CHUNKS,
@@ -21,6 +23,8 @@ from fastface_trt.serving.http.protocol import (
     MAX_HEAD_BYTES,
     MAX_HEADERS,
     BoundedConnection,
+    BoundedListener,
+    Connections,
     guarded_protocol,
 )
 from fastface_trt.serving.settings import ServerSettings
@@ -60,6 +64,11 @@ class App:
             await send({"type": "http.response.body", "body": b"length " + length})
 
 
+@pytest.fixture(autouse=True)
+def at_once(monkeypatch):
+    monkeypatch.setattr(protocol, "REFUSAL_SECONDS", 0)
+
+
 @pytest.fixture(scope="module")
 def server():
     app = App()
@@ -76,6 +85,41 @@ def app(server):
 @pytest.fixture
 def port(server, app):
     return server[1]
+
+
+def test_a_client_opens_so_many_connections_a_second():
+    now = 0.0
+    tally = Connections(100, 3)
+    tally._rate = RateLimit(3, lambda: now, seconds=1.0)
+    assert [tally.may_open("a") for _ in range(5)] == [True] * 3 + [False] * 2
+    assert tally.may_open("b")
+    now = 0.4
+    assert [tally.may_open("a") for _ in range(2)] == [True, False]
+    now = 10.0
+    assert [tally.may_open("a") for _ in range(4)] == [True] * 3 + [False]
+    assert tally.refused == 4
+    assert all(Connections(1, None).may_open("a") for _ in range(1000))
+
+
+def test_what_is_opened_too_often_is_hung_up_on_before_anything_is_made_for_it():
+    refused = Counter()
+    tally = Connections(1000, 10, lambda reason: refused.update([reason]))
+    tally._rate = RateLimit(10, lambda: 0.0, seconds=1.0)
+    with socket.create_server(("127.0.0.1", 0), backlog=200) as plain:
+        port = plain.getsockname()[1]
+        with BoundedListener(plain, tally) as listener, contextlib.ExitStack() as stack:
+            listener.setblocking(False)
+            opened = [stack.enter_context(connect(port)) for _ in range(100)]
+            accepted = [stack.enter_context(listener.accept()[0]) for _ in range(10)]
+            calls = 0
+            while tally.refused < 90:
+                with pytest.raises(BlockingIOError):
+                    listener.accept()
+                calls += 1
+            assert len(accepted) == 10
+            assert 3 <= calls <= 90  # none takes all of them
+            assert [one.recv(1) for one in opened[10:]] == [b""] * 90
+    assert refused == {"connection": 90}
 
 
 def headers(count):
@@ -168,6 +212,14 @@ def test_a_client_that_goes_on_sending_still_reads_why(port):
         connection.sendall(GET + headers(60_000))
         connection.shutdown(socket.SHUT_WR)
         assert read_to_end(connection).startswith(b"HTTP/1.1 431")
+
+
+def test_who_is_refused_hears_of_it_later(port, monkeypatch):
+    monkeypatch.setattr(protocol, "REFUSAL_SECONDS", 60)
+    with connect(port, GET + headers(200)) as connection:
+        connection.settimeout(0.3)
+        with pytest.raises(TimeoutError):
+            connection.recv(1)
 
 
 def test_and_does_not_hold_its_connection(port):
