@@ -112,7 +112,7 @@ def _ray_options(command: Command) -> Command:
 @_setting(
     "max_connections_per_address",
     click.IntRange(min=0),
-    "Of one client; 0 for any number (behind a proxy).",
+    "Of one client, and opened by it in a second; 0 for any number (behind a proxy).",
 )
 @_setting(
     "default_deadline", _SECONDS, "Seconds of a request that names no deadline.", flag="deadline"

@@ -73,8 +73,8 @@ class ServerSettings(Settings):
     max_connections: Count = 800
     """Open connections; above it new ones are dropped. Below the usual limit of 1024 files."""
     max_connections_per_address: Count | None = 200
-    """Of one client, so that one alone cannot hold them all. Behind a proxy all clients have its
-    address: None there, and the limit in the proxy."""
+    """Of one client, so that one alone cannot hold them all, and as many opened in a second. Behind
+    a proxy all clients have its address: None there, and the limit in the proxy."""
     default_deadline: Seconds = 120
     max_deadline: Seconds = 600
     allow_origins: tuple[str, ...] = ()

@@ -43,11 +43,12 @@ Address: TypeAlias = IPv4Address | IPv6Address
 Resolve = Callable[[str, int], Awaitable[Iterable[str]]]
 MAX_REDIRECTS = 3
 MAX_URL = 2048
+RESOLVING_THREADS = 8
 MAX_ADDRESSES = 4
 """Addresses of a name that are tried, one after the other, within the time of the whole."""
 # A name server that never answers holds a thread for longer than anybody waits: not one of those
 # that submit other clients' pictures.
-_RESOLVING = ThreadPoolExecutor(8, thread_name_prefix="fastface-resolving")
+_RESOLVING = ThreadPoolExecutor(RESOLVING_THREADS, thread_name_prefix="fastface-resolving")
 _trusted = cache(httpcore.default_ssl_context)  # reading all certificates takes a tenth of a second
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _NETWORK_ERRORS = (
