@@ -19,23 +19,42 @@ from tests.serving.scripted_worker import ScriptedWorker
 
 pytestmark = pytest.mark.serving
 STREAMS = 500
+KEYS = tuple(f"the-key-of-{number}" for number in range(10))
 BEAT = b": still working\n\n"
+
+
+def request_with(port, key):
+    """The bytes of a request for a stream, with a face that the key registered."""
+    sent = httpx.post(
+        f"http://127.0.0.1:{port}/v1/faces",
+        files={"image": FACE_BYTES},
+        headers={"Authorization": f"Bearer {key}"},
+    )
+    fields = {"prompt": PROMPT, "face_id": sent.json()["id"], "stream": True}
+    body = json.dumps(fields)
+    head = (
+        "POST /v1/images/generations HTTP/1.1",
+        *("Host: x", f"Authorization: Bearer {key}", "Content-Type: application/json"),
+        f"Content-Length: {len(body)}",
+    )
+    return ("\r\n".join(head) + "\r\n\r\n" + body).encode()
 
 
 def test_idle_streams_cost_others_nothing_and_leave_nothing(monkeypatch):
     monkeypatch.setattr(images, "HEARTBEAT", 1.0)  # ten times as many as there would be
-    settings = ServerSettings(max_connections_per_address=None)
+    settings = ServerSettings(
+        api_keys=KEYS, max_requests=2 * STREAMS, max_connections_per_address=None
+    )
     worker = ScriptedWorker(eager=False, capacity=10 * STREAMS)
     app = create_app(worker, settings, mini_manifest())
     protocol = guarded_protocol(settings)
     with serving(app, lifespan="on", http=protocol) as port, contextlib.ExitStack() as stack:
-        face = httpx.post(f"http://127.0.0.1:{port}/v1/faces", files={"image": FACE_BYTES}).json()
-        body = json.dumps({"prompt": PROMPT, "face_id": face["id"], "stream": True}).encode()
-        head = b"POST /v1/images/generations HTTP/1.1\r\nHost: x\r\n"
-        head += b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body)
+        requests = [request_with(port, key) for key in KEYS]
         before, threads = psutil.Process().memory_info().rss, threading.active_count()
-        streams = [stack.enter_context(connect(port, head + body)) for _ in range(STREAMS)]
-        wait_until(lambda: len(worker.open) == STREAMS, 120)
+        streams = []
+        for number in range(STREAMS):
+            streams.append(stack.enter_context(connect(port, requests[number % len(KEYS)])))
+            wait_until(lambda: len(worker.open) == len(streams), 60)
         assert psutil.Process().memory_info().rss - before < STREAMS * 500_000
         assert threading.active_count() - threads < 40
 
