@@ -48,5 +48,5 @@ class DecoupledAttention:
             "v": v,
             "manipulation": np.float32(manipulation),
             "ip_scale": np.float32(ip_scale),
-        } | {"token_mask": mask for mask in token_mask}
+        } | dict(zip(("token_mask",), token_mask, strict=False))
         return self._session.run(None, feeds)[0]
