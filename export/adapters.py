@@ -36,9 +36,7 @@ from fastface_trt.export.file_kinds import identify
 from fastface_trt.export.precision import Model
 from fastface_trt.export.weight_files import State, open_weights
 
-Projection: TypeAlias = (
-    "FaceProjection | FaceIdProjection | QueryResampler | IDFormer | IDEncoder"
-)
+Projection: TypeAlias = "FaceProjection | FaceIdProjection | QueryResampler | IDFormer | IDEncoder"
 
 HEAD_SIZE = 64
 EMBEDDING = 512

@@ -299,9 +299,7 @@ def masked_attention_function(tokens: int) -> OnnxFunction:
     first_token = _tensor(np.eye(1, tokens).reshape(1, 1, tokens, 1))
 
     @script(DOMAIN, default_opset=op)
-    def DecoupledAttention(
-        q_BHND, k_BHTD, v_BHTD, manipulation_RP, ip_scale_R, token_mask_BT
-    ):
+    def DecoupledAttention(q_BHND, k_BHTD, v_BHTD, manipulation_RP, ip_scale_R, token_mask_BT):
         """`DecoupledAttention` over the tokens that are there, as if there were no others.
 
         token_mask is float32 [B,T], see `fastface_trt.engines.contract`.
