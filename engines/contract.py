@@ -70,5 +70,5 @@ KERNEL_DOMAIN = "fastface.kernels"
 """Domain of the custom operator of the same name, which ONNX Runtime gets from a library.
 
 It takes q [B,N,H·D], k and v [B,T,H·D], manipulation [R,8] and ip_scale [R] in float32, optionally
-base [B,N,H·D]; returns base + λ f(A) V'. Attribute num_heads.
+base [B,N,H·D] and token_mask [B,T] in float32; returns base + λ f(A) V'. Attribute num_heads.
 """

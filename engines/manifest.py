@@ -45,6 +45,9 @@ PORTRAIT: Final = ("faceid-portrait", "faceid-portrait-unnorm")
 MAX_FACES: Final = 5
 """Pictures of a person that a FaceID-Portrait export takes unless it was asked for others."""
 
+MOST_FACES: Final = 16
+"""The most that it may be asked for: each picture costs 16 tokens in every decoupled block."""
+
 Orthogonal = Literal["off", "v1", "v2"]
 """Which of PuLID's ways frees the id attention's result from what the text attention says."""
 

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 
 from fastface_trt.checkpoints import ADAPTERS, Checkpoint, HubItem
-from fastface_trt.engines.manifest import MAX_FACES, AdapterKind, Orthogonal
+from fastface_trt.engines.manifest import MAX_FACES, MOST_FACES, AdapterKind, Orthogonal
 from fastface_trt.errors import InvalidRequest
 from fastface_trt.export.operators import Operators, Spelling
 from fastface_trt.export.precision import (
@@ -20,9 +20,6 @@ from fastface_trt.export.precision import (
     stored_type,
 )
 from fastface_trt.export.quantization.calibration import Calibration
-
-MOST_FACES = 16
-"""Largest `max_faces`: each picture costs 16 image tokens in every decoupled block."""
 
 
 @dataclass(frozen=True)

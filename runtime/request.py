@@ -613,14 +613,14 @@ def _check_text(name: str, text: object) -> None:
             ) from None
 
 
-def check_pictures(manifest: ExportManifest, count: int) -> None:
+def check_pictures(manifest: ExportManifest, count: int, param: str = "face") -> None:
     """Raise `InvalidRequest` unless the export takes so many pictures of one person."""
-    if count == 0:
-        with naming("face"):
+    with naming(param):
+        if count == 0:
             raise InvalidRequest("A person has no picture.", "Give one or more.")
-    if count > manifest.max_faces:
-        one = "one picture" if manifest.max_faces == 1 else f"up to {manifest.max_faces} pictures"
-        with naming("face"):
+        if count > manifest.max_faces:
+            most = manifest.max_faces
+            one = "one picture" if most == 1 else f"up to {most} pictures"
             raise InvalidRequest(
                 f"This {manifest.adapter_kind} export takes {one} of a person, and {count} were "
                 "given.",

@@ -124,7 +124,7 @@ def _single_head(graph: Graph, attention: Attention) -> None:
 def operator_branch(graph: Graph, attention: Attention, call: Node, base: str) -> None:
     """The custom operator, which scales Q by 1/√D as the exported function does."""
     k, v = _image_tokens(graph, call)
-    inputs = [attention.q.tensor, k, v, *call.input[3:5], base]
+    inputs = [attention.q.tensor, k, v, *call.input[3:5], base, *call.input[5:]]
     heads = attention.q.heads
     graph.add(FUNCTION_NAME, inputs, attention.output, KERNEL_DOMAIN, num_heads=heads)
 
@@ -141,7 +141,8 @@ def lone_operators(graph: Graph) -> int:
         if q is None or k is None or v is None or not q.heads == k.heads == v.heads:
             continue
         merged, apart = f"{call.output[0]}.merged", f"{call.output[0]}.apart"
-        inputs = [q.tensor, k.tensor, v.tensor, *call.input[3:5]]
+        mask = list(call.input[5:])
+        inputs = [q.tensor, k.tensor, v.tensor, *call.input[3:5], *(["", *mask] if mask else [])]
         graph.add(FUNCTION_NAME, inputs, merged, KERNEL_DOMAIN, num_heads=q.heads)
         graph.add("Reshape", [merged, _by_head(graph, q.heads)], apart)
         graph.add("Transpose", [apart], call.output[0], perm=_HEADS_FIRST)

@@ -146,9 +146,7 @@ def test_unet_equals_the_oracle_at_every_number_of_faces(exported, adapter_file)
 
 
 @pytest.mark.parametrize("preset", ["dcg", "am1+dcg", "am2+dcg"])
-def test_people_of_one_two_and_three_pictures_in_a_batch_equal_single_runs(
-    fastface, faces, preset
-):
+def test_people_of_one_two_and_three_pictures_in_a_batch_equal_single_runs(fastface, faces, preset):
     people = [one_person(faces[:count]) for count in (1, 2, 3)]
 
     def latents(someone):
@@ -221,7 +219,7 @@ def test_generate_takes_every_face_for_one_person_unless_told_otherwise(exported
     for colour in (30, 90):
         files += ["--face", tmp_path / f"{colour}.png"]
         Image.fromarray(picture(colour)).save(files[-1])
-    common = ("generate", exported[0], *files, "--prompt", "photo; person", "--json")
+    common = ("generate", "--export", exported[0], *files, "--prompt", "photo; person", "--json")
     counts = []
     for options in ((), ("--people",)):
         command = (*common, "--out", tmp_path / "out", *options)
