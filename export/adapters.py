@@ -9,8 +9,8 @@ for each of several pictures of a person. A PuLID file has `id_adapter` and
 The projection makes image tokens of a face: FaceID and FaceID-Plus-v2 of its embedding (and CLIP
 features), FaceID-Portrait of the embedding alone, the "unnorm" file with queries that read one of
 any length, PuLID for SDXL of an embedding and the features of a vision tower. PuLID 1.1
-(`IDFormer`) lets learned queries read the features, version 1 (`IDEncoder`) is made of MLPs alone; the
-arithmetic is that of PuLID's public code (Guo et al. 2024). Parameter names are those of the
+(`IDFormer`) lets learned queries read the features, version 1 (`IDEncoder`) is made of MLPs alone;
+the arithmetic is that of PuLID's public code (Guo et al. 2024). Parameter names are those of the
 published files, so that their tensors load as they are.
 
 Shape legend: B rows, E face-embedding size (512), P width of the picture's embedding (768), S
