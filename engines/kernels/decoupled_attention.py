@@ -124,7 +124,7 @@ class AttentionKernel:
 
         Tensors are `DeviceMemory` or offer `__cuda_array_interface__`; `manipulation_RP` and
         `ip_scale_R` are float32, `workspace` is of any shape and dtype with at least
-        `workspace_bytes`. `token_mask_BT`, float32, says which tokens are there (`engines.contract`)
+        `workspace_bytes`. `token_mask_BT`, float32, says which tokens there are (engines.contract)
         and is not for 4 tokens. With `softmask` False the first launch is left out: right only if
         no row of `manipulation_RP` is of that kind, and done with 4 tokens alone. Raises
         `InvalidRequest` for what does not fit, before anything is launched, and `MissingDependency`

@@ -1,9 +1,9 @@
 // fastface.kernels::DecoupledAttention for ONNX Runtime: base + lambda f(A) V' of Eq. 1 and 6
 // to 10.
 //
-//   q, base, output [B, N, H * D]   k, v [B, T, H * D]   all float16 or all float32; base is
-//   optional manipulation    [R, 8] float32   ip_scale [R] float32   attribute num_heads = H;   T =
-//   4
+//   q, base, output [B, N, H * D]   k, v [B, T, H * D]   all float16 or all float32
+//   manipulation [R, 8]   ip_scale [R]   token_mask [B, T]   all float32; attribute num_heads = H
+// base and token_mask are optional; four tokens take no mask, for whose kernels it is not made.
 // Legend: `decoupled_attention.cu`, whose two kernels are the version for the CUDA provider: they
 // go onto the provider's stream, and nothing is allocated or waited for while the stream is
 // captured. The version for the CPU provider evaluates the equations in double and rounds once.
@@ -311,15 +311,15 @@ double quantile(std::vector<double>& x, double level) {
 }
 
 // S of Eq. 8 and 9 of one request: `a` and `f` are [G * H, N, T].
-void softmask(const double* a, double* f, int64_t head_rows, int64_t positions, int64_t TOKENS,
+void softmask(const double* a, double* f, int64_t head_rows, int64_t positions, int64_t T,
               const float* row) {
   constexpr double INFINITE = HUGE_VAL;
   std::vector<double> entering(head_rows * positions), own(positions);
-  for (int t = 0; t < TOKENS; ++t) {
+  for (int t = 0; t < T; ++t) {
     const bool invert = t == 0 && row[6] > 0.5f;
     double low = INFINITE, high = -INFINITE;
     for (size_t i = 0; i < entering.size(); ++i) {
-      const double x = entering[i] = invert ? 1 - a[i * TOKENS] : a[i * TOKENS + t];
+      const double x = entering[i] = invert ? 1 - a[i * T] : a[i * T + t];
       low = std::min(low, x), high = std::max(high, x);
     }
     double sigmoid_low = INFINITE, sigmoid_high = -INFINITE;
@@ -336,10 +336,10 @@ void softmask(const double* a, double* f, int64_t head_rows, int64_t positions, 
       double peak = 0;
       for (int64_t i = first; i < first + positions; ++i) {
         const double s = row[1] * share(entering[i], sigmoid_low, sigmoid_high);
-        peak = std::max(peak, f[i * TOKENS + t] = std::min(s, (double)row[7]));
+        peak = std::max(peak, f[i * T + t] = std::min(s, (double)row[7]));
       }
       for (int64_t i = first; invert && i < first + positions; ++i) {
-        f[i * TOKENS] = peak - f[i * TOKENS];
+        f[i * T] = peak - f[i * T];
       }
     }
   }
@@ -348,18 +348,18 @@ void softmask(const double* a, double* f, int64_t head_rows, int64_t positions, 
 template <typename Scalar>
 void on_host(const Call& call) {
   const int64_t N = call.positions, H = call.heads, D = call.head_size, C = H * D;
-  const int64_t TOKENS = call.tokens;
+  const int64_t T = call.tokens;
   const int64_t branches = call.rows / call.requests, head_rows = branches * H;
   const auto at = [](const Tensor& tensor) { return static_cast<const Scalar*>(tensor.data); };
   const auto single = [](const Tensor& tensor) { return static_cast<const float*>(tensor.data); };
-  std::vector<double> a(head_rows * N * TOKENS), f(a.size());
-  std::vector<double> tokens(TOKENS * D), x(D), untouched(D), sums(TOKENS), of(TOKENS), was(TOKENS);
+  std::vector<double> a(head_rows * N * T), f(a.size());
+  std::vector<double> tokens(T * D), x(D), untouched(D), sums(T), of(T), was(T);
   const auto masked = [&](int64_t b, int64_t t) {
-    return call.mask.data ? (double)single(call.mask)[b * TOKENS + t] : 0;
+    return call.mask.data ? (double)single(call.mask)[b * T + t] : 0;
   };
   const auto load = [&](const Tensor& from, int64_t b, int64_t h) {
-    for (int64_t i = 0; i < TOKENS * D; ++i) {
-      tokens[i] = value(at(from)[(b * TOKENS + i / D) * C + h * D + i % D]);
+    for (int64_t i = 0; i < T * D; ++i) {
+      tokens[i] = value(at(from)[(b * T + i / D) * C + h * D + i % D]);
     }
   };
   for (int64_t request = 0; request < call.requests; ++request) {
@@ -369,20 +369,20 @@ void on_host(const Call& call) {
       const int64_t b = request * branches + i / H, h = i % H;
       load(call.k, b, h);
       for (int64_t n = 0; n < N; ++n) {
-        double* map = &a[(i * N + n) * TOKENS];
+        double* map = &a[(i * N + n) * T];
         double total = 0;
         std::fill(sums.begin(), sums.end(), 0);
         for (int64_t j = 0; j < D; ++j) {
           const double element = value(at(call.q)[(b * N + n) * C + h * D + j]);
-          for (int t = 0; t < TOKENS; ++t) sums[t] += element * tokens[t * D + j];
+          for (int t = 0; t < T; ++t) sums[t] += element * tokens[t * D + j];
         }
-        for (int t = 0; t < TOKENS; ++t) sums[t] = sums[t] / std::sqrt(D) + masked(b, t);
+        for (int t = 0; t < T; ++t) sums[t] = sums[t] / std::sqrt(D) + masked(b, t);
         const double peak = *std::max_element(sums.begin(), sums.end());
-        for (int t = 0; t < TOKENS; ++t) total += map[t] = std::exp(sums[t] - peak);
-        for (int t = 0; t < TOKENS; ++t) map[t] /= total;
+        for (int t = 0; t < T; ++t) total += map[t] = std::exp(sums[t] - peak);
+        for (int t = 0; t < T; ++t) map[t] /= total;
       }
     }
-    if (is_softmask) softmask(a.data(), f.data(), head_rows, N, TOKENS, row);
+    if (is_softmask) softmask(a.data(), f.data(), head_rows, N, T, row);
     for (size_t i = 0; i < f.size() && !is_softmask; ++i) {
       f[i] = is_power ? std::min((double)row[1] * std::pow(a[i], (double)row[2]), (double)row[7])
                       : a[i];
@@ -392,18 +392,18 @@ void on_host(const Call& call) {
       const int64_t b = request * branches + i / H, h = i % H;
       load(call.v, b, h);
       for (int64_t n = 0; n < N; ++n) {
-        double *map = &a[(i * N + n) * TOKENS], *mask = &f[(i * N + n) * TOKENS];
+        double *map = &a[(i * N + n) * T], *mask = &f[(i * N + n) * T];
         int64_t count = 0;  // of the tokens that are there
-        for (int t = 0; t < TOKENS; ++t) {
+        for (int t = 0; t < T; ++t) {
           if (std::exp(masked(b, t)) > 0) of[count] = mask[t], was[count++] = map[t];
         }
         if (matched) match(of.data(), was.data(), count, row[5]);
-        for (int t = 0, next = 0; t < TOKENS; ++t) {
+        for (int t = 0, next = 0; t < T; ++t) {
           mask[t] = std::exp(masked(b, t)) > 0 ? of[next++] : 0;
         }
         for (int64_t j = 0; j < D; ++j) {
           x[j] = untouched[j] = 0;
-          for (int t = 0; t < TOKENS; ++t) {
+          for (int t = 0; t < T; ++t) {
             x[j] += mask[t] * tokens[t * D + j], untouched[j] += map[t] * tokens[t * D + j];
           }
         }
