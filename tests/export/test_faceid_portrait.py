@@ -14,6 +14,8 @@ from safetensors.torch import load_file, save_file
 from fastface_trt import FastFace
 from fastface_trt.checkpoints import HubItem
 from fastface_trt.cli.main import cli
+from fastface_trt.embedding.host import Host
+from fastface_trt.embedding.session import Session
 from fastface_trt.engines import contract
 from fastface_trt.engines.manifest import MAX_FACES
 from fastface_trt.errors import InvalidRequest, WeightsError
@@ -212,6 +214,21 @@ def test_scale_is_adjusted_to_the_number_of_tokens_and_said_so(fastface, faces):
     assert plain.warnings == []
     assert plain.parameters[0]["strength_for_tokens"] is False
     assert np.asarray(adjusted.images[0]).tolist() != np.asarray(plain.images[0]).tolist()
+
+
+def test_hosts_join_faces_and_give_tokens_of_as_many_pictures(fastface, faces):
+    host = object.__new__(Host)
+    host._fastface, host._session = fastface, Session(fastface)
+    person = host.one_person(faces[:2])
+    assert len(person.others) == 1
+    with pytest.raises(InvalidRequest, match="up to 3 pictures"):
+        host.one_person([*faces, faces[0]])
+    tokens = np.asarray(host._session.tokens(person))
+    request = fastface.request("photo; person", seed=3)
+    by_face = host._session.generate(request, person).pixels
+    np.testing.assert_array_equal(host._session.generate(request, tokens).pixels, by_face)
+    with pytest.raises(InvalidRequest, match=r"not \[48, 40\]"):
+        host._session.generate(request, tokens[:17])
 
 
 def test_generate_takes_every_face_for_one_person_unless_told_otherwise(exported, tmp_path):
