@@ -68,7 +68,11 @@ OF_PORTRAIT = {
     ("backend", "names"),
     [
         ("torch", ()),
-        ("onnxruntime", ("one_face_cfg", "no_cfg", "am1_dcg", "am2_dcg")),
+        pytest.param(
+            "onnxruntime",
+            ("one_face_cfg", "no_cfg", "dcg", "am1_dcg", "am2_dcg"),
+            marks=pytest.mark.engines,  # another UNet to export
+        ),
         pytest.param("onnxruntime", ("unnorm_am1_dcg",), marks=pytest.mark.engines),
     ],
 )

@@ -194,7 +194,7 @@ def test_any_number_of_tokens_with_a_mask(heads_last, settings, tokens):
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
-@pytest.mark.parametrize("shape", [(3, 2, 64, 64), (1, 2, 1, 8), (2, 1, 577, 24), (1, 1, 40, 128)])
+@pytest.mark.parametrize("shape", [(3, 2, 64, 64), (2, 1, 577, 24)])
 def test_many_tokens_without_a_mask_at_every_shape(single, settings, shape):
     q, k, v = tensors(7, *shape, 16)
     expected = reference(q, k, v, ip_scale=0.8, **settings)
