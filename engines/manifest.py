@@ -41,9 +41,25 @@ MODULE_NAMES = (
     "vae_decoder",
 )
 
-AdapterKind = Literal["faceid-plus-v2", "faceid", "pulid"]
+AdapterKind = Literal[
+    "faceid-plus-v2", "faceid", "faceid-portrait", "faceid-portrait-unnorm", "pulid"
+]
 """What an adapter takes of a face and how its attention adds to the text's: FaceID-Plus-v2 an
-embedding and a picture, FaceID the embedding alone, PuLID both, with id tokens of its own."""
+embedding and a picture, FaceID the embedding alone, FaceID-Portrait the embeddings of up to five
+pictures of a person, of length 1 or as the recogniser gave them, PuLID an embedding and a picture,
+with id tokens of its own."""
+
+EMBEDDING_ALONE: Final = ("faceid", "faceid-portrait", "faceid-portrait-unnorm")
+"""Kinds that look at no picture of a face, so that their exports have no image encoder."""
+
+PORTRAIT: Final = ("faceid-portrait", "faceid-portrait-unnorm")
+"""Kinds that take several pictures of one person."""
+
+MAX_FACES: Final = 5
+"""Pictures of a person that a FaceID-Portrait export takes unless it was asked for others."""
+
+MOST_FACES: Final = 16
+"""The most that it may be asked for: each picture costs 16 tokens in every decoupled block."""
 
 Orthogonal = Literal["off", "v1", "v2"]
 """Which of PuLID's ways frees the id attention's result from what the text attention says."""
@@ -180,8 +196,10 @@ class ExportManifest(Strict):
     counted include the zero ones. attention_operator, group_norm: spelled out, or as ONNX's own
     operators of opset 23 and 21. face_model: a folder whose files are among the extra ones, or the
     name of an InsightFace pack. face_parser: the extra file, an ONNX graph, that finds the
-    background around a face for PuLID. image_*: side in pixels and normalisation of the image
-    encoder's input, None where the adapter has no image encoder and the export no such module.
+    background around a face for PuLID. max_faces: pictures of one person that a request may have;
+    each has as many of the `image_token_count` tokens, and where it is more than one a mask says
+    which are there. image_*: side in pixels and normalisation of the image encoder's input, None
+    where the adapter has no image encoder and the export no such module.
     """
 
     schema_version: Literal[1] = SCHEMA_VERSION
@@ -210,6 +228,7 @@ class ExportManifest(Strict):
     vae_scale_factor: Positive
     latent_channels: Positive
     image_token_count: Positive
+    max_faces: Positive = 1
     image_encoder_size: Positive | None = None
     image_mean: tuple[float, float, float] | None = None
     image_std: tuple[float, float, float] | None = None
@@ -245,6 +264,11 @@ class ExportManifest(Strict):
         height, width = height or self.height, width or self.width
         factor = self.vae_scale_factor
         return self.latent_channels, height // factor, width // factor
+
+    @property
+    def tokens_per_face(self) -> int:
+        """Image tokens of one picture of a person."""
+        return self.image_token_count // self.max_faces
 
     @property
     def size_unit(self) -> int:

@@ -16,6 +16,7 @@ from typing import Any
 from fastface_trt.engines.engine import Engine, Progress
 from fastface_trt.engines.files import describe_file, finished_folder
 from fastface_trt.engines.manifest import (
+    EMBEDDING_ALONE,
     EXPORT_MANIFEST,
     AdapterKind,
     ExportManifest,
@@ -141,7 +142,7 @@ class _Makers:
             "vae_decoder": self._vae_decoder,
             "unet": self._unet,
         }
-        if self._weights.adapter_kind == "faceid":
+        if self._weights.adapter_kind in EMBEDDING_ALONE:
             del makers["image_encoder"]
         if self._options.quantize_vae:  # on latents of the UNet
             del makers["vae_decoder"]
@@ -166,7 +167,8 @@ class _Makers:
 
     def _face_projection(self) -> ModuleExport:
         projection = self._weights.projection()
-        self.facts["image_token_count"] = projection.tokens
+        self.facts["max_faces"] = self._weights.max_faces
+        self.facts["image_token_count"] = projection.tokens * self._weights.max_faces
         self.facts["zero_tokens"] = getattr(projection, "zero_tokens", 0)
         return face_modules.face_projection_export(projection, self._clip_positions)
 
@@ -200,20 +202,26 @@ class _Makers:
         )
         return replace(export, quantization=plan)
 
+    @property
+    def _unet_tokens(self) -> dict[str, Any]:
+        """How many image tokens the UNet takes, and whether a mask says which are there."""
+        tokens: int = self.facts["image_token_count"]
+        return {"tokens": tokens, "masked": self._weights.max_faces > 1}
+
     def _unet(self) -> ModuleExport:
         unet = self._weights.unet()
         levels = len(unet.config.block_out_channels)
         plan = None
         if self._options.quantized:
             plan, self.facts["quantization"] = quantize_unet(
-                unet, self._options, self.facts["image_token_count"], self._calibrate
+                unet, self._options, calibrate=self._calibrate, **self._unet_tokens
             )
         elif self._options.quantize_vae:
             twin = calibration_twin(unet)
-            self._calibrate(TorchUNet(twin, self.facts["image_token_count"]))
+            self._calibrate(TorchUNet(twin, **self._unet_tokens))
         export = modules.unet_export(
             unet,
-            tokens=self.facts["image_token_count"],
+            **self._unet_tokens,
             latent_size=self._options.latent_size(self.facts["vae_scale_factor"], levels),
             fixed_size=self._options.fixed_size,
             operators=self._options.operators,

@@ -78,6 +78,8 @@ class Face:
     """[512, 512, 3] in BGR order, see `align_portrait`; None where the analyser makes none."""
     by_index: bool = True
     """Whether the caller said which; False: the largest was taken, as nobody did."""
+    others: tuple["Face", ...] = field(default=(), repr=False)
+    """The same person in further pictures, for an adapter that takes several; see `one_person`."""
 
     @property
     def warning(self) -> str | None:
@@ -89,6 +91,12 @@ class Face:
             f"The picture has {self.count} faces; the largest is used, at x {left} to {right} and "
             f"y {top} to {bottom} (face_index chooses another: 1 is the next in size)."
         )
+
+
+def one_person(faces: Sequence[Face]) -> Face:
+    """A person whom several pictures show: the first face, with all others behind it."""
+    first, *others = (one for face in faces for one in (face, *face.others))
+    return replace(first, others=tuple(replace(one, others=()) for one in others))
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@
 #include <array>
 #include <cstdint>
 #include <map>
+#include <vector>
 
 #include "handles.hpp"
 
@@ -326,6 +327,20 @@ void embed(fastface_session *handle, const fastface_embedding *given, fastface_f
   });
 }
 
+void one_person(fastface_session *handle, const fastface_face *const *faces, size_t count,
+                fastface_face **face) {
+  auto session = library().sessions.get(handle);
+  if (face == nullptr) refuse("There is no place for the face.");
+  if (faces == nullptr && count != 0) refuse("There are no faces.");
+  std::vector<std::shared_ptr<Held>> held;
+  for (size_t i = 0; i < count; ++i) held.push_back(library().faces.get(faces[i]));
+  *face = python([&](py::handle) {
+    py::list all;
+    for (const auto &one : held) all.append(one->object);
+    return add_face(session->host.attr("one_person")(all));
+  });
+}
+
 void face_info(const fastface_face *handle, fastface_face_info *info) {
   auto face = library().faces.get(handle);
   read(info, "The face's info");
@@ -389,6 +404,10 @@ const fastface_api_v1 kTable = {
     [](fastface_picture *picture) { running([&] { library().pictures.remove(picture); }); },
     [](fastface_session *session, uint64_t task) { running([&] { cancel(session, task); }); },
     [] { return message().c_str(); },
+    [](fastface_session *session, const fastface_face *const *faces, size_t count,
+       fastface_face **face) {
+      return running([&] { one_person(session, faces, count, face); });
+    },
 };
 
 }  // namespace
