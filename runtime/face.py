@@ -287,7 +287,7 @@ class FaceAnalyzer:
     def _embed(self, bgr: NDArray[np.uint8], found: _Found, index: int) -> Face:
         models = self._loaded()
         box, points = found.boxes[index], found.points[index]
-        if not np.isfinite(points).all() or not np.ptp(points):
+        if not np.isfinite(points).all() or not np.ptp(points, axis=0).any():
             raise EngineFailed(
                 "The key points of the face lie on one spot, so it cannot be aligned.",
                 "Use a sharp picture with one upright face.",
