@@ -5,15 +5,28 @@ An export is a folder of ONNX modules with `manifest.json` beside them, an engin
 written last, so a folder without one is unfinished by definition.
 """
 
+import errno
 import json
-from pathlib import Path, PurePosixPath
+import os
+import stat
+from io import FileIO
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Annotated, Any, Final, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from fastface_trt.engines.dtypes import DType as DType
 from fastface_trt.errors import ExportIncomplete, ManifestError
 
+MANIFEST_LIMIT: Final = 64 << 20
+"""Bytes of a manifest at most: weight maps and layer lists of a UNet are some megabytes."""
 SCHEMA_VERSION: Final = 1
 EXPORT_MANIFEST = "manifest.json"
 ENGINE_MANIFEST = "engine.json"
@@ -42,7 +55,7 @@ latent pixels."""
 
 def _stays_inside(path: str) -> str:
     pure = PurePosixPath(path)
-    if pure.is_absolute() or ".." in pure.parts or "\\" in path:
+    if pure.is_absolute() or ".." in pure.parts or "\\" in path or PureWindowsPath(path).drive:
         raise ValueError(f"file name {path!r} leaves its folder")
     if not pure.parts or not path.isprintable():  # nothing but the folder, or null characters
         raise ValueError(f"{path!r} is not the name of a file")
@@ -165,9 +178,10 @@ class ExportManifest(Strict):
     quantization: of the UNet; vae_quantization: of the VAE's decoder.
     orthogonal, zero_tokens: PuLID's trade between likeness and editing; the image tokens that are
     counted include the zero ones. attention_operator, group_norm: spelled out, or as ONNX's own
-    operators of opset 23 and 21. face_parser: the ONNX file that finds the background around a
-    face for PuLID. image_*: side in pixels and normalisation of the image encoder's input, None
-    where the adapter has no image encoder and the export no such module.
+    operators of opset 23 and 21. face_model: a folder whose files are among the extra ones, or the
+    name of an InsightFace pack. face_parser: the extra file, an ONNX graph, that finds the
+    background around a face for PuLID. image_*: side in pixels and normalisation of the image
+    encoder's input, None where the adapter has no image encoder and the export no such module.
     """
 
     schema_version: Literal[1] = SCHEMA_VERSION
@@ -200,9 +214,27 @@ class ExportManifest(Strict):
     image_mean: tuple[float, float, float] | None = None
     image_std: tuple[float, float, float] | None = None
     force_zeros_for_empty_prompt: bool = True
-    face_model: str
+    face_model: RelativePath
     random_weights: bool = False
     tool_versions: dict[str, str] = {}
+
+    @model_validator(mode="after")
+    def _names_what_it_means(self) -> "ExportManifest":
+        """Every file that is opened has an entry, and only one content."""
+        hashes: dict[str, str] = {}
+        for file in self.files():
+            if hashes.setdefault(file.path, file.sha256) != file.sha256:
+                raise ValueError(f"{file.path!r} has two contents")
+        if self.face_parser is not None and self.face_parser not in hashes:
+            raise ValueError(f"face_parser {self.face_parser!r} is not among the files")
+        for name, module in self.modules.items():
+            if module.name != name:
+                raise ValueError(f"the module {name!r} is called {module.name!r}")
+            if not module.files[0].path.endswith(
+                ".onnx"
+            ):  # ONNX Runtime reads others by their name
+                raise ValueError(f"the graph of {name} is {module.files[0].path!r}, no .onnx file")
+        return self
 
     def latent_shape(
         self, height: int | None = None, width: int | None = None
@@ -258,6 +290,19 @@ class EngineManifest(Strict):
     report: BuildReport = BuildReport()
 
 
+def open_file(path: Path) -> FileIO:
+    """`path` for reading, unbuffered, if it is an ordinary file.
+
+    A pipe that nobody writes to, a device without end, a socket or a folder under the name of a
+    file is an `OSError` at once; nothing waits for it.
+    """
+    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise OSError(errno.EINVAL, "it is not an ordinary file", str(path))
+    return FileIO(handle, "r")
+
+
 Manifest = TypeVar("Manifest", bound=Strict)
 
 
@@ -270,7 +315,11 @@ def first_problem(error: ValidationError) -> tuple[str, str]:
 def read_manifest(path: Path, kind: type[Manifest]) -> Manifest:
     """Read and check a manifest file; raise `ManifestError` with the first thing that is wrong."""
     try:
-        text = path.read_text(encoding="utf-8")
+        with open_file(path) as file:
+            content = file.read(MANIFEST_LIMIT + 1)
+        if len(content) > MANIFEST_LIMIT:
+            raise ManifestError(f"{path} is larger than a manifest.", "Export or build it again.")
+        text = content.decode("utf-8")
     except FileNotFoundError:
         raise ExportIncomplete(
             f"{path.parent} has no {path.name}, so it is not a finished folder.",

@@ -22,6 +22,7 @@ from fastface_trt.engines.manifest import (
     FileEntry,
     ModuleSpec,
 )
+from fastface_trt.engines.onnx.file import check_references
 from fastface_trt.errors import InvalidRequest, WeightsError
 from fastface_trt.export import face_modules, guidance_step, modules
 from fastface_trt.export.modules import ModuleExport
@@ -253,6 +254,7 @@ def _copy_face_parser(
         )
     if not options.face_parser.is_file():
         raise WeightsError(f"There is no {options.face_parser} (face parser).", "Check the path.")
+    check_references(options.face_parser.parent, options.face_parser.name, ())  # one file is copied
     (draft / FACE_PARSER).mkdir()
     copy = draft / FACE_PARSER / MODEL_FILE
     shutil.copyfile(options.face_parser, copy)
