@@ -497,7 +497,8 @@ def median_similarity(
     for pair in combinations(range(len(source)), 2):
         if not np.ptp(source[[*pair]], axis=0).any():
             continue
-        errors = _squared_errors(similarity(source[[*pair]], target[[*pair]]), source, target)
+        matrix = similarity(source[[*pair]], target[[*pair]])
+        errors = np.square(source @ matrix[:, :2].T + matrix[:, 2] - target).sum(axis=1)
         median = np.sort(errors)[len(errors) // 2]
         if median < least:
             best, least = errors, median
@@ -506,13 +507,6 @@ def median_similarity(
     deviation = max(2.5 * 1.4826 * (1 + 5 / (len(source) - 2)) * np.sqrt(least), 0.001)
     near = best <= deviation**2
     return similarity(source[near], target[near])
-
-
-def _squared_errors(
-    matrix: NDArray[np.float64], source: NDArray[np.float64], target: NDArray[np.float64]
-) -> NDArray[np.float64]:
-    errors: NDArray[np.float64] = np.square(source @ matrix[:, :2].T + matrix[:, 2] - target)
-    return errors.sum(axis=1)
 
 
 def portrait_pixels(

@@ -18,15 +18,27 @@ import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import IO, Final, Literal
 
 from filelock import FileLock
 
 from fastface_trt.engines.engine import Progress
-from fastface_trt.engines.files import atomic_file, sha256_file, storage_errors, verify_files
+from fastface_trt.engines.files import (
+    atomic_file,
+    sha256_file,
+    storage_errors,
+    unnamed_files,
+    verify_files,
+)
 from fastface_trt.engines.manifest import FileEntry
-from fastface_trt.engines.onnx.file import GRAPH_INITIALIZER, GRAPH_INPUT, GRAPH_OUTPUT, OnnxFile
+from fastface_trt.engines.onnx.file import (
+    GRAPH_INITIALIZER,
+    GRAPH_INPUT,
+    GRAPH_OUTPUT,
+    OnnxFile,
+    check_references,
+)
 from fastface_trt.errors import ExportIncomplete, FastFaceError, WeightsError
 
 
@@ -101,20 +113,19 @@ _SECONDS_WITHOUT_DATA: Final = 60
 def of_export(folder: Path, entries: Iterable[FileEntry]) -> FaceFiles:
     """The face model of the export `folder`, whose files the manifest names in `entries`.
 
-    Raises `ExportIncomplete` for files that are not as named, for ONNX files beside them, and
+    Raises `ExportIncomplete` for files that are not as named and for others beside them, and
     `WeightsError` where they are not a detector and a recogniser.
     """
     entries = list(entries)
     verify_files(folder, entries)
-    named = {folder / entry.path for entry in entries}
-    for home in {path.parent for path in named}:
-        for path in sorted(home.glob("*.onnx")):
-            if path not in named:
-                raise ExportIncomplete(
-                    f"{path} is not of the export: its manifest does not name it.", "Remove it."
-                )
-    graphs = sorted(path for path in named if path.suffix == ".onnx")
-    return _chosen(folder, graphs)
+    named = [entry.path for entry in entries]
+    for home in {str(PurePosixPath(name).parent) for name in named}:
+        for unnamed in unnamed_files(folder, home, named):
+            raise ExportIncomplete(
+                f"{folder / unnamed} is not of the export: its manifest does not name it.",
+                "Move it elsewhere, or export again with it.",
+            )
+    return _chosen(folder, sorted(name for name in named if name.endswith(".onnx")), named)
 
 
 def of_folder(folder: Path) -> FaceFiles:
@@ -123,7 +134,7 @@ def of_folder(folder: Path) -> FaceFiles:
     Raises `WeightsError` where there are none or several, or one is no ONNX file.
     """
     folder = _with_models(folder)
-    return _chosen(folder, sorted(folder.glob("*.onnx")))
+    return _chosen(folder, sorted(path.name for path in folder.glob("*.onnx")), ())
 
 
 def of_pack(name: str, progress: Progress) -> FaceFiles:
@@ -207,30 +218,31 @@ def _not_downloaded(name: str, home: Path, why: str) -> WeightsError:
     )
 
 
-def _chosen(folder: Path, graphs: Iterable[Path]) -> FaceFiles:
-    """The detector and the recogniser among ONNX files of `folder`."""
-    found: dict[str, list[Path]] = {"detector": [], "recogniser": []}
-    for path in graphs:
-        try:
-            kind = _kind(path)
-        except FastFaceError as error:
-            raise WeightsError(
-                f"The face model {folder} cannot be opened: {error.message}",
-                "Put a detector and a recogniser as ONNX files into that folder.",
-            ) from error
-        if kind is not None:
-            found[kind].append(path)
-    for kind, paths in found.items():
+def _chosen(folder: Path, graphs: Iterable[str], data: Iterable[str]) -> FaceFiles:
+    """The detector and the recogniser among ONNX files of `folder`, which read only `data`."""
+    found: dict[str, list[str]] = {"detector": [], "recogniser": []}
+    try:
+        for name in graphs:
+            kind = _kind(folder / name)
+            if kind is not None:
+                check_references(folder, name, data)
+                found[kind].append(name)
+    except FastFaceError as error:
+        raise WeightsError(
+            f"The face model {folder} cannot be opened: {error.message}",
+            "Put a detector and a recogniser, each in one ONNX file, into that folder.",
+        ) from error
+    for role, paths in found.items():
         if len(paths) != 1:
-            names = " and ".join(path.name for path in paths)
+            names = " and ".join(PurePosixPath(path).name for path in paths)
             raise WeightsError(
-                f"The face model {folder} has no {kind}."
+                f"The face model {folder} has no {role}."
                 if not paths
-                else f"The face model {folder} has more than one {kind}: {names}.",
+                else f"The face model {folder} has more than one {role}: {names}.",
                 "A face model is one detector (SCRFD) and one recogniser, an ONNX model with a "
                 "112×112 input and an embedding as its only output.",
             )
-    return FaceFiles(found["detector"][0], found["recogniser"][0])
+    return FaceFiles(folder / found["detector"][0], folder / found["recogniser"][0])
 
 
 def _kind(path: Path) -> Literal["detector", "recogniser"] | None:

@@ -195,8 +195,9 @@ def warp(
 
     def pixels(x: NDArray[np.intp], y: NDArray[np.intp]) -> Floats:
         inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
-        found = bgr[np.clip(y, 0, height - 1), np.clip(x, 0, width - 1)]
-        return np.where(inside[..., None], found, np.array(beyond)).astype(np.float32)
+        found: Floats = bgr[y.clip(0, height - 1), x.clip(0, width - 1)].astype(np.float32)
+        found[~inside] = beyond
+        return found
 
     upper, lower = pixels(x, y), pixels(x, y + 1)
     upper = _fused(part_x, pixels(x + 1, y) - upper, upper)
@@ -216,7 +217,8 @@ def resize(bgr: Pixels, size: tuple[int, int]) -> Pixels:
         return bgr
     if (2 * size[0], 2 * size[1]) == (width, height):  # OpenCV takes means then
         blocks = bgr.reshape(size[1], 2, size[0], 2, 3).sum(axis=(1, 3), dtype=np.uint16)
-        return ((blocks + 2) >> 2).astype(np.uint8)
+        means: Pixels = ((blocks + 2) >> 2).astype(np.uint8)
+        return means
     # Rows of bytes [H, W · 3], because numpy is slow along an axis of three.
     flat = np.ascontiguousarray(bgr).reshape(height, width * 3)
     left, right, across = _taps(size[0], width)
@@ -228,7 +230,8 @@ def resize(bgr: Pixels, size: tuple[int, int]) -> Pixels:
     sums = (flat.take(left, axis=1) * across[0] + flat.take(right, axis=1) * across[1]) >> 4
     first, second = sums[which[: size[1]]], sums[which[size[1] :]]
     rounded = ((first * down[0][:, None]) >> 16) + ((second * down[1][:, None]) >> 16) + 2
-    return (rounded >> 2).astype(np.uint8).reshape(size[1], size[0], 3)
+    resized: Pixels = (rounded >> 2).astype(np.uint8).reshape(size[1], size[0], 3)
+    return resized
 
 
 def _taps(

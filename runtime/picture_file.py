@@ -413,7 +413,7 @@ def _png(picture: NDArray[np.uint8], plain: str, readable: str, ai_generated: bo
     # Half the sum without its ninth bit: what both have, and half of what one has.
     np.subtract(rows, (left & above) + ((left ^ above) >> 1), out=filtered[:, 1:])
     deflate = zlib.compressobj(1, zlib.DEFLATED, zlib.MAX_WBITS, 9, zlib.Z_RLE)
-    pixels = deflate.compress(filtered) + deflate.flush()
+    pixels = deflate.compress(filtered.data) + deflate.flush()
     # Eight bits, RGB, and the only ways there are of compressing, filtering and not interlacing.
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     texts = [(kind, data) for kind, data, *_ in info.chunks]

@@ -77,6 +77,29 @@ def cut(path):
     path.write_bytes(path.read_bytes()[:500])
 
 
+def outside(folder, where):
+    """The recogniser's weights in the file `where`, as its graph names it."""
+    target = folder / "w.bin"
+    model = onnx.load(str(folder / "rec.onnx"))
+    onnx.save(
+        model,
+        str(folder / "rec.onnx"),
+        save_as_external_data=True,
+        location=target.name,
+        size_threshold=0,
+    )
+    content = (folder / "rec.onnx").read_bytes()
+    assert len(where) == len("w.bin")
+    (folder / "rec.onnx").write_bytes(content.replace(b"w.bin", where.encode()))
+
+
+@pytest.mark.parametrize("where", ["w.bin", "../wb", "/etc/"])
+def test_a_graph_that_reads_other_files_is_refused_before_it_is_opened(folder, where):
+    outside(folder, where)
+    with pytest.raises(WeightsError, match=f"rec.onnx reads '{where}'"):
+        FaceAnalyzer(folder).load()
+
+
 def test_a_recogniser_whose_graph_no_library_runs_is_one_sentence(tmp_path):
     rec = face_models.recogniser()
     rec.graph.node[2].op_type = "NoSuchOperator"
