@@ -207,7 +207,8 @@ def warp(
 
 def _fused(factor: Any, value: NDArray[Any], added: Floats) -> Floats:
     """factor · value + added of float32, rounded once: float64 holds the product exactly."""
-    return (np.asarray(factor, np.float64) * value + added).astype(np.float32)
+    rounded: Floats = (np.asarray(factor, np.float64) * value + added).astype(np.float32)
+    return rounded
 
 
 def resize(bgr: Pixels, size: tuple[int, int]) -> Pixels:
