@@ -384,7 +384,7 @@ def whose_code() -> tuple[str, str]:
         import insightface.model_zoo  # noqa: F401
     except importlib.metadata.PackageNotFoundError:
         return ours, "InsightFace is not installed"
-    except (ImportError, ValueError) as error:  # OpenCV's libraries lack, say
+    except Exception as error:  # OpenCV's libraries lack, say, or it was built for another numpy
         return ours, f"InsightFace cannot be imported: {error}"
     return f"InsightFace {version}", ""
 

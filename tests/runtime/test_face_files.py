@@ -264,8 +264,10 @@ def test_a_pack_that_somebody_unpacked_is_used_though_a_folder_too_deep(releases
     releases.publish(MEMBERS)
     place = releases.folder / deep
     place.mkdir(parents=True)
+    (releases.folder / "__MACOSX").mkdir()  # which macOS puts into archives
     for name, content in MEMBERS.items():
         (place / name).write_bytes(content)
+        (releases.folder / "__MACOSX" / name).write_bytes(b"x")
     assert obtain().detector == place / "det.onnx"
     assert releases.asked == []
 
