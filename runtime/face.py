@@ -163,7 +163,8 @@ class FaceAnalyzer:
     ) -> None:
         """`model` is a folder with a detector and a recogniser (ONNX), or a pack's name.
 
-        With `portraits` faces get the portrait that PuLID looks at. `files` finds the files, where
+        A folder of a pack's name in the working directory is `./buffalo_l`, or a `Path`. With
+        `portraits` faces get the portrait that PuLID looks at. `files` finds the files, where
         `face_files` shall not look for them in the folder.
 
         A pack is downloaded at first use, which `progress` is told. Raises `WeightsError` when the
@@ -172,15 +173,15 @@ class FaceAnalyzer:
         Everything else that can be wrong with the models shows when they are loaded; `load` does
         that at once.
         """
-        folder = Path(model).expanduser()
-        if files is not None or folder.is_dir():
+        folder, pack = Path(model).expanduser(), model in PACKS  # a Path is not
+        if files is not None or (folder.is_dir() and not pack):
             self._files = files or partial(face_files.of_folder, folder.resolve())
         elif isinstance(model, Path) or any(mark in model for mark in ("/", "\\", "~")):
             raise WeightsError(
                 f"The face model folder {model} does not exist.",
                 "Pass a folder with a detector and a recogniser as ONNX files, or 'buffalo_l'.",
             )
-        elif model not in PACKS:
+        elif not pack:
             raise UnknownName("face model", model, PACKS)
         elif not licence_acknowledged and os.environ.get(ACCEPT_VARIABLE) != "1":
             raise LicenceNotAcknowledged(

@@ -6,6 +6,7 @@ import shutil
 import threading
 import zipfile
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 
 import onnx
 import pytest
@@ -257,6 +258,17 @@ def test_a_pack_is_downloaded_once_and_only_its_two_models_are_kept(releases, pr
     assert releases.asked == ["/tiny.zip"]
     (line,) = told
     assert "Downloading" in line
+
+
+def test_a_folder_of_a_packs_name_is_not_the_pack(tmp_path, monkeypatch, releases):
+    """Whoever controls the working directory does not choose what an export's pack is."""
+    monkeypatch.chdir(tmp_path)
+    face_models.write(tmp_path / "buffalo_l")
+    monkeypatch.setattr(face_files, "RELEASE", "http://127.0.0.1:9/")
+    with pytest.raises(WeightsError, match="cannot be downloaded"):
+        FaceAnalyzer("buffalo_l", licence_acknowledged=True).load()
+    for own in ("./buffalo_l", Path("buffalo_l")):
+        FaceAnalyzer(own).load()
 
 
 @pytest.mark.parametrize("deep", ["", "tiny"])
