@@ -32,6 +32,7 @@ from fastface_trt.engines.engine import Engine, EngineBuilder, Progress
 from fastface_trt.engines.files import (
     describe_file,
     finished_folder,
+    possible_folder,
     storage_errors,
     sweep,
     unnamed_files,
@@ -141,7 +142,8 @@ class CacheEntry:
 class EngineCache:
     """Engines by content. Safe for any number of threads and processes on one folder.
 
-    `root` defaults to `engines` in `$FASTFACE_CACHE`, or in the user's cache folder.
+    `root` defaults to `engines` in `$FASTFACE_CACHE`, or in the user's cache folder. Raises
+    `StorageError` where it cannot be the name of a folder.
     """
 
     def __init__(self, root: Path | None = None) -> None:
@@ -149,7 +151,7 @@ class EngineCache:
             home = os.environ.get("FASTFACE_CACHE")
             cache = Path(home) if home else user_cache_path("fastface-trt", appauthor=False)
             root = cache / "engines"
-        self.root = root.expanduser().absolute()
+        self.root = possible_folder(root)
 
     def key(self, module: ModuleSpec, builder: EngineBuilder) -> str:
         """What `module` built by `builder` is called: 64 hexadecimal digits (SHA-256).

@@ -114,6 +114,21 @@ def unnamed_files(root: Path, folder: str, named: Iterable[str]) -> list[str]:
     return sorted(set(found) - {str(PurePosixPath(name)) for name in named})
 
 
+def possible_folder(path: Path) -> Path:
+    """`path` made absolute; `StorageError` where no folder can have that name, there or not."""
+    try:
+        path = path.expanduser().absolute()
+        with suppress(FileNotFoundError, NotADirectoryError, PermissionError):
+            os.stat(path)  # whoever writes there says more of those
+    # A user without a home, a name that is too long, links in a circle, a null character.
+    except (RuntimeError, OSError, ValueError) as problem:
+        why = problem.strerror if isinstance(problem, OSError) else problem
+        raise StorageError(
+            f"{str(path)!r:.200} cannot be a folder: {why}.", "Choose another one."
+        ) from None
+    return path
+
+
 @contextmanager
 def storage_errors(place: Path) -> Iterator[None]:
     """Turn a full or unwritable disk while writing below folder `place` into `StorageError`."""

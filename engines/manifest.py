@@ -230,10 +230,9 @@ class ExportManifest(Strict):
         for name, module in self.modules.items():
             if module.name != name:
                 raise ValueError(f"the module {name!r} is called {module.name!r}")
-            if not module.files[0].path.endswith(
-                ".onnx"
-            ):  # ONNX Runtime reads others by their name
-                raise ValueError(f"the graph of {name} is {module.files[0].path!r}, no .onnx file")
+            graph = module.files[0].path
+            if not graph.endswith(".onnx"):  # ONNX Runtime reads other formats by their endings
+                raise ValueError(f"the graph of {name} is {graph!r}, no .onnx file")
         return self
 
     def latent_shape(

@@ -114,7 +114,7 @@ def _no_export(name: str) -> ExportIncomplete:
         what = "; it looks like a repository of the hub"
         command = f"fastface-trt export --checkpoint hyper --base {name} exports/{path.name}"
         hint = f"Export it first: {command}"
-    return ExportIncomplete(f"There is no folder {name}{what}.", hint)
+    return ExportIncomplete(f"There is no folder {name:.200}{what}.", hint)
 
 
 def with_schedule_of(manifest: ExportManifest, checkpoint: str) -> ExportManifest:

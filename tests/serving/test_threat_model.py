@@ -1,6 +1,7 @@
 import re
 from pathlib import Path
 
+from fastface_trt.runtime.tokenizer import LARGEST_LENGTH
 from fastface_trt.serving.pictures.checks import SECONDS
 from fastface_trt.serving.pictures.fetch import MAX_REDIRECTS
 from fastface_trt.serving.pictures.files import MAX_ENTRIES, MAX_PARTS, MAX_SCANS
@@ -27,5 +28,6 @@ def test_numbers_are_those_of_the_code():
         f"{MAX_ENTRIES} EXIF entries",
         f"most {MAX_REDIRECTS} redirects",
         f"longer than {SECONDS:g} s",
+        f"at most {LARGEST_LENGTH:,} tokens",
     ):
         assert words in TEXT.replace("\n", " "), words
