@@ -36,6 +36,7 @@ from fastface_trt.export.quantization.modules import quantize_unet, quantize_vae
 from fastface_trt.export.quantization.ranges import calibration_twin, modelopt_version
 from fastface_trt.export.weights import CheckpointWeights, RandomWeights, Weights
 from fastface_trt.measure.memory import GB, peak_bytes
+from fastface_trt.runtime.face_files import copy_models
 
 _PACKAGES = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "fastface-trt")
 _TOKENIZERS = ("tokenizer", "tokenizer_2")
@@ -237,10 +238,10 @@ def vae_scale_factor(vae: Model) -> int:
 
 
 def _copy_face_model(model: str, draft: Path) -> str:
-    """Copy a face model that is a folder into the export; a pack's name is only recorded."""
+    """Copy the two files of a folder into the export; a pack's name is only recorded."""
     if not Path(model).is_dir():
         return model
-    shutil.copytree(model, draft / "face")
+    copy_models(Path(model), draft / "face")
     return "face"
 
 

@@ -54,12 +54,6 @@ class Export:
         return cls(folder, manifest)
 
     @property
-    def face_model(self) -> Path | str:
-        """Detector and recogniser: a folder of the export, or the name of an InsightFace pack."""
-        local = self.folder / self.manifest.face_model
-        return local if local.is_dir() else self.manifest.face_model
-
-    @property
     def face_parser(self) -> Path | None:
         """The ONNX file that finds the background around a face for PuLID."""
         parser = self.manifest.face_parser

@@ -156,10 +156,12 @@ class FastFace(Closing):
         builder = make_builder(
             opened.manifest, backend, threads=threads, options=engine_options, cache=store
         )
-        modules = ModuleSet(opened, builder, store, progress or (lambda line: None), build=build)
-        return cls(
-            modules, FaceAnalyzer.of_export(opened, licence_acknowledged=licence_acknowledged)
+        progress = progress or (lambda line: None)
+        modules = ModuleSet(opened, builder, store, progress, build=build)
+        faces = FaceAnalyzer.of_export(
+            opened, licence_acknowledged=licence_acknowledged, progress=progress
         )
+        return cls(modules, faces)
 
     @property
     def manifest(self) -> ExportManifest:

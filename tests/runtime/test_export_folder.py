@@ -64,14 +64,12 @@ def test_what_is_no_folder_is_told_how_to_become_one(name, hint, tmp_path, monke
         cli.commands[command].make_context(command, rest)
 
 
-def test_an_export_answers_for_its_folder_and_manifest(tmp_path):
+def test_an_export_answers_for_its_folder_and_manifest():
     export = Export.open()
     assert export.manifest.latent_shape() == (4, 24, 24)
     assert export.manifest.latent_shape(96, 128) == (4, 24, 32)
     assert export.manifest.size_unit == 16
     assert export.schedule(4) == make_schedule(export.manifest.scheduler, 4)
-    assert export.face_model == folders.FACE_MODEL
-    assert replace(export, folder=tmp_path).face_model == "face"
     assert export.face_parser is None
     assert export.module("unet").name == "unet"
     with pytest.raises(UnknownName, match="unet"):
