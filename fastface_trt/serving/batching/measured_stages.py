@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastface_trt.engines.device import Tensor
-from fastface_trt.errors import EngineFailed, FastFaceError, OutOfMemory
+from fastface_trt.errors import Cancelled, DeviceLost, EngineFailed, FastFaceError, OutOfMemory
 from fastface_trt.runtime.face import Face
 from fastface_trt.runtime.pipeline import FastFace
 from fastface_trt.runtime.request import GenerationRequest
@@ -77,17 +77,18 @@ class MeasuredStages:
         self._cost.observe_preparation(seconds)
         return prepared
 
-    def step(self, samples: Sequence[Sample]) -> Stepped:
+    def step(self, samples: Sequence[Sample], wanted: Callable[[int], bool]) -> Stepped:
         """Take the samples one step further.
 
-        A call of several that fails is made again for each of them by itself: one request must not
-        take others with it.
+        A call of several that fails is made again for each of them by itself, as far as it is still
+        `wanted`: one request must not take others with it. Raises `DeviceLost`.
         """
         out_of_memory = False
         if len(samples) > 1:
             try:
                 self._call(samples)
             except Exception as error:
+                self._require_device(error)
                 out_of_memory = isinstance(error, OutOfMemory)
                 message = "A UNet call of %d samples failed: one by one."
                 _log.warning(message, len(samples), exc_info=True)
@@ -95,7 +96,10 @@ class MeasuredStages:
                 self._failures["step"] = 0
                 return Stepped([None] * len(samples))
         errors: list[FastFaceError | None] = []
-        for sample in samples:
+        for index, sample in enumerate(samples):
+            if len(samples) > 1 and not wanted(index):
+                errors.append(Cancelled("Nobody waits for this step any more."))
+                continue
             try:
                 self._single("step", partial(self._call, [sample]))
                 errors.append(None)
@@ -142,6 +146,7 @@ class MeasuredStages:
         try:
             made = work()
         except Exception as error:
+            self._require_device(error)
             visible = for_client(error)
             if isinstance(visible, EngineFailed):
                 self._failures[stage] += 1
@@ -149,6 +154,17 @@ class MeasuredStages:
             raise visible from None
         self._failures[stage] = 0
         return made, perf_counter() - started
+
+    def _require_device(self, error: Exception) -> None:
+        """Raise `DeviceLost` where the device, whatever told of the failure, works no more."""
+        if isinstance(error, DeviceLost):
+            raise error
+        try:
+            self._stages.device.synchronize()
+        except DeviceLost as lost:
+            raise lost from error
+        except EngineFailed:
+            return
 
 
 def latent_area(sample: Sample) -> int:
