@@ -183,7 +183,7 @@ def check_output(
     if request.width * request.height > most:
         with naming("size"):
             raise InvalidRequest(
-                f"A picture of {request.width}x{request.height} has more than the {most:,} pixels "
+                f"The size {request.width}x{request.height} has more than the {most:,} pixels "
                 "that may be asked for here.",
                 f"The model's own size is {manifest.width}x{manifest.height}.",
             )

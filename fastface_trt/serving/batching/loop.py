@@ -26,7 +26,7 @@ from time import perf_counter
 import numpy as np
 from numpy.typing import NDArray
 
-from fastface_trt.errors import Busy, DeviceLost, FastFaceError, OutOfMemory, Unavailable
+from fastface_trt.errors import Busy, FastFaceError, OutOfMemory, Unavailable
 from fastface_trt.runtime.face import CROP_SIZE, EMBEDDING_SIZE, PORTRAIT_SIZE, Face
 from fastface_trt.runtime.pipeline import FastFace
 from fastface_trt.runtime.request import GenerationRequest
@@ -34,7 +34,12 @@ from fastface_trt.runtime.sampling import Sample
 from fastface_trt.serving.batching.cost import CostModel, Remaining
 from fastface_trt.serving.batching.entry import Demand, Entry, LatencyBudget
 from fastface_trt.serving.batching.fairness import Turns
-from fastface_trt.serving.batching.measured_stages import MeasuredStages, for_client, latent_area
+from fastface_trt.serving.batching.measured_stages import (
+    EnginesLost,
+    MeasuredStages,
+    for_client,
+    latent_area,
+)
 from fastface_trt.serving.batching.policy import Choice, Policy
 from fastface_trt.serving.settings import WorkerSettings
 from fastface_trt.serving.work import Event, PictureDone, Pixels, State, StepDone, TaskFailed
@@ -50,8 +55,9 @@ Clock = Callable[[], float]
 Admit = Callable[[Sequence[Entry]], None]
 """Raises where a new task must not come behind these; may refuse others in its favour."""
 
-OnCall = Callable[[Sequence[str]], None]
-"""Told the ids of the tasks that the engines begin to work on, and none when they are done."""
+OnCall = Callable[[Sequence[str] | None], None]
+"""Told the ids of the tasks that the engines begin to work on, which are none where they are put to
+the test, and None when they are done."""
 
 OnDead = Callable[[FastFaceError], None]
 """Told that the engines failed for good, before any task ends for it."""
@@ -107,7 +113,7 @@ class EngineLoop:
                 self._round(entries)
         except Exception as error:
             # What a user can fix has a sentence; only a surprise needs a traceback.
-            surprise = not isinstance(error, FastFaceError)
+            surprise = not isinstance(error, (FastFaceError, EnginesLost))
             _log.critical("The engines failed for good: %s", error, exc_info=surprise)
             self._on_dead(for_client(error))
             self._table.dead(for_client(error))
@@ -162,12 +168,12 @@ class EngineLoop:
         started, lost = perf_counter(), False
         try:
             yield
-        except DeviceLost:
+        except EnginesLost:
             lost = True
             raise
         finally:
             if not lost:  # or it must stay known on whom they worked
-                self._on_call(())
+                self._on_call(None)
                 seconds = perf_counter() - started
                 for entry, count in zip(entries, rows, strict=True):
                     self._turns.charge(entry.owner, seconds * count / sum(rows))
@@ -275,7 +281,9 @@ class EngineLoop:
         """Raise what a picture of nobody fails with, once too much failed to be the requests."""
         if self._stages.suspect:
             _log.error("Too many failures in a row: the engines are put to the test.")
+            self._on_call(())
             self_test(self._fastface, self._stages)
+            self._on_call(None)
 
     def _fail(self, entry: Entry, error: FastFaceError) -> None:
         self._end(entry, TaskFailed(entry.task.id, error))

@@ -39,6 +39,10 @@ class Stepped:
     out_of_memory: bool = False
 
 
+class EnginesLost(Exception):
+    """The device works no more; no error of a task, which may have had no part in it."""
+
+
 def for_client(error: Exception) -> FastFaceError:
     """The error as a client may see it."""
     if isinstance(error, FastFaceError):
@@ -81,7 +85,7 @@ class MeasuredStages:
         """Take the samples one step further.
 
         A call of several that fails is made again for each of them by itself, as far as it is still
-        `wanted`: one request must not take others with it. Raises `DeviceLost`.
+        `wanted`: one request must not take others with it. Raises `EnginesLost`, as all here do.
         """
         out_of_memory = False
         if len(samples) > 1:
@@ -156,13 +160,13 @@ class MeasuredStages:
         return made, perf_counter() - started
 
     def _require_device(self, error: Exception) -> None:
-        """Raise `DeviceLost` where the device, whatever told of the failure, works no more."""
-        if isinstance(error, DeviceLost):
-            raise error
+        """Raise `EnginesLost` where that is why; a device tells when it is waited for."""
         try:
+            if isinstance(error, DeviceLost):
+                raise error
             self._stages.device.synchronize()
         except DeviceLost as lost:
-            raise lost from error
+            raise EnginesLost(lost.message) from error
         except EngineFailed:
             return
 
