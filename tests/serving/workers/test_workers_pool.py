@@ -243,9 +243,9 @@ def test_a_gpu_that_is_lost_takes_its_process_along_and_its_tasks_are_made_again
         client.ask("a", ENGINE_LOST, seed=1)
         client.ask("b", "paint", seed=2)
         done = {name: client.last(name) for name in "ab"}
-    assert all(isinstance(one, PictureDone) for one in done.values()), done
-    assert client.deaths.statuses[0] == DEAD_ENGINES
-    assert client.deaths.of_slots == 0
+        assert all(isinstance(one, PictureDone) for one in done.values()), done
+        assert client.deaths.statuses == [DEAD_ENGINES]
+        assert client.deaths.of_slots == 0
 
 
 def test_who_wrote_a_record_is_read_from_it_after_its_end():
