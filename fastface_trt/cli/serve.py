@@ -72,7 +72,11 @@ def _ray_options(command: Command) -> Command:
 @provider_option
 @click.option("--schedule-of", metavar="NAME", help="Sampler and steps of another checkpoint.")
 @click.option("--workers", type=_COUNT, help="Processes with engines [one per GPU, or one].")
-@_setting("max_waiting", _COUNT, "Pictures that wait for their first step; the next gets 429.")
+@click.option(
+    "--max-output-pixels", type=_COUNT, help="Of a picture [four times those of the model's size]."
+)
+@_setting("max_request_seconds", _SECONDS, "What one picture may take, as far as was measured.")
+@_setting("max_waiting", _COUNT, "Pictures that wait in each worker, shared out between clients.")
 @_setting("max_running", _COUNT, "Pictures on their way in each worker.")
 @click.option("--max-rows", type=_COUNT, help="Rows of a UNet call [what the engines take].")
 @click.option(
