@@ -134,6 +134,7 @@ async def work_order(
                 deadline=deadline,
                 # A preview that nobody checked would show what the check then keeps back.
                 previews=bool(body.partial_images) and not context.checks.looks_at_results,
+                owner=record.owner,
             )
             for index, one in enumerate(requests)
         ),
