@@ -66,7 +66,11 @@ class Served:
 
     def p99(self, owner: str) -> float:
         """Of an owner's latencies, in seconds; infinite where it got no picture."""
-        return percentile(self.latencies[owner], 99) if self.latencies[owner] else inf
+        return self.percentile(owner, 99)
+
+    def percentile(self, owner: str, percent: float) -> float:
+        """Likewise."""
+        return percentile(self.latencies[owner], percent) if self.latencies[owner] else inf
 
 
 @dataclass
@@ -227,7 +231,10 @@ KEYS = {"honest": "honest-0123456789", "greedy": "greedy-0123456789"}
 
 @dataclass(frozen=True)
 class Measured:
-    """One phase on the real server; pixels are those of all pictures' UNet rows, in millions."""
+    """One phase on the real server; pixels are those of all pictures' UNet rows, in millions.
+
+    refused: what the honest client asked for in vain.
+    """
 
     phase: str
     honest_p50: float
@@ -260,7 +267,7 @@ async def _loop(
         if answer.status == 200:
             said.latencies[client.owner].append(answer.seconds)
             said.rows += sum(client.rows) * float(pixels)
-        elif answer.status == 429:
+        elif answer.status in (429, 504):
             said.refused[client.owner] += 1
             await asyncio.sleep(RETRY)
         else:
@@ -291,13 +298,11 @@ async def _phase(
     rate = said.rows / (perf_counter() - started)
     over.set()
     await asyncio.gather(*loops)
-    honest = said.latencies["honest"] or [inf]
-    greedy = said.latencies["greedy"] or [inf]
     return Measured(
         name,
-        percentile(honest, 50),
-        percentile(honest, 99),
-        percentile(greedy, 50),
+        said.percentile("honest", 50),
+        said.p99("honest"),
+        said.percentile("greedy", 50),
         len(said.latencies["honest"]),
         rate,
         said.refused["honest"],
