@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from math import exp
 from time import monotonic
+from typing import Any
 
 WEIGHT = 0.2
 """Of the newest measurement: the mean follows a change within about five calls."""
@@ -17,6 +18,10 @@ WEIGHT = 0.2
 _OUTLIER = 2.0
 """Times the mean: a measurement above it counts as this much, since requests are refused by these
 numbers, and one call during which the machine stood still must not refuse the next ones."""
+
+MOST_SIZES = 64
+"""Sizes of pictures that are remembered, the last ones: strangers may ask for thousands of them,
+and every estimate looks through those that are known."""
 
 FRESH_SECONDS = 30.0
 """How old the newest measurement may be for a request to be refused by it; an older one lets a
@@ -63,14 +68,17 @@ class CostModel:
     def observe_call(self, area: int, rows: int, seconds: float) -> None:
         """A UNet call of that many rows took so long."""
         with self._lock:
-            known = self._calls.setdefault(area, {})
+            known = self._calls.pop(area, {})
+            self._calls[area] = known
+            _drop_oldest(self._calls)
             known[rows] = _mean(known.get(rows), seconds)
             self._measured = monotonic()
 
     def observe_decoding(self, area: int, seconds: float) -> None:
         """Decoding a picture took so long."""
         with self._lock:
-            self._decodings[area] = _mean(self._decodings.get(area), seconds)
+            self._decodings[area] = _mean(self._decodings.pop(area, None), seconds)
+            _drop_oldest(self._decodings)
 
     def observe_preparation(self, seconds: float) -> None:
         """Encoding a prompt and a face took so long; little where both were known."""
@@ -178,6 +186,11 @@ def _mean(known: float | None, newest: float) -> float:
     if known is None:
         return newest
     return known + WEIGHT * (min(newest, _OUTLIER * known) - known)
+
+
+def _drop_oldest(known: dict[int, Any]) -> None:
+    if len(known) > MOST_SIZES:
+        del known[next(iter(known))]
 
 
 def _nearest(known: Mapping[int, object], area: int) -> int | None:
