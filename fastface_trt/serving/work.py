@@ -29,7 +29,8 @@ class Task:
     `id` is unique among the tasks of a worker. `deadline` is in seconds of `time.monotonic`, which
     all processes of a machine share and which no change of the clock moves; a task that passes it
     ends with `DeadlinePassed`, in the queue, between two steps, or before it is decoded.
-    `previews` asks for a small picture of the latents with every `StepDone`.
+    `previews` asks for a small picture of the latents with every `StepDone`. `owner` is who asks:
+    a key's id or an address over HTTP, "" elsewhere.
     """
 
     id: str
@@ -38,6 +39,7 @@ class Task:
     channel_order: ChannelOrder = "bgr"
     deadline: float | None = None
     previews: bool = False
+    owner: str = ""
 
 
 @dataclass(frozen=True, slots=True)

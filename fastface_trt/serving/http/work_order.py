@@ -97,7 +97,7 @@ class WorkOrder:
                 data = context.signer.sign(data, self.format)
             return base64.b64encode(data).decode("ascii")
 
-        return await context.in_thread(encode)
+        return await context.in_thread(self.record.owner, encode)
 
 
 async def work_order(
@@ -124,7 +124,7 @@ async def work_order(
     return WorkOrder(
         context,
         record,
-        body,
+        body.model_copy(update={"face": None}),  # megabytes, for as long as pictures are made
         tuple(
             Task(
                 f"{record.id}-{index}",
@@ -134,6 +134,7 @@ async def work_order(
                 deadline=deadline,
                 # A preview that nobody checked would show what the check then keeps back.
                 previews=bool(body.partial_images) and not context.checks.looks_at_results,
+                owner=record.owner,
             )
             for index, one in enumerate(requests)
         ),
@@ -210,28 +211,29 @@ async def face_of(context: Context, body: GenerationBody, file: bytes | None, ow
             )
         return (await context.faces.get(owner, body.face_id)).face
     if body.face is not None:
-        file = await context.in_thread(decode_base64, body.face, context.settings)
+        file = await context.in_thread(owner, decode_base64, body.face, context.settings)
     elif body.face_url is not None:
         file = await _fetched(context, body.face_url)
     assert file is not None
-    return await analysed(context, file, body.face_index)
+    return await analysed(context, file, body.face_index, owner)
 
 
-async def analysed(context: Context, file: bytes, index: int | None) -> Face:
+async def analysed(context: Context, file: bytes, index: int | None, owner: str) -> Face:
     """The face of a picture file: the largest, or the `index`-th by size.
 
     Raises `BadPicture`, `Refused`, `NoFaceFound`, `FaceIndexOutOfRange`, `Busy`,
     `Unavailable`.
     """
-    pixels = await context.in_thread(decode_picture, file, context.settings)
-    await context.checks.check_face(pixels)
-    # A worker may have to send megabytes of pixels to another process.
-    future = await context.in_thread(context.worker.analyze, pixels, index)
-    try:
-        return await asyncio.wrap_future(future)
-    except Busy as error:
-        context.admission.remember(error)
-        raise
+    async with context.pictures_in_hand.of(owner):
+        pixels = await context.in_thread(owner, decode_picture, file, context.settings)
+        await context.checks.check_face(pixels)
+        # A worker may have to send megabytes of pixels to another process.
+        future = await context.in_thread(owner, context.worker.analyze, pixels, index)
+        try:
+            return await asyncio.wrap_future(future)
+        except Busy as error:
+            context.admission.remember(error)
+            raise
 
 
 async def _fetched(context: Context, url: str) -> bytes:
