@@ -108,6 +108,11 @@ class Admission:
         """How many requests are in work."""
         return self._work.total
 
+    @property
+    def bodies(self) -> int:
+        """How many bodies are being read, or in memory."""
+        return self._bodies.total
+
     @contextmanager
     def reading(self, owner: str) -> Iterator["Reading"]:
         """A body that is read, and kept for as long as the block lasts.
