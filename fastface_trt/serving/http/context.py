@@ -71,19 +71,18 @@ class Turns:
             self.give_back(owner)
 
     def _next(self) -> None:
-        for owner in list(self._waiting):
-            if self._held.total() >= self._places:
-                return
+        """Free places go to who holds fewest of them, and of those to who came first."""
+        while self._waiting and self._held.total() < self._places:
+            owner = min(self._waiting, key=lambda one: self._held[one])
             if self._held[owner] >= self._places - 1:
-                continue
+                return
             turns = self._waiting.pop(owner)
-            while turns and turns[0].done():  # left before its turn
-                turns.popleft()
-            if turns:
-                self._held[owner] += 1
-                turns.popleft().set_result(None)
+            turn = turns.popleft()
             if turns:
                 self._waiting[owner] = turns  # behind the others
+            if not turn.done():  # else it left before its turn
+                self._held[owner] += 1
+                turn.set_result(None)
 
 
 @dataclass(frozen=True)
