@@ -27,20 +27,20 @@ PICTURE_THREADS = 3
 """Pictures that are decoded or encoded at once, at most two of them of one owner: one of 40
 megapixels takes hundreds of megabytes on the way, and they share the cores with the engines."""
 PICTURES_IN_HAND = 4
-"""Pictures that are decoded and not analysed yet, three of them of one owner: 120 MB each at the
-largest, for a file of some kilobytes."""
+"""Pictures that are being decoded or analysed, one of each owner: 120 MB each at the largest, for a
+file of some kilobytes, and seconds of an engine that analyses them in order of arrival."""
 
 Value = TypeVar("Value")
 
 
 class Turns:
-    """A few places, of which an owner holds all but one at most, and for which owners take turns.
+    """`places`, of which an owner holds `each` at most, and for which owners take turns.
 
     Whoever brings a hundred things waits for its own, and others for one of them. Of one thread.
     """
 
-    def __init__(self, places: int) -> None:
-        self._places = places
+    def __init__(self, places: int, each: int) -> None:
+        self._places, self._each = places, each
         self._held: Counter[str] = Counter()
         self._waiting: dict[str, deque[asyncio.Future[None]]] = {}  # owners, the next one first
 
@@ -74,7 +74,7 @@ class Turns:
         """Free places go to who holds fewest of them, and of those to who came first."""
         while self._waiting and self._held.total() < self._places:
             owner = min(self._waiting, key=lambda one: self._held[one])
-            if self._held[owner] >= self._places - 1:
+            if self._held[owner] >= self._each:
                 return
             turns = self._waiting.pop(owner)
             turn = turns.popleft()
@@ -103,8 +103,8 @@ class Context:
     metrics: Metrics
     tracing: Tracing
     threads: ThreadPoolExecutor
-    thread_turns: Turns = field(default_factory=lambda: Turns(PICTURE_THREADS))
-    pictures_in_hand: Turns = field(default_factory=lambda: Turns(PICTURES_IN_HAND))
+    thread_turns: Turns = field(default_factory=lambda: Turns(PICTURE_THREADS, PICTURE_THREADS - 1))
+    pictures_in_hand: Turns = field(default_factory=lambda: Turns(PICTURES_IN_HAND, 1))
 
     @property
     def model_names(self) -> tuple[str, ...]:

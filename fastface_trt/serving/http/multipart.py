@@ -71,15 +71,14 @@ def _part(head: bytes, data: bytes) -> Part:
         headers[name.strip().lower()] = value.strip()
     disposition = headers.get("content-disposition", "")
     parameters = _parameters(disposition)
-    name = parameters.get("name")
-    if not disposition.lower().startswith("form-data") or name is None:
+    if not disposition.lower().startswith("form-data") or "name" not in parameters:
         raise _broken("a part has no name")
     _check_charset(_parameters(headers.get("content-type", "")))
     if headers.get("content-transfer-encoding", "").lower() not in _ENCODINGS:
         raise _broken("a part has a Content-Transfer-Encoding, which forms have no more")
     named = {"filename", "filename*"} & parameters.keys()
     filename = parameters.get("filename", "a name") if named else None
-    return Part(_utf8(name), filename, data)
+    return Part(_utf8(parameters["name"]), filename, data)
 
 
 def _utf8(name: str) -> str:

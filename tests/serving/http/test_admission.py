@@ -182,7 +182,7 @@ def test_a_task_says_who_asked(key):
 
 def test_owners_take_turns_and_none_has_all_places():
     async def run():
-        turns, order, go_on = Turns(3), [], asyncio.Event()
+        turns, order, go_on = Turns(3, 2), [], asyncio.Event()
 
         async def work(owner, index):
             async with turns.of(owner):
@@ -213,7 +213,7 @@ def test_owners_take_turns_and_none_has_all_places():
 
 def test_a_turn_that_comes_together_with_a_cancellation_goes_to_the_next():
     async def run():
-        turns = Turns(2)
+        turns = Turns(2, 1)
         await turns.take("a")
         left = asyncio.create_task(turns.take("a"))
         await asyncio.sleep(0)
