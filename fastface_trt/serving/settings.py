@@ -67,8 +67,9 @@ class ServerSettings(Settings):
     max_bodies: Count = 256
     """Bodies that are being read, or whose pictures are not decoded yet. Each may take
     `body_timeout`, and holds no place among the requests in work meanwhile."""
-    max_bytes_of_bodies: Count = 256_000_000
-    """Of these bodies together, as far as they came; two of `max_body_bytes` fit in any case."""
+    max_body_memory: Count = 256_000_000
+    """Bytes of these bodies together, as far as they came, and `max_body_bytes` for a picture that
+    is fetched; two of those fit in any case."""
     body_timeout: Seconds = 20
     """A client that needs longer to send its headers and body is cut off (slow loris)."""
     write_timeout: Seconds = 60

@@ -90,7 +90,7 @@ class Admission:
         self._work = Shares(settings.max_requests)
         self._bodies = Shares(settings.max_bodies)
         # One body must fit, whatever else is there.
-        self._bytes = Shares(max(settings.max_bytes_of_bodies, 2 * settings.max_body_bytes))
+        self._bytes = Shares(max(settings.max_body_memory, 2 * settings.max_body_bytes))
         self._refused: _Refusal | None = None
         self.leaving = False
         """The server is about to stop, and takes nothing more."""

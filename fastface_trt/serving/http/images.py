@@ -85,7 +85,7 @@ async def _ordered(request: Request, form: bool) -> WorkOrder:
         else:
             body = await json_body(context, request, reading, GenerationBody)
         record.held.enter_context(context.admission.enter(record.owner))
-        ordering = work_order(context, request, body, file)
+        ordering = work_order(context, request, reading, body, file)
         return await unless_disconnected(request.receive, ordering)
 
 

@@ -18,6 +18,7 @@ from fastface_trt.errors import Busy, InvalidRequest, UnknownName, naming
 from fastface_trt.runtime.face import Face
 from fastface_trt.runtime.picture_file import PictureFormat, encode_picture
 from fastface_trt.runtime.request import GenerationRequest, parse_request
+from fastface_trt.serving.http.admission import Reading
 from fastface_trt.serving.http.context import Context
 from fastface_trt.serving.http.errors import InvalidField
 from fastface_trt.serving.http.middleware import Record, record_of
@@ -101,7 +102,7 @@ class WorkOrder:
 
 
 async def work_order(
-    context: Context, request: Request, body: GenerationBody, file: bytes | None
+    context: Context, request: Request, reading: Reading, body: GenerationBody, file: bytes | None
 ) -> WorkOrder:
     """Check a request, find its face, and make its tasks.
 
@@ -119,7 +120,7 @@ async def work_order(
     if context.settings.log_prompts:
         record.prompt = body.prompt
     await within(deadline, context.checks.check_prompt(requests[0]))
-    face = await within(deadline, face_of(context, body, file, record.owner))
+    face = await within(deadline, face_of(context, reading, body, file))
     record.tasks = len(requests)
     return WorkOrder(
         context,
@@ -196,12 +197,15 @@ def check_one_face(body: GenerationBody, *, file: bool) -> None:
         )
 
 
-async def face_of(context: Context, body: GenerationBody, file: bytes | None, owner: str) -> Face:
+async def face_of(
+    context: Context, reading: Reading, body: GenerationBody, file: bytes | None
+) -> Face:
     """Whichever one face the request has; see `check_one_face`.
 
     Raises `BadPicture`, `NoFaceFound`, `FaceIndexOutOfRange`, `UnknownFace`, `InvalidField`,
-    `Refused`, `Unavailable`.
+    `Refused`, `Unavailable`, and what `Reading.add` raises.
     """
+    owner = reading.owner
     if body.face_id is not None:
         if body.face_index is not None:
             raise InvalidField(
@@ -213,7 +217,7 @@ async def face_of(context: Context, body: GenerationBody, file: bytes | None, ow
     if body.face is not None:
         file = await context.in_thread(owner, decode_base64, body.face, context.settings)
     elif body.face_url is not None:
-        file = await _fetched(context, body.face_url)
+        file = await _fetched(context, reading, body.face_url)
     assert file is not None
     return await analysed(context, file, body.face_index, owner)
 
@@ -236,7 +240,7 @@ async def analysed(context: Context, file: bytes, index: int | None, owner: str)
             raise
 
 
-async def _fetched(context: Context, url: str) -> bytes:
+async def _fetched(context: Context, reading: Reading, url: str) -> bytes:
     if not context.settings.fetch_urls:
         raise InvalidField(
             "This server fetches no pictures.",
@@ -245,4 +249,5 @@ async def _fetched(context: Context, url: str) -> bytes:
         )
     from fastface_trt.serving.pictures.fetch import fetch_picture
 
+    reading.add(context.settings.max_body_bytes)  # nobody knows how many come
     return await fetch_picture(url, context.settings)

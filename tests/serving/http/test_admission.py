@@ -80,7 +80,7 @@ def admission_of(**settings):
 
 
 def test_a_body_that_is_read_takes_no_place_for_work_and_gives_back_what_it_took():
-    admission = admission_of(max_body_bytes=100, max_bytes_of_bodies=200, max_bodies=2)
+    admission = admission_of(max_body_bytes=100, max_body_memory=200, max_bodies=2)
     with admission.reading("ada") as one:
         one.add(60)
         assert (admission.in_work, admission.bodies) == (0, 1)
