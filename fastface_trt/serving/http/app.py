@@ -72,8 +72,6 @@ from fastface_trt.serving.work import State, Worker
 
 SWEEP_SECONDS = 5.0
 """How often faces whose time is over are dropped, though nobody asks for them."""
-TRIM_BYTES = 1_000_000
-"""Of bodies that were read, after which freed memory is given back to the system."""
 
 
 def create_app(
@@ -171,7 +169,7 @@ def _context(
 async def _sweep(context: Context) -> None:
     """Drop faces whose time is over, and as often what workers keep of any face.
 
-    Memory of large bodies goes back to the system, which the C library may keep for long.
+    Memory of bodies and their pictures goes back to the system, which the C library keeps for long.
     """
     forgotten, bytes_read = time.monotonic(), 0
     while True:
@@ -180,7 +178,7 @@ async def _sweep(context: Context) -> None:
         if time.monotonic() - forgotten >= context.settings.faces_ttl:
             forgotten = time.monotonic()
             context.worker.forget()
-        if context.admission.bytes_read - bytes_read > TRIM_BYTES:
+        if context.admission.bytes_read != bytes_read:
             bytes_read = context.admission.bytes_read
             await asyncio.to_thread(give_memory_back)
 
