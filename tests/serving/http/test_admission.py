@@ -1,6 +1,8 @@
 import asyncio
 import random
 import time
+import tracemalloc
+from concurrent.futures import Future
 
 import pytest
 
@@ -18,8 +20,8 @@ from tests.serving.http.http_parts import (
     error_of,
     mini_manifest,
 )
-from tests.serving.loopback import connect, exchange, serving, wait_until
-from tests.serving.scripted_worker import ScriptedWorker
+from tests.serving.loopback import connect, exchange, read_to_end, serving, wait_until
+from tests.serving.scripted_worker import ScriptedWorker, make_face
 
 KEYS = ("key-of-ada", "key-of-bruno")
 GENERATIONS = "/v1/images/generations"
@@ -224,6 +226,63 @@ def test_a_turn_that_comes_together_with_a_cancellation_goes_to_the_next():
         await asyncio.wait_for(turns.take("a"), 20)
 
     asyncio.run(run())
+
+
+def test_owners_who_wait_come_one_after_the_other():
+    async def run():
+        turns, order = Turns(1, 1), []
+
+        async def work(name):
+            async with turns.of(name[0]):
+                order.append(name)
+                await asyncio.sleep(0)
+
+        await asyncio.gather(*map(work, ("a0", "a1", "a2", "a3", "b0", "b1", "c0")))
+        assert order == ["a0", "a1", "b0", "c0", "a2", "b1", "a3"]
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("stream", ["true", "false"])
+def test_a_request_is_in_work_until_it_is_answered_and_its_body_is_not_kept(stream):
+    """The picture is ten megabytes of line breaks around a small one."""
+    worker = ScriptedWorker(eager=False)
+    app = create_app(worker, ServerSettings(api_keys=KEYS, max_requests=1), mini_manifest())
+    admission = app.state.context.admission
+    fields = f'"prompt": "{PROMPT}", "stream": {stream}, "face": "{FACE}'
+    body = f"{{{fields}{chr(92)}n{' ' * 10_000_000}{chr(34)}}}"
+    sent = post(KEYS[0], body).encode()
+    with serving(app) as port:
+        tracemalloc.start()
+        connection = connect(port, sent)
+        wait_until(lambda: worker.open)
+        wait_until(lambda: admission.bodies == 0)
+        assert admission.in_work == 1
+        assert tracemalloc.get_traced_memory()[0] < 5_000_000
+        tracemalloc.stop()
+        assert exchange(port, post(KEYS[1], "{}").encode()).startswith(b"HTTP/1.1 503")
+        worker.finish(next(iter(worker.open)))
+        assert read_to_end(connection).startswith(b"HTTP/1.1 200")
+        wait_until(lambda: admission.in_work == 0)
+    app.state.context.close()
+
+
+def test_a_client_has_one_picture_in_hand_and_others_are_analysed_beside_it():
+    worker = ScriptedWorker()
+    worker.analysis = Future()
+    app = create_app(worker, ServerSettings(api_keys=KEYS), mini_manifest())
+    body = f'{{"prompt": "{PROMPT}", "face": "{FACE}"}}'
+    with serving(app) as port:
+        crowd = [connect(port, post(KEYS[0], body).encode()) for _ in range(3)]
+        wait_until(lambda: app.state.context.admission.in_work == 3)
+        wait_until(lambda: worker.analysed)
+        other = connect(port, post(KEYS[1], body).encode())
+        wait_until(lambda: len(worker.analysed) == 2)
+        worker.analysis.set_result(make_face())
+        for one in (*crowd, other):
+            assert read_to_end(one).startswith(b"HTTP/1.1 200")
+    assert len(worker.analysed) == 4
+    app.state.context.close()
 
 
 def test_a_hundred_pictures_of_one_client_do_not_come_before_one_of_another():
