@@ -69,7 +69,15 @@ class ServerSettings(Settings):
     max_pictures: Count = 4
     """`n` of one request at most."""
     max_requests: Count = 512
-    """Requests in work at once, whatever they ask for; beyond it new ones get 503."""
+    """Requests in work at once, whatever they ask for; beyond it new ones get 503. Of these, of
+    bodies and of faces a client may hold three times what is free, and gets 429 beyond: alone three
+    quarters, less as others come, never all."""
+    max_bodies: Count = 256
+    """Bodies that are being read, or whose pictures are not decoded yet. Each may take
+    `body_timeout`, and holds no place among the requests in work meanwhile."""
+    max_body_memory: Count = 256_000_000
+    """Bytes of these bodies together, as far as they came, and `max_body_bytes` for a picture that
+    is fetched; two of those fit in any case."""
     body_timeout: Seconds = 20
     """A client that needs longer to send its headers and body is cut off (slow loris)."""
     write_timeout: Seconds = 60

@@ -1,6 +1,8 @@
 import re
 from pathlib import Path
 
+from fastface_trt.serving.http import json_text, multipart
+from fastface_trt.serving.http.context import PICTURE_THREADS, PICTURES_IN_HAND
 from fastface_trt.serving.pictures.checks import SECONDS
 from fastface_trt.serving.pictures.fetch import MAX_REDIRECTS
 from fastface_trt.serving.pictures.files import MAX_ENTRIES, MAX_PARTS, MAX_SCANS
@@ -27,5 +29,12 @@ def test_numbers_are_those_of_the_code():
         f"{MAX_ENTRIES} EXIF entries",
         f"most {MAX_REDIRECTS} redirects",
         f"longer than {SECONDS:g} s",
+        f"{json_text.MAX_REST:,} bytes of a body",
+        f"{json_text.MAX_TEXT:,} of one text",
+        f"{json_text.MAX_NAMES} names, {json_text.MAX_ITEMS:,} items",
+        f"{json_text.MAX_LISTS} lists and objects, {json_text.MAX_DEPTH} levels",
+        f"{multipart.MAX_PARTS} parts of a form with {multipart.MAX_HEAD:,} bytes",
+        "one picture of each client being decoded or analysed, four in all",
     ):
         assert words in TEXT.replace("\n", " "), words
+    assert (PICTURES_IN_HAND, PICTURE_THREADS) == (4, 3)
