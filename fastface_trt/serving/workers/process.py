@@ -17,9 +17,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import Connection
-from multiprocessing.spawn import get_executable
 from typing import Any
 
+from fastface_trt.engines.children import start_child
 from fastface_trt.errors import (
     BackendUnavailable,
     Cancelled,
@@ -82,14 +82,11 @@ class WorkerProcess:
         self._on_message, self._on_death = on_message, on_death
         ours, theirs = _pair()
         with theirs:
-            self._child = subprocess.Popen(
-                # What multiprocessing would start: a program that embeds Python sets it.
-                [os.fsdecode(get_executable()), *program, str(theirs.fileno())],
+            self._child = start_child(
+                [*program, str(theirs.fileno())],
+                environment,
                 pass_fds=(theirs.fileno(),),
                 stdin=subprocess.DEVNULL,
-                # Its own session, so that a Ctrl-C reaches only the server, which then decides.
-                start_new_session=True,
-                env={**os.environ, "PYTHONSAFEPATH": "1", **environment},
             )
         self._connection: Connection[Any, Any] = Connection(ours.detach())
         self._outbox = Outbox(self._connection, f"{name} outbox")
