@@ -311,7 +311,7 @@ def _tiff(data: bytes) -> PictureFile:
         width, height = _one(order, fields, _WIDTH), _one(order, fields, _HEIGHT)
         orientation = _one(order, fields, _ORIENTATION, 1)
         strips = _tiff_strips(data, order, fields, width, height)
-    except (struct.error, LookupError):  # an offset beyond the end, a field that is not there
+    except (struct.error, OverflowError, LookupError):  # beyond the end, a field that is not there
         raise Refused from None
     mark = b"II*\0" if order == "<" else b"MM\0*"
     kept: list[bytes | memoryview] = []
@@ -320,13 +320,12 @@ def _tiff(data: bytes) -> PictureFile:
         offsets.append(at)
         kept += [strip, bytes(len(strip) % 2)]
         at += len(strip) + len(strip) % 2
-    tiled = _TILES in fields
-    for tag, values in (
-        (_TILES if tiled else _STRIPS, offsets),
-        (_TILE_SIZES if tiled else _STRIP_SIZES, [len(strip) for strip in strips]),
-    ):
-        fields[tag] = _LONG, struct.pack(f"{order}{len(values)}L", *values)
-    fields.pop(_ORIENTATION, None)
+    of_tiles, of_strips = (_TILES, _TILE_SIZES), (_STRIPS, _STRIP_SIZES)
+    kind_of_parts, others = (of_tiles, of_strips) if _TILES in fields else (of_strips, of_tiles)
+    for tag, values in zip(kind_of_parts, (offsets, map(len, strips)), strict=True):
+        fields[tag] = _LONG, struct.pack(f"{order}{len(strips)}L", *values)
+    for tag in (*others, _ORIENTATION):  # of both kinds readers choose as they like
+        fields.pop(tag, None)
     beyond = at + 2 + 12 * len(fields) + 4
     directory, values_beyond = [struct.pack(f"{order}H", len(fields))], []
     for tag, (kind, value) in sorted(fields.items()):

@@ -66,7 +66,7 @@ def decode_base64(text: str, settings: ServerSettings) -> bytes:
 def decode_picture(data: bytes, settings: ServerSettings) -> Pixels:
     """The pixels of a PNG, JPEG or WebP file: RGB, uint8 [H, W, 3], upright, owned by the caller.
 
-    Where the operator allows it, HEIC and AVIF are read too. It takes up to some 35 bytes of
+    Where the operator allows it, HEIC and AVIF are read too. It takes up to some 20 bytes of
     memory per pixel while it runs, so a server calls it on few threads. Raises `BadPicture`, and
     nothing else, for whatever `data` holds; its sentence tells nothing about this machine or its
     libraries.
