@@ -22,13 +22,14 @@ from fastface_trt.engines.manifest import (
 )
 from fastface_trt.errors import BadPicture, FastFaceError, InvalidRequest, ManifestError
 from fastface_trt.mini import folders
+from fastface_trt.runtime.intake import orientation_of
 from fastface_trt.runtime.presets import PRESETS
 from fastface_trt.runtime.request import GenerationRequest, request_for
 from fastface_trt.serving.http.errors import InvalidField, detail_of, invalid_field
 from fastface_trt.serving.http.schemas import GenerationBody
 from fastface_trt.serving.http.work_order import check_one_face, generation_requests
 from fastface_trt.serving.pictures.fetch import Rules, checked_url, request_target
-from fastface_trt.serving.pictures.files import decode_base64, decode_picture, orientation_of
+from fastface_trt.serving.pictures.files import decode_base64, decode_picture
 from fastface_trt.serving.settings import ServerSettings
 from tests.fuzz.hostile_parts import exif_bomb, exif_tiff
 from tests.fuzz.json_trees import as_bytes, mutated

@@ -1,11 +1,11 @@
 import re
 from pathlib import Path
 
+from fastface_trt.runtime.intake import MAX_ENTRIES, MAX_PARTS, MAX_SCANS
 from fastface_trt.serving.http import json_text, multipart
 from fastface_trt.serving.http.context import PICTURE_THREADS, PICTURES_IN_HAND
 from fastface_trt.serving.pictures.checks import SECONDS
 from fastface_trt.serving.pictures.fetch import MAX_REDIRECTS
-from fastface_trt.serving.pictures.files import MAX_ENTRIES, MAX_PARTS, MAX_SCANS
 from fastface_trt.serving.settings import ServerSettings, WorkerSettings
 
 TEXT = (Path(__file__).parents[2] / "docs" / "threat-model.md").read_text()

@@ -3,7 +3,8 @@
 Why a process: a crash in an engine, or the system's out-of-memory killer, takes only this worker
 with it; the pool gives its tasks to another and starts a new one. The same where its engines fail
 for good, as those of a GPU do after some errors: it leaves, and its tasks are made elsewhere. It
-leaves when the pipe ends, so a killed server leaves nothing behind.
+ends with the server, whatever its engines do at that moment, so a killed server leaves nothing
+behind.
 """
 
 import logging
@@ -15,6 +16,7 @@ from concurrent.futures import Future
 from multiprocessing.connection import Connection
 from typing import Any
 
+from fastface_trt.engines.children import leave_with_parent
 from fastface_trt.engines.engine import Closing
 from fastface_trt.errors import DeviceLost, EngineFailed, FastFaceError
 from fastface_trt.runtime.face import Face
@@ -112,6 +114,7 @@ class _Child(Closing):
 
 def main() -> None:
     """Talk to the pool over the first descriptor of the command line; the second is the record."""
+    leave_with_parent(int(sys.argv[1]))
     # The server decides when its workers leave, whoever else is sent these.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

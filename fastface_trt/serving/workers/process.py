@@ -24,9 +24,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import Connection
-from multiprocessing.spawn import get_executable
 from typing import Any
 
+from fastface_trt.engines.children import start_child
 from fastface_trt.errors import (
     BackendUnavailable,
     Cancelled,
@@ -103,14 +103,11 @@ class WorkerProcess:
         try:
             with theirs:
                 shared = theirs.fileno(), record
-                self._child = subprocess.Popen(
-                    # What multiprocessing would start: a program that embeds Python sets it.
-                    [os.fsdecode(get_executable()), *program, *map(str, shared)],
+                self._child = start_child(
+                    [*program, *map(str, shared)],
+                    environment,
                     pass_fds=shared,
                     stdin=subprocess.DEVNULL,
-                    # Its own session, so that a Ctrl-C reaches only the server, which then decides.
-                    start_new_session=True,
-                    env={**os.environ, "PYTHONSAFEPATH": "1", **environment},
                 )
             self.record = CallRecord(record)
         finally:
