@@ -179,6 +179,32 @@ def test_any_number_of_killers_leaves_the_server_alive(client):
     assert len(client.deaths.statuses) == MAX_DEATHS + 1
 
 
+def test_an_owner_whose_requests_kill_workers_again_and_again_is_kept_out(client, monkeypatch):
+    def ready():
+        until(client.pool, lambda: client.pool.state is State.READY)
+
+    client.ask("0", "die", owner="bad")
+    client.last("0")
+    ready()
+    with pytest.raises(Unavailable):
+        client.pool.analyze(np.full((9, 9, 3), 13, np.uint8), owner="bad").result(PATIENCE)
+    ready()
+    client.ask("2", "die", owner="bad")
+    client.last("2")
+    ready()
+    with pytest.raises(Busy, match="3 of your requests ended a worker") as refused:
+        client.ask("3", "paint", owner="bad")
+    assert 0 < refused.value.retry_after <= process.STRIKE_SECONDS
+    with pytest.raises(Busy):
+        client.pool.analyze(np.ones((9, 9, 3), np.uint8), owner="bad").result(PATIENCE)
+    client.ask("4", "paint", owner="other")
+    assert isinstance(client.last("4"), PictureDone)
+    monkeypatch.setattr(process, "STRIKE_SECONDS", 0.0)
+    client.ask("5", "paint", owner="bad")
+    assert isinstance(client.last("5"), PictureDone)
+    assert len(client.deaths.statuses) == 3
+
+
 def test_a_flood_of_tasks_does_not_hide_that_a_worker_stands_still(client):
     client.ask("bad", "stand still")
     for number in range(20 * PATIENCE):
