@@ -155,7 +155,6 @@ def test_who_kills_a_worker_alone_in_its_call_gets_no_second_one(client, prompt)
     client.stepped("wait")
     assert not client.over("wait"), "it was not in the call, and goes on"
     assert len(client.deaths.statuses) == 1
-    assert client.deaths.of_slots == 0, "the slot is not to blame"
 
 
 def test_of_several_in_a_call_all_but_the_one_to_blame_are_made_again(client):
@@ -165,7 +164,6 @@ def test_of_several_in_a_call_all_but_the_one_to_blame_are_made_again(client):
         np.testing.assert_array_equal(client.last(name).pixels, picture(ord(name)))
     assert isinstance(client.last("bad").error, EngineFailed)
     assert len(client.deaths.statuses) == 2
-    assert client.deaths.of_slots == 0
 
 
 def test_any_number_of_killers_leaves_the_server_alive(client):
@@ -271,7 +269,6 @@ def test_a_gpu_that_is_lost_takes_its_process_along_and_its_tasks_are_made_again
         done = {name: client.last(name) for name in "ab"}
         assert all(isinstance(one, PictureDone) for one in done.values()), done
         assert client.deaths.statuses == [DEAD_ENGINES]
-        assert client.deaths.of_slots == 0
 
 
 def test_who_wrote_a_record_is_read_from_it_after_its_end():
