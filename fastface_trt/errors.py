@@ -166,10 +166,6 @@ class EngineFailed(FastFaceError):
     code = "engine_failed"
 
 
-class DeviceLost(EngineFailed):
-    """A GPU's error after which every call of this process fails: only a new process helps."""
-
-
 class OutOfMemory(FastFaceError):
     """The GPU has less free memory than an engine needs."""
 

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Final
 
+from fastface_trt.engines.device import DeviceLost
 from fastface_trt.errors import (
     BackendUnavailable,
-    DeviceLost,
     EngineFailed,
     FastFaceError,
     OutOfMemory,

@@ -14,8 +14,8 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from fastface_trt.engines.device import Tensor
-from fastface_trt.errors import Cancelled, DeviceLost, EngineFailed, FastFaceError, OutOfMemory
+from fastface_trt.engines.device import DeviceLost, Tensor
+from fastface_trt.errors import Cancelled, EngineFailed, FastFaceError, OutOfMemory
 from fastface_trt.runtime.face import Face
 from fastface_trt.runtime.pipeline import FastFace
 from fastface_trt.runtime.request import GenerationRequest

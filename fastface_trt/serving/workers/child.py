@@ -17,8 +17,9 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from fastface_trt.engines.children import leave_with_parent
+from fastface_trt.engines.device import DeviceLost
 from fastface_trt.engines.engine import Closing
-from fastface_trt.errors import DeviceLost, EngineFailed, FastFaceError
+from fastface_trt.errors import EngineFailed, FastFaceError
 from fastface_trt.runtime.face import Face
 from fastface_trt.serving.batching.opening import open_batcher
 from fastface_trt.serving.settings import WorkerSettings

@@ -8,7 +8,8 @@ A death counts against the tasks that the engines were working on, as `CallRecor
 not against the slot. Who was alone in a call that crashed or stood still is not made again. Several
 in one call are made again once, each in calls of its own, which shows which of them it was; so is
 who was alone when the process was killed from outside or lost its GPU, which may have had another
-reason. All others are made again as if nothing had been.
+reason. All others are made again as if nothing had been. An owner whose requests did it again and
+again is let in no more for a while.
 """
 
 import itertools
@@ -24,11 +25,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import Connection
+from time import monotonic
 from typing import Any
 
 from fastface_trt.engines.children import start_child
 from fastface_trt.errors import (
     BackendUnavailable,
+    Busy,
     Cancelled,
     DeadlinePassed,
     EngineFailed,
@@ -74,7 +77,10 @@ FACE_ATTEMPTS = 2
 """Workers that died while they looked for a face in a picture."""
 PIXELS_OF_A_PLACE = 2_500_000
 """Of a picture that waits for its face to be found: larger ones take several of the `max_waiting`
-places, so that those who wait take half a gigabyte at most, whatever their size."""
+places, so that those who wait take half a gigabyte, whatever their size; a whole one at most."""
+MAX_STRIKES, STRIKE_SECONDS = 3, 600.0
+"""Requests of one owner that killed workers in the last so many seconds: with these its next ones
+are refused, since everybody waits while a worker starts again."""
 
 
 class WorkerProcess:
@@ -282,6 +288,7 @@ class _Analysis:
 
     message: Analyze
     future: "Future[Face]"
+    owner: str
     process: WorkerProcess | None = None
     attempts: int = 1
     failed: bool = False
@@ -307,6 +314,7 @@ class Ledger:
         self._faces: FairQueue[_Analysis] = FairQueue(max_waiting, "pictures wait for their face")
         self._analyses: dict[int, _Analysis] = {}
         self._keys = itertools.count()
+        self._strikes: list[tuple[float, str]] = []
 
     def __len__(self) -> int:
         """How many tasks have not ended."""
@@ -330,9 +338,13 @@ class Ledger:
         )
 
     def submit(self, task: Task, on_event: OnEvent, process: WorkerProcess) -> None:
-        """With the lock: give a task to a worker; raises ValueError for an id that is there."""
+        """With the lock: give a task to a worker.
+
+        Raises `Busy` where its owner's killed too many, and ValueError for an id that is there.
+        """
         if task.id in self._tasks:
             raise ValueError(f"a task {task.id} is there already")
+        self._require_few_strikes(task.owner)
         self._tasks[task.id] = _Assignment(task, on_event, process)
         process.send(Submit(task))
 
@@ -350,9 +362,10 @@ class Ledger:
 
     def analyze(self, pixels: Pixels, index: int | None, owner: str) -> "Future[Face]":
         """With the lock: a picture for the next worker that looks at none. Raises `Busy`."""
+        self._require_few_strikes(owner)
         future: Future[Face] = Future()
         future.set_running_or_notify_cancel()
-        analysis = _Analysis(Analyze(next(self._keys), pixels, index), future)
+        analysis = _Analysis(Analyze(next(self._keys), pixels, index), future, owner)
         places = pixels.shape[0] * pixels.shape[1] // PIXELS_OF_A_PLACE
         self._faces.put(owner, analysis, max(1, places))
         self._hand_out_faces()
@@ -397,12 +410,29 @@ class Ledger:
             if assigned.task.id in ids:
                 assigned.guilty = assigned.suspect or (by_itself and len(ids) == 1)
                 assigned.suspect = True
+                if assigned.guilty:
+                    self._strikes.append((monotonic(), assigned.task.owner))
         for analysis in self._analyses.values():
             if analysis.process is process:
                 analysis.process = None
                 alone = by_itself and not ids
                 analysis.failed = alone or analysis.attempts >= FACE_ATTEMPTS
+                if analysis.failed:
+                    self._strikes.append((monotonic(), analysis.owner))
         return len(lost)
+
+    def _require_few_strikes(self, owner: str) -> None:
+        """With the lock: raise `Busy` where too many of an owner's requests killed workers."""
+        now = monotonic()
+        self._strikes = [one for one in self._strikes if now - one[0] < STRIKE_SECONDS]
+        times = [when for when, whose in self._strikes if whose == owner]
+        if owner and len(times) >= MAX_STRIKES:
+            left = times[-MAX_STRIKES] + STRIKE_SECONDS - now
+            raise Busy(
+                f"{len(times)} of your requests ended a worker in the last ten minutes.",
+                "Try again later, with others.",
+                retry_after=left,
+            )
 
     def looks_at_face(self, process: WorkerProcess) -> bool:
         """With the lock: whether a worker looks for a face."""

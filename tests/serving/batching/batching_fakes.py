@@ -23,8 +23,8 @@ import numpy as np
 
 from fastface_trt import FastFace
 from fastface_trt.engines import contract
-from fastface_trt.engines.device import HostDevice
-from fastface_trt.errors import DeviceLost, NoFaceFound, OutOfMemory
+from fastface_trt.engines.device import DeviceLost, HostDevice
+from fastface_trt.errors import NoFaceFound, OutOfMemory
 from fastface_trt.runtime.export_folder import Export
 from fastface_trt.runtime.sampling import Condition
 from fastface_trt.runtime.stages import Stages

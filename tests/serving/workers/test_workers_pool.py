@@ -155,7 +155,6 @@ def test_who_kills_a_worker_alone_in_its_call_gets_no_second_one(client, prompt)
     client.stepped("wait")
     assert not client.over("wait"), "it was not in the call, and goes on"
     assert len(client.deaths.statuses) == 1
-    assert client.deaths.of_slots == 0, "the slot is not to blame"
 
 
 def test_of_several_in_a_call_all_but_the_one_to_blame_are_made_again(client):
@@ -165,7 +164,6 @@ def test_of_several_in_a_call_all_but_the_one_to_blame_are_made_again(client):
         np.testing.assert_array_equal(client.last(name).pixels, picture(ord(name)))
     assert isinstance(client.last("bad").error, EngineFailed)
     assert len(client.deaths.statuses) == 2
-    assert client.deaths.of_slots == 0
 
 
 def test_any_number_of_killers_leaves_the_server_alive(client):
@@ -177,6 +175,32 @@ def test_any_number_of_killers_leaves_the_server_alive(client):
     client.ask("fine", "paint")
     client.last("fine")
     assert len(client.deaths.statuses) == MAX_DEATHS + 1
+
+
+def test_an_owner_whose_requests_kill_workers_again_and_again_is_kept_out(client, monkeypatch):
+    def ready():
+        until(client.pool, lambda: client.pool.state is State.READY)
+
+    client.ask("0", "die", owner="bad")
+    client.last("0")
+    ready()
+    with pytest.raises(Unavailable):
+        client.pool.analyze(np.full((9, 9, 3), 13, np.uint8), owner="bad").result(PATIENCE)
+    ready()
+    client.ask("2", "die", owner="bad")
+    client.last("2")
+    ready()
+    with pytest.raises(Busy, match="3 of your requests ended a worker") as refused:
+        client.ask("3", "paint", owner="bad")
+    assert 0 < refused.value.retry_after <= process.STRIKE_SECONDS
+    with pytest.raises(Busy):
+        client.pool.analyze(np.ones((9, 9, 3), np.uint8), owner="bad").result(PATIENCE)
+    client.ask("4", "paint", owner="other")
+    assert isinstance(client.last("4"), PictureDone)
+    monkeypatch.setattr(process, "STRIKE_SECONDS", 0.0)
+    client.ask("5", "paint", owner="bad")
+    assert isinstance(client.last("5"), PictureDone)
+    assert len(client.deaths.statuses) == 3
 
 
 def test_a_flood_of_tasks_does_not_hide_that_a_worker_stands_still(client):
@@ -245,7 +269,6 @@ def test_a_gpu_that_is_lost_takes_its_process_along_and_its_tasks_are_made_again
         done = {name: client.last(name) for name in "ab"}
         assert all(isinstance(one, PictureDone) for one in done.values()), done
         assert client.deaths.statuses == [DEAD_ENGINES]
-        assert client.deaths.of_slots == 0
 
 
 def test_who_wrote_a_record_is_read_from_it_after_its_end():
