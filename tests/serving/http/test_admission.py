@@ -1,4 +1,6 @@
 import asyncio
+import gc
+import json
 import random
 import time
 import tracemalloc
@@ -6,7 +8,7 @@ from concurrent.futures import Future
 
 import pytest
 
-from fastface_trt.errors import Busy
+from fastface_trt.errors import Busy, NoFaceFound
 from fastface_trt.serving.http.admission import Admission, Shares
 from fastface_trt.serving.http.app import create_app
 from fastface_trt.serving.http.context import Context, Turns
@@ -313,3 +315,35 @@ def test_memory_of_bodies_goes_back_to_the_system_once_they_were_read(monkeypatc
         assert given == []
         client.post(GENERATIONS, json={"prompt": PROMPT, "face": FACE})
         wait_until(lambda: given)
+
+
+REFUSED = {
+    "an unknown field": lambda: {"prompt": PROMPT, "face": FACE + " " * 9_000_000, "colour": 1},
+    "no JSON object": lambda: [FACE + " " * 90_000] * 90,
+    "no picture": lambda: {"prompt": PROMPT, "face": "A" * 9_000_000},
+    "no base64": lambda: {"prompt": PROMPT, "face": "!" * 9_000_000},
+    "no face": lambda: {"prompt": PROMPT, "face": FACE + " " * 9_000_000},
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_a_refused_request_held_is_free_without_a_garbage_collection(name):
+    """An error whose traceback leads back to it would keep the body until one."""
+    worker = ScriptedWorker()
+    worker.analysis_error = NoFaceFound("There is no face.")
+    app = create_app(worker, ServerSettings(api_keys=KEYS), mini_manifest())
+    sent = post(KEYS[0], json.dumps(REFUSED[name]())).encode()
+    with serving(app) as port:
+        exchange(port, sent)  # what is made once and kept
+        gc.collect()
+        gc.disable()
+        tracemalloc.start()
+        try:
+            assert exchange(port, sent).startswith(b"HTTP/1.1 400")
+            wait_until(lambda: app.state.context.admission.bodies == 0)
+            time.sleep(0.1)
+            assert tracemalloc.get_traced_memory()[0] < 2_000_000
+        finally:
+            gc.enable()
+            tracemalloc.stop()
+    app.state.context.close()
