@@ -31,7 +31,7 @@ def test_numbers_are_those_of_the_code():
         f"longer than {SECONDS:g} s",
         f"{json_text.MAX_REST:,} bytes of a body",
         f"{json_text.MAX_TEXT:,} of one text",
-        f"{json_text.MAX_NAMES} names, {json_text.MAX_ITEMS:,} items",
+        f"{json_text.MAX_NAMES} names, {json_text.MAX_TEXTS:,} names and texts",
         f"{json_text.MAX_LISTS} lists and objects, {json_text.MAX_DEPTH} levels",
         f"{multipart.MAX_PARTS} parts of a form with {multipart.MAX_HEAD:,} bytes",
         "one picture of each client being decoded or analysed, four in all",

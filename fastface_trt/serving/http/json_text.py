@@ -25,8 +25,10 @@ MAX_ITEMS = 20_000
 """Items of all lists together: one number per step, of up to 1,000 steps, for 17 fields."""
 MAX_LISTS = 250
 MAX_DEPTH = 8
+MAX_TEXTS = 1_000
+"""Names and texts, which the walk goes through one by one."""
 MAX_QUOTES = 20_000
-"""Quotes, also those within prompts."""
+"""Quotes within texts, as prompts may have them."""
 MAX_PICTURES = 20
 """More than one is refused by its name; OpenAI takes 16."""
 _LESS = "Only a picture may be that long."
@@ -63,7 +65,7 @@ def _walked(data: bytes | bytearray) -> tuple[bytes, dict[str, tuple[int, int]]]
     outside: list[bytes | bytearray] = []
     spans: dict[str, tuple[int, int]] = {}
     salt = secrets.token_hex(8)  # or a client could write the name of a place itself
-    rest, at, quotes = 0, 0, 0
+    rest, at, texts, quotes = 0, 0, 0, 0
     while True:
         start = data.find(b'"', at)
         rest += (len(data) if start < 0 else start) - at
@@ -72,10 +74,10 @@ def _walked(data: bytes | bytearray) -> tuple[bytes, dict[str, tuple[int, int]]]
         outside.append(kept[-1])
         if start < 0:
             break
+        texts += 1
+        _at_most(MAX_TEXTS, texts, "texts")
         after = end = start + 1
         while True:
-            quotes += 1
-            _at_most(MAX_QUOTES, quotes, "quotes")
             end = data.find(b'"', after)
             if end < 0:
                 raise ValueError("a string without an end")
@@ -83,6 +85,8 @@ def _walked(data: bytes | bytearray) -> tuple[bytes, dict[str, tuple[int, int]]]
             after = end + 1
             if (len(since) - len(since.rstrip(b"\\"))) % 2 == 0:  # else the quote is escaped
                 break
+            quotes += 1
+            _at_most(MAX_QUOTES, quotes, "quotes in its texts")
         if after - start > MAX_TEXT:
             place = f"{salt} {len(spans)}"
             spans[place] = start + 1, end

@@ -22,7 +22,7 @@ from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from fastface_trt.errors import InvalidRequest
-from fastface_trt.serving.http.context import Context
+from fastface_trt.serving.http.context import Context, keep_no_large_memory
 from fastface_trt.serving.http.logs import log_event
 from fastface_trt.serving.http.middleware import client_of_address
 from fastface_trt.serving.settings import ServerSettings
@@ -89,6 +89,7 @@ def run_server(
     second one ends everything at once. The worker is closed on the way out. Where something hangs
     past all of its times, `give_up` is called with `HUNG`, from a thread.
     """
+    keep_no_large_memory()
     with listener:
         return asyncio.run(_Life(app, worker, settings, give_up).run(listener))
 

@@ -1,12 +1,17 @@
 import asyncio
+import gc
+import json
+import platform
 import random
+import subprocess
+import sys
 import time
 import tracemalloc
 from concurrent.futures import Future
 
 import pytest
 
-from fastface_trt.errors import Busy
+from fastface_trt.errors import Busy, NoFaceFound
 from fastface_trt.serving.http.admission import Admission, Shares
 from fastface_trt.serving.http.app import create_app
 from fastface_trt.serving.http.context import Context, Turns
@@ -313,3 +318,70 @@ def test_memory_of_bodies_goes_back_to_the_system_once_they_were_read(monkeypatc
         assert given == []
         client.post(GENERATIONS, json={"prompt": PROMPT, "face": FACE})
         wait_until(lambda: given)
+
+
+REFUSED = {
+    "an unknown field": lambda: {"prompt": PROMPT, "face": FACE + " " * 9_000_000, "colour": 1},
+    "a long prompt": lambda: {"prompt": "x" * 9_000_000},
+    "no JSON object": lambda: [FACE + " " * 90_000] * 90,
+    "no picture": lambda: {"prompt": PROMPT, "face": "A" * 9_000_000},
+    "no base64": lambda: {"prompt": PROMPT, "face": "!" * 9_000_000},
+    "no face": lambda: {"prompt": PROMPT, "face": FACE + " " * 9_000_000},
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_a_refused_request_held_is_free_without_a_garbage_collection(name):
+    """An error whose traceback leads back to it would keep the body until one."""
+    worker = ScriptedWorker()
+    worker.analysis_error = NoFaceFound("There is no face.")
+    app = create_app(worker, ServerSettings(api_keys=KEYS), mini_manifest())
+    sent = post(KEYS[0], json.dumps(REFUSED[name]())).encode()
+    with serving(app) as port:
+        exchange(port, sent)  # what is made once and kept
+        gc.collect()
+        gc.disable()
+        tracemalloc.start()
+        try:
+            assert exchange(port, sent).startswith(b"HTTP/1.1 400")
+            wait_until(lambda: app.state.context.admission.bodies == 0)
+            time.sleep(0.1)
+            assert tracemalloc.get_traced_memory()[0] < 2_000_000
+        finally:
+            gc.enable()
+            tracemalloc.stop()
+    app.state.context.close()
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is another")
+def test_memory_that_threads_have_freed_is_not_the_processes_any_more():
+    program = """
+import os
+from concurrent.futures import ThreadPoolExecutor
+from fastface_trt.serving.http.context import give_memory_back, keep_no_large_memory
+from fastface_trt.serving.http.errors import InvalidField
+from fastface_trt.serving.http.json_text import read_json
+
+def resident():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+def work(_):
+    body = bytearray()
+    while len(body) < 19_000_000:
+        body += sent[len(body) : len(body) + 65_536]
+    try:
+        read_json(body)
+    except InvalidField:
+        pass
+
+keep_no_large_memory()
+sent = b'{"prompt": "' + b"x" * 19_000_000 + b'"}'
+before = resident()
+with ThreadPoolExecutor(3) as threads:
+    list(threads.map(work, range(8)))
+    give_memory_back()
+    print(resident() - before)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)
+    assert int(done.stdout) < 15_000_000
