@@ -83,9 +83,7 @@ def load_picture(
     if isinstance(source, bytes):
         data = source
     elif isinstance(source, (str, os.PathLike)):
-        # A path is opened here and closed here; a file of the caller's stays open.
-        with _open_file(Path(source)) as stream:
-            data = _content(name, stream, max_bytes)
+        data = read_file(source, max_bytes=max_bytes)
     elif hasattr(source, "read"):
         data = _content(name, source, max_bytes)
     else:
@@ -115,6 +113,12 @@ def load_picture(
     return upright(
         _pixels(name, _opened(name, file.data, file.format), max_pixels), file.orientation
     )
+
+
+def read_file(path: str | os.PathLike[str], *, max_bytes: int = MAX_BYTES) -> bytes:
+    """What a picture's file holds; raises `BadPicture` for what is no file, or a longer one."""
+    with _open_file(Path(path)) as stream:
+        return _content(_name_of(path), stream, max_bytes)
 
 
 def _name_of(source: PictureSource) -> str:

@@ -7,9 +7,9 @@ decompressor or a parser that was made for files of friends. What the walk count
 scans, parts) is bounded, and with it what decoding takes: time and memory follow from the pixels
 and the bytes of a file, not from what it says about itself.
 
-Of an EXIF block only the orientation is read. A general reader copies the values of all entries,
-and entries may point at the same bytes, so that a block of 64 kB can ask for hundreds of megabytes;
-here nothing is copied, and entries are counted.
+Of an EXIF block one entry is read, mostly the orientation. A general reader copies the values of
+all entries, and entries may point at the same bytes, so that a block of 64 kB can ask for hundreds
+of megabytes; here nothing else is copied, and entries are counted.
 
 HEIC and AVIF are not taken apart: their decoders see whole files, bounded by bytes and by the size
 that is told before decoding.
@@ -44,7 +44,7 @@ _PNG_KEPT = {b"IHDR": 13, b"PLTE": 768, b"tRNS": 256}
 _MARKER_AFTER_SCAN = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")
 _JPEG_SIZES = frozenset({*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC})
 _JPEG_TABLES = frozenset({0xC4, 0xCC, 0xDB, 0xDD})
-_ORIENTATION, _SHORT = 0x0112, 3
+_DESCRIPTION, _ORIENTATION, _ASCII, _SHORT = 0x010E, 0x0112, 2, 3
 _BRANDS: Mapping[str, tuple[bytes, ...]] = {
     "AVIF": (b"avif", b"avis"),
     "HEIF": (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"),
@@ -425,20 +425,40 @@ def orientation_of(block: bytes) -> int:
 
     A block that is broken, or says nothing, is upright (1).
     """
+    kind, number, value = _exif_entry(block, _ORIENTATION)
+    orientation = int.from_bytes(value, "big")
+    return orientation if kind == _SHORT and number > 0 and 1 <= orientation <= 8 else 1
+
+
+def description_of(block: bytes) -> str | None:
+    """The description of the picture in an EXIF block, None where there is none."""
+    kind, _, value = _exif_entry(block, _DESCRIPTION)
+    return value.rstrip(b"\0").decode("latin-1") if kind == _ASCII else None
+
+
+def _exif_entry(block: bytes, wanted: int) -> tuple[int, int, bytes]:
+    """Type, number and value of an entry of the first directory; type 0 where there is none.
+
+    Of text the value is all of it, of whole numbers the first one's bytes, highest first.
+    """
     tiff = block[6:] if block.startswith(b"Exif\0\0") else block
     order = {b"II*\0": "<", b"MM\0*": ">"}.get(tiff[:4])
     if order is None:
-        return 1
+        return 0, 0, b""
     try:
         (start,) = struct.unpack_from(f"{order}L", tiff, 4)
         (count,) = struct.unpack_from(f"{order}H", tiff, start)
-        for entry in range(min(count, MAX_ENTRIES)):
-            tag, kind, _, value = struct.unpack_from(f"{order}HHLH", tiff, start + 2 + 12 * entry)
-            if tag == _ORIENTATION:
-                return value if kind == _SHORT and 1 <= value <= 8 else 1
+        for at in range(start + 2, start + 2 + 12 * min(count, MAX_ENTRIES), 12):
+            tag, kind, number, where = struct.unpack_from(f"{order}HHLL", tiff, at)
+            if tag == wanted and kind == _ASCII:
+                where = where if number > 4 else at + 8
+                return kind, number, tiff[where : where + number]
+            if tag == wanted:
+                (first,) = struct.unpack_from(f"{order}H", tiff, at + 8)
+                return kind, number, first.to_bytes(2, "big")
     except struct.error:  # an offset beyond the end
         pass
-    return 1
+    return 0, 0, b""
 
 
 def upright(pixels: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:
