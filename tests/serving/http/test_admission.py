@@ -385,3 +385,15 @@ with ThreadPoolExecutor(3) as threads:
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)
     assert int(done.stdout) < 15_000_000
+
+
+def test_a_refusal_of_the_worker_is_remembered_for_its_owner_only():
+    now = [0.0]
+    admission = Admission(ScriptedWorker(), ServerSettings(), lambda: now[0])
+    admission.remember("greedy", Busy("56 pictures wait already.", retry_after=1.5))
+    with pytest.raises(Busy, match="56 pictures wait") as refused:
+        admission.check("greedy")
+    assert refused.value.retry_after == 1.5
+    admission.check("honest")
+    now[0] = 1.6
+    admission.check("greedy")
