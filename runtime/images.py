@@ -1,7 +1,8 @@
 """From whatever a user hands over to RGB pixels, with every limit checked before the costly step.
 
-The order matters: existence, bytes, format and size in pixels are all known from the header, so a
-decompression bomb or a foreign format is refused before a single pixel is decoded.
+The order matters: existence, bytes, format and size in pixels are all known before a single pixel
+is decoded, and decoders see only what `intake` kept of a file. The command line, Python, C, Triton
+and the server all read pictures here.
 
 Contact sheets: pictures in rows and columns with labels, for looking at many at once.
 """
@@ -10,7 +11,7 @@ import io
 import os
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -20,13 +21,14 @@ from PIL import (
     ExifTags,
     Image,
     ImageDraw,
+    ImageFile,
     ImageFont,
     ImageOps,
-    UnidentifiedImageError,
     features,
 )
 
 from fastface_trt.errors import BadPicture, install_hint
+from fastface_trt.runtime.intake import Refused, format_of, take_apart, upright
 
 PictureSource = str | os.PathLike[str] | bytes | BinaryIO | Image.Image | NDArray[np.uint8]
 
@@ -34,22 +36,25 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "HEIF", "AVIF")
 MIN_SIDE = 16
 """Pixels; no detector finds a face in less, and it catches icons and tracking pixels."""
 
-_CONVERT = "Open it in an image editor and save it as PNG or JPEG."
+MAX_BYTES = 400_000_000
+"""64 megapixels of 16-bit colours as they are, with room for the rest of the file."""
+MAX_PIXELS = 64_000_000
+
 _NAMES = {"WEBP": "WebP", "HEIF": "HEIC"}
-_BRANDS: Mapping[str, tuple[bytes, ...]] = {
-    "AVIF": (b"avif", b"avis"),
-    "HEIF": (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"),
-}
+_BAND = 1_000_000
+"""Pixels that are brought to RGB at a time, so that it takes no more memory for large pictures."""
+_BLOCK = 1_000_000
 
 
-class BadPictureSize(BadPicture):
-    """A picture of more pixels than the limit, or of too few; its header says so."""
+class BrokenPicture(BadPicture):
+    """A picture that a decoder gave up; its sentence quotes the decoder."""
 
 
 def load_picture(
     source: PictureSource,
     *,
-    max_pixels: int = 64_000_000,
+    max_bytes: int = MAX_BYTES,
+    max_pixels: int = MAX_PIXELS,
     formats: Sequence[str] = FORMATS,
 ) -> NDArray[np.uint8]:
     """Read a picture as RGB, uint8 [H, W, 3], owned by the caller.
@@ -58,9 +63,10 @@ def load_picture(
     [H, W, 3]). Files may be of `formats` (PIL's names); readers of others never see them. The EXIF
     orientation is applied, transparency is laid on white, 16 bits are scaled to 8, and of an
     animation the first frame is taken. Raises `BadPicture`, naming the file, for anything that
-    gives no such picture, that has more than `max_pixels` pixels, or fewer than `MIN_SIDE` on a
-    side, and for HEIC and AVIF where nothing is installed that reads them. PIL's own bomb limit,
-    about 179 million pixels, holds whatever `max_pixels` says.
+    gives no such picture, that has more than `max_bytes` bytes or `max_pixels` pixels, or fewer
+    than `MIN_SIDE` on a side, for what `intake` refuses, and for HEIC and AVIF where nothing is
+    installed that reads them. PIL's own bomb limit, about 179 million pixels, holds whatever
+    `max_pixels` says.
     """
     name = _name_of(source)
     if isinstance(source, np.ndarray):
@@ -72,18 +78,47 @@ def load_picture(
         _check_size(name, source.shape[1], source.shape[0], max_pixels)
         return np.array(source, order="C")
     if isinstance(source, Image.Image):
-        return _decode(name, source, max_pixels)
-    if not isinstance(source, str | os.PathLike | bytes) and not hasattr(source, "read"):
+        _check_opened(name, source, max_bytes)
+        return _pixels(name, source, max_pixels)
+    if isinstance(source, bytes):
+        data = source
+    elif isinstance(source, (str, os.PathLike)):
+        data = read_file(source, max_bytes=max_bytes)
+    elif hasattr(source, "read"):
+        data = _content(name, source, max_bytes)
+    else:
         raise BadPicture(
             f"A picture cannot be read from {source!r:.40} ({type(source).__name__}).",
             "Pass a path, bytes, an open binary file, a PIL image or RGB pixels.",
         )
-    # A path is opened here and closed here; a file of the caller's stays open.
-    if isinstance(source, (str, os.PathLike)):
-        with _open_file(Path(source)) as stream:
-            return _decode(name, _open_image(name, stream, formats), max_pixels)
-    stream = io.BytesIO(source) if isinstance(source, bytes) else _seekable(name, source)
-    return _decode(name, _open_image(name, stream, formats), max_pixels)
+    if len(data) > max_bytes:
+        raise _too_many_bytes(name, max_bytes)
+    if not data:
+        raise BadPicture(f"{name} is empty (0 bytes).", "Save or download it again.")
+    form = format_of(data[:64])
+    if form not in formats:
+        raise BadPicture(
+            f"{name} is not a {_choice(formats)} picture, or its beginning is broken.",
+            "Open it in an image editor and save it as PNG or JPEG.",
+        )
+    if form in ("HEIF", "AVIF"):
+        _open_reader(name, form)
+        return _pixels(name, _opened(name, data, form), max_pixels)
+    try:
+        file = take_apart(data)
+    except Refused as refused:
+        raise BadPicture(f"{name} {refused.message}.", refused.hint) from None
+    _check_size(name, file.width, file.height, max_pixels)
+    del data  # of which the file is a copy
+    return upright(
+        _pixels(name, _opened(name, file.data, file.format), max_pixels), file.orientation
+    )
+
+
+def read_file(path: str | os.PathLike[str], *, max_bytes: int = MAX_BYTES) -> bytes:
+    """What a picture's file holds; raises `BadPicture` for what is no file, or a longer one."""
+    with _open_file(Path(path)) as stream:
+        return _content(_name_of(path), stream, max_bytes)
 
 
 def _name_of(source: PictureSource) -> str:
@@ -115,55 +150,55 @@ def _open_file(path: Path) -> BinaryIO:
         ) from None
 
 
-def _seekable(name: str, stream: BinaryIO) -> BinaryIO:
-    """The stream itself, or its content in memory: PIL needs to seek, a socket cannot."""
+def _content(name: str, stream: BinaryIO, max_bytes: int) -> bytes:
+    """All that a file holds, from its beginning where it can be sought."""
+    parts, size = [], 0
     try:
-        return stream if stream.seekable() else io.BytesIO(stream.read())
-    except (OSError, ValueError) as error:  # ValueError: the stream is closed
+        if stream.seekable():
+            stream.seek(0)
+        while part := stream.read(_BLOCK):
+            parts.append(part)
+            size += len(part)
+            if size > max_bytes:
+                raise _too_many_bytes(name, max_bytes)
+        return b"".join(parts)
+    # AttributeError: it cannot seek; TypeError: text; ValueError: the stream is closed
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise BadPicture(f"{name} cannot be read: {error}.", "Pass an open binary file.") from None
 
 
-def _open_image(name: str, stream: BinaryIO, formats: Sequence[str]) -> Image.Image:
+def _too_many_bytes(name: str, max_bytes: int) -> BadPicture:
+    return BadPicture(f"{name} has more than {max_bytes:,} bytes.", "Scale it down first.")
+
+
+def _check_opened(name: str, image: Image.Image, max_bytes: int) -> None:
+    """Refuse what `intake` refuses of a file that PIL has open and has not decoded yet."""
+    stream = getattr(image, "fp", None)
+    if not isinstance(image, ImageFile.ImageFile) or stream is None or not image.tile:
+        return
+    try:
+        at = stream.tell()
+        data = _content(name, stream, max_bytes)
+        stream.seek(at)
+        if format_of(data[:64]) not in (None, "HEIF", "AVIF"):
+            take_apart(data)
+    except Refused as refused:
+        raise BadPicture(f"{name} {refused.message}.", refused.hint) from None
+
+
+def _opened(name: str, data: bytes, form: str) -> Image.Image:
     """Read the header only; PIL decodes nothing before `load()`."""
     try:
-        position = stream.tell()
-        beginning = stream.read(64)
-        stream.seek(position)
-        if not beginning:
-            raise BadPicture(f"{name} is empty (0 bytes).", "Save or download it again.")
-        boxed = boxed_format(beginning)
-        if boxed is not None and boxed in formats:
-            _open_reader(name, boxed)
         with warnings.catch_warnings():
-            # Our own limit is checked right after; PIL's warning would only be noise before it.
+            # Our own limit is checked before; PIL's warning would only be noise.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            readable = [kind for kind in formats if kind not in _BRANDS or kind == boxed]
-            return Image.open(stream, formats=readable)
-    except BadPicture:
-        raise
+            return Image.open(io.BytesIO(data), formats=(form,))
     except Image.DecompressionBombError:
         raise BadPicture(
             f"{name} has more pixels than can be decoded safely.", "Scale it down first."
         ) from None
-    except UnidentifiedImageError:
-        raise BadPicture(
-            f"{name} is not a {_choice(formats)} picture, or its beginning is broken.",
-            _CONVERT,
-        ) from None
     except Exception as error:  # each of PIL's readers fails in its own way on hostile headers
         raise _broken(name, error) from None
-
-
-def boxed_format(beginning: bytes) -> str | None:
-    """PIL's name of the format of a file in ISO's boxes: HEIF (iPhones' HEIC), AVIF, or None.
-
-    The first box names the file's brand and those it is compatible with (ISO/IEC 14496-12, 4.3).
-    """
-    if beginning[4:8] != b"ftyp":
-        return None
-    end = min(int.from_bytes(beginning[:4], "big"), len(beginning))
-    brands = {beginning[8:12], *(beginning[at : at + 4] for at in range(16, end, 4))}
-    return next((kind for kind, known in _BRANDS.items() if brands.intersection(known)), None)
 
 
 def _open_reader(name: str, boxed: str) -> None:
@@ -192,18 +227,18 @@ def _choice(formats: Sequence[str]) -> str:
 
 def _check_size(name: str, width: int, height: int, max_pixels: int) -> None:
     if width * height > max_pixels:
-        raise BadPictureSize(
-            f"{name} has {width} × {height} pixels, more than the limit of {max_pixels:,}.",
+        raise BadPicture(
+            f"{name} has {width} × {height} pixels; at most {max_pixels:,} are taken.",
             "Scale it down first.",
         )
     if min(width, height) < MIN_SIDE:
-        raise BadPictureSize(
+        raise BadPicture(
             f"{name} has {width} × {height} pixels, fewer than {MIN_SIDE} on a side.",
             "Use a larger picture of the face.",
         )
 
 
-def _decode(name: str, image: Image.Image, max_pixels: int) -> NDArray[np.uint8]:
+def _pixels(name: str, image: Image.Image, max_pixels: int) -> NDArray[np.uint8]:
     _check_size(name, image.width, image.height, max_pixels)
     try:
         image.load()
@@ -212,14 +247,14 @@ def _decode(name: str, image: Image.Image, max_pixels: int) -> NDArray[np.uint8]
     try:
         return _to_rgb(_upright(image))
     except Exception as error:
-        raise BadPicture(
+        raise BrokenPicture(
             f"{name} has colours (mode {image.mode}) that cannot be read: {_sentence(error)}.",
-            _CONVERT,
+            "Open it in an image editor and save it as PNG or JPEG.",
         ) from None
 
 
 def _broken(name: str, error: Exception) -> BadPicture:
-    return BadPicture(
+    return BrokenPicture(
         f"{name} is truncated or broken: {_sentence(error)}.", "Save or download it again."
     )
 
@@ -240,14 +275,23 @@ def _upright(image: Image.Image) -> Image.Image:
 
 def _to_rgb(image: Image.Image) -> NDArray[np.uint8]:
     """RGB, uint8 [H, W, 3], of a decoded image in any mode; raises ValueError for those without."""
+    width, height = image.size
+    pixels = np.empty((height, width, 3), np.uint8)
+    rows = max(1, _BAND // width)
+    for top in range(0, height, rows):
+        bottom = min(top + rows, height)
+        pixels[top:bottom] = _band_to_rgb(image.crop((0, top, width, bottom)))
+    return pixels
+
+
+def _band_to_rgb(image: Image.Image) -> NDArray[np.uint8]:
     if image.mode.startswith("I") or image.mode == "F":
-        grey = _eight_bits(np.asarray(image))
-        return np.repeat(grey[:, :, None], 3, axis=2)
+        return _eight_bits(np.asarray(image))[:, :, None]
     if image.has_transparency_data:
         layer = image.convert("RGBA")
         white = Image.new("RGBA", layer.size, "white")
         image = Image.alpha_composite(white, layer)
-    return np.array(image if image.mode == "RGB" else image.convert("RGB"))
+    return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
 
 
 def _eight_bits(values: NDArray[np.generic]) -> NDArray[np.uint8]:

@@ -40,6 +40,8 @@ from PIL.PngImagePlugin import PngInfo
 from fastface_trt import __version__
 from fastface_trt.engines.files import write_durably
 from fastface_trt.errors import BadPicture, InvalidRequest, StorageError
+from fastface_trt.runtime.images import read_file
+from fastface_trt.runtime.intake import Refused, description_of, format_of, take_apart
 from fastface_trt.runtime.picture_names import check_template, counted, picture_name
 
 PictureFormat = Literal["png", "jpeg", "webp"]
@@ -361,14 +363,22 @@ def read_parameters(path: str | Path) -> dict[str, Any]:
     parameters.
     """
     try:
+        data = read_file(path)
+        if format_of(data[:64]) in ("PNG", "JPEG", "WEBP"):
+            take_apart(data)  # refuses what would take a decoder long
+        file = io.BytesIO(data)
         # Pillow warns of what is broken in an EXIF block, and then leaves it out.
-        with warnings.catch_warnings(), Image.open(path, formats=("PNG", "JPEG", "WEBP")) as image:
+        with warnings.catch_warnings(), Image.open(file, formats=("PNG", "JPEG", "WEBP")) as image:
             warnings.simplefilter("ignore")
             image.load()
             stored = image.info.get(PARAMETERS_KEY)
             if image.format != "PNG":
-                stored = image.getexif().get(ExifTags.Base.ImageDescription)
-    except Exception as error:  # a missing file, a foreign one, a broken chunk: all end here
+                stored = description_of(image.info.get("exif", b""))
+    except BadPicture:
+        raise
+    except Refused as refused:
+        raise BadPicture(f"The picture {path} {refused.message}.", refused.hint) from None
+    except Exception as error:  # a foreign file, a broken chunk: all end here
         raise BadPicture(
             f"The picture {path} cannot be read: {str(error).rstrip('.')}.",
             "Pass a PNG, JPEG or WebP file written by fastface-trt.",

@@ -17,7 +17,6 @@ import threading
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from io import RawIOBase
-from multiprocessing.spawn import get_executable
 from pathlib import Path
 from time import perf_counter
 from types import TracebackType
@@ -25,6 +24,7 @@ from typing import Any
 
 from typing_extensions import Self
 
+from fastface_trt.engines.children import leave_with_parent, start_child
 from fastface_trt.engines.files import write_durably
 from fastface_trt.engines.manifest import ModuleSpec, Strict
 from fastface_trt.engines.onnx.file import OnnxFile
@@ -367,16 +367,11 @@ def run_in_child(job: Job, on_event: Callable[[Event], None]) -> dict[str, Any]:
     Raises what `build_plan` raises. An exception in `on_event`, `KeyboardInterrupt` among them,
     ends the child first and then goes on.
     """
-    # What multiprocessing would start: a program that embeds Python sets it to an interpreter.
-    command = [os.fsdecode(get_executable()), "-m", "fastface_trt.engines.tensorrt.plan"]
-    # Its own session, so that a Ctrl-C on the terminal reaches only the parent, which then decides.
-    child = subprocess.Popen(
-        command,
+    child = start_child(
+        ["-m", "fastface_trt.engines.tensorrt.plan"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        start_new_session=True,
-        env=os.environ | {"PYTHONSAFEPATH": "1"},  # nothing is imported from the current folder
     )
     # Popen gives pipes whenever it is asked for them.
     assert child.stdin is not None
@@ -444,11 +439,11 @@ class _Tail:
 
 def main() -> None:
     """Read a job, build it, and print events; for `run_in_child`."""
+    leave_with_parent(0)
     # C++ code prints to standard output as it likes; the events get a way of their own.
     events = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
     os.dup2(2, 1)
     job = Job.model_validate_json(sys.stdin.buffer.readline())
-    threading.Thread(target=_leave_with_parent, daemon=True).start()
 
     def say(event: Event) -> None:
         events.write(json.dumps(event) + "\n")
@@ -479,11 +474,6 @@ def main() -> None:
     # TensorRT's destructors take seconds for a large network, and nobody waits for them.
     events.flush()
     os._exit(0)
-
-
-def _leave_with_parent() -> None:
-    sys.stdin.buffer.read()
-    os._exit(1)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ The life of a request, in ten lines:
    `http.admission`, `BodyLimit` bounds its body.
 3. `http.images` reads the body (`http.bodies`) into a `GenerationBody` (`http.schemas`).
 4. `http.work_order` checks it and makes one `GenerationRequest` per picture.
-5. Its face: registered (`http.faces`), or a file that `pictures.files` takes apart, perhaps from an
+5. Its face: registered (`http.faces`), or a file that `runtime.intake` takes apart, perhaps from an
    address (`pictures.fetch`); an operator's `pictures.checks` may refuse; the worker analyses it.
 6. The `WorkOrder` holds a `Task` per picture; `http.tasks` submits them all or none.
 7. `workers.pool` gives each task to the least busy process, and again to another should that die.

@@ -22,13 +22,15 @@ from fastface_trt.engines.manifest import (
 )
 from fastface_trt.errors import BadPicture, FastFaceError, InvalidRequest, ManifestError
 from fastface_trt.mini import folders
+from fastface_trt.runtime.images import load_picture
+from fastface_trt.runtime.intake import orientation_of
 from fastface_trt.runtime.presets import PRESETS
 from fastface_trt.runtime.request import GenerationRequest, request_for
 from fastface_trt.serving.http.errors import InvalidField, detail_of, invalid_field
 from fastface_trt.serving.http.schemas import GenerationBody
 from fastface_trt.serving.http.work_order import check_one_face, generation_requests
 from fastface_trt.serving.pictures.fetch import Rules, checked_url, request_target
-from fastface_trt.serving.pictures.files import decode_base64, decode_picture, orientation_of
+from fastface_trt.serving.pictures.files import decode_base64, decode_picture
 from fastface_trt.serving.settings import ServerSettings
 from tests.fuzz.hostile_parts import exif_bomb, exif_tiff
 from tests.fuzz.json_trees import as_bytes, mutated
@@ -47,10 +49,10 @@ class Target:
     seeds: list[bytes] = field(default_factory=list)
 
 
-def picture():
+def picture(read):
     def test(data):
         try:
-            pixels = decode_picture(data, SETTINGS)
+            pixels = read(data)
         except BadPicture:
             return
         height, width, channels = pixels.shape
@@ -59,6 +61,11 @@ def picture():
         assert height * width <= SETTINGS.max_picture_pixels
 
     return test
+
+
+def local_picture(data):
+    """What only the local door reads."""
+    return load_picture(data, max_pixels=SETTINGS.max_picture_pixels, formats=("TIFF", "BMP"))
 
 
 def exif():
@@ -249,10 +256,14 @@ def turned(order):
 def targets():
     """All targets by name."""
     pictures = [*hostile().values(), *(path.read_bytes() for path in FOLDER.iterdir())]
+    local = [data for name, data in hostile().items() if name.startswith(("tiff-", "bmp-"))]
     text = base64.b64encode(b"a picture " * 9)
     export, engine = export_manifest(), engine_manifest()
     return {
-        "picture": Target(picture, 150_000, 4096, pictures),
+        "picture": Target(
+            lambda: picture(lambda data: decode_picture(data, SETTINGS)), 150_000, 4096, pictures
+        ),
+        "local_picture": Target(lambda: picture(local_picture), 60_000, 4096, local),
         "exif": Target(exif, 30_000, 1024, [exif_bomb(), *(turned(order) for order in "<>")]),
         "base64": Target(
             base64_text, 30_000, 4096, [b"\1" + text, b"\1data:image/png;base64," + text]

@@ -1,4 +1,4 @@
-"""The parts that hostile PNG, JPEG and WebP files are made of."""
+"""The parts that hostile picture files are made of."""
 
 import io
 import struct
@@ -132,3 +132,55 @@ def webp_frame(data):
 def anmf(frame, x=0, y=0, width=SIDE, height=SIDE):
     sizes = three(x) + three(y) + three(width - 1) + three(height - 1)
     return webp_chunk(b"ANMF", sizes + three(100) + b"\0" + frame)
+
+
+# TIFF and BMP
+
+
+def tiff(fields, *strips, order="<", big=False, count=None):
+    """A file of fields, {tag: (type, values) or (type, number of values, where they are)}.
+
+    The offsets and sizes of strips are added, unless a field says otherwise.
+    """
+    word, start = ("Q", 16) if big else ("L", 8)
+    at, offsets = start, []
+    for strip in strips:
+        offsets.append(at)
+        at += len(strip)
+    fields = {273: (4, offsets), 279: (4, [len(strip) for strip in strips])} | fields
+    width = struct.calcsize(f"={word}")
+    entries, beyond = [], b""
+    after = at + (8 if big else 2) + (4 + 2 * width) * len(fields) + width
+    for tag, (kind, *told) in sorted(fields.items()):
+        if len(told) == 2:
+            number, value = told[0], struct.pack(f"{order}{word}", told[1])
+        else:
+            number = len(told[0])
+            letter = {1: "B", 3: "H", 4: "L", 16: "Q"}[kind]
+            value = struct.pack(f"{order}{number}{letter}", *told[0])
+            if len(value) > width:
+                place, beyond = after + len(beyond), beyond + value
+                value = struct.pack(f"{order}{word}", place)
+        entries.append(
+            struct.pack(f"{order}HH{word}", tag, kind, number) + value.ljust(width, b"\0")
+        )
+    mark = {"<": b"II", ">": b"MM"}[order]
+    mark += struct.pack(f"{order}HHH", 43, 8, 0) if big else struct.pack(f"{order}H", 42)
+    number = struct.pack(f"{order}{'Q' if big else 'H'}", len(fields) if count is None else count)
+    directory = number + b"".join(entries) + bytes(width) + beyond
+    return mark + struct.pack(f"{order}{word}", at) + b"".join(strips) + directory
+
+
+def grey(width=SIDE, height=SIDE, **more):
+    """The fields of an 8-bit grey picture in one strip; `more` by names such as tag259."""
+    fields = {256: width, 257: height, 258: 8, 259: 1, 262: 1, 277: 1, 278: height}
+    fields |= {int(name[3:]): value for name, value in more.items()}
+    return {
+        tag: value if isinstance(value, tuple) else (4, [value]) for tag, value in fields.items()
+    }
+
+
+def bmp(width=SIDE, height=SIDE, depth=24, compression=0, data=None, header=40):
+    data = bytes((width * depth + 31) // 32 * 4 * abs(height)) if data is None else data
+    fields = struct.pack("<LllHHLLllLL", header, width, height, 1, depth, compression, *[0] * 5)
+    return b"BM" + struct.pack("<LHHL", 54 + len(data), 0, 0, 54) + fields + data

@@ -16,11 +16,13 @@ from tests.fuzz.hostile_parts import (
     SIDE,
     after_start,
     anmf,
+    bmp,
     chunk,
     encoded,
     exif_bomb,
     exif_tiff,
     good_png,
+    grey,
     ihdr,
     jpeg,
     jpeg_tables,
@@ -30,6 +32,7 @@ from tests.fuzz.hostile_parts import (
     segment,
     sof,
     sos,
+    tiff,
     vp8x,
     webp_chunk,
     webp_frame,
@@ -219,8 +222,80 @@ def webps():
     }
 
 
+def tiffs():
+    """Name and bytes of every hostile TIFF."""
+    strip = bytes(SIDE * SIDE)
+    everything = 7, 2**31, 0
+    tables = jpeg_tables(encoded("JPEG"))
+    scans = jpeg(
+        sof(1900, 1900, 0xC2, components=((1, 0x11),)),
+        *(tables, sos((1,), 0, 0), *[sos((1,), 1, 63, 0, b"\xff\x00")] * 300),
+    )
+    return {
+        "good": tiff(grey(), strip),
+        "good-big": tiff(grey(tag256=(16, [SIDE])), strip, big=True, order=">"),
+        "many-scans": tiff(grey(1900, 1900, tag259=7), scans),
+        "bomb-of-size": tiff(grey(60000, 60000), strip),
+        "bomb-of-strips": tiff(
+            grey(16, 200_000, tag278=1, tag273=(4, 200_000, 8), tag279=(4, 200_000, 8)), strip
+        ),
+        "strips-of-the-same-bytes": tiff(
+            grey(SIDE, 600, tag278=1, tag273=(4, [8] * 600), tag279=(4, [len(strip)] * 600)), strip
+        ),
+        "strips-beyond-end": tiff(grey(tag273=(4, [2**31])), strip),
+        "strips-missing": tiff(grey(tag278=1), strip),
+        "fields-of-everything": tiff(
+            grey(tag270=everything, tag700=everything, tag34377=everything), strip
+        ),
+        "palette-of-everything": tiff(grey(tag262=3, tag320=(3, 2**31, 0)), strip),
+        "tables-of-everything": tiff(grey(tag259=7, tag347=(7, 2**32 - 1, 0)), strip),
+        "huge-tiles": tiff(
+            grey(tag322=2**20, tag323=2**20, tag324=(4, [8]), tag325=(4, [9])), strip
+        ),
+        "tiles-of-no-size": tiff(grey(tag322=0, tag323=0, tag324=(4, [8]), tag325=(4, [9]))),
+        "no-width": tiff(grey(0, SIDE), strip),
+        "no-rows": tiff(grey(tag278=0), strip),
+        "many-samples": tiff(grey(tag277=65535, tag284=2), strip),
+        "many-entries": tiff(grey(), strip, count=65535),
+        "entries-of-2-to-63": tiff(grey(), strip, big=True, count=2**63),
+        "directory-beyond-end": b"II*\0\xff\xff\xff\xff",
+        "big-directory-beyond-end": b"MM\0+\0\x08\0\0" + b"\xff" * 8,
+        "only-start": b"II*\0",
+        "floats": tiff(grey(tag258=32, tag339=3), bytes(4 * SIDE * SIDE)),
+        "deflate-bomb": tiff(grey(tag259=8), MEGABYTE),
+        "deflate-of-noise": tiff(grey(tag259=8), b"not deflated at all"),
+        "lzw-of-noise": tiff(grey(tag259=5), b"\xff" * 500),
+        "packbits-of-noise": tiff(grey(tag259=32773), b"\x81" * 500),
+        "packbits-that-ends": tiff(grey(tag259=32773), b"\x7f"),
+        "fax": tiff(grey(tag259=4, tag258=1), strip),
+        "old-jpeg": tiff(grey(tag259=6), strip),
+        "unknown-compression": tiff(grey(tag259=60000), strip),
+        "types-unknown": tiff(grey(tag256=(99, 1, SIDE)), strip),
+    }
+
+
+def bmps():
+    """Name and bytes of every hostile BMP."""
+    jump = b"\0\x02\xff\xff"  # moves by 255 rows
+    return {
+        "good": bmp(),
+        "good-from-the-top": bmp(SIDE, -SIDE),
+        "rows-of-jumps": bmp(2**20, 16, 8, 1, jump * 100),
+        "rows-of-jumps-in-4-bits": bmp(2**20, 16, 4, 2, jump * 100),
+        "bomb-of-size": bmp(60000, 60000, data=b""),
+        "larger-than-its-rows": bmp(1900, 1900, data=bytes(1000)),
+        "negative-width": bmp(-SIDE, SIDE, data=bytes(2000)),
+        "lowest-height": bmp(SIDE, -(2**31), data=bytes(2000)),
+        "no-depth": bmp(1900, 1900, 0, data=b""),
+        "png-inside": bmp(compression=5, data=good_png()),
+        "unknown-header": bmp(header=41),
+        "header-beyond-end": bmp(data=b"", header=2**31),
+        "only-start": b"BM",
+    }
+
+
 def others():
-    """Name and bytes of what is no PNG, JPEG or WebP, though it may say so."""
+    """Name and bytes of what is no picture that is read here, though it may say so."""
     archive = BytesIO()
     with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as file:
         file.writestr("a", bytes(1_000_000))
@@ -250,7 +325,10 @@ def others():
 
 def hostile():
     """File name and bytes of all of them."""
-    kinds = (("png", pngs()), ("jpg", jpegs()), ("webp", webps()), ("other", others()))
+    kinds = (
+        *(("png", pngs()), ("jpg", jpegs()), ("webp", webps())),
+        *(("tiff", tiffs()), ("bmp", bmps()), ("other", others())),
+    )
     return {f"{kind}-{name}": data for kind, files in kinds for name, data in files.items()}
 
 

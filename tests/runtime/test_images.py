@@ -1,5 +1,7 @@
 import io
 import os
+import struct
+import subprocess
 import sys
 import warnings
 
@@ -9,8 +11,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
+from fastface_trt.engines.manifest import EXPORT_MANIFEST, ExportManifest, read_manifest
 from fastface_trt.errors import BadPicture, install_hint
+from fastface_trt.mini import folders
 from fastface_trt.runtime.images import load_picture
+from fastface_trt.runtime.intake import MAX_SCANS, take_apart
+from fastface_trt.serving.triton.served import read_pictures
+from tests.fuzz.hostile_parts import (
+    chunk,
+    grey,
+    ihdr,
+    jpeg,
+    jpeg_tables,
+    png,
+    rows,
+    sof,
+    sos,
+    tiff,
+)
 from tests.helpers.made_pictures import HEIC_BEGINNING, encoded, gradient
 
 
@@ -75,15 +93,8 @@ def test_exif_orientation_is_applied(form, orientation):
     np.testing.assert_array_equal(load_picture(data), upright)
 
 
-@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
-def test_broken_exif_does_not_refuse_good_pixels(monkeypatch):
+def test_broken_exif_does_not_refuse_good_pixels():
     data = encoded(Image.fromarray(gradient()), exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff")
-    np.testing.assert_array_equal(load_picture(data), gradient())
-
-    def fail(_image):
-        raise ValueError("bad EXIF")
-
-    monkeypatch.setattr("PIL.ImageOps.exif_transpose", fail)
     np.testing.assert_array_equal(load_picture(data), gradient())
 
 
@@ -260,7 +271,7 @@ def test_pixel_limit_is_checked_before_decoding(monkeypatch, side):
 def test_pixel_limit_holds_for_images_in_memory_too():
     load_picture(gradient(40, 50), max_pixels=2000)
     for source in [gradient(40, 51), Image.fromarray(gradient(40, 51))]:
-        with pytest.raises(BadPicture, match="limit of 2,000"):
+        with pytest.raises(BadPicture, match="at most 2,000"):
             load_picture(source, max_pixels=2000)
 
 
@@ -304,3 +315,154 @@ def test_damaged_files_give_a_picture_or_the_one_error(data):
             return
     assert loaded.dtype == np.uint8
     assert loaded.shape[2] == 3
+
+
+def scans(count):
+    """A JPEG of 256 pixels in so many scans, of which all but the first are empty."""
+    tables, grey = jpeg_tables(encoded(Image.fromarray(gradient()), "JPEG")), ((1, 0x11),)
+    empty = sos((1,), 1, 63, 0, b"\xff\x00")
+    return jpeg(sof(16, 16, 0xC2, components=grey), tables, sos((1,), 0, 0), *[empty] * (count - 1))
+
+
+def in_tiff(picture):
+    """A JPEG as the strip of a TIFF."""
+    return tiff(grey(16, 16, tag259=7), picture)
+
+
+@pytest.mark.parametrize("wrap", [bytes, in_tiff])
+@pytest.mark.parametrize("way", ["path", "bytes", "stream", "opened by Pillow", "Triton"])
+def test_scans_are_bounded_whichever_way_a_picture_comes(tmp_path, way, wrap):
+    def read(data):
+        path = tmp_path / "face.jpg"
+        path.write_bytes(data)
+        if way == "opened by Pillow":
+            with Image.open(path) as image:
+                load_picture(image)
+        elif way == "Triton":
+            manifest = read_manifest(folders.EXPORT / EXPORT_MANIFEST, ExportManifest)
+            prompt, file = np.array([[b"photo"]], object), np.array([[data]], object)
+            read_pictures({"PROMPT": prompt, "FACE_FILE": file}, manifest)
+        else:
+            load_picture({"path": path, "bytes": data, "stream": io.BytesIO(data)}[way])
+
+    read(wrap(scans(MAX_SCANS)))
+    with pytest.raises(BadPicture, match="more than 40 scans"):
+        read(wrap(scans(MAX_SCANS + 1)))
+
+
+def test_what_pillow_has_decoded_is_taken_as_it_is():
+    with Image.open(io.BytesIO(scans(MAX_SCANS + 1))) as image:
+        image.load()
+        assert load_picture(image).shape == (16, 16, 3)
+
+
+@pytest.mark.parametrize("way", ["path", "bytes", "stream", "pipe"])
+def test_bytes_are_bounded_before_they_are_read(tmp_path, way):
+    data = encoded(Image.fromarray(gradient()))
+    (tmp_path / "face.png").write_bytes(data)
+    read_end, write_end = os.pipe()
+    with os.fdopen(read_end, "rb") as reader:
+        with os.fdopen(write_end, "wb") as writer:
+            writer.write(data)
+        source = {"path": tmp_path / "face.png", "bytes": data, "pipe": reader}
+        source = source.get(way, io.BytesIO(data))
+        with pytest.raises(BadPicture, match=f"more than {len(data) - 1:,} bytes"):
+            load_picture(source, max_bytes=len(data) - 1)
+    load_picture(data, max_bytes=len(data))
+
+
+@pytest.mark.parametrize("big", [False, True])
+@pytest.mark.parametrize("way", ["raw", "tiff_lzw", "tiff_adobe_deflate", "packbits", "jpeg"])
+@pytest.mark.parametrize("mode", ["RGB", "L", "1", "P", "CMYK", "RGBA", "LA", "YCbCr", "I;16"])
+def test_a_tiff_that_was_taken_apart_is_what_pillow_reads(mode, way, big):
+    if mode == "I;16":
+        image = Image.fromarray(gradient()[..., 0].astype(np.uint16) * 257)
+    else:
+        image = Image.fromarray(gradient()).convert(mode)
+    if way == "jpeg" and mode in ("1", "P", "I;16"):
+        pytest.skip("no JPEG has such pixels")
+    data = encoded(image, "TIFF", compression=way, big_tiff=big, description="no more")
+    file = take_apart(data)
+    assert b"no more" not in file.data
+    with Image.open(io.BytesIO(data)) as known, Image.open(io.BytesIO(file.data)) as read:
+        assert (read.mode, read.size) == (known.mode, known.size)
+        np.testing.assert_array_equal(np.asarray(read), np.asarray(known))
+    assert load_picture(data).shape == (40, 60, 3)
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_tiles_and_planes_of_a_tiff_are_read(order):
+    pixels = gradient(32, 48)
+    tiles = [
+        pixels[y : y + 16, x : x + 16].tobytes() for y in range(0, 32, 16) for x in range(0, 48, 16)
+    ]
+    offsets = (4, [8 + 768 * at for at in range(6)])
+    tiled = grey(48, 32, tag258=(3, [8] * 3), tag262=2, tag277=3, tag322=16, tag323=16)
+    tiled |= {324: offsets, 325: (4, [768] * 6)}
+    data = tiff(tiled, b"".join(tiles), order=order)
+    np.testing.assert_array_equal(load_picture(data), pixels)
+    planes = grey(48, 32, tag258=(3, [8] * 3), tag262=2, tag277=3, tag284=2)
+    data = tiff(planes, *[pixels[..., channel].tobytes() for channel in range(3)], order=order)
+    np.testing.assert_array_equal(load_picture(data), pixels)
+
+
+@pytest.mark.parametrize("header", [12, 40, 56, 108, 124])
+def test_a_bmp_of_every_header_is_read(header):
+    rows = gradient(16, 20)[::-1, :, ::-1].tobytes()
+    fields = struct.pack("<L4H", 12, 20, 16, 1, 24)
+    if header != 12:
+        fields = struct.pack("<LllHH", header, 20, 16, 1, 24).ljust(header, b"\0")
+    data = b"BM" + struct.pack("<LHHL", 14 + header + len(rows), 0, 0, 14 + header) + fields + rows
+    np.testing.assert_array_equal(load_picture(data), gradient(16, 20))
+
+
+def large(kind):
+    """A picture of 16 megapixels; numpy and Pillow would have it as 16 bytes a pixel or more."""
+    side, rng = 4000, np.random.default_rng(0)
+    bits = {"grey of 16 bits": (0, 16), "alpha of 16 bits": (6, 64), "palette": (3, 8)}
+    if kind in bits:
+        colour, width = bits[kind]
+        body = chunk(b"IDAT", rows(side, side, width))
+        palette = chunk(b"PLTE", bytes(768)) + chunk(b"tRNS", b"\0")
+        depth = 8 if kind == "palette" else 16
+        return png(
+            ihdr(side, side, depth, colour), palette if colour == 3 else b"", body, chunk(b"IEND")
+        )
+    image = Image.fromarray(rng.integers(0, 256, (40, 40, 4), np.uint8), "RGBA")
+    image = image.resize((side, side), Image.Resampling.NEAREST)
+    if kind == "transparent WebP":
+        return encoded(image, "WEBP", lossless=True, method=0, quality=0)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return encoded(image.convert("CMYK"), "JPEG", progressive=True, exif=exif)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize(
+    ("kind", "most"),
+    [
+        ("grey of 16 bits", 9),
+        ("alpha of 16 bits", 9),
+        ("palette", 9),
+        ("transparent WebP", 20),
+        ("turned progressive CMYK JPEG", 20),
+    ],
+)
+def test_memory_follows_from_the_pixels(tmp_path, kind, most):
+    """Bytes of memory for each pixel, three of them the result."""
+    (tmp_path / "large").write_bytes(large(kind))
+    code = """
+import sys
+from pathlib import Path
+from fastface_trt.runtime.images import load_picture
+
+def peak():
+    return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) * 1024
+
+before = peak()
+pixels = load_picture(sys.argv[1])
+print((peak() - before) / (pixels.size / 3))
+"""
+    command = [sys.executable, "-c", code, tmp_path / "large"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert float(done.stdout) < most

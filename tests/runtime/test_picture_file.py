@@ -18,6 +18,7 @@ from fastface_trt.runtime.picture_file import (
     read_parameters,
     write_picture,
 )
+from tests.fuzz.make_hostile import FOLDER
 
 PICTURE = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
 PARAMETERS = {
@@ -229,9 +230,22 @@ def test_files_without_parameters(tmp_path):
             read_parameters(tmp_path / name)
     Image.fromarray(PICTURE).save(tmp_path / "other.bmp")
     for name in ["other.bmp", "none.png", "."]:
-        with pytest.raises(BadPicture, match="cannot be read") as caught:
+        with pytest.raises(BadPicture, match=r"cannot be read|not exist|not a file") as caught:
             read_parameters(tmp_path / name)
         assert caught.value.hint
+
+
+def test_parameters_are_looked_for_in_bounded_time_and_memory(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(BadPicture, match="not a file"):
+        read_parameters(tmp_path / "pipe.png")
+    for name, message in (("jpg-many-scans", "more than 40 scans"), ("webp-exif-bomb", "carries")):
+        with pytest.raises(BadPicture, match=message):
+            read_parameters(FOLDER / name)
+    write_picture(tmp_path / "a.webp", PICTURE, parameters={"seed": 1})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Image.Exif, "load", None)  # the general reader of such blocks
+        assert read_parameters(tmp_path / "a.webp")["seed"] == 1
 
 
 @pytest.mark.parametrize("stored", ["[1]", "{", "", "[" * 100_000])

@@ -7,7 +7,8 @@ import asyncio
 import os
 import shutil
 import signal
-from time import monotonic
+import threading
+from time import monotonic, sleep
 
 import psutil
 import pytest
@@ -93,6 +94,31 @@ def test_a_server_that_is_killed_leaves_no_worker_behind(made):
         server.process.kill()
         _, alive = psutil.wait_procs(workers, timeout=PATIENCE)
         assert not alive
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_no_worker_computes_on_for_a_server_that_has_gone(made, number):
+    """The engine is in one call of minutes, in which a worker reads no message and no signal."""
+    huge = {"prompt": "photo", "size": "3072x3072", "steps": 1}
+    with serve("--threads", "1", "--drain-seconds", "1") as server:
+        address = server.wait_until_ready()
+        (worker,) = workers_of(server)
+        huge["face_id"] = asyncio.run(register_face(address))
+        asked = threading.Thread(
+            target=lambda: asyncio.run(ask(address, "POST", GENERATE, huge)), daemon=True
+        )
+        before = worker.cpu_times().user
+        asked.start()
+        until = monotonic() + PATIENCE
+        while worker.cpu_times().user < before + 3 and monotonic() < until:
+            sleep(0.05)
+        assert asked.is_alive()
+        server.process.send_signal(number)
+        _, alive = psutil.wait_procs([worker], timeout=60)
+        for one in alive:
+            one.kill()
+        assert not alive
+        assert server.process.wait(timeout=PATIENCE) == (-number if number == signal.SIGKILL else 0)
 
 
 def test_a_damaged_engine_is_not_used(made, tmp_path):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from fastface_trt.engines.children import leave_with_starter
 from fastface_trt.engines.manifest import ExportManifest
 from fastface_trt.runtime.export_folder import Export
 from fastface_trt.serving.batching import Batcher
@@ -84,7 +85,11 @@ class Replica:
 
 
 class RayReplica(Replica):
-    """The class that Ray Serve gets: it awaits the finaliser of what it stops."""
+    """The class that Ray Serve gets: it ends with its node, and its finaliser is awaited."""
+
+    def __init__(self, arguments: dict[str, Any]) -> None:
+        leave_with_starter()
+        super().__init__(arguments)
 
     async def __del__(self) -> None:
         await self.close()

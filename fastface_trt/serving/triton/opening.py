@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
 
+from fastface_trt.engines.children import leave_with_starter
 from fastface_trt.engines.cuda.driver import Driver
 from fastface_trt.errors import BackendUnavailable, EngineFailed
 from fastface_trt.serving.batching.opening import open_batcher
@@ -22,8 +23,9 @@ def open_model(
 ) -> ServedModel:
     """The model that Triton's `args` describe, ready for requests.
 
-    Opens engines, builds none. Raises `FastFaceError`.
+    Opens engines, builds none, and ends this process with Triton's. Raises `FastFaceError`.
     """
+    leave_with_starter()
     config = json.loads(args["model_config"])
     folder = Path(args["model_repository"], args["model_version"])
     parameters = {k: v["string_value"] for k, v in config.get("parameters", {}).items()}

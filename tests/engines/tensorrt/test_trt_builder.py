@@ -5,7 +5,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -14,6 +13,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
+from fastface_trt.engines import children
 from fastface_trt.engines.backends import make_builder
 from fastface_trt.engines.cache import EngineCache
 from fastface_trt.engines.files import describe_file
@@ -315,20 +315,12 @@ def test_a_killed_child_is_one_sentence(store, tmp_path):
     assert tree(store.root) == []
 
 
-def test_a_child_whose_parent_died_leaves():
-    code = "from fastface_trt.engines.tensorrt.plan import _leave_with_parent as leave; leave()"
-    child = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE)
-    assert child.poll() is None
-    child.stdin.close()
-    assert child.wait(timeout=30) == 1
-
-
 def test_a_crash_keeps_its_last_words(tmp_path, monkeypatch):
     module = write_module(tmp_path / "export")
     broken = tmp_path / "python"
     broken.write_text("#!/bin/sh\necho 'Internal Error: boom' >&2\nexit 134\n")
     broken.chmod(0o755)
-    monkeypatch.setattr(worker, "get_executable", lambda: os.fsencode(broken))
+    monkeypatch.setattr(children, "get_executable", lambda: os.fsencode(broken))
     with pytest.raises(BuildFailed, match=r"crashed .*affine \(status 134\): Internal Error: boom"):
         small().build(module, tmp_path / "export", tmp_path, print)
 

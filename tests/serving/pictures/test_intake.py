@@ -7,12 +7,8 @@ from PIL import Image
 
 from fastface_trt.errors import BadPicture
 from fastface_trt.runtime.images import load_picture
-from fastface_trt.serving.pictures.files import (
-    MAX_SCANS,
-    decode_base64,
-    decode_picture,
-    read_picture_file,
-)
+from fastface_trt.runtime.intake import MAX_SCANS, take_apart
+from fastface_trt.serving.pictures.files import decode_base64, decode_picture
 from fastface_trt.serving.settings import ServerSettings
 from tests.helpers.made_pictures import HEIC_BEGINNING, encoded, gradient
 
@@ -81,7 +77,7 @@ def test_orientation_is_applied(form, orientation):
 def test_pixel_cap_holds_before_the_decoder_starts(form, monkeypatch):
     data = encoded(Image.fromarray(gradient(100, 100)), form)
     decode_picture(data, ServerSettings(max_picture_pixels=10_000))
-    monkeypatch.setattr("fastface_trt.serving.pictures.files.load_picture", None)
+    monkeypatch.setattr("PIL.Image.open", None)
     with pytest.raises(BadPicture, match="100 × 100 pixels; at most 9,999"):
         decode_picture(data, ServerSettings(max_picture_pixels=9_999))
 
@@ -150,13 +146,13 @@ def test_only_what_pixels_need_reaches_a_decoder():
     extras = {"exif": exif, "icc_profile": b"a profile" * 40}
     image = Image.fromarray(gradient())
     for form, more in (("PNG", {}), ("JPEG", {"comment": b"a comment"}), ("WEBP", {"xmp": b"xmp"})):
-        file = read_picture_file(encoded(image, form, **extras, **more))
+        file = take_apart(encoded(image, form, **extras, **more))
         assert (file.format, file.width, file.height, file.orientation) == (form, 60, 40, 6)
         for word in (b"a description", b"a profile", b"a comment", b"xmp", b"Exif", b"EXIF"):
             assert word not in file.data
         with Image.open(io.BytesIO(file.data)) as opened:
             assert not opened.getexif()
-    extended = read_picture_file(encoded(image, "WEBP", **extras)).data
+    extended = take_apart(encoded(image, "WEBP", **extras)).data
     assert extended[12:16] == b"VP8X"
     assert extended[20] & ~0x12 == 0  # flags say that there is no more than that
 

@@ -162,7 +162,7 @@ def test_pictures_of_one_request_have_one_size(manifest):
 
 
 def test_a_face_beyond_the_pixel_cap_is_refused(manifest):
-    with pytest.raises(BadPicture, match="limit"):
+    with pytest.raises(BadPicture, match="at most 1,599"):
         read_pictures(
             {"PROMPT": text("a"), "FACE": np.zeros((1, 40, 40, 3), np.uint8)},
             manifest,
