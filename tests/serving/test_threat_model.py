@@ -1,8 +1,9 @@
 import re
 from pathlib import Path
 
+from fastface_trt.serving.http import protocol
 from fastface_trt.serving.pictures.checks import SECONDS
-from fastface_trt.serving.pictures.fetch import MAX_REDIRECTS
+from fastface_trt.serving.pictures.fetch import MAX_REDIRECTS, RESOLVING_THREADS
 from fastface_trt.serving.pictures.files import MAX_ENTRIES, MAX_PARTS, MAX_SCANS
 from fastface_trt.serving.settings import ServerSettings, WorkerSettings
 
@@ -27,5 +28,11 @@ def test_numbers_are_those_of_the_code():
         f"{MAX_ENTRIES} EXIF entries",
         f"most {MAX_REDIRECTS} redirects",
         f"longer than {SECONDS:g} s",
+        f"{protocol.MAX_HEADERS} headers in {protocol.MAX_HEAD_BYTES:,} bytes",
+        f"{protocol.FREE_CHUNKS} chunks, and one more per {protocol.CHUNK_BYTES:,} bytes",
+        f"{protocol.MAX_CHUNK_LINE} bytes before a chunk",
+        f"pieces of {protocol.JOINED_BYTES:,} bytes",
+        f"after {protocol.REFUSAL_SECONDS:g} s, and is read for {protocol.LINGER_SECONDS:g} s more",
+        f"on {RESOLVING_THREADS} threads of their own",
     ):
         assert words in TEXT.replace("\n", " "), words
