@@ -1,10 +1,10 @@
 import re
 from pathlib import Path
 
-from fastface_trt.serving.http import json_text, multipart
+from fastface_trt.serving.http import json_text, multipart, protocol
 from fastface_trt.serving.http.context import PICTURE_THREADS, PICTURES_IN_HAND
 from fastface_trt.serving.pictures.checks import SECONDS
-from fastface_trt.serving.pictures.fetch import MAX_REDIRECTS
+from fastface_trt.serving.pictures.fetch import MAX_REDIRECTS, RESOLVING_THREADS
 from fastface_trt.serving.pictures.files import MAX_ENTRIES, MAX_PARTS, MAX_SCANS
 from fastface_trt.serving.settings import ServerSettings, WorkerSettings
 
@@ -35,6 +35,12 @@ def test_numbers_are_those_of_the_code():
         f"{json_text.MAX_LISTS} lists and objects, {json_text.MAX_DEPTH} levels",
         f"{multipart.MAX_PARTS} parts of a form with {multipart.MAX_HEAD:,} bytes",
         "one picture of each client being decoded or analysed, four in all",
+        f"{protocol.MAX_HEADERS} headers in {protocol.MAX_HEAD_BYTES:,} bytes",
+        f"{protocol.FREE_CHUNKS} chunks, and one more per {protocol.CHUNK_BYTES:,} bytes",
+        f"{protocol.MAX_CHUNK_LINE} bytes before a chunk",
+        f"pieces of {protocol.JOINED_BYTES:,} bytes",
+        f"after {protocol.REFUSAL_SECONDS:g} s, and is read for {protocol.LINGER_SECONDS:g} s more",
+        f"on {RESOLVING_THREADS} threads of their own",
     ):
         assert words in TEXT.replace("\n", " "), words
     assert (PICTURES_IN_HAND, PICTURE_THREADS) == (4, 3)
