@@ -100,9 +100,9 @@ def test_a_server_that_is_killed_leaves_no_worker_behind(made):
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_no_worker_computes_on_for_a_server_that_has_gone(made, number):
     """The engine is in one call of minutes, in which a worker reads no message and no signal."""
-    huge = {"prompt": "photo", "size": "3072x3072", "steps": 1}
+    huge = {"prompt": "photo", "size": "2048x2048", "steps": 1}
     larger = "max_output_pixels" in WorkerSettings.model_fields
-    options = ("--max-output-pixels", str(3072**2)) if larger else ()
+    options = ("--max-output-pixels", str(2048**2)) if larger else ()
     with serve("--threads", "1", "--drain-seconds", "1", *options) as server:
         address = server.wait_until_ready()
         (worker,) = workers_of(server)
@@ -117,7 +117,7 @@ def test_no_worker_computes_on_for_a_server_that_has_gone(made, number):
             sleep(0.05)
         assert asked.is_alive()
         server.process.send_signal(number)
-        _, alive = psutil.wait_procs([worker], timeout=60)
+        _, alive = psutil.wait_procs([worker], timeout=15 if number == signal.SIGKILL else 60)
         for one in alive:
             one.kill()
         assert not alive
