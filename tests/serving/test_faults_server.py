@@ -19,6 +19,7 @@ from benchmarks.load.run import GENERATE, register_face
 from benchmarks.load.server import serve
 from fastface_trt import FastFace
 from fastface_trt.engines.cache import EngineCache
+from fastface_trt.serving.settings import WorkerSettings
 
 pytestmark = pytest.mark.serving
 PATIENCE = 120
@@ -99,8 +100,10 @@ def test_a_server_that_is_killed_leaves_no_worker_behind(made):
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_no_worker_computes_on_for_a_server_that_has_gone(made, number):
     """The engine is in one call of minutes, in which a worker reads no message and no signal."""
-    huge = {"prompt": "photo", "size": "3072x3072", "steps": 1}
-    with serve("--threads", "1", "--drain-seconds", "1") as server:
+    huge = {"prompt": "photo", "size": "2048x2048", "steps": 1}
+    larger = "max_output_pixels" in WorkerSettings.model_fields
+    options = ("--max-output-pixels", str(2048**2)) if larger else ()
+    with serve("--threads", "1", "--drain-seconds", "1", *options) as server:
         address = server.wait_until_ready()
         (worker,) = workers_of(server)
         huge["face_id"] = asyncio.run(register_face(address))
@@ -114,7 +117,7 @@ def test_no_worker_computes_on_for_a_server_that_has_gone(made, number):
             sleep(0.05)
         assert asked.is_alive()
         server.process.send_signal(number)
-        _, alive = psutil.wait_procs([worker], timeout=60)
+        _, alive = psutil.wait_procs([worker], timeout=15 if number == signal.SIGKILL else 60)
         for one in alive:
             one.kill()
         assert not alive
