@@ -241,8 +241,8 @@ STRUCTURE = (
 )
 
 OUTPUT = (
-    Attack("4096 x 4096", "2 output", picture_of(size="4096x4096", steps=1), 3),
-    Attack("2048 x 2048", "2 output", picture_of(size="2048x2048", steps=1), 6),
+    Attack("4096 x 4096", "2 output", picture_of(size="4096x4096", steps=1), 1),
+    Attack("2048 x 2048", "2 output", picture_of(size="2048x2048", steps=1), 3),
     Attack("a strip of 8 x 9992", "2 output", picture_of(size="9992x8", steps=1), 6),
     Attack(
         "a thousand steps of four",

@@ -42,8 +42,9 @@ class Round:
 
     gap: the longest time between two answers to the prober. witness_gap: the same of a program that
     has nothing to do with the server. honest_p99: of the honest client's requests until served,
-    refusals included; honest_p99_without: of those in quiet times. memory: of server and workers, before
-    any attack; memory_seconds: until it was within 10 % of that. answers: what the attacker got.
+    refusals included; honest_p99_without: of those in quiet times. memory: of server and workers,
+    before any attack; memory_seconds: until it was within 10 % of that. answers: what the attacker
+    got.
     """
 
     attack: str
@@ -104,7 +105,7 @@ class Arena:
         status, body = ask_as(ATTACKERS_KEY, self.port, "POST", "/v1/faces", picture)
         if status != 201:
             raise RuntimeError(f"registering a face: {status} {body[:500]!r}")
-        self._face = str(json.loads(body)["id"])
+        self.face = str(json.loads(body)["id"])
         self._bystanders = {
             role: Bystander(role, address, HONEST_KEY, folder)
             for role in ("witness", "prober", "honest")
@@ -144,7 +145,7 @@ class Arena:
         return total
 
     def attack(self, attack: Attack, seconds: float | None = None) -> Round:
-        """One round. Where the server does not survive it, or keeps memory, a new one is started."""
+        """One round. Where the server does not survive it, or keeps memory, another is started."""
         seconds = seconds or attack.seconds
         before = self._memory
         peak = self.memory()
@@ -198,7 +199,7 @@ class Arena:
 
     def _attacker(self, attack: Attack, seconds: float) -> "subprocess.Popen[str]":
         module = "benchmarks.attack.attacker"
-        arguments = (attack.name, str(self.port), ATTACKERS_KEY, self._face, str(seconds))
+        arguments = (attack.name, str(self.port), ATTACKERS_KEY, self.face, str(seconds))
         return subprocess.Popen(
             [sys.executable, "-m", module, *arguments],
             stdin=subprocess.PIPE,
@@ -232,7 +233,7 @@ class Arena:
             return
         status, body = ask_as(ATTACKERS_KEY, self.port, "GET", "/v1/faces")
         for face in json.loads(body)["data"] if status == 200 else ():
-            if face["id"] != self._face:
+            if face["id"] != self.face:
                 ask_as(ATTACKERS_KEY, self.port, "DELETE", f"/v1/faces/{face['id']}")
 
     def stop(self) -> int:
