@@ -243,18 +243,18 @@ STRUCTURE = (
 OUTPUT = (
     Attack("4096 x 4096", "2 output", picture_of(size="4096x4096", steps=1), 1),
     Attack("2048 x 2048", "2 output", picture_of(size="2048x2048", steps=1), 3),
-    Attack("a strip of 8 x 9992", "2 output", picture_of(size="9992x8", steps=1), 6),
+    Attack("a strip of 4096 x 32", "2 output", picture_of(size="4096x32", steps=1), 6),
     Attack(
-        "a thousand steps of four",
+        "eight steps of four of the double size",
         "2 output",
-        picture_of(steps=1000, n=4, preset="am1+dcg"),
+        picture_of(size="192x192", steps=8, n=4, preset="am1+dcg"),
         12,
         seconds=9,
     ),
     Attack(
         "deadlines that cannot be kept",
         "2 output",
-        picture_of(steps=200, preset="am1+dcg", deadline=0.5),
+        picture_of(size="192x192", steps=8, n=4, preset="am1+dcg", deadline=0.5),
         16,
         seconds=9,
     ),
@@ -274,11 +274,17 @@ _REGISTER = post(as_json(face_file()), FACES)
 FAIRNESS = (
     Attack("thirty connections", "3 fairness", picture_of(steps=4), 30, seconds=9),
     Attack("four pictures a request", "3 fairness", picture_of(steps=4, n=4), 30, seconds=9),
-    Attack("every second asked for", "3 fairness", picture_of(steps=50), 30, seconds=9),
+    Attack(
+        "eight steps of three branches",
+        "3 fairness",
+        picture_of(steps=8, preset="am1+dcg"),
+        30,
+        seconds=9,
+    ),
     Attack(
         "thirty streams with previews",
         "3 fairness",
-        picture_of(steps=20, stream=True, partial_images=3),
+        picture_of(steps=8, stream=True, partial_images=3),
         30,
         seconds=9,
     ),
@@ -293,7 +299,14 @@ FAIRNESS = (
         30,
     ),
     Attack("metrics read", "3 fairness", lambda me: head("GET", "/metrics"), 30),
-    Attack("idle streams", "3 fairness", picture_of(steps=1000, stream=True), 500, addresses=5),
+    Attack(
+        "idle streams",
+        "3 fairness",
+        picture_of(steps=8, n=4, stream=True, partial_images=3),
+        500,
+        "hold",
+        addresses=5,
+    ),
 )
 
 SLOTS = (

@@ -265,7 +265,7 @@ def _strace(trace: Path) -> tuple[str, ...]:
 def _busy_server(arena: Arena, count: int = 8, **fields: object) -> list[psutil.Process]:
     """Let the server work on pictures that take long; its workers."""
 
-    body = {"prompt": "a", "face_id": arena.face, "steps": 1000, "preset": "am1+dcg", **fields}
+    body = {"prompt": "a", "face_id": arena.face, "steps": 8, "n": 4, "preset": "am1+dcg", **fields}
     for _ in range(count):
         arguments = (ATTACKERS_KEY, arena.port, "POST", "/v1/images/generations", body)
         threading.Thread(target=ask_as, args=arguments, daemon=True).start()
@@ -278,7 +278,7 @@ def orphans(name: signal.Signals) -> Callable[[Path], Outcome]:
 
     def check(folder: Path) -> Outcome:
         with Arena(("--workers", "2", "--drain-seconds", "1"), warm_up=0.5) as arena:
-            workers = _busy_server(arena)
+            workers = _busy_server(arena, size="192x192")
             begun = time.monotonic()
             arena.server.process.send_signal(name)
             _, alive = psutil.wait_procs(workers, timeout=30)
@@ -322,7 +322,7 @@ def survives(
 def _kill_workers(arena: Arena) -> None:
     """End workers while they make the attacker's pictures, as a picture that breaks them does."""
     for _ in range(6):
-        workers = _busy_server(arena, steps=20)
+        workers = _busy_server(arena)
         for worker in workers:
             with suppress(psutil.NoSuchProcess):
                 worker.kill()
@@ -333,7 +333,7 @@ def _large_pictures(arena: Arena) -> None:
     """Ask for pictures whose calls take longer than a call may."""
     for _ in range(3):
         # One at a time and with one branch, for each takes gigabytes where it is let in.
-        _busy_server(arena, 1, size="3072x3072", steps=4, preset="plain")
+        _busy_server(arena, 1, size="3072x3072", n=1, preset="plain")
         time.sleep(3.0)
 
 

@@ -161,6 +161,7 @@ class Arena:
                 peak = max(peak, self.memory())
                 time.sleep(0.2)
             problems, window_end = self._wait_until_served(start, end)
+            served = not problems
             with suppress(subprocess.TimeoutExpired):
                 attacker.wait(timeout=5)
             attacker.kill()
@@ -194,7 +195,7 @@ class Arena:
             answers=answers,
             problems=problems,
         )
-        self._recover()
+        self._recover(served)
         return result
 
     def _attacker(self, attack: Attack, seconds: float) -> "subprocess.Popen[str]":
@@ -226,9 +227,9 @@ class Arena:
                 return memory, seconds
             time.sleep(0.25)
 
-    def _recover(self) -> None:
+    def _recover(self, served: bool) -> None:
         """Undo what would make the next attack's numbers this one's."""
-        if self.server.process.poll() is not None or self.memory() > MOST_MEMORY * self._memory:
+        if not served or self.memory() > MOST_MEMORY * self._memory:
             self.start()
             return
         status, body = ask_as(ATTACKERS_KEY, self.port, "GET", "/v1/faces")
