@@ -144,7 +144,9 @@ class Arena:
                     total += one.memory_info().rss
         return total
 
-    def attack(self, attack: Attack, seconds: float | None = None) -> Round:
+    def attack(
+        self, attack: Attack, seconds: float | None = None, memory_patience: float = PATIENCE
+    ) -> Round:
         """One round. Where the server does not survive it, or keeps memory, another is started."""
         seconds = seconds or attack.seconds
         before = self._memory
@@ -177,7 +179,8 @@ class Arena:
             problems.append(f"honest p99 {p99:.2f} s, and {without:.2f} s without the attack")
         if unserved := sorted({d.status for d in during if not d.good}):
             problems.append(f"honest requests ended with {', '.join(map(str, unserved))}")
-        after, back = self._memory_again(before, window_end)
+        after = self._memory_again(before, window_end + memory_patience)
+        back = time.monotonic() - window_end
         if after > MOST_MEMORY * before:
             problems.append(f"memory {before / 1e6:.0f} MB before, {after / 1e6:.0f} MB after")
         result = Round(
@@ -220,11 +223,11 @@ class Arena:
             time.sleep(0.05)
         return [f"not everybody was served {PATIENCE:g} s after the attack"], now
 
-    def _memory_again(self, before: int, since: float) -> tuple[int, float]:
+    def _memory_again(self, before: int, until: float) -> int:
         while True:
-            memory, seconds = self.memory(), time.monotonic() - since
-            if memory <= MOST_MEMORY * before or seconds > PATIENCE:
-                return memory, seconds
+            memory = self.memory()
+            if memory <= MOST_MEMORY * before or time.monotonic() > until:
+                return memory
             time.sleep(0.25)
 
     def _recover(self, served: bool) -> None:
