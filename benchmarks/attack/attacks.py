@@ -370,7 +370,9 @@ SLOTS = (
 
 PICTURES = (
     Attack("a JPEG of 2,000 scans", "5 pictures", made(lambda: in_form(scans(2000)), FACES, FORM)),
-    Attack("a JPEG of thirty more scans", "5 pictures", made(lambda: in_form(scans(30)), FACES, FORM)),
+    Attack(
+        "a JPEG of thirty more scans", "5 pictures", made(lambda: in_form(scans(30)), FACES, FORM)
+    ),
     Attack(
         "a deep PNG of 39 megapixels",
         "5 pictures",
