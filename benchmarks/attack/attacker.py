@@ -23,9 +23,9 @@ from benchmarks.load.client import Address
 
 FIRST_ADDRESS = 66
 
-Delivery = Literal["whole", "hold", "trickle", "drop", "open"]
+Delivery = Literal["whole", "hold", "unread", "trickle", "drop", "open"]
 """How a payload is sent. whole: at once, the answer is read, and again. hold: at once, and then
-nothing. trickle: its last 200 bytes one by one, ten a second. drop: at once, and the connection is
+nothing. unread: at once, and the answer is not read. trickle: its last 200 bytes one by one, ten a second. drop: at once, and the connection is
 reset before there is an answer. open: connected, nothing is sent, and closed."""
 
 
@@ -107,6 +107,10 @@ async def _deliver(
             await writer.drain()
         return await _status(reader)
     writer.write(payload)
+    if delivery == "unread":
+        writer.transport.pause_reading()
+        await asyncio.sleep(max(0.0, end - time.monotonic()))
+        return "unread"
     if delivery == "drop":
         await asyncio.sleep(random.uniform(0.001, 0.05))
         writer.get_extra_info("socket").setsockopt(SOL_SOCKET, SO_LINGER, struct.pack("ii", 1, 0))

@@ -453,6 +453,49 @@ PROTOCOL = (
         30,
     ),
     Attack("a long line", "6 protocol", lambda me: b"GET /" + b"a" * 5_000_000, 30),
+    Attack(
+        "bodies where none is read, no key",
+        "6 protocol",
+        lambda me: [
+            head(method, path, TYPE, LARGE) + b" " * BYTES
+            for method, path in (
+                ("GET", "/v2/health/live"),
+                ("POST", "/v2/health/live"),
+                ("PUT", GENERATE),
+                ("POST", "/v1/nothing"),
+                ("DELETE", "/v1/faces/face_x"),
+                ("OPTIONS", GENERATE),
+            )
+        ],
+        12,
+    ),
+    Attack(
+        "bodies where none is read",
+        "6 protocol",
+        lambda me: [
+            head(method, path, TYPE, LARGE, key=me.key) + b" " * BYTES
+            for method, path in (
+                ("GET", "/v1/models"),
+                ("PATCH", GENERATE),
+                ("POST", "/v1/nothing"),
+                ("DELETE", "/v1/faces/face_x"),
+            )
+        ],
+        12,
+    ),
+    Attack(
+        "long queries",
+        "6 protocol",
+        lambda me: head("GET", "/v1/models?" + "a=b&" * 15_000, key=me.key),
+        30,
+    ),
+    Attack(
+        "heads that end in nothing",
+        "6 protocol",
+        lambda me: head("GET", "/v2/health/live", "x: " + "y" * 60_000)[:-2],
+        190,
+        "hold",
+    ),
     Attack("bytes that are no request", "6 protocol", lambda me: b"\0\xff\r\n" * 100_000, 60),
     Attack("headers byte by byte", "6 protocol", lambda me: head("GET", "/"), 190, "trickle"),
     Attack("connections opened and closed", "6 protocol", lambda me: b"", 100, "open"),
