@@ -25,8 +25,9 @@ FIRST_ADDRESS = 66
 
 Delivery = Literal["whole", "hold", "unread", "trickle", "drop", "open"]
 """How a payload is sent. whole: at once, the answer is read, and again. hold: at once, and then
-nothing. unread: at once, and the answer is not read. trickle: its last 200 bytes one by one, ten a second. drop: at once, and the connection is
-reset before there is an answer. open: connected, nothing is sent, and closed."""
+nothing. unread: at once, and the answer is not read. trickle: its last 200 bytes one by one, ten a
+second. drop: at once, and the connection is reset before there is an answer. open: connected,
+nothing is sent, and closed."""
 
 
 @dataclass(frozen=True)
