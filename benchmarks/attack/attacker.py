@@ -50,7 +50,7 @@ class Attack:
     connections: int = 4
     delivery: Delivery = "whole"
     addresses: int = 1
-    seconds: float = 6.0
+    seconds: float = 3.0
 
 
 async def run_attack(attack: Attack, address: Address, me: Me, seconds: float) -> Counter[str]:

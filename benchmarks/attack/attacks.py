@@ -249,14 +249,14 @@ OUTPUT = (
         "2 output",
         picture_of(size="192x192", steps=8, n=4, preset="am1+dcg"),
         12,
-        seconds=9,
+        seconds=6,
     ),
     Attack(
         "deadlines that cannot be kept",
         "2 output",
         picture_of(size="192x192", steps=8, n=4, preset="am1+dcg", deadline=0.5),
         16,
-        seconds=9,
+        seconds=6,
     ),
     Attack(
         "the largest that is let in",
@@ -266,29 +266,29 @@ OUTPUT = (
             for side in (768, 512, 384, 256, 192, 144, 96)
         ],
         14,
-        seconds=9,
+        seconds=6,
     ),
 )
 
 _REGISTER = post(as_json(face_file()), FACES)
 FAIRNESS = (
-    Attack("thirty connections", "3 fairness", picture_of(steps=4), 30, seconds=9),
-    Attack("four pictures a request", "3 fairness", picture_of(steps=4, n=4), 30, seconds=9),
+    Attack("thirty connections", "3 fairness", picture_of(steps=4), 30, seconds=6),
+    Attack("four pictures a request", "3 fairness", picture_of(steps=4, n=4), 30, seconds=6),
     Attack(
         "eight steps of three branches",
         "3 fairness",
         picture_of(steps=8, preset="am1+dcg"),
         30,
-        seconds=9,
+        seconds=6,
     ),
     Attack(
         "thirty streams with previews",
         "3 fairness",
         picture_of(steps=8, stream=True, partial_images=3),
         30,
-        seconds=9,
+        seconds=6,
     ),
-    Attack("faces without end", "3 fairness", _REGISTER, 8, seconds=9),
+    Attack("faces without end", "3 fairness", _REGISTER, 8, seconds=6),
     Attack("faces from thirty connections", "3 fairness", _REGISTER, 30),
     Attack("asked and gone", "3 fairness", picture_of(steps=4), 30, "drop"),
     Attack("faces asked for and gone", "3 fairness", _REGISTER, 30, "drop"),
@@ -317,6 +317,7 @@ SLOTS = (
         520,
         "hold",
         addresses=5,
+        seconds=5,
     ),
     Attack(
         "headers without a body, again and again",
@@ -325,6 +326,7 @@ SLOTS = (
         520,
         "drop",
         addresses=5,
+        seconds=5,
     ),
     Attack(
         "headers without a body, no key",
@@ -333,6 +335,7 @@ SLOTS = (
         520,
         "hold",
         addresses=5,
+        seconds=5,
     ),
     Attack(
         "faces without a body",
@@ -341,6 +344,7 @@ SLOTS = (
         520,
         "hold",
         addresses=5,
+        seconds=5,
     ),
     Attack(
         "bodies but for their last byte",

@@ -294,7 +294,7 @@ def orphans(name: signal.Signals) -> Callable[[Path], Outcome]:
 
 
 def survives(
-    what: Callable[[Arena], None], options: Sequence[str] = (), seconds: float = 20.0
+    what: Callable[[Arena], None], options: Sequence[str] = (), seconds: float = 12.0
 ) -> Callable[[Path], Outcome]:
     """That a server lives on, and serves the honest client each of its requests."""
 
@@ -321,7 +321,7 @@ def survives(
 
 def _kill_workers(arena: Arena) -> None:
     """End workers while they make the attacker's pictures, as a picture that breaks them does."""
-    for _ in range(6):
+    for _ in range(4):
         workers = _busy_server(arena)
         for worker in workers:
             with suppress(psutil.NoSuchProcess):
