@@ -113,7 +113,7 @@ async def _deliver(
         await asyncio.sleep(max(0.0, end - time.monotonic()))
         return "unread"
     if delivery == "drop":
-        await asyncio.sleep(random.uniform(0.001, 0.05))
+        await asyncio.sleep(random.uniform(0.02, 0.2))
         writer.get_extra_info("socket").setsockopt(SOL_SOCKET, SO_LINGER, struct.pack("ii", 1, 0))
         return "left"
     # A server that refuses need not read all of it: the answer is looked for while it is sent.

@@ -323,9 +323,8 @@ SLOTS = (
         "headers without a body, again and again",
         "4 slots",
         lambda me: head("POST", GENERATE, TYPE, LARGE, key=me.key),
-        520,
+        100,
         "drop",
-        addresses=5,
         seconds=5,
     ),
     Attack(
