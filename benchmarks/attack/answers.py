@@ -67,6 +67,11 @@ def refused(seen: Exchange) -> bool:
     return len(seen.statuses) == 1 and 400 <= seen.statuses[0] < 500
 
 
+def served(seen: Exchange) -> bool:
+    """A picture: what is wrong with the others is nothing that they share with this one."""
+    return seen.statuses == (200,)
+
+
 def no_failure(seen: Exchange) -> bool:
     """One answer, which is not the server's mistake."""
     return len(seen.statuses) == 1 and seen.statuses[0] < 500
