@@ -170,6 +170,8 @@ ODD_JSON = (
     b'{"":""}',
 )
 ANSWERS: tuple[tuple[str, str, Callable[[Me], bytes], Wanted], ...] = (
+    ("a form with nothing wrong", "9 small", _form("latin-1"), served),
+    ("JSON with nothing wrong", "9 small", _json('"prompt":"a"'), served),
     *(
         (f"form in charset {c[:20] or 'nothing'!r}", "9 small", _form(c), no_failure)
         for c in CODECS
