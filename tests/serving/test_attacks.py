@@ -52,13 +52,11 @@ def named(name):
 
 @pytest.mark.parametrize("name", QUICK)
 def test_the_honest_client_is_served_and_the_server_lives(arena, name):
-    process = arena.server.process
-    result = arena.attack(named(name), SECONDS, memory_patience=0)
-    assert process is arena.server.process or process.poll() is None or not result.problems
+    result = arena.attack(named(name), SECONDS, memory_patience=2.0)
     assert result.gap <= MOST_GAP + result.witness_gap
     assert result.honest_requests
-    assert not [problem for problem in result.problems if "served" in problem or "left" in problem]
-    assert not [problem for problem in result.problems if "honest requests ended" in problem]
+    ends = ("not everybody was served", "the server left", "honest requests ended")
+    assert not [problem for problem in result.problems if problem.startswith(ends)]
 
 
 def test_what_is_wrong_is_refused_by_its_answer_or_the_connections_end(arena):
