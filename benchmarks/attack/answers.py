@@ -101,7 +101,7 @@ def _form(charset: str) -> Callable[[Me], bytes]:
     """A picture, but for the way in which its prompt is written."""
 
     def make(me: Me) -> bytes:
-        fields = {"face_id": me.face.encode(), "prompt": b"ph\xe9to", "steps": b"1"}
+        fields = {"face_id": me.face.encode(), "prompt": "phéto".encode(), "steps": b"1"}
         parts = [
             f'--b\r\nContent-Disposition: form-data; name="{name}"\r\n\r\n'.encode() + text
             for name, text in fields.items()
@@ -170,7 +170,7 @@ ODD_JSON = (
     b'{"":""}',
 )
 ANSWERS: tuple[tuple[str, str, Callable[[Me], bytes], Wanted], ...] = (
-    ("a form with nothing wrong", "9 small", _form("latin-1"), served),
+    ("a form with nothing wrong", "9 small", _form("utf-8"), served),
     ("JSON with nothing wrong", "9 small", _json('"prompt":"a"'), served),
     *(
         (f"form in charset {c[:20] or 'nothing'!r}", "9 small", _form(c), no_failure)
