@@ -1,6 +1,7 @@
 import re
 from pathlib import Path
 
+from fastface_trt.runtime.tokenizer import LARGEST_LENGTH
 from fastface_trt.serving.http import json_text, multipart, protocol
 from fastface_trt.serving.http.context import PICTURE_THREADS, PICTURES_IN_HAND
 from fastface_trt.serving.pictures.checks import SECONDS
@@ -35,6 +36,7 @@ def test_numbers_are_those_of_the_code():
         f"{json_text.MAX_LISTS} lists and objects, {json_text.MAX_DEPTH} levels",
         f"{multipart.MAX_PARTS} parts of a form with {multipart.MAX_HEAD:,} bytes",
         "one picture of each client being decoded or analysed, four in all",
+        f"at most {LARGEST_LENGTH:,} tokens",
         f"{protocol.MAX_HEADERS} headers in {protocol.MAX_HEAD_BYTES:,} bytes",
         f"{protocol.FREE_CHUNKS} chunks, and one more per {protocol.CHUNK_BYTES:,} bytes",
         f"{protocol.MAX_CHUNK_LINE} bytes before a chunk",

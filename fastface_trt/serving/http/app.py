@@ -310,6 +310,7 @@ def _model(context: Context, id: str) -> ModelAnswer:
         checkpoint=manifest.checkpoint,
         adapter=manifest.adapter,
         adapter_kind=manifest.adapter_kind,
+        max_faces=manifest.max_faces,
         precision=manifest.precision,
         scheduler=str(manifest.scheduler["class"]),
     )
