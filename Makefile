@@ -18,7 +18,7 @@ $(VENV)/.runtime: pyproject.toml
 # Everything: export and the tools of developers.
 $(VENV)/.full: $(VENV)/.runtime
 	$(BIN)/pip install --quiet $(TORCH)
-	$(BIN)/pip install --quiet --editable '.[export,bench,evaluate,heif,serve,telemetry,provenance,ray,docs,dev]'
+	$(BIN)/pip install --quiet --editable '.[export,bench,evaluate,heif,insightface,serve,telemetry,provenance,ray,docs,dev]'
 	touch $@
 
 setup: $(VENV)/.full
@@ -64,8 +64,9 @@ test-image: setup
 	$(BIN)/pytest -m image
 
 # A newcomer's hour: the wheel in a new environment and an empty home, generate, inspect, serve, stop.
+# Prints how large the environment is, without and with InsightFace.
 test-first-hour: setup
-	$(BIN)/pytest -m hour
+	$(BIN)/pytest -m hour -rP
 
 # On a machine with a GPU: pictures, kernels, memory, serving and the full-size UNet, in at most eight
 # minutes and without a network; writes benchmarks/results/gpu-<machine>.json. Nothing is installed;

@@ -147,7 +147,7 @@ def _picture(bin: Path, folder: Path, preset: str) -> dict[str, float]:
 
 
 def _versions(python: Path) -> dict[str, str]:
-    names = ("numpy", "onnx", "onnxruntime", "insightface", "pillow", "scikit-image")
+    names = ("numpy", "onnx", "onnxruntime", "pillow")
     code = (
         "import json, platform; from importlib.metadata import version; print(json.dumps("
         f"{{'python': platform.python_version()}} | {{n: version(n) for n in {names}}}))"

@@ -5,7 +5,8 @@
     ROOT/quarantine/KEY-TIME/                      entries that failed verification
 
 Nothing in an entry is opened before its size and SHA-256 were compared with the manifest, and the
-manifest is compared with its own key.
+manifest is compared with its own key. Of an export's module, nothing is opened that its manifest
+does not name, whatever its graph says.
 
 Whoever wants an engine computes its key and opens that entry. Only where there is none are the
 others read, as `near_matches`: one of them may serve as it is, or take the module's weights (see
@@ -21,7 +22,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from filelock import FileLock, Timeout
@@ -31,8 +32,10 @@ from fastface_trt.engines.engine import Engine, EngineBuilder, Progress
 from fastface_trt.engines.files import (
     describe_file,
     finished_folder,
+    possible_folder,
     storage_errors,
     sweep,
+    unnamed_files,
     verify_files,
 )
 from fastface_trt.engines.manifest import (
@@ -43,7 +46,7 @@ from fastface_trt.engines.manifest import (
     ModuleSpec,
     read_manifest,
 )
-from fastface_trt.engines.onnx.file import OnnxFile
+from fastface_trt.engines.onnx.file import OnnxFile, verify_module
 from fastface_trt.engines.weight_map import first_difference, has_map, read_map, topology
 from fastface_trt.errors import BuildFailed, EngineMismatch, FastFaceError, UnknownName
 
@@ -76,13 +79,17 @@ def refitted_identity(base: EngineManifest) -> dict[str, Any]:
 
 def _module_content(module: ModuleSpec) -> dict[str, Any]:
     """What a module is, wherever its files lie."""
-    graph, *data = (file.sha256 for file in module.files)
+    graph, *data = module.files
+    hashes = sorted(file.sha256 for file in data)
+    # The graph says what one data file is called; of several, which is which.
+    place = PurePosixPath(graph.path).parent
+    names = sorted(os.path.relpath(file.path, place) + ":" + file.sha256 for file in data)
     return {
         "module": module.name,
         "inputs": [tensor.model_dump() for tensor in module.inputs],
         "outputs": [tensor.model_dump() for tensor in module.outputs],
-        "graph": graph,
-        "data": sorted(data),
+        "graph": graph.sha256,
+        "data": hashes if len(data) < 2 else names,
     }
 
 
@@ -135,7 +142,8 @@ class CacheEntry:
 class EngineCache:
     """Engines by content. Safe for any number of threads and processes on one folder.
 
-    `root` defaults to `engines` in `$FASTFACE_CACHE`, or in the user's cache folder.
+    `root` defaults to `engines` in `$FASTFACE_CACHE`, or in the user's cache folder. Raises
+    `StorageError` where it cannot be the name of a folder.
     """
 
     def __init__(self, root: Path | None = None) -> None:
@@ -143,7 +151,7 @@ class EngineCache:
             home = os.environ.get("FASTFACE_CACHE")
             cache = Path(home) if home else user_cache_path("fastface-trt", appauthor=False)
             root = cache / "engines"
-        self.root = root.expanduser().absolute()
+        self.root = possible_folder(root)
 
     def key(self, module: ModuleSpec, builder: EngineBuilder) -> str:
         """What `module` built by `builder` is called: 64 hexadecimal digits (SHA-256).
@@ -391,6 +399,10 @@ class EngineCache:
             raise EngineMismatch(f"{folder / ENGINE_MANIFEST} describes another engine.", _REBUILD)
         progress(f"Verifying {manifest.module.name} for {manifest.backend}")
         verify_files(folder, manifest.files, EngineMismatch, _REBUILD)
+        # What a builder's library would find there by its name, or a graph refer to.
+        named = [ENGINE_MANIFEST, *(file.path for file in manifest.files)]
+        for extra in unnamed_files(folder, ".", named):
+            raise EngineMismatch(f"{folder} holds {extra}, which is not of it.", _REBUILD)
         return manifest
 
     def _whole(self, key: str, progress: Progress) -> EngineManifest | None:
@@ -414,7 +426,7 @@ class EngineCache:
         progress: Progress,
     ) -> EngineManifest:
         progress(f"Verifying the ONNX files of {module.name}")
-        verify_files(source, module.files)
+        verify_module(source, module)
         # Stale folders of other keys too: nobody may ever ask for those keys again.
         sweep(self.root)
         began = time.monotonic()

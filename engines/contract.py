@@ -15,6 +15,7 @@ TEXT = "encoder_hidden_states"  # [B, L, C], L a multiple of TEXT_POSITIONS; old
 POOLED_TEXT = "text_embeds"  # [B, P]
 TIME_IDS = "time_ids"  # [B, 6] float32
 IMAGE_TOKENS = "image_tokens"  # [B, T, C]
+TOKEN_MASK = "token_mask"  # [B, T] float32, only where T is the most that a request may have
 IP_ADAPTER_SCALE = "ip_adapter_scale"  # [R, parts] float32, λ of Eq. 1
 MANIPULATION = "attention_manipulation"  # [R, parts, columns] float32
 NOISE_PREDICTION = "noise_prediction"  # [B, 4, h, w]
@@ -22,6 +23,10 @@ NOISE_PREDICTION = "noise_prediction"  # [B, 4, h, w]
 # Module vae_decoder: it takes latents and gives the same picture twice.
 PICTURE = "picture"  # [B, 3, H, W] float32 in [0, 1]
 PIXELS = "pixels"  # [B, H, W, 3] uint8, rounded half to even; exports of older versions lack it
+
+MASKED = -1e30
+"""Value of `TOKEN_MASK` for a row of image tokens that is not there, 0 for one that is: it is added
+to the logits, so that nothing looks at the row, and statistics over tokens leave it out."""
 
 TEXT_POSITIONS = 77
 """Positions of one window of a prompt: start, 75 tokens, end."""
@@ -65,5 +70,5 @@ KERNEL_DOMAIN = "fastface.kernels"
 """Domain of the custom operator of the same name, which ONNX Runtime gets from a library.
 
 It takes q [B,N,H·D], k and v [B,T,H·D], manipulation [R,8] and ip_scale [R] in float32, optionally
-base [B,N,H·D]; returns base + λ f(A) V'. Attribute num_heads.
+base [B,N,H·D] and token_mask [B,T] in float32; returns base + λ f(A) V'. Attribute num_heads.
 """

@@ -15,13 +15,14 @@ import hashlib
 import os
 import secrets
 import shutil
+import stat
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
-from fastface_trt.engines.manifest import FileEntry, Strict
+from fastface_trt.engines.manifest import FileEntry, Strict, open_file
 from fastface_trt.errors import ExportIncomplete, FastFaceError, InvalidRequest, StorageError
 
 try:
@@ -47,10 +48,10 @@ _ABANDONED_AFTER_SECONDS = 24 * 3600
 
 
 def sha256_file(path: Path) -> str:
-    """SHA-256 of a file as 64 hexadecimal digits, read in blocks of 1 MiB."""
+    """SHA-256 of an ordinary file as 64 hexadecimal digits, read in blocks of 1 MiB."""
     digest = hashlib.sha256()
     block = memoryview(bytearray(_BLOCK))
-    with open(path, "rb", buffering=0) as file:
+    with open_file(path) as file:
         while count := file.readinto(block):
             digest.update(block[:count])
     return digest.hexdigest()
@@ -68,21 +69,29 @@ def verify_files(
     entries: Iterable[FileEntry],
     error: type[FastFaceError] = ExportIncomplete,
     hint: str = "Export it again; the new export replaces this one.",
+    *,
+    hashes: bool = True,
 ) -> None:
     """Compare the files in `folder` with their entries: all sizes (bytes) first, then all hashes.
 
-    Raises `error` with `hint`, naming the first file that is missing, truncated or changed.
+    Raises `error` with `hint`, naming the first file that is missing, truncated or changed, is
+    reached by a link out of the folder, or is a pipe or a device; those are not opened.
     """
     entries = list(entries)
-    path = folder
+    path, root = folder, os.path.realpath(folder)
     try:
         for entry in entries:
             path = folder / entry.path
-            size = path.stat().st_size
+            if not Path(os.path.realpath(path)).is_relative_to(root):
+                raise error(f"{path} is a link out of its folder.", f"Copy the file there. {hint}")
+            about = path.stat()
+            if not stat.S_ISREG(about.st_mode):
+                raise error(f"{path} is not an ordinary file.", hint)
+            size = about.st_size
             if size != entry.bytes:
                 what = "truncated" if size < entry.bytes else "changed"
                 raise error(f"{path} is {what}: {size} bytes instead of {entry.bytes}.", hint)
-        for entry in entries:
+        for entry in entries if hashes else ():
             path = folder / entry.path
             if sha256_file(path) != entry.sha256:
                 raise error(f"{path} is changed: its SHA-256 is not the manifest's.", hint)
@@ -90,6 +99,34 @@ def verify_files(
         raise error(f"{path} is missing.", hint) from None
     except OSError as problem:
         raise error(f"{path} cannot be read: {problem.strerror}.", hint) from None
+
+
+def unnamed_files(root: Path, folder: str, named: Iterable[str]) -> list[str]:
+    """What lies below `folder` of `root` and is not among `named`, as sorted paths from `root`.
+
+    Hidden files, such as a file manager's, are nobody's to read and not among them.
+    """
+    found = (
+        path.relative_to(root).as_posix()
+        for path in (root / folder).rglob("[!.]*")
+        if path.is_symlink() or not path.is_dir()
+    )
+    return sorted(set(found) - {str(PurePosixPath(name)) for name in named})
+
+
+def possible_folder(path: Path) -> Path:
+    """`path` made absolute; `StorageError` where no folder can have that name, there or not."""
+    try:
+        path = path.expanduser().absolute()
+        with suppress(FileNotFoundError, NotADirectoryError, PermissionError):
+            os.stat(path)  # whoever writes there says more of those
+    # A user without a home, a name that is too long, links in a circle, a null character.
+    except (RuntimeError, OSError, ValueError) as problem:
+        why = problem.strerror if isinstance(problem, OSError) else problem
+        raise StorageError(
+            f"{str(path)!r:.200} cannot be a folder: {why}.", "Choose another one."
+        ) from None
+    return path
 
 
 @contextmanager

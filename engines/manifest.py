@@ -5,15 +5,28 @@ An export is a folder of ONNX modules with `manifest.json` beside them, an engin
 written last, so a folder without one is unfinished by definition.
 """
 
+import errno
 import json
-from pathlib import Path, PurePosixPath
+import os
+import stat
+from io import FileIO
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Annotated, Any, Final, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from fastface_trt.engines.dtypes import DType as DType
 from fastface_trt.errors import ExportIncomplete, ManifestError
 
+MANIFEST_LIMIT: Final = 64 << 20
+"""Bytes of a manifest at most: weight maps and layer lists of a UNet are some megabytes."""
 SCHEMA_VERSION: Final = 1
 EXPORT_MANIFEST = "manifest.json"
 ENGINE_MANIFEST = "engine.json"
@@ -28,9 +41,25 @@ MODULE_NAMES = (
     "vae_decoder",
 )
 
-AdapterKind = Literal["faceid-plus-v2", "faceid", "pulid"]
+AdapterKind = Literal[
+    "faceid-plus-v2", "faceid", "faceid-portrait", "faceid-portrait-unnorm", "pulid"
+]
 """What an adapter takes of a face and how its attention adds to the text's: FaceID-Plus-v2 an
-embedding and a picture, FaceID the embedding alone, PuLID both, with id tokens of its own."""
+embedding and a picture, FaceID the embedding alone, FaceID-Portrait the embeddings of up to five
+pictures of a person, of length 1 or as the recogniser gave them, PuLID an embedding and a picture,
+with id tokens of its own."""
+
+EMBEDDING_ALONE: Final = ("faceid", "faceid-portrait", "faceid-portrait-unnorm")
+"""Kinds that look at no picture of a face, so that their exports have no image encoder."""
+
+PORTRAIT: Final = ("faceid-portrait", "faceid-portrait-unnorm")
+"""Kinds that take several pictures of one person."""
+
+MAX_FACES: Final = 5
+"""Pictures of a person that a FaceID-Portrait export takes unless it was asked for others."""
+
+MOST_FACES: Final = 16
+"""The most that it may be asked for: each picture costs 16 tokens in every decoupled block."""
 
 Orthogonal = Literal["off", "v1", "v2"]
 """Which of PuLID's ways frees the id attention's result from what the text attention says."""
@@ -42,7 +71,7 @@ latent pixels."""
 
 def _stays_inside(path: str) -> str:
     pure = PurePosixPath(path)
-    if pure.is_absolute() or ".." in pure.parts or "\\" in path:
+    if pure.is_absolute() or ".." in pure.parts or "\\" in path or PureWindowsPath(path).drive:
         raise ValueError(f"file name {path!r} leaves its folder")
     if not pure.parts or not path.isprintable():  # nothing but the folder, or null characters
         raise ValueError(f"{path!r} is not the name of a file")
@@ -165,8 +194,11 @@ class ExportManifest(Strict):
     quantization: of the UNet; vae_quantization: of the VAE's decoder.
     orthogonal, zero_tokens: PuLID's trade between likeness and editing; the image tokens that are
     counted include the zero ones. attention_operator, group_norm: spelled out, or as ONNX's own
-    operators of opset 23 and 21. face_parser: the ONNX file that finds the background around a
-    face for PuLID. image_*: side in pixels and normalisation of the image encoder's input, None
+    operators of opset 23 and 21. face_model: a folder whose files are among the extra ones, or the
+    name of an InsightFace pack. face_parser: the extra file, an ONNX graph, that finds the
+    background around a face for PuLID. max_faces: pictures of one person that a request may have;
+    each has as many of the `image_token_count` tokens, and where it is more than one a mask says
+    which are there. image_*: side in pixels and normalisation of the image encoder's input, None
     where the adapter has no image encoder and the export no such module.
     """
 
@@ -196,13 +228,31 @@ class ExportManifest(Strict):
     vae_scale_factor: Positive
     latent_channels: Positive
     image_token_count: Positive
+    max_faces: Positive = 1
     image_encoder_size: Positive | None = None
     image_mean: tuple[float, float, float] | None = None
     image_std: tuple[float, float, float] | None = None
     force_zeros_for_empty_prompt: bool = True
-    face_model: str
+    face_model: RelativePath
     random_weights: bool = False
     tool_versions: dict[str, str] = {}
+
+    @model_validator(mode="after")
+    def _names_what_it_means(self) -> "ExportManifest":
+        """Every file that is opened has an entry, and only one content."""
+        hashes: dict[str, str] = {}
+        for file in self.files():
+            if hashes.setdefault(file.path, file.sha256) != file.sha256:
+                raise ValueError(f"{file.path!r} has two contents")
+        if self.face_parser is not None and self.face_parser not in hashes:
+            raise ValueError(f"face_parser {self.face_parser!r} is not among the files")
+        for name, module in self.modules.items():
+            if module.name != name:
+                raise ValueError(f"the module {name!r} is called {module.name!r}")
+            graph = module.files[0].path
+            if not graph.endswith(".onnx"):  # ONNX Runtime reads other formats by their endings
+                raise ValueError(f"the graph of {name} is {graph!r}, no .onnx file")
+        return self
 
     def latent_shape(
         self, height: int | None = None, width: int | None = None
@@ -214,6 +264,11 @@ class ExportManifest(Strict):
         height, width = height or self.height, width or self.width
         factor = self.vae_scale_factor
         return self.latent_channels, height // factor, width // factor
+
+    @property
+    def tokens_per_face(self) -> int:
+        """Image tokens of one picture of a person."""
+        return self.image_token_count // self.max_faces
 
     @property
     def size_unit(self) -> int:
@@ -258,6 +313,19 @@ class EngineManifest(Strict):
     report: BuildReport = BuildReport()
 
 
+def open_file(path: Path) -> FileIO:
+    """`path` for reading, unbuffered, if it is an ordinary file.
+
+    A pipe that nobody writes to, a device without end, a socket or a folder under the name of a
+    file is an `OSError` at once; nothing waits for it.
+    """
+    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise OSError(errno.EINVAL, "it is not an ordinary file", str(path))
+    return FileIO(handle, "r")
+
+
 Manifest = TypeVar("Manifest", bound=Strict)
 
 
@@ -270,7 +338,11 @@ def first_problem(error: ValidationError) -> tuple[str, str]:
 def read_manifest(path: Path, kind: type[Manifest]) -> Manifest:
     """Read and check a manifest file; raise `ManifestError` with the first thing that is wrong."""
     try:
-        text = path.read_text(encoding="utf-8")
+        with open_file(path) as file:
+            content = file.read(MANIFEST_LIMIT + 1)
+        if len(content) > MANIFEST_LIMIT:
+            raise ManifestError(f"{path} is larger than a manifest.", "Export or build it again.")
+        text = content.decode("utf-8")
     except FileNotFoundError:
         raise ExportIncomplete(
             f"{path.parent} has no {path.name}, so it is not a finished folder.",

@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 
 from fastface_trt.engines.device import Array
-from fastface_trt.engines.engine import Engine
+from fastface_trt.engines.engine import Engine, check_inputs
 from fastface_trt.engines.files import verify_files
 from fastface_trt.engines.manifest import ModuleSpec
-from fastface_trt.errors import EngineMismatch, ExportIncomplete
+from fastface_trt.errors import EngineMismatch, ExportIncomplete, InvalidRequest
 
 PROBE_FILE = "probe.safetensors"
 INPUT, OUTPUT = "input.", "output."
@@ -18,9 +18,9 @@ INPUT, OUTPUT = "input.", "output."
 def read_probe(module: ModuleSpec, source: Path) -> tuple[dict[str, Array], dict[str, Array]]:
     """Inputs and expected outputs of the probe of `module`, whose export lies in `source`.
 
-    Raises `ExportIncomplete` when the module has none, or its file is missing or changed.
+    Raises `ExportIncomplete` when the module has none, its file is missing or changed, or what is
+    in it are not inputs and outputs of the module.
     """
-    from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
     if module.probe is None:
@@ -31,7 +31,7 @@ def read_probe(module: ModuleSpec, source: Path) -> tuple[dict[str, Array], dict
     verify_files(source, [module.probe.file])
     try:
         tensors = load_file(source / module.probe.file.path)
-    except (SafetensorError, ValueError) as error:
+    except Exception as error:  # the library's own, and numpy's for types that it lacks
         raise ExportIncomplete(
             f"The probe of {module.name} cannot be read: {error}.", "Export it again."
         ) from None
@@ -39,6 +39,18 @@ def read_probe(module: ModuleSpec, source: Path) -> tuple[dict[str, Array], dict
     for name, tensor in tensors.items():
         prefix = INPUT if name.startswith(INPUT) else OUTPUT
         sides[prefix == OUTPUT][name.removeprefix(prefix)] = tensor
+    try:
+        check_inputs(module, sides[0])
+    except InvalidRequest as error:
+        raise ExportIncomplete(
+            f"The probe of {module.name} is another module's: {error.message}", "Export it again."
+        ) from None
+    strange = sides[1].keys() - {tensor.name for tensor in module.outputs}
+    if strange or not sides[1]:
+        raise ExportIncomplete(
+            f"The probe of {module.name} is another module's: its outputs are {sorted(sides[1])}.",
+            "Export it again.",
+        )
     return sides
 
 

@@ -20,6 +20,7 @@ from fastface_trt.engines.manifest import (
     FileEntry,
     ModuleSpec,
 )
+from fastface_trt.engines.onnx.file import verify_module
 from fastface_trt.engines.probe import check_probe
 from fastface_trt.engines.weight_map import Change
 from fastface_trt.errors import EngineMismatch
@@ -90,6 +91,7 @@ def refit(
                 f"in {cache.root}.",
                 "Build it first: fastface-trt build.",
             )
+    verify_module(source, module, hashes=False)  # `make` compares them, later
     chosen = refit_base(near, module, source).manifest
     progress(f"Verifying {chosen.key[:12]}, the engine that gives the graph")
     cache.verify(chosen.key)

@@ -2,13 +2,15 @@
 
 An IP-Adapter FaceID file has two parts: `image_proj` (the projection) and `ip_adapter`, whose keys
 start with the index of a layer in `unet.attn_processors`: `N.to_k_ip`, `N.to_v_ip` and, per
-projection, the LoRA `N.to_{q,k,v,out}_lora.{down,up}`. A PuLID file has `id_adapter` and
+projection, the LoRA `N.to_{q,k,v,out}_lora.{down,up}`. FaceID-Portrait has no LoRA, and 16 tokens
+for each of several pictures of a person. A PuLID file has `id_adapter` and
 `id_adapter_attn_layers` with `N.id_to_k` and `N.id_to_v`, and no LoRA.
 
 The projection makes image tokens of a face: FaceID and FaceID-Plus-v2 of its embedding (and CLIP
-features), PuLID for SDXL of an embedding and the features of a vision tower. PuLID 1.1 (`IDFormer`)
-lets learned queries read the features, version 1 (`IDEncoder`) is made of MLPs alone; the
-arithmetic is that of PuLID's public code (Guo et al. 2024). Parameter names are those of the
+features), FaceID-Portrait of the embedding alone, the "unnorm" file with queries that read one of
+any length, PuLID for SDXL of an embedding and the features of a vision tower. PuLID 1.1
+(`IDFormer`) lets learned queries read the features, version 1 (`IDEncoder`) is made of MLPs alone;
+the arithmetic is that of PuLID's public code (Guo et al. 2024). Parameter names are those of the
 published files, so that their tensors load as they are.
 
 Shape legend: B rows, E face-embedding size (512), P width of the picture's embedding (768), S
@@ -34,7 +36,7 @@ from fastface_trt.export.file_kinds import identify
 from fastface_trt.export.precision import Model
 from fastface_trt.export.weight_files import State, open_weights
 
-Projection: TypeAlias = "FaceProjection | FaceIdProjection | IDFormer | IDEncoder"
+Projection: TypeAlias = "FaceProjection | FaceIdProjection | QueryResampler | IDFormer | IDEncoder"
 
 HEAD_SIZE = 64
 EMBEDDING = 512
@@ -42,9 +44,17 @@ LEVELS = 5
 ID_TOKENS = 5
 
 _USE = (
-    "Use ip-adapter-faceid-plusv2_sdxl.bin, ip-adapter-faceid_sdxl.bin, pulid_v1.1.safetensors or "
-    "a file of the same layout."
+    "Use ip-adapter-faceid-plusv2_sdxl.bin, ip-adapter-faceid_sdxl.bin, "
+    "ip-adapter-faceid-portrait_sdxl.bin, pulid_v1.1.safetensors or a file of the same layout."
 )
+_FACEID_TOKENS = 4
+_QUERIES = {"latents", "proj_in.weight", "proj_out.weight", "norm_out.weight"}
+_OF_LAYOUT: dict[str, tuple[AdapterKind, ...]] = {
+    "resampler": ("faceid-plus-v2",),
+    "mlp": ("faceid", "faceid-portrait"),
+    "queries": ("faceid-portrait-unnorm",),
+}
+"""The kinds that the layouts of `image_proj` may be of."""
 _LORA_TARGETS = {"to_q": "to_q", "to_k": "to_k", "to_v": "to_v", "to_out": "to_out.0"}
 
 
@@ -58,7 +68,7 @@ class AdapterWeights:
 
     @property
     def tokens(self) -> int:
-        """Image tokens per face: 4 in the published IP-Adapter files."""
+        """Image tokens per picture: 4 in the published FaceID files, 16 in FaceID-Portrait's."""
         return load_projection(self).tokens
 
     @property
@@ -68,15 +78,23 @@ class AdapterWeights:
         return None if weight is None else weight.shape[1]
 
     @property
+    def embedding(self) -> int | None:
+        """Length of the face vector that an IP-Adapter's projection reads."""
+        state = self.image_proj
+        weight = state.get("proj.0.weight", state.get("proj_in.weight"))
+        return None if weight is None else weight.shape[1]
+
+    @property
     def has_lora(self) -> bool:
         """Whether the file has a LoRA for the UNet's attention."""
         return any("_lora." in key for key in self.ip_adapter)
 
 
-def read_adapter(path: Path) -> AdapterWeights:
-    """Read an adapter file and tell its kind by its keys.
+def read_adapter(path: Path, kind: AdapterKind | None = None) -> AdapterWeights:
+    """Read an adapter file and tell its kind by its keys and shapes, unless `kind` says it.
 
-    Raises `WeightsError` for a file of no kind that `AdapterKind` names.
+    FaceID-Portrait's "unnorm" file looks like InstantID's: its name tells it, or `kind`. Raises
+    `WeightsError` for a file of no kind that `AdapterKind` names, or not of the one that was said.
     """
     file = open_weights(path)
     parts: dict[str, State] = {}
@@ -88,6 +106,7 @@ def read_adapter(path: Path) -> AdapterWeights:
         parts.pop("unet", None)  # frozen, and saved with the rest by the training script
     if parts.keys() == {"id_adapter", "id_adapter_attn_layers"}:
         attention = {_ip_adapter_name(key): v for key, v in parts["id_adapter_attn_layers"].items()}
+        _require_kind(path.name, kind, ("pulid",))
         return AdapterWeights("pulid", parts["id_adapter"], attention)
     if parts.keys() != {"image_proj", "ip_adapter"}:
         others = sorted(parts.keys() - {"image_proj", "ip_adapter"})
@@ -98,8 +117,8 @@ def read_adapter(path: Path) -> AdapterWeights:
             f"kind: {fault}.",
             _USE,
         )
-    kind = _ip_adapter_kind(path.name, parts["image_proj"])
-    return AdapterWeights(kind, parts["image_proj"], parts["ip_adapter"])
+    found = _ip_adapter_kind(path.name, parts["image_proj"], parts["ip_adapter"], kind)
+    return AdapterWeights(found, parts["image_proj"], parts["ip_adapter"])
 
 
 _TRAINED = {"image_proj_model": "image_proj", "adapter_modules": "ip_adapter"}
@@ -117,13 +136,46 @@ def _ip_adapter_name(key: str) -> str:
     return key.replace("id_to_k", "to_k_ip").replace("id_to_v", "to_v_ip")
 
 
-def _ip_adapter_kind(name: str, image_proj: State) -> AdapterKind:
+def _ip_adapter_kind(
+    name: str, image_proj: State, ip_adapter: State, said: AdapterKind | None
+) -> AdapterKind:
+    layout = _layout(image_proj)
+    if layout is None:
+        raise WeightsError(f"{name} is neither a FaceID-Plus-v2 nor a FaceID adapter.", _USE)
+    _require_kind(name, said, _OF_LAYOUT[layout])
+    if said is not None:
+        return said
+    if layout == "queries":
+        if "unnorm" not in name.lower():
+            raise WeightsError(
+                f"{name} may be FaceID-Portrait's unnorm file or InstantID's: their layout is the "
+                "same.",
+                "Say --adapter-kind faceid-portrait-unnorm if it is that; InstantID is not read.",
+            )
+        return "faceid-portrait-unnorm"
+    if layout == "mlp":
+        tokens = image_proj["proj.2.weight"].shape[0] // image_proj["norm.weight"].shape[0]
+        has_lora = any("_lora." in key for key in ip_adapter)
+        return "faceid" if has_lora or tokens == _FACEID_TOKENS else "faceid-portrait"
+    return "faceid-plus-v2"
+
+
+def _layout(image_proj: State) -> str | None:
+    """Which of `_OF_LAYOUT` the keys of a projection are."""
     if "perceiver_resampler.proj_in.weight" in image_proj:
-        return "faceid-plus-v2"
+        return "resampler"
     # Other IP-Adapters have a `proj` too; FaceID's normalises its tokens outside of it.
     if image_proj.keys() >= {"proj.0.weight", "proj.2.weight", "norm.weight"}:
-        return "faceid"
-    raise WeightsError(f"{name} is neither a FaceID-Plus-v2 nor a FaceID adapter.", _USE)
+        return "mlp"
+    return "queries" if image_proj.keys() >= _QUERIES else None
+
+
+def _require_kind(name: str, said: AdapterKind | None, possible: Sequence[AdapterKind]) -> None:
+    if said is not None and said not in possible:
+        raise WeightsError(
+            f"{name} is no adapter of kind {said}.",
+            f"By its keys it is one of kind {' or '.join(possible)}.",
+        )
 
 
 def load_projection(adapter: AdapterWeights, zero_tokens: int | None = None) -> Projection:
@@ -134,8 +186,10 @@ def load_projection(adapter: AdapterWeights, zero_tokens: int | None = None) -> 
     """
     state = {key: tensor.float() for key, tensor in adapter.image_proj.items()}
     try:
-        if adapter.kind == "faceid":
+        if adapter.kind in ("faceid", "faceid-portrait"):
             return FaceIdProjection.from_state_dict(state)
+        if adapter.kind == "faceid-portrait-unnorm":
+            return QueryResampler.from_state_dict(state)
         if adapter.kind == "faceid-plus-v2":
             return FaceProjection.from_state_dict(state)
         encoder = IDFormer if "latents" in state else IDEncoder
@@ -308,6 +362,62 @@ def _mlp_sizes(state: State) -> dict[str, int]:
         "mlp_hidden": state["proj.0.weight"].shape[0],
         "width": width,
     }
+
+
+class QueryResampler(nn.Module):
+    """FaceID-Portrait unnorm: learned queries read a face embedding of the recogniser's length."""
+
+    def __init__(
+        self,
+        *,
+        tokens: int = 16,
+        embedding: int = 512,
+        inner: int = 1280,
+        attended: int = 1280,
+        hidden: int = 5120,
+        depth: int = 4,
+        width: int = 2048,
+    ) -> None:
+        super().__init__()
+        self.tokens = tokens
+        self.width = width
+        self.latents = nn.Parameter(torch.randn(1, tokens, inner) * inner**-0.5)
+        self.proj_in = nn.Linear(embedding, inner)
+        self.layers = nn.ModuleList(
+            nn.ModuleList((PerceiverAttention(inner, attended), feed_forward(inner, hidden)))
+            for _ in range(depth)
+        )
+        self.proj_out = nn.Linear(inner, width)
+        self.norm_out = nn.LayerNorm(width)
+
+    def input_shapes(self, positions: Dimension) -> dict[str, tuple[Dimension, ...]]:
+        """Shapes of the inputs by name, without rows."""
+        return {"face_embeds": (self.proj_in.in_features,)}
+
+    @classmethod
+    def from_state_dict(cls, state: State) -> QueryResampler:
+        """Build and load from a file's `image_proj` part; sizes are read off its tensors."""
+        module = cls(
+            tokens=state["latents"].shape[1],
+            embedding=state["proj_in.weight"].shape[1],
+            inner=state["latents"].shape[2],
+            attended=state["layers.0.0.to_q.weight"].shape[0],
+            hidden=state["layers.0.1.1.weight"].shape[0],
+            depth=len({key.split(".")[1] for key in state if key.startswith("layers.")}),
+            width=state["proj_out.weight"].shape[0],
+        )
+        module.load_state_dict(state)
+        return module
+
+    def forward(self, face_embeds: Tensor) -> Tensor:
+        """Image tokens [B,T,C] from face embeddings [B,E]."""
+        context_B1I = self.proj_in(face_embeds)[:, None]
+        x_BTI = self.latents.expand(face_embeds.shape[0], -1, -1)
+        for layer in self.layers:
+            attention, forward = cast(nn.ModuleList, layer)
+            x_BTI = attention(context_B1I, x_BTI) + x_BTI
+            x_BTI = forward(x_BTI) + x_BTI
+        return self.norm_out(self.proj_out(x_BTI))
 
 
 class PerceiverResampler(nn.Module):

@@ -85,20 +85,26 @@ class DecoupledAttentionProcessor(nn.Module):
         image_tokens: Tensor,
         ip_adapter_scale: Tensor,
         attention_manipulation: Tensor,
+        token_mask: Tensor | None = None,
     ) -> Tensor:
-        """z_new of Eq. 1 for hidden_states [B,N,C], text [B,L,·] and image tokens [B,T,·]."""
+        """z_new of Eq. 1 for hidden_states [B,N,C], text [B,L,·] and image tokens [B,T,·].
+
+        `token_mask` [B,T] says which of the tokens are there, see `engines.contract`.
+        """
         q_BHND = _heads(attn.to_q(hidden_states), attn.heads)
         k_BHLD = _heads(attn.to_k(encoder_hidden_states), attn.heads)
         v_BHLD = _heads(attn.to_v(encoder_hidden_states), attn.heads)
         text = _attend(q_BHND, k_BHLD, v_BHLD, self.attention_operator)
 
-        inputs = (
+        inputs: tuple[Tensor, ...] = (
             q_BHND,
             _heads(self.to_k_ip(image_tokens), attn.heads),
             _heads(self.to_v_ip(image_tokens), attn.heads),
             attention_manipulation[:, self.part],
             ip_adapter_scale[:, self.part],
         )
+        if token_mask is not None:
+            inputs = (*inputs, token_mask)
         if torch.onnx.is_in_onnx_export():
             image = torch.onnx.ops.symbolic(
                 f"{FUNCTION_DOMAIN}::{FUNCTION_NAME}",
@@ -129,6 +135,7 @@ class SelfAttentionProcessor:
         image_tokens: Tensor | None = None,
         ip_adapter_scale: Tensor | None = None,
         attention_manipulation: Tensor | None = None,
+        token_mask: Tensor | None = None,
     ) -> Tensor:
         """Attn(Q, K, V) of hidden_states [B,N,C] with itself, or with encoder_hidden_states."""
         context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
@@ -164,7 +171,12 @@ def _heads(x: Tensor, heads: int) -> Tensor:
 
 
 def decoupled_attention(
-    q_BHND: Tensor, k_BHTD: Tensor, v_BHTD: Tensor, manipulation_RP: Tensor, ip_scale_R: Tensor
+    q_BHND: Tensor,
+    k_BHTD: Tensor,
+    v_BHTD: Tensor,
+    manipulation_RP: Tensor,
+    ip_scale_R: Tensor,
+    token_mask_BT: Tensor | None = None,
 ) -> Tensor:
     """λ · f(A) V' of Eq. 6, the eager meaning of `functions.DecoupledAttention`.
 
@@ -180,7 +192,13 @@ def decoupled_attention(
         )
     }
     scaled = q_BHND / q_BHND.shape[-1] ** 0.5
-    a_BHNT = torch.softmax((scaled @ k_BHTD.transpose(-2, -1)).to(statistics), dim=-1)
+    logits_BHNT = (scaled @ k_BHTD.transpose(-2, -1)).to(statistics)
+    there = torch.ones((), dtype=statistics, device=q_BHND.device)
+    if token_mask_BT is not None:
+        mask_B11T = token_mask_BT.to(statistics)[:, None, None]
+        logits_BHNT = logits_BHNT + mask_B11T
+        there = mask_B11T.exp().unflatten(0, (requests, -1))
+    a_BHNT = torch.softmax(logits_BHNT, dim=-1)
     a = a_BHNT.unflatten(0, (requests, -1))
     v = v_BHTD.to(statistics).unflatten(0, (requests, -1))
 
@@ -188,8 +206,8 @@ def decoupled_attention(
     is_softmask = row["kind"] == KINDS.index("softmask")
     f = torch.where(row["kind"] == KINDS.index("scale_power"), scale_power, a)
     if bool(is_softmask.any()):
-        f = torch.where(is_softmask, _softmask(a, row), f)
-    hidden = f @ v
+        f = torch.where(is_softmask, _softmask(a, row, there), f)
+    hidden = (f * there) @ v
     if bool(is_softmask.any()):
         matched = _match_statistics(hidden, a @ v, row["adain_weight"])
         hidden = torch.where(is_softmask, matched, hidden)
@@ -197,8 +215,11 @@ def decoupled_attention(
     return scaled_by_lambda.flatten(0, 1).to(q_BHND.dtype)
 
 
-def _softmask(a_RGHNT: Tensor, row: Row) -> Tensor:
-    """AM2, Eq. 8 to 10 with appendix E; see `functions.Softmask`."""
+def _softmask(a_RGHNT: Tensor, row: Row, there: Tensor) -> Tensor:
+    """AM2, Eq. 8 to 10 with appendix E; see `functions.Softmask`.
+
+    `there` is 1 for tokens that are there and 0 for those that are not, and broadcasts.
+    """
     tokens = torch.arange(a_RGHNT.shape[-1], device=a_RGHNT.device)
     inverted = (tokens == 0) & (row["invert_first_token"] > 0.5)
     entering = torch.where(inverted, 1 - a_RGHNT, a_RGHNT)
@@ -206,7 +227,7 @@ def _softmask(a_RGHNT: Tensor, row: Row) -> Tensor:
     shifted = row["sharpness"] * (_normalize(entering) - quantile)
     mask = torch.minimum(row["scale"] * _normalize(torch.sigmoid(shifted)), row["upper_bound"])
     leaving = torch.where(inverted, mask.amax(3, keepdim=True) - mask, mask)
-    return _match_statistics(leaving, a_RGHNT, row["adain_weight"])
+    return _match_statistics(leaving, a_RGHNT, row["adain_weight"], there)
 
 
 def _quantile(x_RGHNT: Tensor, level_R: Tensor) -> Tensor:
@@ -218,10 +239,23 @@ def _quantile(x_RGHNT: Tensor, level_R: Tensor) -> Tensor:
     return torch.stack(per_request)
 
 
-def _match_statistics(x: Tensor, reference: Tensor, weight: Tensor) -> Tensor:
-    """w x + (1 − w) AdaIN(x, reference) of Eq. 10 over the last axis, unbiased std."""
-    gain = reference.std(-1, keepdim=True) / (x.std(-1, keepdim=True) + 1e-6)
-    blended = (x - x.mean(-1, keepdim=True)) * gain + reference.mean(-1, keepdim=True)
+def _match_statistics(
+    x: Tensor, reference: Tensor, weight: Tensor, counted: Tensor | None = None
+) -> Tensor:
+    """w x + (1 − w) AdaIN(x, reference) of Eq. 10 over the last axis, unbiased std.
+
+    `counted` is 1 or 0 for each element of that axis, and broadcasts; None counts all.
+    """
+    counted = torch.ones_like(x) if counted is None else counted.expand_as(x)
+    count = counted.sum(-1, keepdim=True)
+
+    def moments(values: Tensor) -> tuple[Tensor, Tensor]:
+        mean = (values * counted).sum(-1, keepdim=True) / count
+        squares = ((values - mean) * counted).square().sum(-1, keepdim=True)
+        return mean, (squares / (count - 1)).sqrt()
+
+    (mean, std), (wanted_mean, wanted_std) = moments(x), moments(reference)
+    blended = (x - mean) * (wanted_std / (std + 1e-6)) + wanted_mean
     return weight * x + (1 - weight) * blended
 
 

@@ -16,12 +16,14 @@ from typing import Any
 from fastface_trt.engines.engine import Engine, Progress
 from fastface_trt.engines.files import describe_file, finished_folder
 from fastface_trt.engines.manifest import (
+    EMBEDDING_ALONE,
     EXPORT_MANIFEST,
     AdapterKind,
     ExportManifest,
     FileEntry,
     ModuleSpec,
 )
+from fastface_trt.engines.onnx.file import check_references
 from fastface_trt.errors import InvalidRequest, WeightsError
 from fastface_trt.export import face_modules, guidance_step, modules
 from fastface_trt.export.modules import ModuleExport
@@ -34,6 +36,7 @@ from fastface_trt.export.quantization.modules import quantize_unet, quantize_vae
 from fastface_trt.export.quantization.ranges import calibration_twin, modelopt_version
 from fastface_trt.export.weights import CheckpointWeights, RandomWeights, Weights
 from fastface_trt.measure.memory import GB, peak_bytes
+from fastface_trt.runtime.face_files import copy_models
 
 _PACKAGES = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "fastface-trt")
 _TOKENIZERS = ("tokenizer", "tokenizer_2")
@@ -140,7 +143,7 @@ class _Makers:
             "vae_decoder": self._vae_decoder,
             "unet": self._unet,
         }
-        if self._weights.adapter_kind == "faceid":
+        if self._weights.adapter_kind in EMBEDDING_ALONE:
             del makers["image_encoder"]
         if self._options.quantize_vae:  # on latents of the UNet
             del makers["vae_decoder"]
@@ -165,7 +168,8 @@ class _Makers:
 
     def _face_projection(self) -> ModuleExport:
         projection = self._weights.projection()
-        self.facts["image_token_count"] = projection.tokens
+        self.facts["max_faces"] = self._weights.max_faces
+        self.facts["image_token_count"] = projection.tokens * self._weights.max_faces
         self.facts["zero_tokens"] = getattr(projection, "zero_tokens", 0)
         return face_modules.face_projection_export(projection, self._clip_positions)
 
@@ -199,20 +203,26 @@ class _Makers:
         )
         return replace(export, quantization=plan)
 
+    @property
+    def _unet_tokens(self) -> dict[str, Any]:
+        """How many image tokens the UNet takes, and whether a mask says which are there."""
+        tokens: int = self.facts["image_token_count"]
+        return {"tokens": tokens, "masked": self._weights.max_faces > 1}
+
     def _unet(self) -> ModuleExport:
         unet = self._weights.unet()
         levels = len(unet.config.block_out_channels)
         plan = None
         if self._options.quantized:
             plan, self.facts["quantization"] = quantize_unet(
-                unet, self._options, self.facts["image_token_count"], self._calibrate
+                unet, self._options, calibrate=self._calibrate, **self._unet_tokens
             )
         elif self._options.quantize_vae:
             twin = calibration_twin(unet)
-            self._calibrate(TorchUNet(twin, self.facts["image_token_count"]))
+            self._calibrate(TorchUNet(twin, **self._unet_tokens))
         export = modules.unet_export(
             unet,
-            tokens=self.facts["image_token_count"],
+            **self._unet_tokens,
             latent_size=self._options.latent_size(self.facts["vae_scale_factor"], levels),
             fixed_size=self._options.fixed_size,
             operators=self._options.operators,
@@ -228,10 +238,10 @@ def vae_scale_factor(vae: Model) -> int:
 
 
 def _copy_face_model(model: str, draft: Path) -> str:
-    """Copy a face model that is a folder into the export; a pack's name is only recorded."""
+    """Copy the two files of a folder into the export; a pack's name is only recorded."""
     if not Path(model).is_dir():
         return model
-    shutil.copytree(model, draft / "face")
+    copy_models(Path(model), draft / "face")
     return "face"
 
 
@@ -252,6 +262,7 @@ def _copy_face_parser(
         )
     if not options.face_parser.is_file():
         raise WeightsError(f"There is no {options.face_parser} (face parser).", "Check the path.")
+    check_references(options.face_parser.parent, options.face_parser.name, ())  # one file is copied
     (draft / FACE_PARSER).mkdir()
     copy = draft / FACE_PARSER / MODEL_FILE
     shutil.copyfile(options.face_parser, copy)

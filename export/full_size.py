@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from fastface_trt.engines.manifest import AdapterKind, Orthogonal
-from fastface_trt.export.adapters import FaceIdProjection, FaceProjection, IDFormer
+from fastface_trt.export.adapters import FaceIdProjection, FaceProjection, IDFormer, QueryResampler
 from fastface_trt.export.attention import attach_processors
 from fastface_trt.export.face_modules import EvaVisionTower
 from fastface_trt.export.precision import Model
@@ -147,6 +147,10 @@ def random_projection(
         projection: nn.Module
         if kind == "pulid":
             projection = IDFormer(zero_tokens=zeros)
+        elif kind == "faceid-portrait-unnorm":
+            projection = QueryResampler()
+        elif kind == "faceid-portrait":
+            projection = FaceIdProjection(tokens=16)
         else:
             projection = FaceIdProjection() if kind == "faceid" else FaceProjection()
     return randomize(projection, dtype)

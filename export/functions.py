@@ -31,6 +31,11 @@ DOMAIN = Opset(FUNCTION_DOMAIN, 1)
 THRESHOLDS = 31
 """Thresholds per round of `Refine`; four rounds leave a bracket of 32⁻⁴ = 9.5·10⁻⁷."""
 
+FEW_TOKENS = 4
+"""Up to so many image tokens a round of the quantile counts for all thresholds at once, which is
+fewest nodes; with more, whose maps are larger, it halves five times. What `Quantile` says of its
+peak is for these few: by halves it is one value per element, 157 MB for 80 tokens."""
+
 
 def _tensor(values, dtype=np.float32):
     return numpy_helper.from_array(np.asarray(values, dtype))
@@ -52,6 +57,7 @@ def _column(name):
 
 
 _ZERO_5D = _tensor([[[[[0.0]]]]])
+_TWO, _FOUR, _EIGHT, _SIXTEEN = (_tensor([[[[[2.0**n]]]]]) for n in (1, 2, 3, 4))
 _ONE = _scalar(1.0)
 _EPSILON = _scalar(1e-6)  # of AdaIN's denominator
 _ROUND_1, _ROUND_2, _ROUND_3, _ROUND_4 = (_boundaries(rounds) for rounds in (1, 2, 3, 4))
@@ -77,6 +83,37 @@ def Refine(x_RMT1N, low_RMT11, thresholds_J1, position_R1111):
     too_high = op.Less(position_R1111, count_RMTJ1)
     passed = op.Where(too_high, low_RMT11, thresholds_RMTJ1)
     return op.ReduceMax(passed, op.Constant(value_ints=[3]), keepdims=1)
+
+
+@script(DOMAIN, default_opset=op)
+def Halve(x_RMT1N, low_RMT11, half_1, position_R1111):
+    """`Refine` with the one threshold `half` above `low`: the half that the statistic lies in."""
+    middle_RMT11 = op.Add(low_RMT11, half_1)
+    is_below = op.Cast(op.Less(x_RMT1N, middle_RMT11), to=1)
+    count_RMT11 = op.ReduceSum(is_below, op.Constant(value_ints=[4]), keepdims=1)
+    return op.Where(op.Less(position_R1111, count_RMT11), low_RMT11, middle_RMT11)
+
+
+def _refine_by_halves():
+    """`Refine` for many tokens: the same bracket, with one value per element of x, not 31.
+
+    All thresholds are multiples of 2⁻²⁰ below 2, so the sums are exact and the results equal.
+    """
+
+    @script(DOMAIN, default_opset=op)
+    def Refine(x_RMT1N, low_RMT11, thresholds_J1, position_R1111):
+        unit = op.Gather(thresholds_J1, op.Constant(value_ints=[0]), axis=3)
+        sixteenths = op.Mul(unit, op.Constant(value=_SIXTEEN))
+        eighths = op.Mul(unit, op.Constant(value=_EIGHT))
+        quarters = op.Mul(unit, op.Constant(value=_FOUR))
+        halves = op.Mul(unit, op.Constant(value=_TWO))
+        low_1 = Halve(x_RMT1N, low_RMT11, sixteenths, position_R1111)
+        low_2 = Halve(x_RMT1N, low_1, eighths, position_R1111)
+        low_3 = Halve(x_RMT1N, low_2, quarters, position_R1111)
+        low_4 = Halve(x_RMT1N, low_3, halves, position_R1111)
+        return Halve(x_RMT1N, low_4, unit, position_R1111)
+
+    return Refine
 
 
 @script(DOMAIN, default_opset=op)
@@ -147,6 +184,23 @@ def AdaptTokens(x_RMTN, a_RMTN, blend, mean_a, epsilon):
     gain = op.Div(norm_a, op.Add(norm_x, epsilon))
     matched = op.Add(op.Mul(gain, centred), mean_a)
     return op.Add(x_RMTN, op.Mul(blend, op.Sub(matched, x_RMTN)))
+
+
+@script(DOMAIN, default_opset=op)
+def AdaptTokensThere(x_RMTN, a_RMTN, blend, there_RMT1):
+    """`AdaptTokens` over the tokens that are there (1, else 0); 0 for those that are not."""
+    axis = op.Constant(value_ints=[2])
+    count = op.ReduceSum(there_RMT1, axis, keepdims=1)
+    mean_a = op.Reciprocal(count)  # of a softmax over them
+    mean_x = op.Div(op.ReduceSum(op.Mul(x_RMTN, there_RMT1), axis, keepdims=1), count)
+    centred = op.Mul(op.Sub(x_RMTN, mean_x), there_RMT1)
+    norm_a = op.ReduceL2(op.Mul(op.Sub(a_RMTN, mean_a), there_RMT1), axis, keepdims=1)
+    root = op.Sqrt(op.Sub(count, op.Constant(value=_ONE)))
+    epsilon = op.Mul(root, op.Constant(value=_EPSILON))
+    gain = op.Div(norm_a, op.Add(op.ReduceL2(centred, axis, keepdims=1), epsilon))
+    matched = op.Add(op.Mul(gain, centred), mean_a)
+    blended = op.Add(x_RMTN, op.Mul(blend, op.Sub(matched, x_RMTN)))
+    return op.Mul(blended, there_RMT1)
 
 
 @script(DOMAIN, default_opset=op)
@@ -240,7 +294,76 @@ def decoupled_attention_function(tokens: int) -> OnnxFunction:
     return DecoupledAttention
 
 
-def attention_functions(tokens: int) -> tuple[OnnxFunction, ...]:
-    """Every function of the domain for T = `tokens` image tokens, callees before callers."""
-    shared = (Refine, Quantile, Normalize, Softmask, AdaptTokens, Deviation, AdaptOutput)
-    return (*shared, decoupled_attention_function(tokens))
+def masked_attention_function(tokens: int) -> OnnxFunction:
+    """`DecoupledAttention` for up to T = `tokens` image tokens, which a mask says are there."""
+    first_token = _tensor(np.eye(1, tokens).reshape(1, 1, tokens, 1))
+
+    @script(DOMAIN, default_opset=op)
+    def DecoupledAttention(q_BHND, k_BHTD, v_BHTD, manipulation_RP, ip_scale_R, token_mask_BT):
+        """`DecoupledAttention` over the tokens that are there, as if there were no others.
+
+        token_mask is float32 [B,T], see `fastface_trt.engines.contract`.
+        """
+        sizes = op.Shape(q_BHND)
+        lengths = op.Cast(sizes, to=1)
+        width = op.Gather(lengths, op.Constant(value=_D_AXIS))
+        one = op.Constant(value=_ONE)
+        last = op.Sub(op.Gather(lengths, op.Constant(value=_N_AXIS)), one)
+        freedom = op.Sub(width, one)
+
+        kind = op.Gather(manipulation_RP, op.Constant(value=_KIND), axis=1)
+        scale = op.Gather(manipulation_RP, op.Constant(value=_SCALE), axis=1)
+        power = op.Gather(manipulation_RP, op.Constant(value=_POWER), axis=1)
+        level = op.Gather(manipulation_RP, op.Constant(value=_LEVEL), axis=1)
+        sharpness = op.Gather(manipulation_RP, op.Constant(value=_SHARPNESS), axis=1)
+        adain_weight = op.Gather(manipulation_RP, op.Constant(value=_ADAIN), axis=1)
+        invert = op.Gather(manipulation_RP, op.Constant(value=_INVERT), axis=1)
+        upper_bound = op.Gather(manipulation_RP, op.Constant(value=_UPPER_BOUND), axis=1)
+        # HardSigmoid is clip(α x + β, 0, 1): 1 for kind 2, and 1 − w.
+        softmask = op.HardSigmoid(kind, alpha=1.0, beta=-1.0)
+        is_softmask = op.Cast(softmask, to=9)
+        is_manipulated = op.Cast(kind, to=9)
+        blend = op.Mul(softmask, op.HardSigmoid(adain_weight, alpha=-1.0, beta=1.0))
+        inverted = op.Mul(op.Mul(softmask, invert), op.Constant(value=first_token))
+
+        # The scale goes onto the smaller factor before the product: fp16 logits stay small.
+        scaled_k = op.Div(k_BHTD, op.CastLike(op.Sqrt(width), k_BHTD))
+        logits = op.MatMul(scaled_k, op.Transpose(q_BHND, perm=[0, 1, 3, 2]))
+        mask_B1T1 = op.Unsqueeze(token_mask_BT, op.Constant(value_ints=[1, 3]))
+        a_BHTN = op.Softmax(op.Add(op.Cast(logits, to=1), mask_B1T1), axis=2)
+        by_request = op.Concat(op.Shape(ip_scale_R), op.Constant(value_ints=[-1, 0, 0]), axis=0)
+        a = op.Reshape(a_BHTN, by_request)
+        one_row = op.Constant(value_ints=[1])
+        by_head = op.Concat(one_row, op.Gather(sizes, one_row), one_row, one_row, axis=0)
+        there = op.Reshape(op.Expand(op.Exp(mask_B1T1), by_head), by_request)
+        v = op.Cast(op.Reshape(v_BHTD, by_request), to=1)
+
+        # |i − x| is 1 − x, or peak − x, for inverted tokens of maps in [0, peak], x for the others.
+        entering = op.Abs(op.Sub(inverted, a))
+        softmask_of_a = Softmask(entering, level, sharpness, last)
+        raised = op.Where(is_softmask, softmask_of_a, op.Pow(a, power))
+        bounded = op.Min(op.Mul(scale, raised), upper_bound)  # Eq. 7 and 9
+        peak = op.ReduceMax(bounded, op.Constant(value_ints=[3]), keepdims=1)
+        leaving = op.Abs(op.Sub(op.Mul(inverted, peak), bounded))
+        adapted = AdaptTokensThere(leaving, a, blend, there)
+        f = op.Where(is_manipulated, adapted, a)
+
+        ip_scale = op.Reshape(ip_scale_R, op.Constant(value_ints=[-1, 1, 1, 1]))
+        hidden = AdaptOutput(f, a, v, blend, freedom, ip_scale)
+        return op.Reshape(op.CastLike(hidden, q_BHND), sizes)
+
+    return DecoupledAttention
+
+
+def attention_functions(tokens: int, *, masked: bool = False) -> tuple[OnnxFunction, ...]:
+    """Every function of the domain for T = `tokens` image tokens, callees before callers.
+
+    With `masked` the node has a sixth input, which says which of the tokens are there.
+    """
+    refine = (Refine,) if tokens <= FEW_TOKENS else (Halve, _refine_by_halves())
+    shared = (*refine, Quantile, Normalize, Softmask)
+    if masked:
+        adapt, attention = AdaptTokensThere, masked_attention_function(tokens)
+    else:
+        adapt, attention = AdaptTokens, decoupled_attention_function(tokens)
+    return (*shared, adapt, Deviation, AdaptOutput, attention)

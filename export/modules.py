@@ -98,6 +98,7 @@ class UNetModule(nn.Module):
         image_tokens: Tensor,
         ip_adapter_scale: Tensor,
         attention_manipulation: Tensor,
+        token_mask: Tensor | None = None,
     ) -> Tensor:
         """Noise prediction [B,4,h,w]; shapes of the inputs in `fastface_trt.engines.contract`."""
         dtype = self.unet.dtype
@@ -110,7 +111,8 @@ class UNetModule(nn.Module):
                 "image_tokens": image_tokens.to(dtype),
                 "ip_adapter_scale": ip_adapter_scale,
                 "attention_manipulation": attention_manipulation,
-            },
+            }
+            | ({} if token_mask is None else {"token_mask": token_mask}),
             return_dict=False,
         )[0]
         return prediction.float()
@@ -169,8 +171,12 @@ def unet_export(
     latent_size: tuple[int, int],
     fixed_size: bool,
     operators: Operators = SPELLED,
+    masked: bool = False,
 ) -> ModuleExport:
-    """The UNet with its adapter attached; `latent_size` is (h, w), fixed or only the example's."""
+    """The UNet with its adapter attached; `latent_size` is (h, w), fixed or only the example's.
+
+    With `masked` it takes a mask of the image tokens, of which `tokens` are the most.
+    """
     operators.apply(unet)
     config, dtype, rows = unet.config, boundary_dtype(unet.dtype), EXAMPLE_ROWS
     text_width = config.cross_attention_dim
@@ -188,6 +194,8 @@ def unet_export(
         contract.IP_ADAPTER_SCALE: torch.zeros(EXAMPLE_REQUESTS, parts),
         contract.MANIPULATION: torch.zeros(EXAMPLE_REQUESTS, parts, columns),
     }
+    if masked:
+        inputs[contract.TOKEN_MASK] = torch.zeros(rows, tokens)
     shapes: dict[str, tuple[Dimension, ...]] = {
         name: (
             ("requests" if tensor.shape[0] == EXAMPLE_REQUESTS else "batch"),

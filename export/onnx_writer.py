@@ -17,7 +17,7 @@ import onnx_ir as ir
 import torch
 from torch import nn
 
-from fastface_trt.engines.contract import FUNCTION_DOMAIN, FUNCTION_NAME, IMAGE_TOKENS
+from fastface_trt.engines.contract import FUNCTION_DOMAIN, FUNCTION_NAME, IMAGE_TOKENS, TOKEN_MASK
 from fastface_trt.engines.files import describe_file
 from fastface_trt.engines.manifest import DType, ModuleSpec, TensorSpec
 from fastface_trt.engines.onnx.file import MODULE_KEY
@@ -123,8 +123,9 @@ def _attach_functions(model: ir.Model) -> None:
     """Put the function bodies into a model that holds `DecoupledAttention` nodes."""
     if not any(n.op_type == FUNCTION_NAME for n in model.graph.all_nodes()):
         return
-    (tokens,) = (value.shape[1] for value in model.graph.inputs if value.name == IMAGE_TOKENS)
-    for script in attention_functions(tokens):
+    inputs = {value.name: value for value in model.graph.inputs}
+    tokens = inputs[IMAGE_TOKENS].shape[1]
+    for script in attention_functions(tokens, masked=TOKEN_MASK in inputs):
         function = ir.from_proto(script.to_function_proto())
         # What the bodies use means the same in every opset from theirs to the model's.
         function.opset_imports[""] = model.opset_imports[""]

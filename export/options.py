@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 
 from fastface_trt.checkpoints import ADAPTERS, Checkpoint, HubItem
-from fastface_trt.engines.manifest import Orthogonal
+from fastface_trt.engines.manifest import MAX_FACES, MOST_FACES, AdapterKind, Orthogonal
 from fastface_trt.errors import InvalidRequest
 from fastface_trt.export.operators import Operators, Spelling
 from fastface_trt.export.precision import (
@@ -47,6 +47,8 @@ class ExportOptions:
     LoRA, fused; loras: others, see `fastface_trt.export.lora`. base_is_distilled: whether a base of
     one's own needs no distillation LoRA, None to stop where it seems so; prediction_type, zero_snr:
     what it was trained with, where it does not say so itself, see `fastface_trt.export.base_facts`.
+    adapter_kind: of the adapter, where its file does not tell; max_faces: pictures of a person that
+    a FaceID-Portrait export takes, see `fastface_trt.engines.manifest`.
     zero_tokens, orthogonal, face_parser: of a PuLID adapter, see
     `fastface_trt.export.adapters`, `fastface_trt.export.attention` and
     `fastface_trt.runtime.face`. random_weights: full-size SDXL without downloads.
@@ -66,6 +68,8 @@ class ExportOptions:
     base: HubItem | None = None
     base_text: HubItem | None = None
     adapter: HubItem | None = None
+    adapter_kind: AdapterKind | None = None
+    max_faces: int | None = None
     image_encoder: HubItem | None = None
     vae: HubItem | None = None
     tiny_vae: bool = False
@@ -103,6 +107,11 @@ class ExportOptions:
         if self.zero_tokens is not None and self.zero_tokens < 0:
             raise InvalidRequest(
                 f"{self.zero_tokens} zero tokens are asked for.", "Give 0 or more, PuLID uses 20."
+            )
+        if self.max_faces is not None and not 1 <= self.max_faces <= MOST_FACES:
+            raise InvalidRequest(
+                f"{self.max_faces} pictures of a person are asked for.",
+                f"Give 1 to {MOST_FACES}; the adapter was made for up to {MAX_FACES}.",
             )
         if self.quantize_attention and self.precision != "fp8":
             raise InvalidRequest(

@@ -43,8 +43,10 @@ _NUMPY_NAMES: dict[torch.dtype, DType] = {
 class TorchUNet(Closing):
     """A diffusers UNet with its adapter attached, called with numpy arrays like an engine."""
 
-    def __init__(self, unet: Model, tokens: int = 4) -> None:
-        export = unet_export(unet, tokens=tokens, latent_size=(16, 16), fixed_size=False)
+    def __init__(self, unet: Model, tokens: int = 4, *, masked: bool = False) -> None:
+        export = unet_export(
+            unet, tokens=tokens, latent_size=(16, 16), fixed_size=False, masked=masked
+        )
         self._module = UNetModule(unet).eval()
         self._torch_device = unet.device
         self.device = HostDevice()
@@ -91,14 +93,21 @@ def _exporter_identity() -> str:
 
 
 def export_unet_once(
-    root: Path, identity: str, make: Callable[[], Model], tokens: int, progress: Progress
+    root: Path,
+    identity: str,
+    make: Callable[[], Model],
+    tokens: int,
+    progress: Progress,
+    *,
+    masked: bool = False,
 ) -> tuple[UNetExport, Path]:
     """The UNet's export and its folder below `root`, exported unless it is there already.
 
-    `identity` names the weights; `make` loads the UNet with its adapter of `tokens` image tokens. A
-    folder that fails its hashes is replaced.
+    `identity` names the weights; `make` loads the UNet with its adapter of `tokens` image tokens,
+    at most so many with `masked`. A folder that fails its hashes is replaced.
     """
-    key = hashlib.sha256(f"{identity}:{_exporter_identity()}".encode()).hexdigest()
+    form = f"{identity}:{tokens if masked else ''}:{_exporter_identity()}"
+    key = hashlib.sha256(form.encode()).hexdigest()
     folder = root / key
     try:
         known = read_manifest(folder / EXPORT_MANIFEST, UNetExport)
@@ -110,7 +119,9 @@ def export_unet_once(
     with finished_folder(folder, EXPORT_MANIFEST) as draft:
         unet = make()
         side = 4 * 2 ** (len(unet.config.block_out_channels) - 1)
-        export = unet_export(unet, tokens=tokens, latent_size=(side, side), fixed_size=False)
+        export = unet_export(
+            unet, tokens=tokens, latent_size=(side, side), fixed_size=False, masked=masked
+        )
         module = write_module(export, draft.path)
         guidance_step = write_guidance_step(
             draft.path,

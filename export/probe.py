@@ -162,6 +162,11 @@ def _values(name: str, example: Tensor, shape: tuple[int, ...], generator: Any) 
         return torch.linspace(0.4, 1.0, shape[0] * shape[1]).reshape(shape)
     if name == contract.MANIPULATION:
         return _manipulation(shape)
+    if name == contract.TOKEN_MASK:
+        # The last row has half of the tokens: a probe of one row too.
+        mask = torch.zeros(shape)
+        mask[-1, shape[1] // 2 :] = contract.MASKED
+        return mask
     if not example.is_floating_point():
         # Token ids: random words in front of the example's end marks.
         ids = example[:1].expand(shape).clone()

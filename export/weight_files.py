@@ -16,6 +16,7 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from fastface_trt.errors import WeightsError
@@ -29,6 +30,8 @@ from fastface_trt.export.number_formats import (
 State = dict[str, Tensor]
 
 TORCH_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+_LONGEST_HEADER = 100_000_000
+"""Bytes; the library that wrote the file reads no longer ones."""
 _DOWNLOAD = "It may be truncated or hold something else: download it again."
 
 
@@ -60,8 +63,6 @@ class WeightsFile:
             for name in wanted:
                 yield name, self._value(name, self._loaded.__getitem__)
             return
-        from safetensors import safe_open
-
         with safe_open(self.path, framework="pt") as file:
             for name in wanted:
                 yield name, self._value(name, file.get_tensor)
@@ -137,11 +138,15 @@ def _open_safetensors(path: Path) -> WeightsFile:
         size = path.stat().st_size
         if length > size - 8:
             raise WeightsError(f"{path.name} is not a complete safetensors file.", _DOWNLOAD)
+        if length > _LONGEST_HEADER:
+            raise WeightsError(f"{path.name} has a header of {length} bytes.", _DOWNLOAD)
         header = json.loads(file.read(length))
-    metadata = header.pop("__metadata__", {})
+    metadata = header.pop("__metadata__", None) or {}
     end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
     if end != size:
         raise WeightsError(f"{path.name} has {size} bytes instead of {end}.", _DOWNLOAD)
+    with safe_open(path, "pt"):
+        pass  # it compares all shapes, types and places with each other
     tensors = {
         name: TensorHeader(entry["dtype"], tuple(entry["shape"])) for name, entry in header.items()
     }

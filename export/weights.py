@@ -20,7 +20,15 @@ from fastface_trt.checkpoints import (
     HubItem,
 )
 from fastface_trt.engines.engine import Progress
-from fastface_trt.engines.manifest import AdapterKind, LoraFused, LoraPart, Orthogonal, Source
+from fastface_trt.engines.manifest import (
+    MAX_FACES,
+    PORTRAIT,
+    AdapterKind,
+    LoraFused,
+    LoraPart,
+    Orthogonal,
+    Source,
+)
 from fastface_trt.errors import InvalidRequest, WeightsError
 from fastface_trt.export import full_size
 from fastface_trt.export.adapters import (
@@ -42,6 +50,7 @@ from fastface_trt.export.sources import (
     model_part,
 )
 from fastface_trt.mini.folders import FACE_MODEL
+from fastface_trt.runtime.face import EMBEDDING_SIZE
 from fastface_trt.runtime.tokenizer import PAD_TOKENS, write_byte_tokenizer
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -66,6 +75,7 @@ class Weights(Protocol):
     adapter_name: str
     adapter_kind: AdapterKind
     orthogonal: Orthogonal
+    max_faces: int
     face_model: str
     force_zeros_for_empty_prompt: bool
     sources: list[Source]
@@ -118,7 +128,7 @@ class CheckpointWeights:
             without=replaced,
         )
         adapter = locate(options.adapter or checkpoint.adapter, "adapter")
-        self._adapter = read_adapter(adapter.path)
+        self._adapter = read_adapter(adapter.path, options.adapter_kind)
         self._base = read_base(options, self._source, self._adapter, progress)
         self.scheduler, self.size = self._base.scheduler, self._base.size
         self._source.find()
@@ -134,6 +144,7 @@ class CheckpointWeights:
         self.adapter_name = adapter.path.name
         self.adapter_kind = self._adapter.kind
         self.orthogonal = _orthogonal(options, self.adapter_kind)
+        self.max_faces = _max_faces(options, self.adapter_kind)
         self.face_model = checkpoint.face_model or FACE_MODELS[self.adapter_kind]
         self.force_zeros_for_empty_prompt = self._source.force_zeros_for_empty_prompt()
         self.sources.append(adapter.source)
@@ -191,6 +202,13 @@ class CheckpointWeights:
                 f"The text encoders are {text[0]} and {text[1]} wide, and the UNet reads text of "
                 f"{unet}.",
                 "Take the text encoders of the model that the UNet is of: --base-text FOLDER|ID.",
+            )
+        face = self._adapter.embedding
+        if face is not None and face != EMBEDDING_SIZE:
+            raise WeightsError(
+                f"{self.adapter_name} projects vectors of {face} numbers, and a face is one of "
+                f"{EMBEDDING_SIZE}.",
+                "It is of another kind than FaceID's: an IP-Adapter Plus reads CLIP's features.",
             )
         features, encoder = self._adapter.features, self._source.parts.get("image_encoder")
         if features and encoder:
@@ -311,6 +329,18 @@ def _orthogonal(options: ExportOptions, kind: AdapterKind) -> Orthogonal:
     return "off"
 
 
+def _max_faces(options: ExportOptions, kind: AdapterKind) -> int:
+    """Pictures of a person that a request may have; more than one are FaceID-Portrait's alone."""
+    if kind in PORTRAIT:
+        return options.max_faces or MAX_FACES
+    if options.max_faces is not None:
+        raise InvalidRequest(
+            f"An adapter of kind {kind} takes one picture of a person.",
+            "Leave out --max-faces, or take --adapter faceid-portrait.",
+        )
+    return 1
+
+
 class RandomWeights:
     """Full-size SDXL with random weights; faces are found with the mini model's networks."""
 
@@ -323,6 +353,7 @@ class RandomWeights:
         named = (kind for kind, item in ADAPTERS.items() if item == options.adapter)
         self.adapter_kind: AdapterKind = next(named, "faceid-plus-v2")
         self.orthogonal = _orthogonal(options, self.adapter_kind)
+        self.max_faces = _max_faces(options, self.adapter_kind)
         # Random weights need faces too, and must not need a download.
         self.face_model = str(FACE_MODEL)
         self.force_zeros_for_empty_prompt = True

@@ -43,6 +43,18 @@ FACEID = HubItem(
     "ip-adapter-faceid_sdxl.bin",
     FACEID_LICENCE,
 )
+FACEID_PORTRAIT = HubItem(
+    "h94/IP-Adapter-FaceID",
+    "43907e6f44d079bf1a9102d9a6e56aef7a219bae",
+    "ip-adapter-faceid-portrait_sdxl.bin",
+    FACEID_LICENCE,
+)
+FACEID_PORTRAIT_UNNORM = HubItem(
+    "h94/IP-Adapter-FaceID",
+    "43907e6f44d079bf1a9102d9a6e56aef7a219bae",
+    "ip-adapter-faceid-portrait_sdxl_unnorm.bin",
+    FACEID_LICENCE,
+)
 PULID = HubItem(
     "guozinan/PuLID",
     "d58b3ba191be1280c37ace0656a2e65cd9b8c8d8",
@@ -52,12 +64,16 @@ PULID = HubItem(
 ADAPTERS: Mapping[AdapterKind, HubItem] = {
     "faceid-plus-v2": FACEID_PLUS_V2,
     "faceid": FACEID,
+    "faceid-portrait": FACEID_PORTRAIT,
+    "faceid-portrait-unnorm": FACEID_PORTRAIT_UNNORM,
     "pulid": PULID,
 }
 """The published adapters for SDXL, by the name that `--adapter` takes."""
 FACE_MODELS: Mapping[AdapterKind, str] = {
     "faceid-plus-v2": "buffalo_l",
     "faceid": "buffalo_l",
+    "faceid-portrait": "buffalo_l",
+    "faceid-portrait-unnorm": "buffalo_l",
     "pulid": "antelopev2",
 }
 """InsightFace's packs whose embeddings the adapters were trained with."""

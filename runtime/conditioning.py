@@ -7,7 +7,8 @@ each other; the pooled text is the first window's. All branches of a request hav
 its longer prompt: an empty window is what an empty prompt is encoded to.
 
 Shape legend: W windows of 77 positions, L = 77·W text positions, C text width of the UNet, P pooled
-width, T image tokens.
+width, T image tokens: of a FaceID-Portrait export those of a request's pictures, 16 each, until
+they are padded to the most that it takes.
 """
 
 from collections import OrderedDict
@@ -19,8 +20,15 @@ from typing import Generic, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from fastface_trt.engines.contract import IMAGE_TOKENS, MAX_WINDOWS, TEXT, TEXT_POSITIONS
+from fastface_trt.engines.contract import (
+    IMAGE_TOKENS,
+    MASKED,
+    MAX_WINDOWS,
+    TEXT,
+    TEXT_POSITIONS,
+)
 from fastface_trt.engines.device import Tensor, dtype_name
+from fastface_trt.engines.manifest import EMBEDDING_ALONE
 from fastface_trt.errors import InvalidRequest
 from fastface_trt.runtime import guidance
 from fastface_trt.runtime.export_folder import ModuleSet
@@ -33,7 +41,7 @@ from fastface_trt.runtime.prompt_syntax import (
     parse_prompt,
     weakened,
 )
-from fastface_trt.runtime.request import GenerationRequest
+from fastface_trt.runtime.request import GenerationRequest, check_pictures
 from fastface_trt.runtime.sampling import Condition
 from fastface_trt.runtime.timeline import NO_TIMELINE, Timeline
 from fastface_trt.runtime.tokenizer import ClipTokenizer, Windows
@@ -76,13 +84,27 @@ class Conditioner:
         windows, syntax = self.windows(request), request.prompt_syntax
         text = self.text(request.prompt, timeline, syntax=syntax, windows=windows)
         nothing = self.negative_text(request.negative_prompt, text, timeline, syntax=syntax)
-        no_face = self.image_tokens(None, timeline=timeline)
+        no_face, mask = self.image_tokens(None, timeline=timeline), None
+        if self._modules.manifest.max_faces > 1:
+            # A branch that knows no face has as many tokens as the others.
+            faces = face_tokens.shape[0] // no_face.shape[0]
+            no_face, _ = self._padded([no_face] * faces)
+            per_face = face_tokens.reshape(faces, -1, face_tokens.shape[-1])
+            face_tokens, mask = self._padded([per_face[index] for index in range(faces)])
         return {
-            guidance.UNCONDITIONAL: Condition(nothing.text, nothing.pooled, no_face),
-            guidance.TEXT: Condition(text.text, text.pooled, no_face),
-            guidance.FACE: Condition(nothing.text, nothing.pooled, face_tokens),
-            guidance.TEXT_AND_FACE: Condition(text.text, text.pooled, face_tokens),
+            guidance.UNCONDITIONAL: Condition(nothing.text, nothing.pooled, no_face, mask),
+            guidance.TEXT: Condition(text.text, text.pooled, no_face, mask),
+            guidance.FACE: Condition(nothing.text, nothing.pooled, face_tokens, mask),
+            guidance.TEXT_AND_FACE: Condition(text.text, text.pooled, face_tokens, mask),
         }
+
+    def _padded(self, groups: Sequence[Tensor]) -> tuple[Tensor, NDArray[np.float32]]:
+        """Tokens [T, C] of several faces among the most that a request may have, and their mask."""
+        device, most = self._modules.device, self._modules.manifest.max_faces
+        count, width = groups[0].shape
+        nothing = device.zeros((count, width), dtype_name(groups[0]))
+        joined = device.stack([*groups, *[nothing] * (most - len(groups))])
+        return joined.reshape(-1, width), token_mask(len(groups) * count, most * count)
 
     def windows(self, request: GenerationRequest) -> int:
         """How many windows the texts of a request have in every branch."""
@@ -224,11 +246,19 @@ class Conditioner:
         channel_order: ChannelOrder = "bgr",
         timeline: Timeline = NO_TIMELINE,
     ) -> Tensor:
-        """Image tokens [T, C] of a face, or of no face.
+        """Image tokens [T, C] of a person, or of no face; of several pictures one after the other.
 
         No face is a zero embedding and an all-zero picture, for PuLID all-zero features of it.
-        Raises `InvalidRequest` for a face that was analysed without what the adapter needs.
+        Raises `InvalidRequest` for a face that was analysed without what the adapter needs, and
+        for more pictures of a person than it takes.
         """
+        if face is not None and face.others:
+            check_pictures(self._modules.manifest, 1 + len(face.others))
+            pictures = (replace(face, others=()), *face.others)
+            tokens = self._modules.device.stack(
+                [self.image_tokens(one, channel_order, timeline) for one in pictures]
+            )
+            return tokens.reshape(-1, tokens.shape[-1])
         key = None if face is None else (*_identity(face), channel_order)
         known = self._tokens.get(key)
         if known is not None:
@@ -272,8 +302,10 @@ class Conditioner:
     ) -> Mapping[str, Tensor]:
         """Inputs of the projection for a face."""
         manifest = self._modules.manifest
-        if manifest.adapter_kind == "faceid":
-            return {"face_embeds": face.embedding[None]}
+        if manifest.adapter_kind in EMBEDDING_ALONE:
+            unnorm = manifest.adapter_kind == "faceid-portrait-unnorm"
+            length = np.float32(face.embedding_norm if unnorm else 1)
+            return {"face_embeds": face.embedding[None] * length}
         assert manifest.image_encoder_size is not None
         assert manifest.image_mean is not None
         assert manifest.image_std is not None
@@ -307,6 +339,11 @@ class Conditioner:
         encoder = self._modules["image_encoder"]
         with timeline.span("image_encoder", self._modules.device):
             return encoder(pixel_values=pixels)
+
+
+def token_mask(tokens: int, most: int) -> NDArray[np.float32]:
+    """The mask [T] of a request with so many of the `most` image tokens."""
+    return np.where(np.arange(most) < tokens, 0, MASKED).astype(np.float32)
 
 
 def _identity(face: Face) -> tuple[Hashable, ...]:

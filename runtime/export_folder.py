@@ -13,7 +13,7 @@ from fastface_trt.checkpoints import CHECKPOINTS, find_checkpoint
 from fastface_trt.engines.cache import EngineCache
 from fastface_trt.engines.device import Device
 from fastface_trt.engines.engine import Closing, Engine, EngineBuilder, Progress
-from fastface_trt.engines.files import verify_files
+from fastface_trt.engines.files import unnamed_files, verify_files
 from fastface_trt.engines.manifest import (
     EXPORT_MANIFEST,
     EngineManifest,
@@ -21,9 +21,12 @@ from fastface_trt.engines.manifest import (
     ModuleSpec,
     read_manifest,
 )
+from fastface_trt.engines.onnx.file import check_references
 from fastface_trt.errors import ExportIncomplete, Unavailable, UnknownName
 from fastface_trt.mini import folders
 from fastface_trt.runtime.schedule import Schedule, make_schedule, with_network_of
+
+_TOKENIZERS = ("tokenizer", "tokenizer_2")
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +46,7 @@ class Export:
         export's own. Raises `ExportIncomplete`, `ManifestError`, `UnknownName`.
         """
         folder = find_export(export)
-        if not folder.exists():
+        if not os.path.exists(folder):  # Path.exists raises for a name that is too long
             raise _no_export(str(export))
         manifest = read_manifest(folder / EXPORT_MANIFEST, ExportManifest)
         if schedule_of is not None:
@@ -51,16 +54,29 @@ class Export:
         return cls(folder, manifest)
 
     @property
-    def face_model(self) -> Path | str:
-        """Detector and recogniser: a folder of the export, or the name of an InsightFace pack."""
-        local = self.folder / self.manifest.face_model
-        return local if local.is_dir() else self.manifest.face_model
-
-    @property
     def face_parser(self) -> Path | None:
         """The ONNX file that finds the background around a face for PuLID."""
         parser = self.manifest.face_parser
         return None if parser is None else self.folder / parser
+
+    def verify_small(self) -> None:
+        """Check the small files beside the modules: tokenizers, face models.
+
+        Their readers look for files by name or kind, so their folders hold what the manifest names
+        and nothing else, and graphs among them read nothing else. Raises `ExportIncomplete`.
+        """
+        files = self.manifest.extra_files
+        named = [file.path for file in files]
+        verify_files(self.folder, files)
+        for folder in {*_TOKENIZERS, *(name.rpartition("/")[0] for name in named)} - {""}:
+            for unnamed in unnamed_files(self.folder, folder, named):
+                raise ExportIncomplete(
+                    f"{self.folder} holds {unnamed}, which its manifest does not name.",
+                    "Move it elsewhere, or export again with it.",
+                )
+        for name in named:
+            if name.endswith(".onnx"):
+                check_references(self.folder, name, named)
 
     def module(self, name: str) -> ModuleSpec:
         """The module `name`; raise `UnknownName` where the export has no such one."""
@@ -98,7 +114,7 @@ def _no_export(name: str) -> ExportIncomplete:
         what = "; it looks like a repository of the hub"
         command = f"fastface-trt export --checkpoint hyper --base {name} exports/{path.name}"
         hint = f"Export it first: {command}"
-    return ExportIncomplete(f"There is no folder {name}{what}.", hint)
+    return ExportIncomplete(f"There is no folder {name:.200}{what}.", hint)
 
 
 def with_schedule_of(manifest: ExportManifest, checkpoint: str) -> ExportManifest:
@@ -134,7 +150,7 @@ class ModuleSet(Closing, Mapping[str, Engine]):
         *,
         build: bool = True,
     ) -> None:
-        verify_files(export.folder, export.manifest.extra_files, ExportIncomplete)
+        export.verify_small()
         self.export = export
         self.builder = builder
         self._cache = cache

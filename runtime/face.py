@@ -1,8 +1,9 @@
 """Find a face, align it, embed it: what an adapter wants to know about a person.
 
-Detector and recogniser are InsightFace's own code; this module chooses the face and the detector's
-input size, and says in one sentence what went wrong. Then come the pictures of the face that image
-encoders take: a crop in colour for CLIP, and for PuLID's vision tower a portrait.
+Detector and recogniser run by InsightFace's code where that is installed, and else by `face_steps`,
+which gives the same; this module chooses the face and the detector's input size, and says in one
+sentence what went wrong. Then come the pictures of the face that image encoders take: a crop in
+colour for CLIP, and for PuLID's vision tower a portrait.
 
 The portrait is aligned to five points of 512 pixels, as face restoration does (FFHQ's pose), turned
 grey so that light and colour say nothing, and everything that is not the face (background, hair,
@@ -12,13 +13,14 @@ five points with a detector of its own (RetinaFace), here they are those of the 
 """
 
 import contextlib
+import importlib.metadata
 import os
-import sys
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import combinations
 from pathlib import Path
 from threading import Lock
 from typing import Any, Literal
@@ -27,27 +29,36 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from fastface_trt.engines.engine import Progress
 from fastface_trt.engines.ort.session import open_libraries
 from fastface_trt.errors import (
     BackendUnavailable,
     EngineFailed,
+    ExportIncomplete,
     FaceIndexOutOfRange,
     FastFaceError,
     LicenceNotAcknowledged,
-    MissingDependency,
     NoFaceFound,
     UnknownName,
     WeightsError,
 )
+from fastface_trt.runtime import face_files
 from fastface_trt.runtime.export_folder import Export
-from fastface_trt.runtime.images import load_opencv
+from fastface_trt.runtime.face_files import PACKS, FaceFiles
+from fastface_trt.runtime.face_steps import (
+    ArcFaceRecogniser,
+    ScrfdDetector,
+    norm_crop,
+    similarity,
+    warp,
+)
 from fastface_trt.runtime.timeline import NO_TIMELINE, Timeline
 
 DETECTOR_SIZES = (640, 576, 512, 448, 384, 320)
 """Detector input sizes in pixels, tried in this order, as in the paper's evaluation."""
 CROP_SIZE = 224
 EMBEDDING_SIZE = 512
-PACKS = ("antelopev2", "buffalo_l", "buffalo_m", "buffalo_s", "buffalo_sc")
+OLDEST_INSIGHTFACE = (2, 1)
 ACCEPT_VARIABLE = "FASTFACE_ACCEPT_LICENCES"
 
 ChannelOrder = Literal["bgr", "rgb"]
@@ -78,6 +89,8 @@ class Face:
     """[512, 512, 3] in BGR order, see `align_portrait`; None where the analyser makes none."""
     by_index: bool = True
     """Whether the caller said which; False: the largest was taken, as nobody did."""
+    others: tuple["Face", ...] = field(default=(), repr=False)
+    """The same person in further pictures, for an adapter that takes several; see `one_person`."""
 
     @property
     def warning(self) -> str | None:
@@ -91,6 +104,12 @@ class Face:
         )
 
 
+def one_person(faces: Sequence[Face]) -> Face:
+    """A person whom several pictures show: the first face, with all others behind it."""
+    first, *others = (one for face in faces for one in (face, *face.others))
+    return replace(first, others=tuple(replace(one, others=()) for one in others))
+
+
 @dataclass(frozen=True, slots=True)
 class _Found:
     """Faces by area, largest first: boxes [n, 5] with scores, key points [n, 5, 2], in pixels."""
@@ -100,19 +119,44 @@ class _Found:
     detector_size: int
 
 
+@dataclass(frozen=True, slots=True)
+class _Models:
+    """Detector and recogniser with InsightFace's interface, and its `norm_crop`, or all of ours."""
+
+    detector: Any
+    recogniser: Any
+    crop: Callable[[NDArray[np.uint8], NDArray[np.float32], int], NDArray[np.uint8]]
+
+
 class FaceAnalyzer:
-    """InsightFace's detector and recogniser, loaded at first use; may be shared by threads."""
+    """Detector and recogniser, loaded at first use; may be shared by threads."""
 
     @classmethod
-    def of_export(cls, export: Export, *, licence_acknowledged: bool = False) -> "FaceAnalyzer":
+    def of_export(
+        cls,
+        export: Export,
+        *,
+        licence_acknowledged: bool = False,
+        progress: Progress = lambda line: None,
+    ) -> "FaceAnalyzer":
         """An analyser with an export's face model, and with the portraits that its adapter needs.
 
-        Raises what the constructor raises.
+        Of a folder only the files are opened that the manifest names. Raises `ExportIncomplete`
+        where it names none, and what the constructor raises.
         """
+        model, portraits = export.manifest.face_model, export.manifest.adapter_kind == "pulid"
+        entries = [f for f in export.manifest.extra_files if f.path.startswith(f"{model}/")]
+        if not entries and model not in PACKS:
+            raise ExportIncomplete(
+                f"The manifest of {export.folder} names no files of its face model {model}.",
+                "It was changed, or comes from an earlier version: export the model again.",
+            )
         return cls(
-            export.face_model,
+            export.folder / model if entries else model,
             licence_acknowledged=licence_acknowledged,
-            portraits=export.manifest.adapter_kind == "pulid",
+            portraits=portraits,
+            progress=progress,
+            files=partial(face_files.of_export, export.folder, entries) if entries else None,
         )
 
     def __init__(
@@ -122,25 +166,30 @@ class FaceAnalyzer:
         providers: Sequence[str] = ("CPUExecutionProvider",),
         licence_acknowledged: bool = False,
         portraits: bool = False,
+        progress: Progress = lambda line: None,
+        files: Callable[[], FaceFiles] | None = None,
     ) -> None:
         """`model` is a folder with a detector and a recogniser (ONNX), or a pack's name.
 
-        With `portraits` faces get the portrait that PuLID looks at.
+        A folder of a pack's name in the working directory is `./buffalo_l`, or a `Path`. With
+        `portraits` faces get the portrait that PuLID looks at. `files` finds the files, where
+        `face_files` shall not look for them in the folder.
 
-        A pack is downloaded by InsightFace at first use. Raises `WeightsError` when the folder does
-        not exist, `UnknownName` for an unknown pack, `LicenceNotAcknowledged` for a pack without
-        `licence_acknowledged` or FASTFACE_ACCEPT_LICENCES=1 in the environment. Everything else
-        that can be wrong with the models shows when they are loaded; `load` does that at once.
+        A pack is downloaded at first use, which `progress` is told. Raises `WeightsError` when the
+        folder does not exist, `UnknownName` for an unknown pack, `LicenceNotAcknowledged` for a
+        pack without `licence_acknowledged` or FASTFACE_ACCEPT_LICENCES=1 in the environment.
+        Everything else that can be wrong with the models shows when they are loaded; `load` does
+        that at once.
         """
-        folder = Path(model).expanduser()
-        if folder.is_dir():
-            self._model = str(folder.resolve())
+        folder, pack = Path(model).expanduser(), model in PACKS  # a Path is not
+        if files is not None or (folder.is_dir() and not pack):
+            self._files = files or partial(face_files.of_folder, folder.resolve())
         elif isinstance(model, Path) or any(mark in model for mark in ("/", "\\", "~")):
             raise WeightsError(
                 f"The face model folder {model} does not exist.",
                 "Pass a folder with a detector and a recogniser as ONNX files, or 'buffalo_l'.",
             )
-        elif model not in PACKS:
+        elif not pack:
             raise UnknownName("face model", model, PACKS)
         elif not licence_acknowledged and os.environ.get(ACCEPT_VARIABLE) != "1":
             raise LicenceNotAcknowledged(
@@ -149,18 +198,18 @@ class FaceAnalyzer:
                 "environment, or licence_acknowledged=True.",
             )
         else:
-            self._model = model
+            self._files = partial(face_files.of_pack, model, progress)
         self._providers = tuple(providers)
         self._portraits = portraits
-        self._analysis: Any = None
+        self._models: _Models | None = None
         self._lock = threading.Lock()
 
     def load(self) -> None:
         """Load the models now instead of at first use.
 
-        Raises `WeightsError` when they cannot be downloaded or opened, `BackendUnavailable` when
-        they would not run on the providers asked for, `MissingDependency` when InsightFace cannot
-        be imported.
+        Raises `WeightsError` when they cannot be downloaded or opened, `ExportIncomplete` when they
+        are not those of the export, `BackendUnavailable` when they would not run on the providers
+        asked for.
         """
         self._loaded()
 
@@ -223,7 +272,7 @@ class FaceAnalyzer:
         return _Found(boxes, points.astype(np.float32), found.detector_size)
 
     def _detect(self, bgr: NDArray[np.uint8]) -> _Found | None:
-        detector = self._loaded().det_model
+        detector = self._loaded().detector
         fixed = detector.static_input_size
         sizes = [tuple(fixed)] if fixed is not None else [(s, s) for s in DETECTOR_SIZES]
         height, width = bgr.shape[:2]
@@ -231,7 +280,7 @@ class FaceAnalyzer:
             if min(height, width) * min(size) < max(height, width):
                 continue  # the detector's scaled copy would have no pixel on its short side
             with _failures("The face detector"):
-                boxes, points = detector.detect(bgr, input_size=size)
+                boxes, points = detector.detect(bgr, size)
             if len(boxes) == 0:
                 continue
             if points is None:
@@ -245,15 +294,20 @@ class FaceAnalyzer:
         return None
 
     def _embed(self, bgr: NDArray[np.uint8], found: _Found, index: int) -> Face:
-        from insightface.app.common import Face as InsightFace
-        from insightface.utils.face_align import norm_crop
-
+        models = self._loaded()
         box, points = found.boxes[index], found.points[index]
-        face = InsightFace(bbox=box[:4], kps=points, det_score=box[4])
+        if not np.isfinite(points).all() or not np.ptp(points, axis=0).any():
+            raise EngineFailed(
+                "The key points of the face lie on one spot, so it cannot be aligned.",
+                "Use a sharp picture with one upright face.",
+            )
         with _failures("The face recogniser"):
-            self._loaded().models["recognition"].get(bgr, face)
-            crop = norm_crop(bgr, points, image_size=CROP_SIZE)
-        embedding = np.asarray(face.normed_embedding, dtype=np.float32)
+            aligned = models.crop(bgr, points, models.recogniser.input_size[0])
+            raw = np.asarray(models.recogniser.get_feat(aligned), np.float32).ravel()
+            crop = models.crop(bgr, points, CROP_SIZE)
+        norm = np.linalg.norm(raw)
+        with np.errstate(divide="ignore", invalid="ignore"):  # said below
+            embedding = raw / norm
         if embedding.shape != (EMBEDDING_SIZE,):
             raise WeightsError(
                 f"The face recogniser gives {embedding.size} numbers, not {EMBEDDING_SIZE}.",
@@ -267,7 +321,7 @@ class FaceAnalyzer:
         left, top, right, bottom = (float(v) for v in box[:4])
         return Face(
             embedding=embedding,
-            embedding_norm=float(face.embedding_norm),
+            embedding_norm=float(norm),
             crop_bgr=crop,
             box=(left, top, right, bottom),
             score=float(box[4]),
@@ -277,25 +331,18 @@ class FaceAnalyzer:
             portrait_bgr=align_portrait(bgr, points) if self._portraits else None,
         )
 
-    def _loaded(self) -> Any:
+    def _loaded(self) -> _Models:
         # Once set, the attribute never changes, so only the first callers meet at the lock.
-        if self._analysis is None:
+        if self._models is None:
             with self._lock:
-                if self._analysis is None:
-                    self._analysis = _open_models(self._model, self._providers)
-        return self._analysis
+                if self._models is None:
+                    self._models = _open_models(self._files(), self._providers)
+        return self._models
 
 
-def _open_models(model: str, providers: Sequence[str]) -> Any:
-    load_opencv()  # which InsightFace imports
-    try:
-        import onnxruntime
-        from insightface.app import FaceAnalysis
-    except ImportError as error:
-        raise MissingDependency(
-            f"InsightFace cannot be imported: {error}.",
-            "Install it with: pip install --force-reinstall insightface",
-        ) from error
+def _open_models(files: FaceFiles, providers: Sequence[str]) -> _Models:
+    import onnxruntime
+
     _check_providers(providers, onnxruntime.get_available_providers(), "This machine")
     if "CUDAExecutionProvider" in providers:  # this may be the process's first session on a GPU
         open_libraries(onnxruntime, "cuda")
@@ -303,61 +350,52 @@ def _open_models(model: str, providers: Sequence[str]) -> Any:
     options.log_severity_level = 3
     # Their idle threads would spin on the cores that the UNet runs on next: half its speed, seen.
     options.add_session_config_entry("session.force_spinning_stop", "1")
+    opened = {"providers": list(providers), "sess_options": options}
+    path = files.detector
     try:
-        # InsightFace prints while it downloads; stdout belongs to the caller. One dynamic session
-        # serves all detector sizes: with static ones, every size would load the model again.
-        with contextlib.redirect_stdout(sys.stderr):
-            open_folder = partial(
-                FaceAnalysis,
-                allowed_modules=["detection", "recognition"],
-                providers=list(providers),
-                static_shape_sessions=False,
-                sess_options=options,
-            )
-            try:
-                analysis = open_folder(name=_models_folder(model))
-            except AssertionError:  # no detector; the pack may just have been downloaded
-                if _models_folder(model) == model:
-                    raise
-                analysis = open_folder(name=_models_folder(model))
-            analysis.prepare(ctx_id=0, det_size=(DETECTOR_SIZES[0], DETECTOR_SIZES[0]))
-        if "recognition" not in analysis.models:
-            raise WeightsError(
-                f"The face model {model} has no recogniser.",
-                "Add an ONNX model with a 112×112 input and an embedding as its only output.",
-            )
+        if whose_code()[1]:
+            session = partial(onnxruntime.InferenceSession, **opened)
+            detector: Any = ScrfdDetector(session(str(path)))
+            path = files.recogniser
+            recogniser: Any = ArcFaceRecogniser(session(str(path)), normalises=files.normalises)
+            models = _Models(detector, recogniser, norm_crop)
+        else:
+            from insightface.model_zoo import get_model
+            from insightface.utils import face_align
+
+            # One dynamic session serves all detector sizes: with static ones, every size would
+            # load the model again.
+            detector = get_model(str(path), static_shape_sessions=False, **opened)
+            path = files.recogniser
+            recogniser = get_model(str(path), **opened)
+            models = _Models(detector, recogniser, face_align.norm_crop)
     except FastFaceError:
         raise
-    # Offline, a broken download, a foreign ONNX file: requests, zipfile, protobuf, ONNX Runtime
-    # and InsightFace's assertions have no common base.
+    # A foreign ONNX file: protobuf, ONNX Runtime and InsightFace's assertions have no common base.
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else ""
-        folder = _packs_folder(model)
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else "it is of no kind"
         raise WeightsError(
-            f"The face model {model} cannot be opened: "
-            f"{reason.rstrip('.') or 'no detector among its ONNX files'}.",
-            f"Go online, or put a detector and a recogniser as ONNX files into {folder}; "
-            "delete that folder first if a download broke off.",
+            f"The face model {path} cannot be opened: {reason.rstrip('.')}.",
+            "Use a detector of SCRFD's layout and an ArcFace model, such as those of buffalo_l.",
         ) from error
-    for task, part in analysis.models.items():
-        _check_providers(providers, part.session.get_providers(), f"The face {task} model")
-    return analysis
+    for name, part in (("detection", detector), ("recognition", recogniser)):
+        _check_providers(providers, part.session.get_providers(), f"The face {name} model")
+    return models
 
 
-def _packs_folder(model: str) -> Path:
-    """The folder that `model` is, or where InsightFace keeps the pack of that name."""
-    folder = Path(model)
-    return folder if folder.is_dir() else Path("~/.insightface/models") / model
-
-
-def _models_folder(model: str) -> str:
-    """`model`, or the folder inside it that has the models: the archive of antelopev2 holds a
-    folder of its own, so that it lies one folder too deep."""
-    folder = _packs_folder(model).expanduser()
-    if any(folder.glob("*.onnx")):
-        return model
-    inner = {path.parent for path in folder.glob("*/*.onnx") if path.parent.name != "__MACOSX"}
-    return str(inner.pop()) if len(inner) == 1 else model
+def whose_code() -> tuple[str, str]:
+    """Whose code runs face models here, and why it is not InsightFace's, "" where it is."""
+    ours = "this package's own code"
+    try:
+        version = importlib.metadata.version("insightface")
+        if tuple(map(int, version.split(".")[:2])) < OLDEST_INSIGHTFACE:
+            return ours, f"InsightFace {version} is older than 2.1"
+        import insightface.model_zoo  # noqa: F401
+    except importlib.metadata.PackageNotFoundError:
+        return ours, "InsightFace is not installed"
+    except Exception as error:  # OpenCV's libraries lack, say, or it was built for another numpy
+        return ours, f"InsightFace cannot be imported: {error}"
+    return f"InsightFace {version}", ""
 
 
 def _check_providers(wanted: Sequence[str], used: Sequence[str], who: str) -> None:
@@ -445,21 +483,39 @@ def align_portrait(bgr: NDArray[np.uint8], points: NDArray[np.float32]) -> NDArr
     A similarity transform that the median of the points' errors is least for. Raises
     `EngineFailed` when the points make no face.
     """
-    cv2 = load_opencv()
-    matrix, _ = cv2.estimateAffinePartial2D(points, _POINTS, method=cv2.LMEDS)
+    matrix = median_similarity(points, _POINTS)
     if matrix is None:
         raise EngineFailed(
             "The key points of the face lie on one spot, so it cannot be aligned.",
             "Use a sharp picture with one upright face.",
         )
-    portrait: Any = cv2.warpAffine(
-        bgr,
-        matrix,
-        (PORTRAIT_SIZE, PORTRAIT_SIZE),
-        borderMode=cv2.BORDER_CONSTANT,
-        borderValue=_BEYOND_BGR,
-    )
-    return np.asarray(portrait, dtype=np.uint8)
+    return warp(bgr, matrix, PORTRAIT_SIZE, _BEYOND_BGR)
+
+
+def median_similarity(
+    source: NDArray[np.floating[Any]], target: NDArray[np.floating[Any]]
+) -> NDArray[np.float64] | None:
+    """Turn, scale and shift, [2, 3], of points [n, 2] to `target`; None for points on one spot.
+
+    The one that two of them give whose errors have the least median tells which points are far off;
+    the result is the best for the others, by least squares (OpenCV's LMEDS, which tries pairs that
+    it draws).
+    """
+    source, target = source.astype(np.float64), target.astype(np.float64)
+    best, least = None, np.inf
+    for pair in combinations(range(len(source)), 2):
+        if not np.ptp(source[[*pair]], axis=0).any():
+            continue
+        matrix = similarity(source[[*pair]], target[[*pair]])
+        errors = np.square(source @ matrix[:, :2].T + matrix[:, 2] - target).sum(axis=1)
+        median = np.sort(errors)[len(errors) // 2]
+        if median < least:
+            best, least = errors, median
+    if best is None:
+        return None
+    deviation = max(2.5 * 1.4826 * (1 + 5 / (len(source) - 2)) * np.sqrt(least), 0.001)
+    near = best <= deviation**2
+    return similarity(source[near], target[near])
 
 
 def portrait_pixels(

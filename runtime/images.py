@@ -13,7 +13,7 @@ import re
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,7 +27,7 @@ from PIL import (
     features,
 )
 
-from fastface_trt.errors import BadPicture, MissingDependency, install_hint
+from fastface_trt.errors import BadPicture, install_hint
 from fastface_trt.runtime.intake import Refused, format_of, take_apart, upright
 
 PictureSource = str | os.PathLike[str] | bytes | BinaryIO | Image.Image | NDArray[np.uint8]
@@ -201,24 +201,6 @@ def _opened(name: str, data: bytes, form: str) -> Image.Image:
         raise _broken(name, error) from None
 
 
-OPENCV_PACKAGES = ("libgl1", "libglib2.0-0")
-"""Debian's, with what the wheel of OpenCV links to and does not bring."""
-
-
-def load_opencv() -> Any:
-    """OpenCV's module; raises `MissingDependency` with the packages of a system that lacks some."""
-    try:
-        import cv2
-    except ImportError as error:
-        library = ".so" in str(error)  # not the package, but what it links to
-        raise MissingDependency(
-            f"OpenCV cannot be imported: {error}.",
-            f"Install the libraries that it lacks: apt-get install -y {' '.join(OPENCV_PACKAGES)} "
-            "(Debian, Ubuntu) or dnf install -y mesa-libGL glib2 (Fedora)."
-            if library
-            else "Install it with: pip install --force-reinstall opencv-python",
-        ) from None
-    return cv2
 
 
 def _open_reader(name: str, boxed: str) -> None:

@@ -26,6 +26,17 @@ def is_number(value: object) -> bool:
     return bool(-_LARGEST <= value <= _LARGEST)
 
 
+USUAL_TOKENS = 4
+"""Image tokens that the constants of the scale-power were chosen for."""
+
+_KIND, _SCALE, _POWER = (MANIPULATION_COLUMNS.index(name) for name in ("kind", "scale", "power"))
+
+
+def token_factor(power: float, tokens: int) -> float:
+    """By which s is multiplied for T `tokens`, (T/4)^(p−1)."""
+    return float(min(np.float64(tokens / USUAL_TOKENS) ** (power - 1), _LARGEST))
+
+
 PerStep = float | Sequence[float]
 """One value for all steps, or one per step."""
 
@@ -115,12 +126,19 @@ class AttentionManipulation:
     mid: PartManipulation = OFF
     up: PartManipulation = OFF
 
-    def rows(self, step: int, steps: int) -> NDArray[np.float32]:
-        """Parameters of one step, float32 [parts, columns] as the UNet module takes them."""
+    def rows(self, step: int, steps: int, tokens: int = USUAL_TOKENS) -> NDArray[np.float32]:
+        """Parameters of one step, float32 [parts, columns] as the UNet module takes them.
+
+        Of a flat map over T `tokens` the scale-power makes s T^(1−p) and not s 4^(1−p), so that s
+        is given as s (T/4)^(p−1): as strong as with the 4 tokens that its constants are for.
+        """
         rows = []
         for part in PARTS:
             with naming(f"manipulation.{part}"):
-                rows.append(getattr(self, part).row(step, steps))
+                row = getattr(self, part).row(step, steps)
+            if row[_KIND] == KINDS.index("scale_power"):
+                row[_SCALE] = min(row[_SCALE] * token_factor(row[_POWER], tokens), _LARGEST)
+            rows.append(row)
         return np.array(rows, dtype=np.float32)
 
     def for_adapter(self, kind: AdapterKind) -> "AttentionManipulation":

@@ -11,7 +11,7 @@ source picture: whoever wants a path or a name in the metadata must put it into 
 | JPEG, WebP | EXIF ImageDescription | EXIF UserComment | XMP |
 
 A PNG of a photograph is mostly noise, for which a search for repetitions takes most of the time and
-finds next to nothing. So OpenCV is told to filter rows by the average of their neighbours and to
+finds next to nothing. So rows are filtered by the average of their neighbours, and zlib is told to
 look for runs and Huffman codes alone; `python -m benchmarks.picture_encoding` compares the ways.
 """
 
@@ -40,7 +40,7 @@ from PIL.PngImagePlugin import PngInfo
 from fastface_trt import __version__
 from fastface_trt.engines.files import write_durably
 from fastface_trt.errors import BadPicture, InvalidRequest, StorageError
-from fastface_trt.runtime.images import load_opencv, read_file
+from fastface_trt.runtime.images import read_file
 from fastface_trt.runtime.intake import Refused, description_of, format_of, take_apart
 from fastface_trt.runtime.picture_names import check_template, counted, picture_name
 
@@ -402,26 +402,33 @@ def read_parameters(path: str | Path) -> dict[str, Any]:
     return parameters
 
 
-_HEADER_BYTES: Final = 33
-"""Of a PNG: its signature and the chunk IHDR, which every other chunk follows."""
+_SIGNATURE: Final = b"\x89PNG\r\n\x1a\n"
+_AVERAGE: Final = 3
+"""Of a PNG's filters, the one that takes half the sum of the pixels at the left and above."""
 
 
 def _png(picture: NDArray[np.uint8], plain: str, readable: str, ai_generated: bool) -> bytes:
-    """A PNG file as OpenCV writes it, with our text behind its header."""
-    cv2 = load_opencv()
+    """A PNG file, with our text behind its header."""
     info = PngInfo()
     info.add_itxt(PARAMETERS_KEY, plain)
     info.add_text("parameters", readable)
     info.add_text("Software", SOFTWARE)
     if ai_generated:
         info.add_itxt("XML:com.adobe.xmp", _XMP)
-    flags = [cv2.IMWRITE_PNG_STRATEGY, cv2.IMWRITE_PNG_STRATEGY_RLE]
-    if hasattr(cv2, "IMWRITE_PNG_FILTER"):  # from OpenCV 4.12 on; earlier ones filter by Sub
-        flags += [cv2.IMWRITE_PNG_FILTER, cv2.IMWRITE_PNG_FILTER_AVG]
-    _, encoded = cv2.imencode(".png", picture[:, :, ::-1], [cv2.IMWRITE_PNG_COMPRESSION, 1, *flags])
-    file = encoded.tobytes()
-    texts = (_chunk(kind, data) for kind, data, *_ in info.chunks)
-    return b"".join([file[:_HEADER_BYTES], *texts, file[_HEADER_BYTES:]])
+    height, width = picture.shape[:2]
+    rows = picture.reshape(height, width * 3)
+    left, above = np.zeros_like(rows), np.zeros_like(rows)
+    left[:, 3:], above[1:] = rows[:, :-3], rows[:-1]
+    filtered = np.full((height, 1 + width * 3), _AVERAGE, np.uint8)
+    # Half the sum without its ninth bit: what both have, and half of what one has.
+    np.subtract(rows, (left & above) + ((left ^ above) >> 1), out=filtered[:, 1:])
+    deflate = zlib.compressobj(1, zlib.DEFLATED, zlib.MAX_WBITS, 9, zlib.Z_RLE)
+    pixels = deflate.compress(filtered.data) + deflate.flush()
+    # Eight bits, RGB, and the only ways there are of compressing, filtering and not interlacing.
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    texts = [(kind, data) for kind, data, *_ in info.chunks]
+    chunks = [(b"IHDR", header), *texts, (b"IDAT", pixels), (b"IEND", b"")]
+    return b"".join([_SIGNATURE, *(_chunk(kind, data) for kind, data in chunks)])
 
 
 def _chunk(kind: bytes, data: bytes) -> bytes:

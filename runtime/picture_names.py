@@ -105,6 +105,8 @@ def picture_hash(*what: Mapping[str, Any] | bytes | str) -> str:
 
 def face_name(source: object) -> str:
     """What to call a face: its file's name without the suffix, where it came in one."""
+    if isinstance(source, list | tuple) and source:  # several of one person
+        source = source[0]
     if isinstance(source, Image.Image):
         source = getattr(source, "filename", "")
     elif not isinstance(source, str | os.PathLike):

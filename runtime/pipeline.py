@@ -23,7 +23,7 @@ from fastface_trt.engines.manifest import EngineManifest, ExportManifest
 from fastface_trt.errors import InvalidRequest
 from fastface_trt.runtime.conditioning import Recent
 from fastface_trt.runtime.export_folder import Export, ModuleSet
-from fastface_trt.runtime.face import ChannelOrder, Face, FaceAnalyzer
+from fastface_trt.runtime.face import ChannelOrder, Face, FaceAnalyzer, one_person
 from fastface_trt.runtime.images import PictureSource, load_picture
 from fastface_trt.runtime.picture_file import Destination, PictureWriter
 from fastface_trt.runtime.picture_names import face_name, name_fields, picture_hash
@@ -32,6 +32,7 @@ from fastface_trt.runtime.request import (
     GenerationRequest,
     OutputType,
     check_callable,
+    check_pictures,
     check_run,
     parse_call,
     request_for,
@@ -46,8 +47,10 @@ from fastface_trt.runtime.sampling import (
 from fastface_trt.runtime.stages import Stages
 from fastface_trt.runtime.timeline import NO_TIMELINE, Timeline
 
-FaceInput: TypeAlias = PictureSource | Face
-"""A picture with a face (path, bytes, PIL, RGB array), or a face that was analysed before."""
+OneFace: TypeAlias = PictureSource | Face
+FaceInput: TypeAlias = OneFace | list[OneFace] | tuple[OneFace, ...]
+"""A picture with a face (path, bytes, PIL, RGB array), a face that was analysed before, or several
+of either that show one person, for an adapter that takes them."""
 
 OnPicture: TypeAlias = Callable[[int, Image.Image, Mapping[str, Any]], None]
 """Is given the index of a request, its picture (RGB) and what `write_picture` stores in it."""
@@ -153,10 +156,12 @@ class FastFace(Closing):
         builder = make_builder(
             opened.manifest, backend, threads=threads, options=engine_options, cache=store
         )
-        modules = ModuleSet(opened, builder, store, progress or (lambda line: None), build=build)
-        return cls(
-            modules, FaceAnalyzer.of_export(opened, licence_acknowledged=licence_acknowledged)
+        progress = progress or (lambda line: None)
+        modules = ModuleSet(opened, builder, store, progress, build=build)
+        faces = FaceAnalyzer.of_export(
+            opened, licence_acknowledged=licence_acknowledged, progress=progress
         )
+        return cls(modules, faces)
 
     @property
     def manifest(self) -> ExportManifest:
@@ -183,12 +188,18 @@ class FastFace(Closing):
     ) -> Face:
         """Find the face of a picture: the largest, or the `index`-th by size.
 
+        Several pictures are of one person, whose faces come back as one with `Face.others`.
         The last 64 faces are kept in memory by the content of their pictures, until `forget`.
         Raises `BadPicture`, `NoFaceFound`, `FaceIndexOutOfRange`.
         """
         self._modules.require_open()
         if isinstance(picture, Face):
             return picture
+        if isinstance(picture, list | tuple):
+            check_pictures(self.manifest, len(picture))
+            return one_person(
+                [self.analyze(one, index=index, timeline=timeline) for one in picture]
+            )
         with timeline.span("read_picture"):
             pixels = load_picture(picture)
             key = (hashlib.blake2b(pixels.data).digest(), pixels.shape, index)
@@ -215,9 +226,10 @@ class FastFace(Closing):
     ) -> GenerationResult:
         """Make pictures of a person: one per prompt and face, times `num_images_per_prompt`.
 
-        `prompt`, `face` and negative_prompt are single or lists of equal length; `seed` is single
-        or a list of one per picture. `preset` is one of `presets.PRESETS`; `fields` are further
-        fields of `GenerationRequest` (seed, steps, height, width, negative_prompt,
+        `prompt`, `face` and negative_prompt are single or lists of equal length (a person of
+        several pictures is a list in that of the faces: `face=[["a.png", "b.png"]]`); `seed` is
+        single or a list of one per picture. `preset` is one of `presets.PRESETS`; `fields` are
+        further fields of `GenerationRequest` (seed, steps, height, width, negative_prompt,
         ip_adapter_scale, alpha, beta, guidance_rescale, manipulation, …) as `request.parse_request`
         reads them, and override it.
 
@@ -352,9 +364,12 @@ class FastFace(Closing):
     ) -> dict[int, Face]:
         """The faces by `id` of what they were found in: the same object many times is one face."""
         objects = {id(face): face for face in faces}
-        return {
+        found = {
             key: self.analyze(face, index=index, timeline=timeline) for key, face in objects.items()
         }
+        for face in found.values():
+            check_pictures(self.manifest, 1 + len(face.others))
+        return found
 
     def _open_engines(self) -> None:
         """Build and open what every picture needs."""
@@ -378,15 +393,26 @@ class FastFace(Closing):
         self, parameters: Mapping[str, Any], face: Face, channel_order: ChannelOrder = "bgr"
     ) -> str:
         """8 hexadecimal digits that differ where anything does that makes this export's picture."""
-        portrait = b"" if face.portrait_bgr is None else face.portrait_bgr.tobytes()
-        seen = (face.embedding.tobytes(), face.crop_bgr.tobytes(), portrait)
+        seen = [
+            b"" if part is None else part.tobytes()
+            for one in (face, *face.others)
+            for part in (one.embedding, one.crop_bgr, one.portrait_bgr)
+        ]
         return picture_hash(parameters, self._modules.export_hash, channel_order, *seen)
 
     def warnings(
         self, requests: Sequence[GenerationRequest], faces: Sequence[Face] = ()
     ) -> list[str]:
         """What was changed or cut in pictures of these requests and faces, in sentences."""
-        warnings = [*dict.fromkeys(face.warning for face in faces if face.warning is not None)]
+        shown = [one for face in faces for one in (face, *face.others)]
+        warnings = [*dict.fromkeys(one.warning for one in shown if one.warning is not None)]
+        if self.manifest.max_faces > 1 and faces:
+            told = (
+                request.told_strength(self.manifest, count)
+                for count in sorted({1 + len(face.others) for face in faces})
+                for request in requests
+            )
+            warnings += [*dict.fromkeys(one for one in told if one)]
         if self.manifest.adapter_kind == "pulid" and self.manifest.face_parser is None:
             warnings.append(
                 "This export has no face parser, so the adapter sees what is around the face; "

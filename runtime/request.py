@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeGuard
 import numpy as np
 from numpy.typing import NDArray
 
-from fastface_trt.engines.contract import PARTS
+from fastface_trt.engines.contract import KINDS, MANIPULATION_COLUMNS, PARTS
 from fastface_trt.engines.manifest import AdapterKind, ExportManifest
 from fastface_trt.errors import FastFaceError, InvalidRequest, UnknownName, naming
 from fastface_trt.runtime.guidance import (
@@ -30,14 +30,17 @@ from fastface_trt.runtime.guidance import (
 )
 from fastface_trt.runtime.manipulation import (
     NO_MANIPULATION,
+    USUAL_TOKENS,
     AttentionManipulation,
     is_number,
     manipulated,
     parse_manipulation,
+    token_factor,
 )
 from fastface_trt.runtime.presets import PRESETS, preset_fields
 from fastface_trt.runtime.prompt_syntax import SYNTAXES, PromptSyntax, parse_prompt
 
+_KIND, _POWER = (MANIPULATION_COLUMNS.index(name) for name in ("kind", "power"))
 StatisticsScope = Literal["request", "branch"]
 SCOPES: tuple[StatisticsScope, ...] = ("request", "branch")
 MAX_SIDE = 4096
@@ -70,7 +73,8 @@ class GenerationRequest:
     coefficients of Eq. 3 (number, list per step, or `NamedSchedule`). guidance_rescale: φ of Eq. 5,
     None = off. dcg_variant: 1, 2 or 3 of appendix D. manipulation: Eq. 7 to 10. scope: what the
     softmask normalises over (`request`: all branches evaluated, as published; `branch`: each by
-    itself). plan: see `guidance.BRANCH_PLANS`.
+    itself). plan: see `guidance.BRANCH_PLANS`. strength_for_tokens: whether s of the scale-power is
+    adjusted to the number of image tokens where that varies, see `AttentionManipulation.rows`.
 
     Raises `InvalidRequest` or `UnknownName` when a value is out of range.
     """
@@ -91,6 +95,7 @@ class GenerationRequest:
     scope: StatisticsScope = "request"
     plan: BranchPlan = "exact"
     prompt_syntax: PromptSyntax = "plain"
+    strength_for_tokens: bool = True
 
     def __post_init__(self) -> None:
         for name in ("prompt", "negative_prompt"):
@@ -112,6 +117,12 @@ class GenerationRequest:
         for name in ("prompt", "negative_prompt"):
             with naming(name):
                 parse_prompt(getattr(self, name), self.prompt_syntax)
+        if not isinstance(self.strength_for_tokens, bool):
+            with naming("strength_for_tokens"):
+                raise InvalidRequest(
+                    f"strength_for_tokens is {self.strength_for_tokens!r:.40}.",
+                    "It must be true or false.",
+                )
         phi = self.guidance_rescale
         if phi is not None and not (is_number(phi) and 0 <= phi <= 1):
             with naming("guidance_rescale"):
@@ -185,6 +196,23 @@ class GenerationRequest:
                 return name
         return "custom"
 
+    def told_strength(self, manifest: ExportManifest, pictures: int) -> str:
+        """That s is not as it was given, with so many pictures of a person; empty where it is."""
+        tokens = manifest.tokens_per_face * pictures
+        powers = {
+            row[_POWER]
+            for step in range(self.steps)
+            for row in self.manipulation.rows(step, self.steps)
+            if row[_KIND] == KINDS.index("scale_power") and row[_POWER] != 1
+        }
+        if not powers or not self.strength_for_tokens:
+            return ""
+        factors = " or ".join(f"{token_factor(power, tokens):.3g}" for power in sorted(powers))
+        return (
+            f"The scale of the attention manipulation is for {USUAL_TOKENS} image tokens and was "
+            f"multiplied by {factors} for {tokens} (strength_for_tokens off leaves it)."
+        )
+
     def for_adapter(self, kind: AdapterKind) -> "GenerationRequest":
         """This request with what it leaves to the adapter settled for one of that kind."""
         return replace(self, manipulation=self.manipulation.for_adapter(kind))
@@ -196,6 +224,8 @@ class GenerationRequest:
         if isinstance(self.ip_adapter_scale, Mapping):
             values["ip_adapter_scale"] = dict(self.ip_adapter_scale)
         values["manipulation"] = self.manipulation.to_dict()
+        if self.strength_for_tokens:  # what most adapters have no use for
+            del values["strength_for_tokens"]
         return values
 
     @classmethod
@@ -581,6 +611,21 @@ def _check_text(name: str, text: object) -> None:
                 f"{name} holds a character that does not exist.",
                 "Give text that has a UTF-8 encoding.",
             ) from None
+
+
+def check_pictures(manifest: ExportManifest, count: int, param: str = "face") -> None:
+    """Raise `InvalidRequest` unless the export takes so many pictures of one person."""
+    with naming(param):
+        if count == 0:
+            raise InvalidRequest("A person has no picture.", "Give one or more.")
+        if count > manifest.max_faces:
+            most = manifest.max_faces
+            one = "one picture" if most == 1 else f"up to {most} pictures"
+            raise InvalidRequest(
+                f"This {manifest.adapter_kind} export takes {one} of a person, and {count} were "
+                "given.",
+                "Give fewer, or export FaceID-Portrait with a larger --max-faces.",
+            )
 
 
 def check_size(manifest: ExportManifest, request: GenerationRequest) -> None:

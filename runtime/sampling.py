@@ -109,7 +109,7 @@ def unet_inputs(batch: Sequence["Sample"], device: Device) -> dict[str, Tensor]:
     rows = [(sample, sample.conditions[b]) for sample in batch for b in sample.guidance.branches]
     # With one parameter row per UNet row, the graph takes its statistics per branch.
     owners = batch if batch[0].shares_statistics else [sample for sample, _ in rows]
-    return {
+    inputs: dict[str, Tensor] = {
         contract.SAMPLE: device.stack([sample.model_input for sample, _ in rows]),
         contract.TIMESTEP: _scalars([sample.scheduled.timestep for sample, _ in rows]),
         contract.TEXT: device.stack([condition.text for _, condition in rows]),
@@ -119,6 +119,8 @@ def unet_inputs(batch: Sequence["Sample"], device: Device) -> dict[str, Tensor]:
         contract.IP_ADAPTER_SCALE: np.stack([sample.request.ip_scales() for sample in owners]),
         contract.MANIPULATION: np.stack([sample.manipulation_rows() for sample in owners]),
     }
+    masks = [condition.token_mask for _, condition in rows if condition.token_mask is not None]
+    return inputs | ({contract.TOKEN_MASK: np.stack(masks)} if masks else {})
 
 
 def batches(
@@ -156,12 +158,13 @@ def batch_size(
 class Condition:
     """What the UNet is told in one branch: text [N,D], pooled text [P], image tokens [T,D].
 
-    Tensors of the UNet's device.
+    Tensors of the UNet's device, and where not all of the tokens need be there, their mask [T].
     """
 
     text: Tensor
     pooled: Tensor
     image_tokens: Tensor
+    token_mask: Latents | None = None
 
 
 class Sample:
@@ -238,7 +241,11 @@ class Sample:
 
     def manipulation_rows(self) -> NDArray[np.float32]:
         """Parameters of attention manipulation in the next step, float32 [parts, columns]."""
-        return self.request.manipulation.rows(self.step, len(self.schedule))
+        manipulation, steps = self.request.manipulation, len(self.schedule)
+        mask = next(iter(self.conditions.values())).token_mask
+        if mask is None or not self.request.strength_for_tokens:
+            return manipulation.rows(self.step, steps)
+        return manipulation.rows(self.step, steps, int((mask == 0).sum()))
 
     @property
     def shares_statistics(self) -> bool:

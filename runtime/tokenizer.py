@@ -1,12 +1,14 @@
 """CLIP's tokenizer without transformers: the same ids, and what did not fit is reported.
 
 Reads the folder that diffusers ships with a checkpoint (`tokenizer`, `tokenizer_2`), in either of
-its two forms: `vocab.json` and `merges.txt`, or one `tokenizer.json`.
+its two forms: `vocab.json` and `merges.txt`, or one `tokenizer.json`. Of the latter words, merges
+and added tokens are taken; how a text is cut into words has to be CLIP's way, since a file could
+ask for steps that take for ever on some prompts.
 """
 
 import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -25,9 +27,12 @@ DEFAULT_LENGTH = 77
 VOCABULARY: Final = 49408
 PAD_TOKENS: Final = {"tokenizer": EOS, "tokenizer_2": "!"}
 
-_WORDS = (
-    r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
-)
+LARGEST_LENGTH: Final = 1024
+"""Tokens per prompt with start and end at most; CLIP's own text models have 77 positions."""
+
+_WORDS_ALONE = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+_WORDS = rf"<\|startoftext\|>|<\|endoftext\|>|{_WORDS_ALONE}"
+_ANY: Final = object()
 _NAMED = ("bos_token", "eos_token", "unk_token", "pad_token")
 _MEND = "Copy the checkpoint's tokenizer folder again, or export it again."
 
@@ -94,6 +99,12 @@ class ClipTokenizer:
                     _MEND,
                 )
             ids[key] = found
+        largest = max(tokenizer.get_vocab().values())
+        if largest >= VOCABULARY:
+            raise WeightsError(
+                f"The tokenizer in {folder} has the id {largest}; CLIP's end at {VOCABULARY - 1}.",
+                _MEND,
+            )
         return cls(tokenizer, ids, _length(config, folder))
 
     def encode(self, prompts: Sequence[str]) -> Tokens:
@@ -208,13 +219,18 @@ def _from_vocabulary(folder: Path, unknown: str) -> Tokenizer:
         raise WeightsError(
             f"The tokenizer files in {folder} are broken or do not fit each other: {error}.", _MEND
         ) from None
+    return _clips(model, _WORDS)
+
+
+def _clips(model: BPE, words: str) -> Tokenizer:
+    """A tokenizer with CLIP's steps around its model."""
     tokenizer = Tokenizer(model)
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
     )
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(_WORDS), behavior="removed", invert=True),
+            pre_tokenizers.Split(Regex(words), behavior="removed", invert=True),
             pre_tokenizers.ByteLevel(add_prefix_space=False),
         ]
     )
@@ -222,14 +238,33 @@ def _from_vocabulary(folder: Path, unknown: str) -> Tokenizer:
 
 
 def _from_tokenizer_json(path: Path) -> Tokenizer:
+    # Not what pads and truncates: what was cut would be lost before we could tell.
+    parts = ("version", "added_tokens", "normalizer", "pre_tokenizer", "model")
+    content = {name: part for name, part in _read_json(path).items() if name in parts}
+    for name in ("normalizer", "pre_tokenizer", "model"):
+        if not any(_says_no_more(content.get(name), own[name]) for own in _clips_own()):
+            raise WeightsError(f"The {name} of the tokenizer file {path} is not CLIP's.", _MEND)
     try:
-        tokenizer = Tokenizer.from_file(str(path))
+        return Tokenizer.from_str(json.dumps(content))
     except Exception as error:  # the tokenizers library raises bare Exceptions
         raise WeightsError(f"The tokenizer file {path} is broken: {error}.", _MEND) from None
-    # A file may carry both; then what was cut would be lost before we could tell.
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer
+
+
+def _clips_own() -> Iterator[dict[str, Any]]:
+    """CLIP's tokenizer as files of several ages say it, with `_ANY` for what is each file's own."""
+    for words in (_WORDS, _WORDS_ALONE):
+        model = BPE(continuing_subword_prefix="", end_of_word_suffix="</w>")
+        own = json.loads(_clips(model, words).to_str())
+        yield own | {"model": own["model"] | dict.fromkeys(("vocab", "merges", "unk_token"), _ANY)}
+
+
+def _says_no_more(part: Any, own: Any) -> bool:
+    """Whether a part of a file says what CLIP's `own` does, or leaves some of it to the library."""
+    if isinstance(part, dict) and isinstance(own, dict):
+        return all(name in own and _says_no_more(one, own[name]) for name, one in part.items())
+    if isinstance(part, list) and isinstance(own, list) and len(part) == len(own):
+        return all(map(_says_no_more, part, own))
+    return own is _ANY or part is None or bool(part == own)
 
 
 def _add_special_tokens(
@@ -269,6 +304,11 @@ def _length(config: Mapping[str, Any], folder: Path) -> int:
     value = config.get("model_max_length", DEFAULT_LENGTH)
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 3:
         raise WeightsError(f"The tokenizer in {folder} has the length {value!r}.", _MEND)
+    if LARGEST_LENGTH < value <= 1_000_000:
+        raise WeightsError(
+            f"The tokenizer in {folder} has the length {value}; at most {LARGEST_LENGTH} is read.",
+            _MEND,
+        )
     return DEFAULT_LENGTH if value > 1_000_000 else int(value)
 
 

@@ -5,7 +5,6 @@ import pickle
 import re
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -79,32 +78,3 @@ def test_no_hint_names_the_package_as_if_an_index_had_it():
             and path != Path(__file__)
         ):
             assert not re.search(r"pip install '?fastface-trt", path.read_text("utf-8")), name
-
-
-@pytest.mark.parametrize("module", ["runtime.face", "runtime.picture_file"])
-def test_opencv_that_lacks_a_library_is_one_sentence_with_its_packages(module, tmp_path):
-    """A module cv2 that fails as OpenCV's own does on a system without libGL."""
-    (tmp_path / "cv2.py").write_text(
-        "raise ImportError('libGL.so.1: cannot open shared object file: No such file or directory')"
-    )
-    face = ROOT / "fastface_trt/mini/faces/ada.png"
-    code = {
-        "runtime.face": "from fastface_trt.cli.main import main; import sys; "
-        f"sys.argv[1:] = ['generate', '--face', {str(face)!r}, '--prompt', 'x']; main()",
-        "runtime.picture_file": "import numpy as np\n"
-        "from fastface_trt.errors import MissingDependency\n"
-        "from fastface_trt.runtime.picture_file import encode_picture\n"
-        "try: encode_picture(np.zeros((8, 8, 3), np.uint8), parameters={})\n"
-        "except MissingDependency as error: sys.exit('Error: ' + str(error))",
-    }[module]
-    done = subprocess.run(
-        [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n{code}"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode in (1, 2)
-    assert "Traceback" not in done.stderr
-    said = " ".join(done.stderr.partition("Error: ")[2].split())
-    assert said.startswith("OpenCV cannot be imported: libGL.so.1: cannot open shared object file")
-    assert "apt-get install -y libgl1 libglib2.0-0" in said

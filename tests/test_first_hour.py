@@ -51,6 +51,7 @@ def newcomer(tmp_path_factory):
         done = sh(*command, env=PIP)
         assert done.returncode == 0, done.stderr
     (wheel,) = wheels.iterdir()
+    one.wheel = wheel
     done = sh(environment / "bin/pip", "install", "-q", f"{wheel}[serve]", env=PIP)
     assert done.returncode == 0, done.stderr
     sample = ROOT / "fastface_trt" / "mini" / "faces" / "ada.png"
@@ -90,6 +91,17 @@ def test_doctor_finds_a_face(newcomer):
     report = json.loads(done.stdout)
     assert report["face"]["works"]
     assert next(b for b in report["backends"] if b["name"] == "onnxruntime")["works"]
+
+
+def test_faces_are_found_without_opencv(newcomer):
+    detail = json.loads(newcomer.run("doctor", "--json").stdout)["face"]["detail"]
+    assert "own code (InsightFace is not installed)" in detail
+    environment = newcomer.pip.parent.parent
+    assert not [
+        *environment.rglob("cv2"),
+        *environment.rglob("scipy"),
+        *environment.rglob("skimage"),
+    ]
 
 
 def test_two_runs_with_other_parameters_leave_two_pictures_that_say_how(newcomer):
@@ -153,3 +165,20 @@ def test_nothing_is_left_behind_but_the_documented_cache(newcomer):
     assert {path.parts[:2] for path in files(newcomer.home)} == {(".cache", "fastface-trt")}
     assert files(newcomer.temporary) == []
     assert {path.parts[0] for path in files(newcomer.desk)} == {"me.png", "photo.heic", "out"}
+
+
+def megabytes(environment):
+    """What `du` counts below a folder, with the environment's Python and pip."""
+    return int(sh("du", "-sm", environment).stdout.split()[0])
+
+
+def test_insightface_can_be_added_and_more_than_doubles_the_size(newcomer):
+    """Last, because its environment is another one then."""
+    environment = newcomer.pip.parent.parent
+    before = megabytes(environment)
+    done = sh(newcomer.pip, "install", "-q", f"{newcomer.wheel}[insightface]", env=PIP)
+    assert done.returncode == 0, done.stderr
+    after = megabytes(environment)
+    print(f"{before} MB with the extra serve, {after} MB with InsightFace besides")
+    assert before < 420
+    assert before + 300 < after

@@ -8,11 +8,14 @@
 #ifndef FLOAT32
 #define FLOAT32 0
 #endif
+#ifndef TOKENS
+#define TOKENS 4
+#endif
 #ifndef HEADS_LAST
 #define HEADS_LAST 0
 #endif
 
-constexpr int T = 4;
+constexpr int T = TOKENS;
 constexpr int D = HEAD_SIZE;
 constexpr int CHUNK = 8;  // elements of a head that one lane holds
 constexpr int CHUNKS = D / CHUNK;
@@ -95,6 +98,7 @@ __device__ inline long long first_element(int head_row, int heads, int count) {
 
 __device__ inline int pitch_of(int heads) { return HEADS_LAST ? heads * D : D; }
 
+#if TOKENS == 4
 // This lane's chunk of the T rows of one (b, h) of k or v.
 __device__ inline void load_tokens(const Scalar* tokens, int pitch, const Lane& lane,
                                    float (&x)[T][CHUNK]) {
@@ -156,6 +160,8 @@ __device__ inline void attention_map(const Scalar* q, int pitch, const float (&k
 #pragma unroll
   for (int t = 0; t < T; ++t) a[t] /= total;
 }
+
+#endif
 
 // Token 0 enters inverted where the request asks for it (appendix E).
 __device__ inline float entering(float a, int token, bool invert) {

@@ -27,7 +27,18 @@ STATISTICS_KERNEL: Final = "decoupled_attention_statistics"
 OUTPUT_KERNEL: Final = "decoupled_attention"
 
 _SOURCE: Final = "decoupled_attention.cu"
-_HEADERS: Final = ("attention_map.cuh", "row_statistics.cuh", "manipulated_output.cuh")
+_HEADERS: Final = (
+    "attention_map.cuh",
+    "row_statistics.cuh",
+    "manipulated_output.cuh",
+    "many_tokens.cuh",
+)
+
+USUAL_TOKENS: Final = 4
+"""Image tokens that the tuned kernels are for; others are looped over."""
+
+MOST_TOKENS: Final = 256
+"""Shared memory holds seven numbers of each."""
 
 Target = Literal["ptx", "cubin"]
 
@@ -54,15 +65,18 @@ def compile_kernels(
     target: Target = "ptx",
     *,
     heads_last: bool = False,
+    tokens: int = USUAL_TOKENS,
 ) -> CompiledKernels:
     """Compile the decoupled-attention kernels; takes about a second, keeps nothing on disk.
 
     `head_size` is D, a multiple of 8 from 8 to 128; `dtype` one of `DTYPES`; with `heads_last` q is
-    [B,N,H·D] and the output may be added to another tensor, else q is [B,H,N,D]. Raises
+    [B,N,H·D] and the output may be added to another tensor, else q is [B,H,N,D]. For another T than
+    4 `tokens` the launches take a mask as well, see `many_tokens.cuh`. Raises
     `InvalidRequest` for other values, `MissingDependency` without NVRTC, and `BuildFailed` with the
     compiler's log when it refuses the source or does not know the architecture.
     """
     check_head_size(head_size)
+    check_tokens(tokens)
     if dtype not in DTYPES:
         raise InvalidRequest(
             f"The attention kernel has no variant for {dtype}.", f"Use {' or '.join(DTYPES)}."
@@ -78,6 +92,7 @@ def compile_kernels(
         f"--define-macro=HEAD_SIZE={head_size}",
         f"--define-macro=FLOAT32={int(dtype == 'float32')}",
         f"--define-macro=HEADS_LAST={int(heads_last)}",
+        f"--define-macro=TOKENS={tokens}",
     ]
     if target == "cubin":
         options.append("--ptxas-options=-v")  # registers and spills, into the log
@@ -91,6 +106,15 @@ def check_head_size(head_size: int) -> None:
         raise InvalidRequest(
             f"The attention kernel has no variant for heads of {head_size} elements.",
             "It needs a multiple of 8 from 8 to 128; use the engine without the kernel.",
+        )
+
+
+def check_tokens(tokens: int) -> None:
+    """Raise `InvalidRequest` unless the kernels can be compiled for this T."""
+    if not 2 <= tokens <= MOST_TOKENS:
+        raise InvalidRequest(
+            f"The attention kernel has no variant for {tokens} image tokens.",
+            f"It takes 2 to {MOST_TOKENS}; use the engine without the kernel.",
         )
 
 

@@ -8,8 +8,8 @@ caller's stream, so a call can be captured into a CUDA graph. The meaning of the
 `fastface::DecoupledAttention`. On an H100 it was within 2.1e-4 of float64 in fp16, and took 25 to
 57 µs for three rows of SDXL.
 
-Shape legend: B = R·G rows, R requests, G branches, H heads, N positions, T = 4 image tokens,
-D head size, P parameter columns.
+Shape legend: B = R·G rows, R requests, G branches, H heads, N positions, T image tokens, for which
+kernels are compiled (4 unless told otherwise), D head size, P parameter columns.
 """
 
 from collections.abc import Sequence
@@ -25,13 +25,15 @@ from fastface_trt.engines.contract import MANIPULATION_COLUMNS
 from fastface_trt.engines.kernels.compile import (
     OUTPUT_KERNEL,
     STATISTICS_KERNEL,
+    USUAL_TOKENS,
     check_head_size,
+    check_tokens,
     compile_kernels,
 )
 from fastface_trt.errors import InvalidRequest, MissingDependency, install_hint
 
-TOKENS: Final = 4
-"""Image tokens that the kernels are written for: one 16-byte vector of the map per position."""
+TOKENS: Final = USUAL_TOKENS
+"""Image tokens that the tuned kernels are for: one 16-byte vector of the map per position."""
 
 STATISTICS_THREADS: Final = 512
 OUTPUT_THREADS: Final = 256
@@ -75,25 +77,34 @@ class Sizes:
     head_size: int
 
 
-def workspace_bytes(rows: int, heads: int, positions: int) -> int:
+def workspace_bytes(rows: int, heads: int, positions: int, tokens: int = TOKENS) -> int:
     """Bytes of scratch memory for a call: the maps [B,H,N,T] and [B,H,3,T], both float32.
 
     It need not be zeroed, and calls on one stream may share it.
     """
-    return rows * heads * (positions + STATISTICS_PER_HEAD) * TOKENS * 4
+    return rows * heads * (positions + STATISTICS_PER_HEAD) * tokens * 4
 
 
 class AttentionKernel:
-    """The two kernels for one GPU architecture (`sm_90`), head size and dtype.
+    """The two kernels for one GPU architecture (`sm_90`), head size, dtype and T `tokens`.
 
     Compiled in about a second when made; loaded into the current CUDA context by the first call.
     Raises what `compile_kernels` raises.
     """
 
-    def __init__(self, architecture: str, head_size: int = 64, dtype: str = "float16") -> None:
+    def __init__(
+        self,
+        architecture: str,
+        head_size: int = 64,
+        dtype: str = "float16",
+        *,
+        tokens: int = TOKENS,
+    ) -> None:
         check_head_size(head_size)
-        self.head_size, self.dtype = head_size, dtype
-        self._image = compile_kernels(architecture, head_size, dtype, "cubin").code
+        check_tokens(tokens)
+        self.head_size, self.dtype, self.tokens = head_size, dtype, tokens
+        compiled = compile_kernels(architecture, head_size, dtype, "cubin", tokens=tokens)
+        self._image = compiled.code
 
     def __call__(
         self,
@@ -106,34 +117,40 @@ class AttentionKernel:
         out_BHND: Any,
         workspace: Any,
         *,
+        token_mask_BT: Any = None,
         softmask: bool = True,
     ) -> None:
         """Put λ · f(A) V' of Eq. 6 into `out_BHND`, on the CUDA stream of handle `stream`.
 
         Tensors are `DeviceMemory` or offer `__cuda_array_interface__`; `manipulation_RP` and
         `ip_scale_R` are float32, `workspace` is of any shape and dtype with at least
-        `workspace_bytes`. With `softmask` False the first launch is left out: right only if no row
-        of `manipulation_RP` is of that kind. Raises `InvalidRequest` for what does not fit, before
-        anything is launched, and `MissingDependency` without cuda-python.
+        `workspace_bytes`. `token_mask_BT`, float32, says which tokens there are (engines.contract)
+        and is not for 4 tokens. With `softmask` False the first launch is left out: right only if
+        no row of `manipulation_RP` is of that kind, and done with 4 tokens alone. Raises
+        `InvalidRequest` for what does not fit, before anything is launched, and `MissingDependency`
+        without cuda-python.
         """
         tensors = [_memory(x) for x in (q_BHND, k_BHTD, v_BHTD, manipulation_RP, ip_scale_R)]
         out, scratch = _memory(out_BHND), _memory(workspace)
-        sizes = self._check([*tensors, out, scratch])
+        mask = None if token_mask_BT is None else _memory(token_mask_BT)
+        sizes = self._check([*tensors, out, scratch], mask)
         q, k, v, manipulation, ip_scale = (tensor.address for tensor in tensors)
         head_rows = sizes.rows * sizes.heads
         maps = scratch.address
-        statistics = maps + head_rows * sizes.positions * TOKENS * 4
+        statistics = maps + head_rows * sizes.positions * self.tokens * 4
+        usual = self.tokens == TOKENS
+        further = () if usual else (0 if mask is None else mask.address,)
         # The kernels take C ints; a plain Python int would be passed as a pointer.
         counts = [np.int32(n) for n in (sizes.requests, sizes.rows, sizes.heads, sizes.positions)]
         core, first, second = self._loaded
         on = _Stream(stream)
-        if softmask:
+        if softmask or not usual:
             config = core.LaunchConfig(grid=(head_rows,), block=(STATISTICS_THREADS,))
-            core.launch(on, config, first, q, k, manipulation, *counts, maps, statistics)
+            core.launch(on, config, first, q, k, manipulation, *counts, maps, statistics, *further)
         blocks = -(-sizes.positions // OUTPUT_POSITIONS)
         config = core.LaunchConfig(grid=(blocks, head_rows), block=(OUTPUT_THREADS,))
         inputs = (q, k, v, manipulation, ip_scale, maps, statistics)
-        core.launch(on, config, second, *inputs, *counts, out.address)
+        core.launch(on, config, second, *inputs, *counts, out.address, *further)
 
     @cached_property
     def _loaded(self) -> tuple[Any, Any, Any]:
@@ -147,7 +164,7 @@ class AttentionKernel:
         code = core.ObjectCode.from_cubin(self._image)
         return core, code.get_kernel(STATISTICS_KERNEL), code.get_kernel(OUTPUT_KERNEL)
 
-    def _check(self, tensors: Sequence[DeviceMemory]) -> Sizes:
+    def _check(self, tensors: Sequence[DeviceMemory], mask: DeviceMemory | None = None) -> Sizes:
         """Sizes of a call with q, k, v, manipulation, ip_scale, the output and the workspace."""
         q, k, v, manipulation, ip_scale, out, workspace = tensors
         if len(q.shape) != 4 or not all(q.shape) or q.shape[3] != self.head_size:
@@ -162,7 +179,12 @@ class AttentionKernel:
                 f"{rows} rows of {heads} heads do not divide into {requests} requests.",
                 "Send the branches of every request, and one parameter row for each request.",
             )
-        tokens = (rows, heads, TOKENS, size)
+        tokens = (rows, heads, self.tokens, size)
+        if mask is not None and self.tokens == TOKENS:
+            raise InvalidRequest(
+                f"An attention kernel for {TOKENS} image tokens takes no mask.", "Leave it out."
+            )
+        masks = [] if mask is None else [("the mask", mask, (rows, self.tokens), "float32")]
         for name, tensor, shape, dtype in (
             ("q", q, q.shape, self.dtype),
             ("k", k, tokens, self.dtype),
@@ -171,19 +193,21 @@ class AttentionKernel:
             ("ip_scale", ip_scale, (requests,), "float32"),
             ("the output", out, q.shape, self.dtype),
             ("the workspace", workspace, workspace.shape, workspace.dtype),
+            *masks,
         ):
             if tuple(tensor.shape) != tuple(shape) or tensor.dtype != dtype:
                 raise InvalidRequest(
                     f"{name} is {tensor.dtype} {_text(tensor.shape)} and has to be "
                     f"{dtype} {_text(shape)}.",
-                    "The kernel reads dense tensors of one dtype, with four image tokens.",
+                    f"The kernel reads dense tensors of one dtype, with {self.tokens} image "
+                    "tokens.",
                 )
             if tensor.address % _ALIGNMENT or not tensor.address:
                 raise InvalidRequest(
                     f"{name} lies at address {tensor.address:#x}, which is no multiple of 16.",
                     "Use the start of an allocation.",
                 )
-        needed = workspace_bytes(rows, heads, positions)
+        needed = workspace_bytes(rows, heads, positions, self.tokens)
         given = prod(workspace.shape) * _item_bytes(workspace.dtype)
         if given < needed:
             raise InvalidRequest(

@@ -34,7 +34,9 @@ from fastface_trt.engines.hardware import cuda_hardware
 from fastface_trt.engines.kernels.compile import (
     ARCHITECTURES,
     DTYPES,
+    USUAL_TOKENS,
     check_head_size,
+    check_tokens,
     compile_kernels,
 )
 from fastface_trt.errors import BuildFailed, FastFaceError, InvalidRequest, MissingDependency
@@ -43,7 +45,6 @@ LIBRARY_NAME: Final = "libfastface_kernels.so"
 SHIPPED_HEAD_SIZES: Final = (64, 16)
 """Head sizes of SDXL and of the mini model."""
 
-_TOKENS: Final = 4
 _ARCHIVE: Final = "operator.tar.xz"
 _HERE: Final = resources.files(__package__)
 _SOURCE: Final = "ort_operator.cpp"
@@ -79,9 +80,10 @@ def supports(tokens: int, head_size: int, dtype: str) -> bool:
     """Whether there are kernels for T image tokens, heads of D elements, and q, k, v of `dtype`."""
     try:
         check_head_size(head_size)
+        check_tokens(tokens)
     except InvalidRequest:
         return False
-    return tokens == _TOKENS and dtype in DTYPES
+    return dtype in DTYPES
 
 
 def library_status(architecture: str | None = None) -> LibraryStatus:
@@ -122,9 +124,14 @@ def library_status(architecture: str | None = None) -> LibraryStatus:
 
 
 def place_library(
-    folder: Path, head_sizes: Sequence[int], dtypes: Sequence[str], architecture: str | None = None
+    folder: Path,
+    head_sizes: Sequence[int],
+    dtypes: Sequence[str],
+    architecture: str | None = None,
+    *,
+    tokens: int = USUAL_TOKENS,
 ) -> list[Path]:
-    """Put the library, and GPU code for every head size D and dtype, into `folder`; the files.
+    """Put the library, and GPU code for T, every head size D and dtype, into `folder`; the files.
 
     Code is machine code for `architecture` (`sm_90`; None is this machine's GPU, or every one that
     is known where there is none) and PTX that newer GPUs' drivers compile. Raises `InvalidRequest`
@@ -139,7 +146,7 @@ def place_library(
     architecture = architecture or _this_gpu()
     files: dict[str, bytes] = {}
     for size, dtype in sorted({(size, dtype) for size in head_sizes for dtype in dtypes}):
-        files |= _code(size, dtype, architecture)
+        files |= _code(size, dtype, architecture, tokens)
     files[LIBRARY_NAME] = _shipped().get(LIBRARY_NAME) or _built()
     for name, content in files.items():
         (folder / name).write_bytes(content)
@@ -152,39 +159,45 @@ def library_in(folder: Path) -> Path | None:
     return library if library.is_file() else None
 
 
-def code_name(head_size: int, dtype: str, architecture: str | None = None) -> str:
+def code_name(
+    head_size: int, dtype: str, architecture: str | None = None, tokens: int = USUAL_TOKENS
+) -> str:
     """File name of a cubin, or of PTX without an architecture, as the library looks for it."""
     suffix = f"-{architecture}.cubin" if architecture else ".ptx"
-    return f"decoupled_attention-{head_size}-{dtype}{suffix}"
+    of_tokens = "" if tokens == USUAL_TOKENS else f"-{tokens}tokens"
+    return f"decoupled_attention-{head_size}-{dtype}{of_tokens}{suffix}"
 
 
-def _code(head_size: int, dtype: str, architecture: str | None) -> dict[str, bytes]:
+def _code(head_size: int, dtype: str, architecture: str | None, tokens: int) -> dict[str, bytes]:
     """Cubins and PTX by file name."""
-    ptx, shipped = code_name(head_size, dtype), _shipped()
+    ptx, shipped = code_name(head_size, dtype, tokens=tokens), _shipped()
     if ptx in shipped:
         nearest = _nearest(architecture) if architecture else None
         wanted = ARCHITECTURES if architecture is None else (nearest,) if nearest else ()
         names = [code_name(head_size, dtype, one) for one in wanted]
         return {name: shipped[name] for name in (*names, ptx)}
     try:
-        return _compiled(head_size, dtype, (architecture,) if architecture else ARCHITECTURES)
+        targets = (architecture,) if architecture else ARCHITECTURES
+        return _compiled(head_size, dtype, targets, tokens)
     except MissingDependency as error:
         raise MissingDependency(
-            f"Attention kernels for heads of {head_size} elements in {dtype} are not shipped, and "
-            f"cannot be compiled: {error.message}",
+            f"Attention kernels for {tokens} image tokens and heads of {head_size} elements in "
+            f"{dtype} are not shipped, and cannot be compiled: {error.message}",
             error.hint,
         ) from None
 
 
-def _compiled(head_size: int, dtype: str, architectures: Sequence[str]) -> dict[str, bytes]:
+def _compiled(
+    head_size: int, dtype: str, architectures: Sequence[str], tokens: int = USUAL_TOKENS
+) -> dict[str, bytes]:
     files = {
-        code_name(head_size, dtype, one): compile_kernels(
-            one, head_size, dtype, "cubin", heads_last=True
+        code_name(head_size, dtype, one, tokens): compile_kernels(
+            one, head_size, dtype, "cubin", heads_last=True, tokens=tokens
         ).code
         for one in architectures
     }
-    ptx = compile_kernels(_PTX_FROM, head_size, dtype, "ptx", heads_last=True).code
-    return files | {code_name(head_size, dtype): ptx}
+    ptx = compile_kernels(_PTX_FROM, head_size, dtype, "ptx", heads_last=True, tokens=tokens).code
+    return files | {code_name(head_size, dtype, tokens=tokens): ptx}
 
 
 @lru_cache

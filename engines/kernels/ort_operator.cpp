@@ -1,9 +1,9 @@
 // fastface.kernels::DecoupledAttention for ONNX Runtime: base + lambda f(A) V' of Eq. 1 and 6
 // to 10.
 //
-//   q, base, output [B, N, H * D]   k, v [B, T, H * D]   all float16 or all float32; base is
-//   optional manipulation    [R, 8] float32   ip_scale [R] float32   attribute num_heads = H;   T =
-//   4
+//   q, base, output [B, N, H * D]   k, v [B, T, H * D]   all float16 or all float32
+//   manipulation [R, 8]   ip_scale [R]   token_mask [B, T]   all float32; attribute num_heads = H
+// base and token_mask are optional; four tokens take no mask, for whose kernels it is not made.
 // Legend: `decoupled_attention.cu`, whose two kernels are the version for the CUDA provider: they
 // go onto the provider's stream, and nothing is allocated or waited for while the stream is
 // captured. The version for the CPU provider evaluates the equations in double and rounds once.
@@ -155,7 +155,7 @@ Status* guarded(Body body) noexcept {  // no exception crosses into ONNX Runtime
 // ---- One call
 // --------------------------------------------------------------------------------------
 
-constexpr int TOKENS = 4, COLUMNS = 8;
+constexpr int USUAL_TOKENS = 4, MOST_TOKENS = 256, COLUMNS = 8;
 constexpr int STATISTICS_THREADS = 512, OUTPUT_THREADS = 256, OUTPUT_POSITIONS = 512;
 constexpr int STATISTICS_PER_HEAD = 3;
 
@@ -167,8 +167,8 @@ struct Tensor {
 };
 
 struct Call {
-  Tensor q, k, v, manipulation, ip_scale, base;
-  int64_t requests, rows, heads, positions, head_size;
+  Tensor q, k, v, manipulation, ip_scale, base, mask;
+  int64_t requests, rows, heads, positions, head_size, tokens;
   void* out;
 };
 
@@ -199,15 +199,15 @@ Tensor input(const Context* context, size_t index) {
 void expect(const char* name, const Tensor& tensor, const Shape& shape) {
   if (tensor.shape == shape) return;
   throw Failure{std::string(name) + " is " + text(tensor.shape) + " and has to be " + text(shape) +
-                    ", four image tokens and one parameter row per request.",
+                    ", as many image tokens everywhere and one parameter row per request.",
                 INVALID_ARGUMENT};
 }
 
 // The inputs of a call, checked; false where there is nothing to compute.
 bool read(Context* context, int64_t heads, Call& call) {
   Tensor* const inputs[] = {&call.q,        &call.k,   &call.v, &call.manipulation,
-                            &call.ip_scale, &call.base};
-  for (size_t i = 0; i < 6; ++i) *inputs[i] = input(context, i);
+                            &call.ip_scale, &call.base, &call.mask};
+  for (size_t i = 0; i < 7; ++i) *inputs[i] = input(context, i);
   const Shape& q = call.q.shape;
   if (q.size() != 3 || q[2] % heads) {
     throw Failure{"q is " + text(q) +
@@ -222,10 +222,22 @@ bool read(Context* context, int64_t heads, Call& call) {
   }
   call.requests = requests, call.rows = q[0], call.positions = q[1];
   call.heads = heads, call.head_size = q[2] / heads;
-  expect("k", call.k, {q[0], TOKENS, q[2]}), expect("v", call.v, {q[0], TOKENS, q[2]});
+  call.tokens = call.k.shape.size() == 3 ? call.k.shape[1] : USUAL_TOKENS;
+  if (call.tokens < 2 || call.tokens > MOST_TOKENS) {
+    throw Failure{"k is " + text(call.k.shape) + "; 2 to " + std::to_string(MOST_TOKENS) +
+                      " image tokens are taken.",
+                  INVALID_ARGUMENT};
+  }
+  expect("k", call.k, {q[0], call.tokens, q[2]}), expect("v", call.v, {q[0], call.tokens, q[2]});
   expect("manipulation", call.manipulation, {requests, COLUMNS});
   expect("ip_scale", call.ip_scale, {requests});
   if (call.base.data || !call.base.shape.empty()) expect("base", call.base, q);
+  if (call.mask.data || !call.mask.shape.empty()) {
+    expect("token_mask", call.mask, {q[0], call.tokens});
+    if (call.tokens == USUAL_TOKENS) {
+      throw Failure{"four image tokens take no mask.", INVALID_ARGUMENT};
+    }
+  }
   Value* output;
   ask(api->KernelContext_GetOutput(context, 0, q.data(), q.size(), &output));
   ask(api->GetTensorMutableData(output, &call.out));
@@ -299,14 +311,15 @@ double quantile(std::vector<double>& x, double level) {
 }
 
 // S of Eq. 8 and 9 of one request: `a` and `f` are [G * H, N, T].
-void softmask(const double* a, double* f, int64_t head_rows, int64_t positions, const float* row) {
+void softmask(const double* a, double* f, int64_t head_rows, int64_t positions, int64_t T,
+              const float* row) {
   constexpr double INFINITE = HUGE_VAL;
   std::vector<double> entering(head_rows * positions), own(positions);
-  for (int t = 0; t < TOKENS; ++t) {
+  for (int t = 0; t < T; ++t) {
     const bool invert = t == 0 && row[6] > 0.5f;
     double low = INFINITE, high = -INFINITE;
     for (size_t i = 0; i < entering.size(); ++i) {
-      const double x = entering[i] = invert ? 1 - a[i * TOKENS] : a[i * TOKENS + t];
+      const double x = entering[i] = invert ? 1 - a[i * T] : a[i * T + t];
       low = std::min(low, x), high = std::max(high, x);
     }
     double sigmoid_low = INFINITE, sigmoid_high = -INFINITE;
@@ -323,10 +336,10 @@ void softmask(const double* a, double* f, int64_t head_rows, int64_t positions, 
       double peak = 0;
       for (int64_t i = first; i < first + positions; ++i) {
         const double s = row[1] * share(entering[i], sigmoid_low, sigmoid_high);
-        peak = std::max(peak, f[i * TOKENS + t] = std::min(s, (double)row[7]));
+        peak = std::max(peak, f[i * T + t] = std::min(s, (double)row[7]));
       }
       for (int64_t i = first; invert && i < first + positions; ++i) {
-        f[i * TOKENS] = peak - f[i * TOKENS];
+        f[i * T] = peak - f[i * T];
       }
     }
   }
@@ -335,14 +348,18 @@ void softmask(const double* a, double* f, int64_t head_rows, int64_t positions, 
 template <typename Scalar>
 void on_host(const Call& call) {
   const int64_t N = call.positions, H = call.heads, D = call.head_size, C = H * D;
+  const int64_t T = call.tokens;
   const int64_t branches = call.rows / call.requests, head_rows = branches * H;
   const auto at = [](const Tensor& tensor) { return static_cast<const Scalar*>(tensor.data); };
   const auto single = [](const Tensor& tensor) { return static_cast<const float*>(tensor.data); };
-  std::vector<double> a(head_rows * N * TOKENS), f(a.size());
-  std::vector<double> tokens(TOKENS * D), x(D), untouched(D);
+  std::vector<double> a(head_rows * N * T), f(a.size());
+  std::vector<double> tokens(T * D), x(D), untouched(D), sums(T), of(T), was(T);
+  const auto masked = [&](int64_t b, int64_t t) {
+    return call.mask.data ? (double)single(call.mask)[b * T + t] : 0;
+  };
   const auto load = [&](const Tensor& from, int64_t b, int64_t h) {
-    for (int64_t i = 0; i < TOKENS * D; ++i) {
-      tokens[i] = value(at(from)[(b * TOKENS + i / D) * C + h * D + i % D]);
+    for (int64_t i = 0; i < T * D; ++i) {
+      tokens[i] = value(at(from)[(b * T + i / D) * C + h * D + i % D]);
     }
   };
   for (int64_t request = 0; request < call.requests; ++request) {
@@ -352,19 +369,20 @@ void on_host(const Call& call) {
       const int64_t b = request * branches + i / H, h = i % H;
       load(call.k, b, h);
       for (int64_t n = 0; n < N; ++n) {
-        double* map = &a[(i * N + n) * TOKENS];
-        double sums[TOKENS] = {}, total = 0;
+        double* map = &a[(i * N + n) * T];
+        double total = 0;
+        std::fill(sums.begin(), sums.end(), 0);
         for (int64_t j = 0; j < D; ++j) {
           const double element = value(at(call.q)[(b * N + n) * C + h * D + j]);
-          for (int t = 0; t < TOKENS; ++t) sums[t] += element * tokens[t * D + j];
+          for (int t = 0; t < T; ++t) sums[t] += element * tokens[t * D + j];
         }
-        const double peak = *std::max_element(sums, sums + TOKENS);
-        for (int t = 0; t < TOKENS; ++t)
-          total += map[t] = std::exp((sums[t] - peak) / std::sqrt(D));
-        for (int t = 0; t < TOKENS; ++t) map[t] /= total;
+        for (int t = 0; t < T; ++t) sums[t] = sums[t] / std::sqrt(D) + masked(b, t);
+        const double peak = *std::max_element(sums.begin(), sums.end());
+        for (int t = 0; t < T; ++t) total += map[t] = std::exp(sums[t] - peak);
+        for (int t = 0; t < T; ++t) map[t] /= total;
       }
     }
-    if (is_softmask) softmask(a.data(), f.data(), head_rows, N, row);
+    if (is_softmask) softmask(a.data(), f.data(), head_rows, N, T, row);
     for (size_t i = 0; i < f.size() && !is_softmask; ++i) {
       f[i] = is_power ? std::min((double)row[1] * std::pow(a[i], (double)row[2]), (double)row[7])
                       : a[i];
@@ -374,11 +392,18 @@ void on_host(const Call& call) {
       const int64_t b = request * branches + i / H, h = i % H;
       load(call.v, b, h);
       for (int64_t n = 0; n < N; ++n) {
-        double *map = &a[(i * N + n) * TOKENS], *mask = &f[(i * N + n) * TOKENS];
-        if (matched) match(mask, map, TOKENS, row[5]);
+        double *map = &a[(i * N + n) * T], *mask = &f[(i * N + n) * T];
+        int64_t count = 0;  // of the tokens that are there
+        for (int t = 0; t < T; ++t) {
+          if (std::exp(masked(b, t)) > 0) of[count] = mask[t], was[count++] = map[t];
+        }
+        if (matched) match(of.data(), was.data(), count, row[5]);
+        for (int t = 0, next = 0; t < T; ++t) {
+          mask[t] = std::exp(masked(b, t)) > 0 ? of[next++] : 0;
+        }
         for (int64_t j = 0; j < D; ++j) {
           x[j] = untouched[j] = 0;
-          for (int t = 0; t < TOKENS; ++t) {
+          for (int t = 0; t < T; ++t) {
             x[j] += mask[t] * tokens[t * D + j], untouched[j] += map[t] * tokens[t * D + j];
           }
         }
@@ -510,7 +535,7 @@ struct Code : Owned {  // both kernels
 struct Shared {
   std::mutex guard;
   std::map<std::pair<Handle, Handle>, std::weak_ptr<Scratch>> scratch;   // context, stream
-  std::map<std::tuple<Handle, int, int64_t>, std::weak_ptr<Code>> code;  // context, type, D
+  std::map<std::tuple<Handle, int, int64_t, int64_t>, std::weak_ptr<Code>> code;  // …, type, D, T
 };
 
 Shared& shared() {
@@ -550,14 +575,15 @@ std::vector<char> content(const std::string& path) {
 
 // Code for the device of the current context: its own, that of an earlier minor version of its
 // architecture, or PTX, which the driver compiles.
-std::shared_ptr<Code> load(Handle context, int type, int64_t head_size) {
+std::shared_ptr<Code> load(Handle context, int type, int64_t head_size, int64_t tokens) {
   const Driver& cuda = driver();
   int device, major, minor;
   check(cuda.cuCtxGetDevice(&device), "cuCtxGetDevice");
   check(cuda.cuDeviceGetAttribute(&major, CAPABILITY_MAJOR, device), "cuDeviceGetAttribute");
   check(cuda.cuDeviceGetAttribute(&minor, CAPABILITY_MINOR, device), "cuDeviceGetAttribute");
   const std::string variant =
-      std::to_string(head_size) + (type == FLOAT16 ? "-float16" : "-float32");
+      std::to_string(head_size) + (type == FLOAT16 ? "-float16" : "-float32") +
+      (tokens == USUAL_TOKENS ? "" : "-" + std::to_string(tokens) + "tokens");
   const std::string stem = folder() + "/decoupled_attention-" + variant;
   std::vector<std::string> names;
   for (int older = minor; older >= 0; --older) {
@@ -610,7 +636,8 @@ void on_device(Node& node, int type, const Call& call, Handle stream) {
   }
   if (!context) throw Failure{"no CUDA context is current in this thread."};
 
-  const size_t needed = (size_t)head_rows * (call.positions + STATISTICS_PER_HEAD) * TOKENS * 4;
+  const size_t needed = (size_t)head_rows * (call.positions + STATISTICS_PER_HEAD) *
+                        call.tokens * 4;
   std::shared_ptr<Code> code;
   std::shared_ptr<Scratch> scratch;
   {
@@ -622,8 +649,11 @@ void on_device(Node& node, int type, const Call& call, Handle stream) {
       if (capturing)
         throw Failure{"a capture wants a run of the same size on its stream before it."};
     };
-    auto& loaded = all.code[{context, type, call.head_size}];
-    if (!(code = loaded.lock())) allowed(), loaded = code = load(context, type, call.head_size);
+    auto& loaded = all.code[{context, type, call.head_size, call.tokens}];
+    if (!(code = loaded.lock())) {
+      allowed();
+      loaded = code = load(context, type, call.head_size, call.tokens);
+    }
     auto& block = all.scratch[{context, stream}];
     scratch = block.lock();
     if (!scratch || scratch->bytes < needed) {
@@ -638,15 +668,17 @@ void on_device(Node& node, int type, const Call& call, Handle stream) {
     node.own(code), node.own(scratch);
   }
   Address maps = scratch->address,
-          statistics = maps + (Address)head_rows * call.positions * TOKENS * 4;
+          statistics = maps + (Address)head_rows * call.positions * call.tokens * 4;
   int requests = (int)call.requests, rows = (int)call.rows, heads = (int)call.heads;
   int positions = (int)call.positions;
   const void *q = call.q.data, *k = call.k.data, *v = call.v.data, *base = call.base.data;
   const void *manipulation = call.manipulation.data, *ip_scale = call.ip_scale.data;
   void* out = call.out;
-  void* first[] = {&q, &k, &manipulation, &requests, &rows, &heads, &positions, &maps, &statistics};
+  const void* mask = call.mask.data;  // which the kernels for four tokens do not look at
+  void* first[] = {&q,     &k,         &manipulation, &requests,   &rows,
+                   &heads, &positions, &maps,         &statistics, &mask};
   void* second[] = {&q,        &k,    &v,     &manipulation, &ip_scale, &maps, &statistics,
-                    &requests, &rows, &heads, &positions,    &out,      &base};
+                    &requests, &rows, &heads, &positions,    &out,      &base, &mask};
   const unsigned blocks = (positions + OUTPUT_POSITIONS - 1) / OUTPUT_POSITIONS;
   const std::lock_guard<std::mutex> turn(scratch->turn);
   check(cuda.cuLaunchKernel(code->statistics, (unsigned)head_rows, 1, 1, STATISTICS_THREADS, 1, 1,
@@ -703,14 +735,14 @@ Operator::Operator(bool cuda, int type) : cuda(cuda), type(type) {
     return static_cast<const Operator*>(op)->cuda ? "CUDAExecutionProvider"
                                                   : "CPUExecutionProvider";
   };
-  GetInputTypeCount = [](const CustomOp*) -> size_t { return 6; };
+  GetInputTypeCount = [](const CustomOp*) -> size_t { return 7; };
   GetInputType = [](const CustomOp* op, size_t index) {
-    return index == 3 || index == 4 ? FLOAT : static_cast<const Operator*>(op)->type;
+    return index == 3 || index == 4 || index == 6 ? FLOAT : static_cast<const Operator*>(op)->type;
   };
   GetOutputTypeCount = [](const CustomOp*) -> size_t { return 1; };
   GetOutputType = [](const CustomOp* op, size_t) { return static_cast<const Operator*>(op)->type; };
   GetInputCharacteristic = [](const CustomOp*, size_t index) {
-    return index == 5 ? OPTIONAL : REQUIRED;
+    return index == 5 || index == 6 ? OPTIONAL : REQUIRED;
   };
   GetOutputCharacteristic = [](const CustomOp*, size_t) { return REQUIRED; };
   GetInputMemoryType = [](const CustomOp*, size_t) {

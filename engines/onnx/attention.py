@@ -124,7 +124,7 @@ def _single_head(graph: Graph, attention: Attention) -> None:
 def operator_branch(graph: Graph, attention: Attention, call: Node, base: str) -> None:
     """The custom operator, which scales Q by 1/√D as the exported function does."""
     k, v = _image_tokens(graph, call)
-    inputs = [attention.q.tensor, k, v, *call.input[3:5], base]
+    inputs = [attention.q.tensor, k, v, *call.input[3:5], base, *call.input[5:]]
     heads = attention.q.heads
     graph.add(FUNCTION_NAME, inputs, attention.output, KERNEL_DOMAIN, num_heads=heads)
 
@@ -141,7 +141,8 @@ def lone_operators(graph: Graph) -> int:
         if q is None or k is None or v is None or not q.heads == k.heads == v.heads:
             continue
         merged, apart = f"{call.output[0]}.merged", f"{call.output[0]}.apart"
-        inputs = [q.tensor, k.tensor, v.tensor, *call.input[3:5]]
+        mask = list(call.input[5:])
+        inputs = [q.tensor, k.tensor, v.tensor, *call.input[3:5], *(["", *mask] if mask else [])]
         graph.add(FUNCTION_NAME, inputs, merged, KERNEL_DOMAIN, num_heads=q.heads)
         graph.add("Reshape", [merged, _by_head(graph, q.heads)], apart)
         graph.add("Transpose", [apart], call.output[0], perm=_HEADS_FIRST)
@@ -160,7 +161,7 @@ def if_branch(tokens: int, single: bool) -> ImageBranch:
     def write(graph: Graph, attention: Attention, call: Node, base: str) -> None:
         prefix = f"{attention.output}.image."
         k, v = _image_tokens(graph, call)
-        manipulation, ip_scale = call.input[3:5]
+        manipulation, ip_scale, *mask = call.input[3:]
         asks = _asks_for_the_softmask(graph, manipulation)
         own = attention.dtype
         if single and own != FLOAT32:
@@ -179,7 +180,7 @@ def if_branch(tokens: int, single: bool) -> ImageBranch:
                 attention, q=replace(attention.q, tensor=q), factor=factor, dtype=FLOAT32
             )
         dtype = attention.dtype
-        inputs = (k, v, manipulation, ip_scale)
+        inputs = (k, v, manipulation, ip_scale, *mask)
         exported = _exported(graph, f"{prefix}exported.", attention, call, inputs, dtype)
         lean = _lean(graph, f"{prefix}lean.", attention, inputs, tokens, single, dtype)
         graph.add("If", [asks], f"{prefix}added", then_branch=exported, else_branch=lean)
@@ -290,11 +291,11 @@ def _exported(
     prefix: str,
     attention: Attention,
     call: Node,
-    inputs: tuple[str, str, str, str],
+    inputs: Sequence[str],
     dtype: int,
 ) -> Any:
     """The branch that does what the exported function does, with its transposes."""
-    k, v, manipulation, ip_scale = inputs
+    k, v, *others = inputs
     by_head = _by_head(graph, attention.q.heads)
     merged = graph.constant("form.merged", [0, 0, -1], np.int64)
     nodes = []
@@ -308,7 +309,7 @@ def _exported(
         ]
     written = helper.make_node(
         call.op_type,
-        [f"{prefix}q", f"{prefix}k", f"{prefix}v", manipulation, ip_scale],
+        [f"{prefix}q", f"{prefix}k", f"{prefix}v", *others],
         [f"{prefix}hidden"],
         domain=call.domain,
     )
@@ -325,7 +326,7 @@ def _lean(
     graph: Graph,
     prefix: str,
     attention: Attention,
-    inputs: tuple[str, str, str, str],
+    inputs: Sequence[str],
     tokens: int,
     single: bool,
     dtype: int,
@@ -335,7 +336,7 @@ def _lean(
     With K' spread to [B,H·T,C], zero outside of each head's own channels, Q K'ᵀ is one product
     [B,N,H·T]; V' likewise.
     """
-    k, v, manipulation, ip_scale = inputs
+    k, v, manipulation, ip_scale, *mask = inputs
     heads = attention.q.heads
     columns = {name: _column(graph, manipulation, name) for name in _LEAN_COLUMNS}  # [R,1,1]
     manipulated = f"{manipulation}.form.manipulated"
@@ -376,19 +377,38 @@ def _lean(
     q = typed(attention.q.tensor, "q")
     logits = add("MatMul", [q, keys], "logits")
     wide = logits if product == FLOAT32 else add("Cast", [logits], "logits.wide", to=FLOAT32)
-    a_BNHT = add("Softmax", [add("Reshape", [wide, maps], "logits.maps")], "a", axis=3)
+    by_head_BNHT = add("Reshape", [wide, maps], "logits.maps")
+    there: list[str] = []
+    if mask:
+        masked_B11T, there_B11T = _mask(graph, mask[0])
+        by_head_BNHT = add("Add", [by_head_BNHT, masked_B11T], "logits.masked")
+        per_request = add("Shape", [by_head_BNHT], "logits.maps.shape")
+        there_BNHT = add("Expand", [there_B11T, per_request], "there")
+        there = [add("Reshape", [there_BNHT, by_request], "there.by_request")]
+    a_BNHT = add("Softmax", [by_head_BNHT], "a", axis=3)
     a = add("Reshape", [a_BNHT, by_request], "a.by_request")
     raised = add(
         "Mul", [columns["scale"], add("Pow", [a, columns["power"]], "power_of_a")], "raised"
     )
     bounded = add("Min", [raised, columns["upper_bound"]], "bounded")
     f = add("Where", [manipulated, bounded, a], "f")
+    if there:  # a token that is not there has a share of 0, and 0 to the power of 0 is 1
+        f = add("Mul", [f, *there], "f.there")
     weighted = add("Mul", [f, scale_R11], "f.weighted")
     f_BNM = add("Reshape", [weighted, add("Shape", [logits], "logits.shape")], "f.merged")
     f_typed = f_BNM if product == FLOAT32 else add("Cast", [f_BNM], "f.typed", to=product)
     hidden = add("MatMul", [f_typed, block_diagonal(v, "v")], "hidden")
     out = add("CastLike", [hidden, attention.q.tensor], "out")
     return _branch("lean", nodes, out, dtype)
+
+
+def _mask(graph: Graph, mask: str) -> tuple[str, str]:
+    """The mask of the tokens as [B,1,1,T], and 1 where they are there and 0 where not."""
+    apart, there = f"{mask}.form.apart", f"{mask}.form.there"
+    if graph.made_by(apart) is None:
+        axes = graph.constant("form.mask_axes", [1, 2], np.int64)
+        graph.add("Exp", [graph.add("Unsqueeze", [mask, axes], apart)], there)
+    return apart, there
 
 
 _LEAN_COLUMNS = ("kind", "scale", "power", "upper_bound")

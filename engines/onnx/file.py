@@ -8,10 +8,10 @@ a compiler's worth of code, is not needed to run an engine.
 """
 
 import mmap
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Final
 
 import numpy as np
@@ -19,6 +19,8 @@ from numpy.typing import NDArray
 
 from fastface_trt.engines.dtypes import FROM_ONNX
 from fastface_trt.engines.engine import Closing
+from fastface_trt.engines.files import verify_files
+from fastface_trt.engines.manifest import ModuleSpec, open_file
 from fastface_trt.errors import ExportIncomplete
 
 MODULE_KEY: Final = "fastface.module"
@@ -31,6 +33,18 @@ FUNCTION_NAME = 1
 NODE_INPUT, NODE_OUTPUT, NODE_NAME, NODE_OP_TYPE, NODE_DOC, NODE_METADATA = 1, 2, 3, 4, 6, 9
 _TENSOR_DIMS, _TENSOR_TYPE, _TENSOR_NAME, _TENSOR_RAW, _TENSOR_EXTERNAL = 1, 2, 8, 9, 13
 _PAIR_KEY, _PAIR_VALUE = 1, 2
+
+_HELD: Final[Mapping[str, Mapping[int, str]]] = {
+    "model": {MODEL_GRAPH: "graph", 20: "training", MODEL_FUNCTION: "function"},
+    "training": {1: "graph", 2: "graph"},
+    "graph": {GRAPH_NODE: "node", GRAPH_INITIALIZER: "tensor", GRAPH_SPARSE: "sparse"},
+    "function": {7: "node", 11: "attribute"},
+    "node": {5: "attribute", NODE_OP_TYPE: "operator"},
+    "attribute": {5: "tensor", 6: "graph", 10: "tensor", 11: "graph", 22: "sparse", 23: "sparse"},
+    "sparse": {1: "tensor", 2: "tensor"},
+    "tensor": {_TENSOR_EXTERNAL: "reference"},
+}
+"""Messages of onnx.proto3 by field number, as far as a tensor may lie inside of them."""
 
 Fields = Iterator[tuple[int, int | memoryview]]
 
@@ -81,6 +95,8 @@ class OnnxFile(Closing):
         self._graph = memoryview(b"")
         for field, value in self.fields(self._map(path)):
             if field == MODEL_GRAPH and isinstance(value, memoryview):
+                if self._graph:  # others would take both for one
+                    raise self._broken("it holds two graphs")
                 self._graph = value
         if not self._graph:
             raise self._broken("it holds no graph")
@@ -106,6 +122,36 @@ class OnnxFile(Closing):
         """The GraphProto message, for `fields`."""
         return self._graph
 
+    def references(self) -> set[str]:
+        """Every file that some tensor of the model says its bytes lie in, as it is spelled.
+
+        That is of all graphs, branches, functions and attributes, and of every copy of a field that
+        may stand only once: which copy counts is for each reader to decide. Raises
+        `ExportIncomplete` for a node that is a compiled graph, which has files of its own.
+        """
+        found = set()
+        waiting = [("model", self.model)]
+        while waiting:
+            kind, message = waiting.pop()
+            held = _HELD[kind]
+            for field, value in self.fields(message):
+                inner = held.get(field)
+                if inner is None or not isinstance(value, memoryview):
+                    continue
+                if inner == "operator":
+                    if _read_text(value) == "EPContext":
+                        raise self._broken("it holds a graph that was compiled for one machine")
+                elif inner != "reference":
+                    waiting.append((inner, value))
+                else:
+                    key, text = self._pair(value)
+                    if key == "location":
+                        found.add(text)
+        # What is not UTF-8 was replaced, and could be the name of another file then.
+        if any("\ufffd" in one for one in found):
+            raise self._broken("the name of a data file is not UTF-8")
+        return found
+
     def place(self, weight: Initializer) -> tuple[Path, int]:
         """The file that holds the bytes of `weight`, and where they begin in it."""
         for path in self._maps:
@@ -128,7 +174,7 @@ class OnnxFile(Closing):
     def _map(self, path: Path) -> memoryview:
         if path not in self._maps:
             try:
-                with open(path, "rb") as file:
+                with open_file(path) as file:
                     self._maps[path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             except FileNotFoundError:
                 raise ExportIncomplete(f"{path} is missing.", "Export it again.") from None
@@ -198,8 +244,11 @@ class OnnxFile(Closing):
         if not location or ".." in Path(location).parts or Path(location).is_absolute():
             raise self._broken(f"the data of {name} lies outside its folder")
         whole = self._map(self.path.parent / location)
-        start = int(entry.get("offset", 0))
-        length = int(entry.get("length", len(whole) - start))
+        try:
+            start = int(entry.get("offset", 0))
+            length = int(entry.get("length", len(whole) - start))
+        except ValueError:
+            raise self._broken(f"the place of {name} in {location} is no number") from None
         if start < 0 or length < 0 or start + length > len(whole):
             raise self._broken(f"the data of {name} ends beyond {location}")
         return whole[start : start + length]
@@ -222,6 +271,34 @@ class OnnxFile(Closing):
         return ExportIncomplete(f"{self.path} is not an ONNX model: {why}.", "Export it again.")
 
 
+def check_references(folder: Path, graph: str, named: Iterable[str]) -> None:
+    """Refuse the graph in file `graph` of `folder` unless all that it reads is among `named`.
+
+    Both are paths relative to `folder`, as its manifest spells them. A name that is absolute,
+    leaves the folder or is spelled in a roundabout way is none of those. Raises `ExportIncomplete`;
+    only the graph itself is opened.
+    """
+    named = set(named)
+    with OnnxFile(folder / graph) as onnx:
+        for location in sorted(onnx.references()):
+            if str(PurePosixPath(graph).parent / location) not in named:
+                raise ExportIncomplete(
+                    f"{folder / graph} reads {location!r:.200}, which no manifest names.",
+                    "Export it again: all that a graph reads has to be in its folder, by hash.",
+                )
+
+
+def verify_module(folder: Path, module: ModuleSpec, *, hashes: bool = True) -> Path:
+    """The graph of `module` in export `folder`, after a look at all that it will read.
+
+    Raises `ExportIncomplete` as `verify_files` and `check_references` do.
+    """
+    verify_files(folder, module.files, hashes=hashes)
+    graph, *data = (file.path for file in module.files)
+    check_references(folder, graph, data)
+    return folder / graph
+
+
 # Wire types of protocol buffers.
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 
@@ -235,6 +312,8 @@ def _fields(message: memoryview) -> Fields:
     at, end = 0, len(message)
     while at < end:
         tag, at = _read_varint(message, at)
+        if tag >> 32:  # other readers drop the bits that are too many, and see another field
+            raise ValueError("a field number of more than 32 bits")
         kind = tag & 7
         if kind == _VARINT:
             number, at = _read_varint(message, at)

@@ -19,6 +19,7 @@ would keep on the disk is loaded without being verified, so it is not kept. The 
 and `tensorrt-rtx` build once.
 """
 
+import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -31,7 +32,7 @@ from fastface_trt.engines.engine import Closing, Progress, check_inputs, host_ar
 from fastface_trt.engines.hardware import cpu_hardware, cuda_hardware
 from fastface_trt.engines.manifest import BuildReport, EngineManifest, ModuleSpec
 from fastface_trt.engines.onnx import forms
-from fastface_trt.engines.onnx.file import OnnxFile
+from fastface_trt.engines.onnx.file import OnnxFile, check_references
 from fastface_trt.engines.ort.cuda_engine import BoundEngine
 from fastface_trt.engines.ort.operator import (
     has_operator,
@@ -80,6 +81,7 @@ from fastface_trt.errors import (
     BuildFailed,
     EngineFailed,
     EngineMismatch,
+    ExportIncomplete,
     FastFaceError,
     InvalidRequest,
 )
@@ -332,9 +334,12 @@ class OnnxRuntimeBuilder:
             # A node that the provider leaves over would run on the CPU, slowly and unnoticed.
             options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
         try:
+            check_references(graph.parent, graph.name, os.listdir(graph.parent))
             session = open_session(str(graph), options, self.provider, provider_options)
         except BackendUnavailable:
             raise
+        except ExportIncomplete as error:
+            raise EngineMismatch(error.message, "Build it again: fastface-trt build.") from None
         except Exception as error:
             raise EngineMismatch(
                 f"ONNX Runtime cannot open the engine of {manifest.module.name}: "

@@ -55,7 +55,10 @@ def place_operator(model: bytes, tokens: int, folder: Path) -> None:
                 "The graph's own operators compute them.",
             )
     operator_library.place_library(
-        folder, sorted({size for size, _ in heads}), sorted({dtype for _, dtype in heads})
+        folder,
+        sorted({size for size, _ in heads}),
+        sorted({dtype for _, dtype in heads}),
+        tokens=tokens,
     )
 
 

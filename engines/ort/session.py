@@ -56,8 +56,8 @@ _OLDEST_CUDA: Final = 12
 
 REINSTALL: Final = "pip install --force-reinstall --no-deps onnxruntime-gpu"
 """`onnxruntime` and `onnxruntime-gpu` install the same files, so the last one counts; this puts the
-GPU's on top, which runs the CPU, too. The CPU's stays noted as installed: insightface asks for it,
-and would bring it back with the next install of anything if it were not."""
+GPU's on top, which runs the CPU, too. The CPU's stays noted as installed: this package asks for it,
+and the next install of anything would bring it back if it were not."""
 
 _PLUGIN: Final = (
     "pip install onnxruntime-ep-nv-tensorrt-rtx, a plugin for a plain onnxruntime (1.24 or later); "

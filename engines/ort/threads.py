@@ -73,8 +73,14 @@ def write_threads(folder: Path, measured: dict[int, float]) -> None:
 
 
 def read_threads(folder: Path) -> int | None:
-    """The number of threads to open an engine with, None where nothing was measured."""
-    file = folder / THREADS_FILE
-    if not file.is_file():
+    """The number of threads to open an engine with, None where nothing was measured.
+
+    What another machine measured is bounded by the cores here, and nonsense is nothing.
+    """
+    try:
+        measured = json.loads((folder / THREADS_FILE).read_text(encoding="utf-8"))["threads"]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return None
-    return int(json.loads(file.read_text(encoding="utf-8"))["threads"])
+    if type(measured) is not int or measured < 1:
+        return None
+    return min(measured, usable_cores())

@@ -97,7 +97,8 @@ class RandomCalibration:
                 manifest.height,
                 manifest.width,
             ]
-            inputs[contract.MANIPULATION][:] = 0
+            for name in inputs.keys() & {contract.MANIPULATION, contract.TOKEN_MASK}:
+                inputs[name][:] = 0
             unet(**inputs)
         return self._calls * self._rows
 

@@ -25,10 +25,15 @@ Latents = NDArray[np.float32]
 
 
 def quantize_unet(
-    unet: Model, options: ExportOptions, tokens: int, calibrate: Callable[[Engine], int]
+    unet: Model,
+    options: ExportOptions,
+    tokens: int,
+    calibrate: Callable[[Engine], int],
+    *,
+    masked: bool = False,
 ) -> tuple[QuantizationPlan, Quantization]:
-    """Measure the ranges of `unet` (all LoRAs fused, `tokens` image tokens) on what `calibrate`
-    calls it with, which returns the number of rows.
+    """Measure the ranges of `unet` (all LoRAs fused, `tokens` image tokens, `masked` or not) on
+    what `calibrate` calls it with, which returns the number of rows.
 
     Raises `MissingDependency`, `WeightsError` and whatever `calibrate` raises.
     """
@@ -36,9 +41,11 @@ def quantize_unet(
     assert form is not None
     choice = choose_layers(unet, form, attention=options.quantize_attention)
     rows: list[int] = []
-    layers, attention = measure_ranges(
-        unet, form, choice, lambda twin: rows.append(calibrate(TorchUNet(twin, tokens)))
-    )
+
+    def run(twin: Model) -> None:
+        rows.append(calibrate(TorchUNet(twin, tokens, masked=masked)))
+
+    layers, attention = measure_ranges(unet, form, choice, run)
     plan = QuantizationPlan(form, layers, attention)
     return plan, _record(form, METHODS[form], options, max(rows), choice)
 

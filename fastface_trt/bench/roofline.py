@@ -26,6 +26,7 @@ from fastface_trt.engines.device import Device, HostDevice, Tensor
 from fastface_trt.engines.engine import Engine, EngineBuilder
 from fastface_trt.engines.files import describe_file
 from fastface_trt.engines.manifest import ModuleSpec, TensorSpec
+from fastface_trt.engines.onnx.file import check_references
 from fastface_trt.errors import MissingDependency
 from fastface_trt.runtime.export_folder import Export
 
@@ -263,9 +264,10 @@ def stage_floors(
 
     @cache
     def count(module: str, batch: int, requests: int) -> OperationCount:
-        path = export.folder / manifest.modules[module].files[0].path
+        graph, *data = (file.path for file in manifest.modules[module].files)
+        check_references(export.folder, graph, data)
         sizes = size | {"batch": batch, "requests": requests, "text": TEXT_POSITIONS}
-        return count_module(path, sizes)
+        return count_module(export.folder / graph, sizes)
 
     floors: dict[str, Floor] = {}
     for stage in stages:

@@ -26,7 +26,7 @@ from fastface_trt.errors import BackendUnavailable, ExportIncomplete, FastFaceEr
 from fastface_trt.measure.tables import text_console
 from fastface_trt.mini.folders import SAMPLE_FACES
 from fastface_trt.runtime.export_folder import Export
-from fastface_trt.runtime.face import FaceAnalyzer
+from fastface_trt.runtime.face import FaceAnalyzer, whose_code
 from fastface_trt.runtime.images import load_picture
 from fastface_trt.verify.self_test import (
     REFERENCE,
@@ -40,10 +40,11 @@ EXTRAS = {
     "gpu": ("onnxruntime-gpu", "cuda-python"),
     "tensorrt": ("tensorrt", "polygraphy"),
     "tensorrt-rtx": ("tensorrt-rtx-cu13", "cuda-python"),
+    "insightface": ("insightface", "scikit-image"),
     "kernels": ("nvidia-cuda-nvrtc", "cuda-core"),
     "quantize": ("nvidia-modelopt",),
 }
-RUNTIME = ("numpy", "onnxruntime", "onnx", "insightface", "tokenizers", "pillow", "safetensors")
+RUNTIME = ("numpy", "onnxruntime", "onnx", "tokenizers", "pillow", "safetensors")
 
 
 def _version(package: str) -> str | None:
@@ -96,9 +97,9 @@ def doctor(
 ) -> None:
     """Say what is installed, which backends work here, and how to make the others work.
 
-    It also looks for the face of a sample picture. With --gpu it is a self-test: every GPU backend
-    that works here builds the small model, makes pictures and is compared with ONNX Runtime on the
-    CPU. Exits with 1 when a check fails.
+    It also looks for the face of a sample picture, and says whose code found it. With --gpu it is
+    a self-test: every GPU backend that works here builds the small model, makes pictures and is
+    compared with ONNX Runtime on the CPU. Exits with 1 when a check fails.
     """
     if export:
         _probes(export)
@@ -155,7 +156,9 @@ def _sample_face() -> tuple[str, str]:
         face = FaceAnalyzer.of_export(Export.open()).analyze(load_picture(sample))
     except FastFaceError as error:
         return error.message, error.hint
-    return f"found the face of {sample.name} (score {face.score:.2f})", ""
+    code, why = whose_code()
+    by = f"{code} ({why})" if why else code
+    return f"found the face of {sample.name} (score {face.score:.2f}) by {by}", ""
 
 
 def _probes(folder: Path) -> None:

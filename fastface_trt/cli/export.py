@@ -2,12 +2,13 @@
 
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, get_args
 
 import click
 from rich.text import Text
 
 from fastface_trt.cli.common import FILE, FOLDER, console, licence_option, timed_lines
+from fastface_trt.engines.manifest import MAX_FACES, AdapterKind
 from fastface_trt.errors import (
     InvalidRequest,
     LicenceNotAcknowledged,
@@ -44,7 +45,8 @@ from fastface_trt.measure.memory import GB, peak_bytes
 )
 @click.option(
     "--adapter",
-    help="faceid-plus-v2, faceid, pulid, a file of one (.bin or .safetensors), or hub id/path.",
+    help="faceid-plus-v2, faceid, faceid-portrait, faceid-portrait-unnorm, pulid, a file of one "
+    "(.bin or .safetensors), or hub id/path.",
 )
 @click.option(
     "--base-text", help="Text encoders and tokenizers that --base lacks: folder or hub id."
@@ -58,6 +60,16 @@ from fastface_trt.measure.memory import GB, peak_bytes
     show_default=True,
     type=float,
     help="Scale of the adapter's LoRA; it is fused, so another value is another export.",
+)
+@click.option(
+    "--adapter-kind",
+    type=click.Choice(get_args(AdapterKind)),
+    help="What kind the adapter's file is of, where its keys and name do not tell.",
+)
+@click.option(
+    "--max-faces",
+    type=int,
+    help=f"Pictures of one person that a FaceID-Portrait export takes [{MAX_FACES}].",
 )
 @click.option(
     "--orthogonal",

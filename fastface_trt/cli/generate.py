@@ -24,7 +24,8 @@ from fastface_trt.cli.common import (
 )
 from fastface_trt.engines.engine import Progress
 from fastface_trt.errors import FastFaceError, InvalidRequest
-from fastface_trt.runtime.face import ChannelOrder
+from fastface_trt.runtime.export_folder import Export
+from fastface_trt.runtime.face import ChannelOrder, one_person
 from fastface_trt.runtime.images import contact_sheet, load_picture
 from fastface_trt.runtime.picture_file import (
     QUALITY,
@@ -36,7 +37,7 @@ from fastface_trt.runtime.picture_file import (
 )
 from fastface_trt.runtime.picture_names import FIELDS, name_fields
 from fastface_trt.runtime.pipeline import FastFace, GenerationResult
-from fastface_trt.runtime.request import parse_request
+from fastface_trt.runtime.request import check_pictures, parse_request
 from fastface_trt.runtime.sampling import StepTrace
 
 OPTIONS = {
@@ -57,12 +58,16 @@ OPTIONS = {
     "manipulation.up": "--am-up",
     "scope": "--scope",
     "plan": "--plan",
+    "strength_for_tokens": "--strength-for-tokens",
 }
 """How the fields of a request are spelled here."""
 
 STANDARD_OUTPUT = Path("-")
-Job = tuple[str, str, str, int]
-"""Face, prompt, preset, and which of a seed's pictures."""
+Person = tuple[str, ...]
+"""The files that show one person."""
+
+Job = tuple[Person, str, str, int]
+"""Person, prompt, preset, and which of a seed's pictures."""
 
 
 @click.command()
@@ -74,7 +79,13 @@ Job = tuple[str, str, str, int]
     multiple=True,
     required=True,
     metavar="FILE",
-    help="Picture with the face (repeatable).",
+    help="Picture with the face (repeatable): of another person each, or with a FaceID-Portrait "
+    "export of the same one.",
+)
+@click.option(
+    "--people",
+    is_flag=True,
+    help="With a FaceID-Portrait export too: every --face is another person.",
 )
 @click.option("--prompt", "prompts", multiple=True, required=True, help="Text (repeatable).")
 @click.option("--negative-prompt", default="", help="What the picture should not show.")
@@ -133,6 +144,12 @@ Job = tuple[str, str, str, int]
     show_default=True,
     help="Branch plan: exact, full (all three always) or lean.",
 )
+@click.option(
+    "--strength-for-tokens/--no-strength-for-tokens",
+    default=None,
+    help="With a FaceID-Portrait export: the scale of scale-power, which is for 4 image tokens, is "
+    "adjusted to as many as there are [on].",
+)
 @click.option("--face-index", type=int, help="Which face, largest first [0].")
 @click.option(
     "--channel-order",
@@ -186,6 +203,7 @@ def generate(
     threads: int | None,
     provider_options: dict[str, str] | None,
     faces: tuple[str, ...],
+    people: bool,
     prompts: tuple[str, ...],
     presets: tuple[str, ...],
     count: int,
@@ -203,14 +221,18 @@ def generate(
     accept_licence: bool,
     **given: Any,
 ) -> None:
-    """Make pictures of the person in FACE as PROMPT says, for every face, prompt and preset."""
+    """Make pictures of the person in FACE as PROMPT says, for every person, prompt and preset."""
     screen = console()
     line = timed_lines(screen)
     if quality is not None and picture_format(out, wanted) == "png":
         raise InvalidRequest("A PNG has no --quality.", "Add --format jpeg or --format webp.")
+    manifest = Export.open(export_folder).manifest
+    together = manifest.max_faces > 1 and not people
+    persons: list[Person] = [faces] if together else [(face,) for face in faces]
+    check_pictures(manifest, len(persons[0]))
     jobs = [
-        (face, prompt, preset, index)
-        for face in faces
+        (person, prompt, preset, index)
+        for person in persons
         for prompt in prompts
         for preset in presets
         for index in range(count)
@@ -248,8 +270,9 @@ def generate(
             for _, prompt, preset, index in jobs
         ]
         pictures = {face: load_picture(face) for face in faces}
-        found = {face: fastface.analyze(pictures[face], index=face_index) for face in faces}
-        said = {face: one.warning for face, one in found.items() if one.warning}
+        analysed = {face: fastface.analyze(pictures[face], index=face_index) for face in faces}
+        found = {person: one_person([analysed[face] for face in person]) for person in persons}
+        said = {face: one.warning for face, one in analysed.items() if one.warning}
         for face, warning in said.items():  # now, with the file's name, and not after the pictures
             line(f"{face}: {warning}", "yellow")
 
@@ -279,12 +302,12 @@ def generate(
                     quality=quality,
                 )
                 return
-            face, _, preset, _ = jobs[group.start + index]
+            person, _, preset, _ = jobs[group.start + index]
             fields = name_fields(
                 parameters,
-                face=Path(face).stem,
+                face=Path(person[0]).stem,
                 preset=preset,
-                hash=fastface.picture_hash(parameters, found[face], order),
+                hash=fastface.picture_hash(parameters, found[person], order),
             )
             place.write(
                 writer, fields, pixels, parameters=parameters, ai_generated=mark, quality=quality
@@ -294,7 +317,7 @@ def generate(
             for group in groups:
                 result = fastface.generate(
                     requests[group],
-                    [found[face] for face, *_ in jobs[group]],
+                    [found[person] for person, *_ in jobs[group]],
                     channel_order=order,
                     max_rows=max_rows,
                     on_step=on_step,
@@ -387,18 +410,18 @@ def _say(
 def _contact_sheet(
     jobs: Sequence[Job], pictures: Mapping[str, Any], images: Sequence[Image.Image]
 ) -> Image.Image:
-    per_face: dict[str, list[Image.Image]] = {}
+    per_person: dict[Person, list[Image.Image]] = {}
     labels: list[str] = []
     presets = {preset for _, _, preset, _ in jobs}
-    for (face, prompt, preset, _), image in zip(jobs, images, strict=True):
-        per_face.setdefault(face, []).append(image)
-        if face == jobs[0][0]:
+    for (person, prompt, preset, _), image in zip(jobs, images, strict=True):
+        per_person.setdefault(person, []).append(image)
+        if person == jobs[0][0]:
             labels.append(f"{prompt} [{preset}]" if len(presets) > 1 else prompt)
     return contact_sheet(
-        list(per_face.values()),
+        list(per_person.values()),
         column_labels=labels,
         cell=max(160, min(512, images[0].width)),
-        first_column=[_square(pictures[face]) for face in per_face],
+        first_column=[_square(pictures[person[0]]) for person in per_person],
     )
 
 

@@ -72,6 +72,11 @@ def _show_export(out: Console, export: ExportManifest) -> None:
         f"{' only' if export.fixed_size else ''}, {export.steps} steps of "
         f"{export.scheduler['class']}{_network(export.scheduler)}, face model {export.face_model}"
     )
+    if export.max_faces > 1:
+        out.print(
+            f"FaceID-Portrait: up to {export.max_faces} pictures of a person, "
+            f"{export.tokens_per_face} tokens each"
+        )
     if export.adapter_kind == "pulid":
         parser = "with a face parser" if export.face_parser else "without a face parser"
         out.print(

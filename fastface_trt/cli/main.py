@@ -1,5 +1,6 @@
 """`fastface-trt`: the command group, and how errors of users reach them."""
 
+import errno
 from typing import Any
 
 import click
@@ -36,6 +37,13 @@ class _Group(click.Group):
             click.secho(f"Error: {error.message}", fg="red", err=True)
             if error.hint:
                 click.echo(f"  {error.hint}", err=True)
+            ctx.exit(USER_ERROR)
+        except OSError as error:
+            # A path of the user's that no system call takes, before anything was done with it.
+            if error.errno not in (errno.ENAMETOOLONG, errno.ELOOP):
+                raise
+            click.secho(f"Error: {error.filename!r:.200}: {error.strerror}.", fg="red", err=True)
+            click.echo("  Check the path.", err=True)
             ctx.exit(USER_ERROR)
         except (KeyboardInterrupt, click.Abort) as stop:
             click.echo(str(stop) or "Stopped; nothing half-made was left.", err=True)

@@ -11,6 +11,9 @@ from fastface_trt.verify.replay import replay as run_replay
 
 @click.command()
 @click.option("--model", type=FOLDER, required=True, help="Folder with unet/ and an adapter file.")
+@click.option(
+    "--shared", type=FOLDER, help="Folder with the unet/ that the adapters of a set have in common."
+)
 @click.option("--cases", type=FILE, required=True, help="cases.json of the recording.")
 @click.option("--tensors", type=FILE, required=True, help="safetensors file with the inputs.")
 @click.option("--out", type=FILE, required=True, help="safetensors file to write.")
@@ -32,6 +35,7 @@ from fastface_trt.verify.replay import replay as run_replay
 @click.option("--cache", type=FOLDER, help="Engine cache folder [FASTFACE_CACHE].")
 def replay(
     model: Path,
+    shared: Path | None,
     cases: Path,
     tensors: Path,
     out: Path,
@@ -43,6 +47,7 @@ def replay(
     """Run recorded cases step by step and write CASE.stepN.model_input|eps|guided|latents."""
     written = run_replay(
         model=model,
+        shared=shared,
         cases=cases,
         tensors=tensors,
         out=out,

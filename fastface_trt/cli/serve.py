@@ -25,7 +25,7 @@ from fastface_trt.serving.settings import ServerSettings, Settings, WorkerSettin
 
 Kind = TypeVar("Kind", bound=Settings)
 KEYS_VARIABLE = "FASTFACE_API_KEYS"
-MIN_KEY_LENGTH = 8
+METRICS_VARIABLE = "FASTFACE_METRICS_KEYS"
 _COUNT = click.IntRange(min=1)
 _SECONDS = click.FloatRange(min=0, min_open=True)
 _SETTINGS = WorkerSettings.model_fields | ServerSettings.model_fields
@@ -88,6 +88,11 @@ def _ray_options(command: Command) -> Command:
     type=FILE,
     help=f"Keys of clients, one per line; also in {KEYS_VARIABLE}.",
 )
+@click.option(
+    "--metrics-keys-file",
+    type=FILE,
+    help=f"Keys of who may read /metrics, one per line; also in {METRICS_VARIABLE} [everybody].",
+)
 @click.option("--allow-anonymous", is_flag=True, help="Let everybody in, whatever the address.")
 @click.option("--requests-per-minute", type=_COUNT, help="Of each key, or address [any number].")
 @_setting("max_requests", _COUNT, "Requests in work at once; the next gets 503.")
@@ -107,7 +112,7 @@ def _ray_options(command: Command) -> Command:
 @_setting(
     "max_connections_per_address",
     click.IntRange(min=0),
-    "Of one client; 0 for any number (behind a proxy).",
+    "Of one client, and opened by it in a second; 0 for any number (behind a proxy).",
 )
 @_setting(
     "default_deadline", _SECONDS, "Seconds of a request that names no deadline.", flag="deadline"
@@ -152,6 +157,7 @@ def serve(
     workers: int | None,
     provider_options: dict[str, str] | None,
     api_keys_file: Path | None,
+    metrics_keys_file: Path | None,
     allow_anonymous: bool,
     no_ai_mark: bool,
     max_connections_per_address: int,
@@ -167,7 +173,8 @@ def serve(
         "export": export_folder,
         "engine_options": engine_options(provider_options=provider_options),
         "licence_acknowledged": accept_licence,
-        "api_keys": api_keys(api_keys_file, os.environ.get(KEYS_VARIABLE, "")),
+        "api_keys": read_keys(api_keys_file, KEYS_VARIABLE),
+        "metrics_keys": read_keys(metrics_keys_file, METRICS_VARIABLE),
         "ai_mark": not no_ai_mark,
         "max_connections_per_address": max_connections_per_address or None,
     }
@@ -248,12 +255,13 @@ def _serve_on_ray(
     run_on_ray(worker, server, placement, address=given["ray_address"], say=click.echo)
 
 
-def api_keys(file: Path | None, variable: str) -> tuple[str, ...]:
-    """The keys of a file, one per line, and of the environment, with commas or spaces between.
+def read_keys(file: Path | None, variable: str) -> tuple[str, ...]:
+    """The keys of a file, one per line, and of an environment variable, with commas or spaces.
 
-    Raises `InvalidRequest` for a key that is too short to be one, `StorageError` for the file.
+    Raises `InvalidRequest` for either without keys, which would let everybody in, `StorageError`
+    for a file that cannot be read.
     """
-    lines: list[str] = []
+    keys: list[str] = []
     if file is not None:
         try:
             lines = file.read_text("utf-8").splitlines()
@@ -262,14 +270,16 @@ def api_keys(file: Path | None, variable: str) -> tuple[str, ...]:
                 f"The keys in {file} cannot be read: {getattr(error, 'strerror', None) or error}.",
                 "Check its path and permissions.",
             ) from None
-    keys = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
-    keys += filter(None, re.split(r"[\s,]+", variable))
-    if file is not None and not keys:
-        raise InvalidRequest(f"There are no keys in {file}.", "Write one per line.")
-    for key in keys:
-        if len(key) < MIN_KEY_LENGTH or not key.isascii() or not key.isprintable() or " " in key:
+        keys = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+        if not keys:
+            raise InvalidRequest(f"There are no keys in {file}.", "Write one per line.")
+    text = os.environ.get(variable)
+    if text is not None:
+        given = list(filter(None, re.split(r"[\s,]+", text)))
+        if not given:
             raise InvalidRequest(
-                "An API key is too short, or has characters that a header cannot carry.",
-                f"Take {MIN_KEY_LENGTH} letters and digits or more: openssl rand -hex 24.",
+                f"{variable} is set, and there are no keys in it.",
+                "Write them with commas between them, or unset it.",
             )
+        keys += given
     return tuple(dict.fromkeys(keys))

@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from fastface_trt.embedding.session import Output, Session
 from fastface_trt.engines import dlpack
 from fastface_trt.errors import FastFaceError, InvalidRequest
-from fastface_trt.runtime.face import CROP_SIZE, EMBEDDING_SIZE, Face
+from fastface_trt.runtime.face import CROP_SIZE, EMBEDDING_SIZE, Face, one_person
 from fastface_trt.runtime.pipeline import FastFace
-from fastface_trt.runtime.request import parse_request
+from fastface_trt.runtime.request import check_pictures, parse_request
 
 
 class Capsule:
@@ -85,6 +85,11 @@ class Host:
             portrait_bgr=None if portrait is None else _rows(portrait, (512, 512, 3)),
         )
 
+    def one_person(self, faces: list[Face]) -> Face:
+        """The person whom all of these faces are of."""
+        check_pictures(self._fastface.manifest, sum(1 + len(face.others) for face in faces))
+        return one_person(faces)
+
     def generate(
         self,
         fields: dict[str, Any],
@@ -107,7 +112,10 @@ class Host:
         request = parse_request(values, self._fastface.manifest)
         source: Any = face if capsule is None else Capsule(capsule)
         if tokens is not None:
-            source = _numbers(tokens, self._session.token_shape, "image tokens")
+            most, width = self._session.token_shape
+            # Of an export that takes several pictures there may be fewer, which the session checks.
+            rows = tokens.nbytes // (4 * width) if self._fastface.manifest.max_faces > 1 else most
+            source = _numbers(tokens, (rows, width), "image tokens")
         noise: Any = latents
         if latents is not None:
             noise = _numbers(latents, self._session.latent_shape(request), "initial latents")

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from fastface_trt.engines import dlpack
 from fastface_trt.engines.contract import IMAGE_TOKENS
 from fastface_trt.engines.device import Array, Device, DeviceTensor, HostDevice, Tensor, dtype_name
+from fastface_trt.engines.manifest import EMBEDDING_ALONE
 from fastface_trt.errors import Cancelled, InvalidRequest
 from fastface_trt.runtime.face import CROP_SIZE, EMBEDDING_SIZE, ChannelOrder, Face
 from fastface_trt.runtime.pipeline import FastFace
@@ -200,7 +201,7 @@ class Session:
 
     @property
     def token_shape(self) -> tuple[int, int]:
-        """(T, K) of image tokens."""
+        """(T, K) of image tokens: of an export that takes several pictures, T of all of them."""
         return self._tokens()[0]
 
     def latent_shape(self, request: GenerationRequest) -> tuple[int, int, int]:
@@ -228,7 +229,7 @@ class Session:
             raise InvalidRequest("The face embedding is all zero.", "Pass a recogniser's output.")
         kind = self._fastface.manifest.adapter_kind
         for name, given, needed in (
-            ("crop_bgr", crop_bgr, kind != "faceid"),
+            ("crop_bgr", crop_bgr, kind not in EMBEDDING_ALONE),
             ("portrait_bgr", portrait_bgr, kind == "pulid"),
         ):
             if needed and given is None:
@@ -343,7 +344,12 @@ class Session:
         return self._placed(tokens, view=on_gpu)
 
     def _placed(self, tokens: Foreign, *, view: bool) -> Tensor:
+        """Tokens of as many pictures as they are for, or of all that the export takes."""
         shape, dtype = self._tokens()
+        given: tuple[int, ...] = tuple(getattr(tokens, "shape", ()))
+        each = self._fastface.manifest.tokens_per_face
+        if given[:1] and given[0] in range(each, shape[0], each):
+            shape = (given[0], shape[1])
         return place(
             self.device, tokens, name="The image tokens", shape=shape, dtype=dtype, view=view
         )

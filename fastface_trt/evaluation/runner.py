@@ -402,6 +402,7 @@ def _export(
     export = unet_export(
         unet,
         tokens=manifest.image_token_count,
+        masked=manifest.max_faces > 1,
         latent_size=options.latent_size(manifest.vae_scale_factor, levels),
         fixed_size=manifest.fixed_size,
     )

@@ -2,7 +2,7 @@
 
 The life of a request, in ten lines:
 
-1. `http.server` accepts the connection; a client that is slow to ask or to read is cut off.
+1. `http.protocol` takes the connection: bounded heads and chunks, and time for asking and reading.
 2. `http.middleware`: `RequestLog` gives it an id, `Gate` looks at its key, its client's rate and
    `http.admission`, `BodyLimit` bounds its body.
 3. `http.images` reads the body (`http.bodies`) into a `GenerationBody` (`http.schemas`).

@@ -10,6 +10,7 @@ from fastface_trt.errors import InvalidRequest
 
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
+MIN_KEY_LENGTH = 8
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://(\[[0-9a-f:.]+\]|[^\s/?#@:,*]+)(:[0-9]{1,5})?")
 
 
@@ -54,6 +55,8 @@ class ServerSettings(Settings):
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
     api_keys: tuple[str, ...] = ()
     """Keys of clients; none lets everybody in, which is refused on an address that is not local."""
+    metrics_keys: tuple[str, ...] = ()
+    """Keys of whoever reads /metrics, sent as clients send theirs; none shows it to everybody."""
     requests_per_minute: Count | None = None
     """Per key, or per address where there are no keys."""
     max_body_bytes: Count = 20_000_000
@@ -70,8 +73,8 @@ class ServerSettings(Settings):
     max_connections: Count = 800
     """Open connections; above it new ones are dropped. Below the usual limit of 1024 files."""
     max_connections_per_address: Count | None = 200
-    """Of one client, so that one alone cannot hold them all. Behind a proxy all clients have its
-    address: None there, and the limit in the proxy."""
+    """Of one client, so that one alone cannot hold them all, and as many opened in a second. Behind
+    a proxy all clients have its address: None there, and the limit in the proxy."""
     default_deadline: Seconds = 120
     max_deadline: Seconds = 600
     allow_origins: tuple[str, ...] = ()
@@ -98,6 +101,17 @@ class ServerSettings(Settings):
     c2pa_key: Path | None = None
     checks: tuple[str, ...] = ()
     """`package.module:name` of prompt and picture checks; see `pictures.checks`."""
+
+    @field_validator("api_keys", "metrics_keys")
+    @classmethod
+    def _are_keys(cls, keys: tuple[str, ...]) -> tuple[str, ...]:
+        for key in keys:
+            if len(key) < MIN_KEY_LENGTH or not re.fullmatch("[!-~]+", key):
+                raise InvalidRequest(
+                    "A key is too short, or has characters that a header cannot carry.",
+                    f"Take {MIN_KEY_LENGTH} letters and digits or more: openssl rand -hex 24.",
+                )
+        return keys
 
     @field_validator("allow_origins")
     @classmethod

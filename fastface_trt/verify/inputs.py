@@ -58,7 +58,8 @@ def module_inputs(
     """Inputs of `module` by name, in the shapes and types of its manifest entry.
 
     Text is a prompt in the tokens of the export in `folder`; the three parts of the UNet get one
-    kind of attention manipulation each; everything else is standard normal, which is what latents
+    kind of attention manipulation each; half of the tokens are there where a mask says so;
+    everything else is standard normal, which is what latents
     and hidden states nearly are. Raises `InvalidRequest` for an input that it knows no sizes or
     values for.
     """
@@ -99,6 +100,10 @@ def _values(
         return rng.uniform(0.5, 1.0, shape).astype(dtype)
     if tensor.name == contract.MANIPULATION:
         return _manipulation(shape).astype(dtype)
+    if tensor.name == contract.TOKEN_MASK:
+        mask = np.zeros(shape, dtype)
+        mask[:, shape[1] // 2 :] = contract.MASKED
+        return mask
     if dtype.kind != "f":
         raise InvalidRequest(
             f"Input {tensor.name} of module {module.name} is {tensor.dtype}, "

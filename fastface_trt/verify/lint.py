@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastface_trt.engines.manifest import ModuleSpec
+from fastface_trt.engines.onnx.file import verify_module
 from fastface_trt.errors import MissingDependency
 
 Array = NDArray[Any]
@@ -63,7 +64,7 @@ def lint(module: ModuleSpec, folder: Path, inputs: Mapping[str, Array]) -> list[
         feed, report = Path(temporary) / "inputs.json", Path(temporary) / "report.json"
         save_json([{name: np.asarray(array) for name, array in inputs.items()}], str(feed))
         tool = Lint()
-        graph = str(folder / module.files[0].path)
+        graph = str(verify_module(folder, module))
         arguments = tool.setup_parser().parse_args(
             [graph, "--load-inputs", str(feed), "--output", str(report)]
         )

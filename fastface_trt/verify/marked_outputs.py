@@ -34,7 +34,7 @@ from onnx_ir.passes.common import InlinePass, ShapeInferencePass
 
 from fastface_trt.engines.files import describe_file
 from fastface_trt.engines.manifest import Dimension, DType, ModuleSpec, TensorSpec
-from fastface_trt.engines.onnx.file import MODULE_KEY
+from fastface_trt.engines.onnx.file import MODULE_KEY, verify_module
 
 _FLOATS: Final[dict[ir.DataType, DType]] = {
     ir.DataType.FLOAT: "float32",
@@ -85,7 +85,7 @@ class MarkableModule:
         self.module = module
         self.inlined = inline
         self._folder = folder
-        self.model = ir.load(folder / module.files[0].path)
+        self.model = ir.load(verify_module(folder, module))
         if inline and self.model.functions:
             InlinePass()(self.model)
             ShapeInferencePass()(self.model)

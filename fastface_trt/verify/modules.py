@@ -11,6 +11,7 @@ from fastface_trt.engines.backends import builder_for
 from fastface_trt.engines.cache import EngineCache
 from fastface_trt.engines.engine import EngineBuilder, Progress
 from fastface_trt.engines.manifest import ExportManifest, ModuleSpec
+from fastface_trt.engines.onnx.file import verify_module
 from fastface_trt.engines.ort.session import open_session
 from fastface_trt.engines.tensorrt.options import TensorRTOptions
 from fastface_trt.errors import EngineFailed
@@ -69,7 +70,8 @@ def run_reference(
     """All outputs of `module` from ONNX Runtime's CPU kernels, node by node as the graph says.
 
     Without graph optimisation nothing is fused, folded or laid out anew. Raises `EngineFailed` with
-    ONNX Runtime's message, for instance for an operator that it has no kernel for.
+    ONNX Runtime's message, for instance for an operator that it has no kernel for, and
+    `ExportIncomplete`.
     """
     import onnxruntime
 
@@ -79,8 +81,9 @@ def run_reference(
     if threads is not None:
         options.intra_op_num_threads = threads
     names = [tensor.name for tensor in module.outputs]
+    graph = verify_module(folder, module)
     try:
-        session = open_session(str(folder / module.files[0].path), options, "cpu")
+        session = open_session(str(graph), options, "cpu")
         results = session.run(names, dict(inputs))
     except Exception as error:
         reason = " ".join(str(error).split())[:300]

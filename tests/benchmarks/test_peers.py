@@ -70,7 +70,7 @@ def test_the_loop_follows_the_authors_recording(recording, recorded_unets, name)
 
     (case,) = recording.select([name])
     tokens = recording.require(name, "iptokens")
-    sample = make_sample(case, recording, lambda _: tokens, "full", HostDevice())
+    sample = make_sample(case, recording, tokens, "full", HostDevice())
     unet = recorded_unets(float(case.get("faceid_lora_scale", 1.0)))
     attention.configure(unet, sample.request.manipulation, sample.request.ip_scales())
     config = dict(case["scheduler"])

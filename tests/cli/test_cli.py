@@ -1,5 +1,6 @@
 """The command line: what a person types, what is printed, and exit codes."""
 
+import importlib.metadata
 import io
 import json
 import os
@@ -295,16 +296,26 @@ def test_doctor():
     assert "found the face of ada.png" in report["face"]["detail"]
 
 
-def test_doctor_fails_where_no_face_can_be_found(monkeypatch):
+def test_doctor_says_whose_code_finds_faces(monkeypatch):
+    found = json.loads(run("doctor", "--json").stdout)["face"]["detail"]
+    assert f"by InsightFace {importlib.metadata.version('insightface')}" in found
     for name in [n for n in sys.modules if n.split(".")[0] == "insightface"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "insightface", None)
+    found = json.loads(run("doctor", "--json").stdout)["face"]["detail"]
+    assert "by this package's own code (InsightFace cannot be imported: " in found
+
+
+def test_doctor_fails_where_no_face_can_be_found(monkeypatch, tmp_path):
+    faces = tmp_path / "faces"
+    faces.mkdir()
+    Image.new("RGB", (96, 96)).save(faces / "ada.png")
+    monkeypatch.setattr("fastface_trt.cli.doctor.SAMPLE_FACES", faces)
     shown, report = run("doctor"), run("doctor", "--json")
     assert (shown.exit_code, report.exit_code) == (1, 1)
     face = json.loads(report.stdout)["face"]
     assert not face["works"]
     assert f"Faces: {face['detail']} {face['hint']}" in shown.stdout
-    assert "pip install" in face["hint"]
 
 
 def test_hints_keep_their_brackets_and_tables_in_a_pipe_their_columns():

@@ -48,3 +48,37 @@ def test_errors_are_one_sentence(tmp_path):
     assert answer.stderr.startswith("Error: ")
     assert "tags/staging" in answer.stderr
     assert "Traceback" not in answer.stderr
+
+
+LONG = "a" * 5000
+PINNED = f"#{'0' * 64}"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("obtain", f"{LONG}#tag"),
+        ("obtain", f"/tmp/{LONG}{PINNED}"),
+        ("obtain", f"/nowhere{PINNED}", "--home", LONG),
+        ("obtain", f"/nowhere{PINNED}", "--home", "~nobody-of-that-name/x"),
+        ("obtain", "zip://inside::/nowhere/archive.zip#tag"),
+        ("obtain", "reference://x#tag"),
+        ("obtain", "/dev/zero#tag"),
+        ("publish", LONG, "storage"),
+        ("publish", "mini", LONG),
+        ("inspect", LONG),
+        ("build", "--export", "mini", "--cache", LONG),
+        ("build", "--export", LONG),
+        ("cache", "list", "--cache", LONG),
+        ("export", "--checkpoint", "hyper", "--base", LONG, "out"),
+        ("export-triton", LONG),
+    ],
+    ids=lambda arguments: " ".join(arguments)[:40],
+)
+def test_names_that_no_file_can_have_are_one_sentence(arguments, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    answer = run(*arguments)
+    assert answer.exit_code == 2, (answer.output, answer.exception)
+    assert answer.stderr.startswith("Error: ")
+    assert len(answer.stderr) < 6000
+    assert list(tmp_path.glob("[!c]*")) == []

@@ -19,7 +19,7 @@ from rich.console import Console
 from fastface_trt import FastFace
 from fastface_trt.cli import serve as serve_command
 from fastface_trt.cli.main import cli
-from fastface_trt.cli.serve import KEYS_VARIABLE, api_keys, serve
+from fastface_trt.cli.serve import KEYS_VARIABLE, METRICS_VARIABLE, read_keys, serve
 from fastface_trt.errors import InvalidRequest, StorageError
 from fastface_trt.mini.folders import SAMPLE_FACES
 from fastface_trt.serving.settings import ServerSettings, WorkerSettings
@@ -28,34 +28,40 @@ PROMPT = "photo; person in a garden, smiling"
 KEY = "the-key-of-ada"
 
 
-def test_keys_come_from_a_file_and_the_environment(tmp_path):
+def test_keys_come_from_a_file_and_the_environment(tmp_path, monkeypatch):
     file = tmp_path / "keys"
     file.write_text("# of Ada\nfirst-key\n\n second-key \nfirst-key\n")
-    assert api_keys(file, "third-key,fourth-key\n") == (
-        "first-key",
-        "second-key",
-        "third-key",
-        "fourth-key",
-    )
-    assert api_keys(None, "") == ()
+    monkeypatch.setenv(KEYS_VARIABLE, "third-key,fourth-key\n")
+    assert read_keys(file, KEYS_VARIABLE) == ("first-key", "second-key", "third-key", "fourth-key")
+    monkeypatch.delenv(KEYS_VARIABLE)
+    assert read_keys(None, KEYS_VARIABLE) == ()
 
 
-@pytest.mark.parametrize("key", ["2short", "schlüsselbund", "with blank inside", "tab\tin-it-x"])
-def test_what_is_no_key_is_refused_without_showing_it(tmp_path, key):
-    file = tmp_path / "keys"
-    file.write_text(key)
+@pytest.mark.parametrize("field", ["api_keys", "metrics_keys"])
+@pytest.mark.parametrize(
+    "key", ["", "2short", "schlüsselbund", "with blank inside", "tab\tin-it-x", "ends-in-a-line\n"]
+)
+def test_what_is_no_key_is_refused_without_showing_it(field, key):
     with pytest.raises(InvalidRequest) as caught:
-        api_keys(file, "")
-    assert key not in str(caught.value)
+        ServerSettings.model_validate({field: ("a-good-key", key)})
+    assert not key or key not in str(caught.value)
+
+
+@pytest.mark.parametrize("variable", [KEYS_VARIABLE, METRICS_VARIABLE])
+@pytest.mark.parametrize("value", ["", " ", ",", " , ", "\n,\t"])
+def test_a_variable_without_keys_is_no_start(variable, value):
+    result = CliRunner().invoke(cli, ["serve"], env={variable: value})
+    assert result.exit_code == 2
+    assert f"{variable} is set, and there are no keys in it." in result.output
 
 
 def test_a_file_without_keys_lets_nobody_in(tmp_path):
     file = tmp_path / "keys"
     file.write_text("# none yet\n")
     with pytest.raises(InvalidRequest, match="no keys"):
-        api_keys(file, "")
+        read_keys(file, "UNSET")
     with pytest.raises(StorageError):
-        api_keys(tmp_path / "missing", "")
+        read_keys(tmp_path / "missing", "UNSET")
 
 
 @pytest.mark.parametrize(
@@ -155,6 +161,7 @@ def test_every_setting_has_an_option():
         "export": "export_folder",
         "licence_acknowledged": "accept_licence",
         "api_keys": "api_keys_file",
+        "metrics_keys": "metrics_keys_file",
         "ai_mark": "no_ai_mark",
         "engine_options": "provider_options",  # all that a command line has of them
     }

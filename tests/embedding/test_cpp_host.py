@@ -1,7 +1,8 @@
 """A C++ service and a plain C program with FastFace inside, built and run under sanitizers.
 
-Both are compiled with AddressSanitizer and UndefinedBehaviorSanitizer, and so is the library of
-`fastface_trt/embedding/src`. The picture of every call is compared with the same call in Python.
+All are compiled with AddressSanitizer and UndefinedBehaviorSanitizer, and so is the library of
+`fastface_trt/embedding/src`; the host that does everything wrong with ThreadSanitizer, too. The
+picture of every call is compared with the same call in Python.
 """
 
 import os
@@ -32,18 +33,23 @@ FACE = folders.SAMPLE_FACES / "ada.png"
 SEEDS = range(6)
 
 
-@pytest.fixture(scope="module")
-def built(tmp_path_factory):
-    pytest.importorskip("pybind11")
-    folder = tmp_path_factory.mktemp("cpp")
+def build(folder, *options):
+    """The programs of this folder's CMake file, or with `--target` in `options` one of them."""
     where = [f"-DFASTFACE_DIR={CMAKE_DIR}", f"-DPython_EXECUTABLE={sys.executable}"]
+    defined = [one for one in options if one.startswith("-D")]
     for command in (
-        ["-S", str(HERE), "-B", str(folder), *where],
-        ["--build", str(folder)],
+        ["-S", str(HERE), "-B", str(folder), *where, *defined],
+        ["--build", str(folder), *(one for one in options if one not in defined)],
     ):
         done = subprocess.run(["cmake", *command], capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stdout + done.stderr
     return folder
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    pytest.importorskip("pybind11")
+    return build(tmp_path_factory.mktemp("cpp"))
 
 
 @pytest.fixture(scope="module")
@@ -185,3 +191,16 @@ def test_the_sanitizer_is_at_work(built, fault, report):
     done = run(built / "host", fault)
     assert done.returncode == 99
     assert report in done.stderr
+
+
+@pytest.mark.parametrize("sanitizers", ["address,undefined", "thread"])
+def test_eight_threads_that_do_everything_wrong_harm_nobody(built, cache, tmp_path, sanitizers):
+    """Handles that are none, sizes that wrap around, calls at the wrong time; see misuse.cpp."""
+    command = [built / "misuse", sys.executable, cache, FACE]
+    if sanitizers == "thread":
+        build(tmp_path, f"-DSANITIZERS={sanitizers}", "--target", "misuse")
+        # It wants its memory where a random layout of addresses may have put something else.
+        command = ["setarch", "-R", tmp_path / "misuse", *command[1:]]
+    done = run(*command, TSAN_OPTIONS=f"suppressions={HERE / 'tsan.supp'}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.splitlines()[-1] == "ended"

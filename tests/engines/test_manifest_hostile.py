@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 
 import pytest
 
@@ -21,6 +22,7 @@ def changed(*path, value):
     return json.dumps(tree)
 
 
+TWICE = GOOD["extra_files"][0]
 FILE = ("modules", "unet", "files", 0, "path")
 
 
@@ -48,6 +50,18 @@ FILE = ("modules", "unet", "files", 0, "path")
         changed(*FILE, value="a/../../b"),
         changed(*FILE, value="a\\b"),
         changed(*FILE, value="\ud800"),
+        changed(*FILE, value="C:/Windows/win.ini"),
+        changed(*FILE, value="unet/model.ort"),
+        changed(*FILE, value="unet/model.onnx.data"),
+        changed("modules", "unet", "name", value="vae_decoder"),
+        changed("face_model", value="/etc"),
+        changed("face_model", value="../face"),
+        changed("face_model", value="face/../../face"),
+        changed("face_model", value="C:face"),
+        changed("face_model", value=""),
+        changed("face_parser", value="/etc/passwd"),
+        changed("face_parser", value="face_parser/model.onnx"),  # which no entry names
+        changed("extra_files", value=[*GOOD["extra_files"], dict(TWICE, sha256="0" * 64)]),
     ],
 )
 def test_is_refused_in_one_sentence(tmp_path, text):
@@ -56,6 +70,31 @@ def test_is_refused_in_one_sentence(tmp_path, text):
     with pytest.raises(ManifestError) as caught:
         read_manifest(path, ExportManifest)
     assert len(str(caught.value)) < 400 + len(str(path))
+
+
+def fifo(path):
+    os.mkfifo(path)
+
+
+def device(path):
+    path.symlink_to("/dev/zero")
+
+
+def folder(path):
+    path.mkdir()
+
+
+def huge(path):
+    with path.open("wb") as file:
+        file.truncate(1 << 40)
+
+
+@pytest.mark.parametrize("strange", [fifo, device, folder, huge])
+def test_what_is_no_file_of_a_manifests_size_is_refused_and_not_waited_for(tmp_path, strange):
+    path = tmp_path / EXPORT_MANIFEST
+    strange(path)
+    with pytest.raises(ManifestError, match=r"ordinary|larger"):
+        read_manifest(path, ExportManifest)
 
 
 def test_the_good_one_is_read(tmp_path):

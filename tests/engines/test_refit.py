@@ -214,17 +214,14 @@ def test_a_damaged_base_is_not_used(unets, cache, damage, name):
     assert snapshot(cache.root) == before
 
 
-@pytest.mark.parametrize(
-    ("name", "words"),
-    [("model.onnx", "is not an ONNX model: it is cut"), ("probe.safetensors", "is truncated")],
-)
-def test_a_changed_export_is_not_used(unets, cache, tmp_path, name, words):
+@pytest.mark.parametrize("name", ["model.onnx", "probe.safetensors"])
+def test_a_changed_export_is_not_used(unets, cache, tmp_path, name):
     module, folder = unets[1]
     shutil.copytree(folder / "unet", tmp_path / "unet")
     file = tmp_path / "unet" / name
     file.write_bytes(file.read_bytes()[:-1])
     before = snapshot(cache.root)
-    with pytest.raises(ExportIncomplete, match=f"{name} {words}"):
+    with pytest.raises(ExportIncomplete, match=f"{name} is truncated"):
         refit(cache, module, tmp_path, BUILDER)
     assert snapshot(cache.root) == before
 

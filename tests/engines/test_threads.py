@@ -2,7 +2,9 @@
 
 import pytest
 
+from fastface_trt.engines.ort import threads as threads_module
 from fastface_trt.engines.ort.threads import (
+    THREADS_FILE,
     candidates,
     fastest_threads,
     read_threads,
@@ -48,7 +50,21 @@ def test_fastest(seconds, best, opened):
     assert clock.opened == opened
 
 
-def test_written_and_read(tmp_path):
+def test_written_and_read_up_to_the_cores_here(tmp_path, monkeypatch):
     assert read_threads(tmp_path) is None
+    monkeypatch.setattr(threads_module, "usable_cores", lambda: 6)
     write_threads(tmp_path, {4: 0.5, 1: 1.0})
     assert read_threads(tmp_path) == 4
+    write_threads(tmp_path, {2**31: 0.5})
+    assert read_threads(tmp_path) == 6
+
+
+@pytest.mark.parametrize(
+    "text",
+    ['{"threads": 0}', '{"threads": -1}', '{"threads": 1.5}', '{"threads": "4"}',
+     '{"threads": true}',
+     "{}", "[]", "5", "", "[" * 100_000, '{"threads": NaN}', '{"threads": [4]}'],
+)  # fmt: skip
+def test_a_file_of_nonsense_measured_nothing(tmp_path, text):
+    (tmp_path / THREADS_FILE).write_text(text)
+    assert read_threads(tmp_path) is None

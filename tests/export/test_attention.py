@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastface_trt.engines.contract import KINDS, MANIPULATION_COLUMNS
+from fastface_trt.engines.contract import KINDS, MANIPULATION_COLUMNS, MASKED
 from fastface_trt.export.attention import decoupled_attention as eager
 from tests.export.onnx_functions import DecoupledAttention, session
 from tests.export.reference import decoupled_attention as reference
@@ -108,6 +108,28 @@ def test_any_number_of_tokens(tokens, settings):
     assert relative(ours, expected) < 2e-5
 
 
+@pytest.mark.parametrize("settings", [*SETTINGS, {"kind": "scale_power", "power": 0.0}])
+@pytest.mark.parametrize("run", ["function", "eager"])
+def test_masked_tokens_are_as_if_they_were_not_there(settings, run):
+    """Requests of one, two and five groups of 16 tokens in a batch, whatever lies in the rest."""
+    there, tokens = (16, 32, 80), 80
+    q, k, v = tensors(7, rows=9, tokens=tokens, positions=36)
+    mask = np.full((9, tokens), MASKED, np.float32)
+    for request, count in enumerate(there):
+        mask[3 * request : 3 * request + 3, :count] = 0
+    parameters, scales = [row(**settings)] * 3, [0.8, 0.5, 1.1]
+    if run == "function":
+        ours = DecoupledAttention(tokens=tokens, masked=True)(q, k, v, parameters, scales, mask)
+    else:
+        given = (q, k, v, np.float32(parameters), np.float32(scales), mask)
+        ours = eager(*(torch.from_numpy(one) for one in given)).numpy()
+    for request, count in enumerate(there):
+        rows = slice(3 * request, 3 * request + 3)
+        own_k, own_v = k[rows, :, :count], v[rows, :, :count]
+        expected = reference(q[rows], own_k, own_v, ip_scale=scales[request], **settings)
+        assert relative(ours[rows], expected) < 2e-5
+
+
 def test_requests_in_a_batch_do_not_see_each_other(function):
     """Four requests of three branches with four settings equal four single runs."""
     settings, scales = SETTINGS[1:5], [0.2, 0.5, 0.8, 1.1]
@@ -148,9 +170,9 @@ def test_fp16_has_float32_statistics():
         assert relative(out.astype(np.float64), reference(q, k, v, ip_scale=0.8, **settings)) < 1e-2
 
 
-@pytest.fixture(scope="module")
-def quantile():
-    return session("Quantile", {"x": 4, "level": 4, "last": 4}, 4)
+@pytest.fixture(scope="module", params=[4, 80])
+def quantile(request):
+    return session("Quantile", {"x": 4, "level": 4, "last": 4}, 4, tokens=request.param)
 
 
 LEVELS = np.float32([0, 0.001, 0.25, 0.5, 0.65, 0.9, 0.999, 1.0])

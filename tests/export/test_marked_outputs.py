@@ -4,7 +4,7 @@ import numpy as np
 import onnx
 import pytest
 
-from fastface_trt.engines.files import verify_files
+from fastface_trt.engines.files import describe_file, verify_files
 from fastface_trt.verify.inputs import module_inputs
 from fastface_trt.verify.marked_outputs import MarkableModule, evaluate_float64
 from fastface_trt.verify.modules import run_reference
@@ -94,6 +94,7 @@ def test_bfloat16_is_returned_as_float32(tmp_path):
     model.graph.value_info.append(kind)
     model.graph.output[0].type.tensor_type.shape.dim[1].dim_value = WIDTH
     onnx.save(model, path)
+    module = module.model_copy(update={"files": (describe_file(tmp_path, path),)})
     marked = MarkableModule(module, tmp_path)
     copy = marked.write(["b"], tmp_path / "copy")
     assert marked.output_name("b") == "b.float32"

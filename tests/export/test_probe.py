@@ -82,7 +82,7 @@ def test_errors_beyond_the_tolerance_and_not_finite_ones_are_refused(tmp_path):
     probe = write_probe(small((8, 8)), tmp_path, "fp16")
     module = ModuleSpec(
         name="small",
-        inputs=(),
+        inputs=(TensorSpec(name="input", dtype="float16", shape=("batch", 4, 8, 8)),),
         outputs=(TensorSpec(name="y", dtype="float16", shape=("batch", 3, 8, 8)),),
         files=(FileEntry(path="small/model.onnx", bytes=1, sha256="0" * 64),),
         probe=probe,

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fastface_trt.serving.http.app import create_app
-from fastface_trt.serving.http.server import guarded_protocol
+from fastface_trt.serving.http.protocol import guarded_protocol
 from fastface_trt.serving.settings import ServerSettings
 from tests.serving.http.http_parts import FACE, FACE_BYTES, PROMPT, mini_manifest
 from tests.serving.loopback import serving

@@ -1,4 +1,4 @@
-"""Tiny ONNX face models for tests, which the real InsightFace code runs.
+"""Tiny ONNX face models for tests, which InsightFace's code runs as well as ours.
 
 A "face" is a solid square drawn with `draw`: red marks it, green is half of its box's side in
 detector pixels, blue the largest detector input at which it shows, divided by four. The square must
@@ -33,12 +33,14 @@ def _model(nodes, inputs, outputs, constants):
     return model
 
 
-def detector(*, fixed=None, outputs=9, needs_border=False, points=POINTS):
+def detector(*, fixed=None, outputs=9, needs_border=False, points=POINTS, batched=False):
     """SCRFD's layout: scores, boxes, key points for strides 8, 16, 32 with two anchors each.
 
-    With `needs_border` it sees nothing unless the top left pixel is black.
+    With 10 or 15 outputs strides go on to 64 and 128, with one anchor each. With `needs_border` it
+    sees nothing unless the top left pixel is black. `batched` outputs have one dimension more.
     """
     f = np.float32
+    strides, anchors = ((8, 16, 32), 2) if outputs <= 9 else ((8, 16, 32, 64, 128), 1)
     constants = {
         "bright": f((254 - 127.5) / 128),
         "scale": f(128),
@@ -66,7 +68,7 @@ def detector(*, fixed=None, outputs=9, needs_border=False, points=POINTS):
         n("Less", ["corner", "dark"], ["border"]),
     ]
     named = {"scores": [], "boxes": [], "points": []}
-    for stride in (8, 16, 32):
+    for stride in strides:
         s = str(stride)
         constants[f"stride{s}"] = f(stride)
         nodes += [
@@ -89,31 +91,44 @@ def detector(*, fixed=None, outputs=9, needs_border=False, points=POINTS):
             n("Mul", ["half" + s, "offsets"], ["kp" + s]),
         ]
         for kind, source, size in (("scores", "sc", 1), ("boxes", "bx", 4), ("points", "kp", 10)):
-            constants[f"rows{size}"] = np.array([-1, size], np.int64)
-            nodes += [  # [1, c, h, w] to [h · w · 2 anchors, c]
+            shape = [1, -1, size] if batched else [-1, size]
+            constants[f"rows{size}"] = np.array(shape, np.int64)
+            nodes += [  # [1, c, h, w] to [h · w · anchors, c]
                 n("Transpose", [source + s], [f"{kind}t{s}"], perm=[0, 2, 3, 1]),
-                n("Concat", [f"{kind}t{s}"] * 2, [f"{kind}2{s}"], axis=3),
+                n("Concat", [f"{kind}t{s}"] * anchors, [f"{kind}2{s}"], axis=3),
                 n("Reshape", [f"{kind}2{s}", f"rows{size}"], [f"{kind}{s}"]),
             ]
-            named[kind].append(helper.make_tensor_value_info(f"{kind}{s}", 1, [None, size]))
+            shape = [None if side == -1 else side for side in shape]
+            named[kind].append(helper.make_tensor_value_info(f"{kind}{s}", 1, shape))
     side = [fixed, fixed] if fixed else ["height", "width"]
     image = helper.make_tensor_value_info("image", TensorProto.FLOAT, [1, 3, *side])
     all_outputs = [*named["scores"], *named["boxes"], *named["points"]][:outputs]
     return _model(nodes, [image], all_outputs, constants)
 
 
-def recogniser(size=512, *, factor=1.0):
-    """112×112 crop to `size` numbers: means of 7×7 patches, times `factor`."""
+def recogniser(size=512, *, factor=1.0, normalises=False):
+    """112×112 crop to `size` numbers: means of 7×7 patches, times `factor`.
+
+    With `normalises` it takes bytes, as MXNet's do, which begin with nodes of these names.
+    """
     constants = {
         "start": np.array([0], np.int64),
         "end": np.array([size], np.int64),
         "axis": np.array([1], np.int64),
         "factor": np.float32(factor),
         "lift": np.float32(1.5),
+        "mean": np.float32(127.5 if normalises else 0),
+        "scale": np.float32(1 / 128 if normalises else 1),
     }
-    n = helper.make_node
+    prefix = "" if normalises else "pre"
+
+    def n(*arguments, name="", **attributes):
+        return helper.make_node(*arguments, name=name and prefix + name, **attributes)
+
     nodes = [
-        n("AveragePool", ["data"], ["means"], kernel_shape=[7, 7], strides=[7, 7]),
+        n("Sub", ["data", "mean"], ["_minusscalar0"], name="_minusscalar0"),
+        n("Mul", ["_minusscalar0", "scale"], ["_mulscalar0"], name="_mulscalar0"),
+        n("AveragePool", ["_mulscalar0"], ["means"], kernel_shape=[7, 7], strides=[7, 7]),
         n("Flatten", ["means"], ["flat"]),
         n("Slice", ["flat", "start", "end", "axis"], ["cut"]),
         n("Add", ["cut", "lift"], ["lifted"]),

@@ -15,9 +15,18 @@ from fastface_trt.errors import (
     UnknownName,
     WeightsError,
 )
+from fastface_trt.runtime import face as face_module
 from fastface_trt.runtime.face import FaceAnalyzer, clip_pixels
 from tests.helpers import face_models
 from tests.helpers.face_models import draw
+
+
+@pytest.fixture(autouse=True, params=["InsightFace", "ours"])
+def code(request, monkeypatch):
+    """Whose code runs the models: what is said of faces holds for both."""
+    if request.param == "ours":
+        monkeypatch.setattr(face_module, "whose_code", lambda: ("ours", "asked for"))
+    return request.param
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +34,7 @@ def folder(tmp_path_factory):
     return face_models.write(tmp_path_factory.mktemp("models") / "face")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def analyzer(folder):
     return FaceAnalyzer(folder)
 
@@ -211,65 +220,12 @@ def test_pack_needs_its_licence_acknowledged(monkeypatch):
     FaceAnalyzer("buffalo_l")
 
 
-def test_pack_that_cannot_be_downloaded(monkeypatch):
-    import insightface.app.face_analysis as module
-
-    def offline(*_args, **_kwargs):
-        raise ConnectionError("Name or service not known")
-
-    monkeypatch.setattr(module, "ensure_available", offline)
-    analyzer = FaceAnalyzer("buffalo_l", licence_acknowledged=True)
-    with pytest.raises(WeightsError, match="Name or service not known") as caught:
-        analyzer.load()
-    assert "~/.insightface/models/buffalo_l" in caught.value.hint
-
-
-@pytest.mark.parametrize("named", [True, False], ids=["pack", "folder"])
-def test_a_pack_one_folder_too_deep_is_found(tmp_path, monkeypatch, named):
-    """antelopev2's archive holds a folder of its name, and is unpacked into one."""
-    monkeypatch.setenv("HOME", str(tmp_path))
-    outer = tmp_path / ".insightface" / "models" / "antelopev2"
-    outer.mkdir(parents=True)
-    face_models.write(outer / "antelopev2")
-    analyzer = FaceAnalyzer("antelopev2" if named else outer, licence_acknowledged=True)
-    assert analyzer.analyze(three_faces()).count == 3
-
-
-def test_a_pack_that_is_downloaded_one_folder_too_deep_is_found(tmp_path, monkeypatch):
-    import insightface.app.face_analysis as module
-
-    monkeypatch.setenv("HOME", str(tmp_path))
-    outer = tmp_path / ".insightface" / "models" / "antelopev2"
-
-    def download(*_args, **_kwargs):
-        outer.mkdir(parents=True)
-        face_models.write(outer / "antelopev2")
-        return str(outer)
-
-    monkeypatch.setattr(module, "ensure_available", download)
-    assert FaceAnalyzer("antelopev2", licence_acknowledged=True).analyze(three_faces()).count == 3
-
-
 def test_unknown_pack_and_missing_folder(tmp_path):
     with pytest.raises(UnknownName, match="buffalo_l"):
         FaceAnalyzer("bufalo_l", licence_acknowledged=True)
     for missing in [tmp_path / "none", str(tmp_path / "none"), "./none"]:
         with pytest.raises(WeightsError, match="does not exist"):
             FaceAnalyzer(missing)
-
-
-@pytest.mark.parametrize("broken", ["empty", "no detector", "no recogniser", "corrupt"])
-def test_folder_without_usable_models(tmp_path, broken):
-    folder = face_models.write(tmp_path / "m")
-    for name in {"empty": ["det", "rec"], "no detector": ["det"], "no recogniser": ["rec"]}.get(
-        broken, []
-    ):
-        (folder / f"{name}.onnx").unlink()
-    if broken == "corrupt":
-        (folder / "det.onnx").write_bytes((folder / "det.onnx").read_bytes()[:500])
-    with pytest.raises(WeightsError, match=str(folder)) as caught:
-        FaceAnalyzer(folder).load()
-    assert caught.value.hint
 
 
 def test_models_of_another_kind(tmp_path):
@@ -285,16 +241,11 @@ def test_models_of_another_kind(tmp_path):
 
 
 def test_models_are_loaded_once_and_at_first_use(folder, monkeypatch):
-    import insightface.app
-
     made = []
-
-    class Counting(insightface.app.FaceAnalysis):
-        def __init__(self, *args, **kwargs):
-            made.append(self)
-            super().__init__(*args, **kwargs)
-
-    monkeypatch.setattr(insightface.app, "FaceAnalysis", Counting)
+    opening = face_module._open_models
+    monkeypatch.setattr(
+        face_module, "_open_models", lambda *given: made.append(given) or opening(*given)
+    )
     analyzer = FaceAnalyzer(folder)
     assert made == []
     faces, start = [], threading.Barrier(6)
@@ -324,21 +275,19 @@ def test_a_failed_load_can_be_tried_again(tmp_path):
     assert analyzer.analyze(three_faces()).count == 3
 
 
-def test_stdout_and_warnings_stay_clean(folder, monkeypatch, capsys):
-    import insightface.app
-
-    class Chatty(insightface.app.FaceAnalysis):
-        def __init__(self, *args, **kwargs):
-            print("download_path: somewhere")
-            super().__init__(*args, **kwargs)
-
-    monkeypatch.setattr(insightface.app, "FaceAnalysis", Chatty)
+def test_stdout_and_warnings_stay_clean(folder, capsys):
     with warnings.catch_warnings():
         warnings.simplefilter("error", FutureWarning)
         FaceAnalyzer(folder).analyze(three_faces())
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert "download_path" in captured.err
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("points", [np.zeros((5, 2)), np.full((5, 2), np.nan)])
+def test_key_points_on_one_spot_are_no_face_that_can_be_aligned(tmp_path, points):
+    model = face_models.detector(points=points.astype(np.float32))
+    analyzer = FaceAnalyzer(face_models.write(tmp_path / "m", det=model))
+    with pytest.raises(EngineFailed, match="on one spot"):
+        analyzer.analyze(three_faces())
 
 
 def test_importing_loads_neither_torch_nor_insightface():

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tokenizers import pre_tokenizers
 
 from fastface_trt.errors import InvalidRequest, WeightsError
-from fastface_trt.runtime.tokenizer import ClipTokenizer
+from fastface_trt.runtime.tokenizer import VOCABULARY, ClipTokenizer
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 CORPUS = """
@@ -235,7 +235,7 @@ def test_missing_folder(tmp_path):
 @pytest.mark.parametrize("content", [b"{", b"\xff\xfe\x00", b'{"a": "b"}', b"x y z\n", b"[1]"])
 def test_corrupt_files(folder, name, content):
     (folder / name).write_bytes(content)
-    refuse(folder, "broken")
+    refuse(folder, "broken|no JSON object")
 
 
 def test_truncated_vocabulary(folder):
@@ -259,6 +259,7 @@ def test_corrupt_configuration(folder, name, content):
         ({"pad_token": "<pad>"}, "no pad_token '<pad>'"),
         ({"model_max_length": 2}, "length 2"),
         ({"model_max_length": "77"}, "length '77'"),
+        ({"model_max_length": 999_999}, "length 999999; at most 1024"),
         ({"model_max_length": float("nan")}, "length nan"),
         ({"added_tokens_decoder": [1]}, "broken token list"),
         ({"added_tokens_decoder": {"x": token("!")}}, "broken token list"),
@@ -271,3 +272,76 @@ def test_configuration_that_does_not_fit(tmp_path, change, match):
     path = folder / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change), encoding="utf-8")
     refuse(folder, match)
+
+
+def replacing(pattern, content):
+    return {"type": "Replace", "pattern": pattern, "content": content}
+
+
+def splitting(pattern):
+    return {"type": "Split", "pattern": pattern, "behavior": "Removed", "invert": True}
+
+
+HOSTILE = {
+    "a split that backtracks": {"pre_tokenizer": splitting({"Regex": "(a+)+$"})},
+    "a replacement that backtracks": {"normalizer": replacing({"Regex": "(a|aa)+$"}, "x")},
+    "a replacement that grows": {
+        "normalizer": {
+            "type": "Sequence",
+            "normalizers": [replacing({"String": "a"}, "a" * 1000)] * 3,
+        }
+    },
+    "a table that panics": {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}},
+    "no steps at all": {"pre_tokenizer": {"type": "Sequence", "pretokenizers": []}},
+    "another model": {"model": {"type": "WordPiece", "vocab": {"a": 0}, "unk_token": "a"}},
+    "chance": {"model": {"dropout": 0.5}},
+    "bytes": {"model": {"byte_fallback": True}},
+    "an id beyond the table": {"model": {"vocab": {"q": VOCABULARY}}},
+    "an id beyond every table": {"model": {"vocab": {"q": 4_000_000_000}}},
+    "an id below the table": {"model": {"vocab": {"q": -1}}},
+    "an added id": {"added_tokens": [{"id": VOCABULARY, **token("photo"), "special": True}]},
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizer_json(tmp_path_factory):
+    """A folder with a good tokenizer.json, and what is in it."""
+    folder = write_folder(tmp_path_factory.mktemp("tokenizer") / "t", pad=EOS, style="json")
+    return folder, json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+
+
+def written(tokenizer_json, tmp_path, change):
+    """A copy with a changed file; of the model only the named parts change."""
+    source, content = tokenizer_json
+    folder = shutil.copytree(source, tmp_path / "t")
+    model = dict(content["model"])
+    for name, part in change.get("model", {}).items():
+        model[name] = model["vocab"] | part if name == "vocab" and len(part) == 1 else part
+    changed = content | change | {"model": model}
+    (folder / "tokenizer.json").write_text(json.dumps(changed), encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_a_tokenizer_that_is_not_clips_is_refused_before_it_reads_a_prompt(
+    tokenizer_json, tmp_path, kind
+):
+    change = HOSTILE[kind]
+    if kind == "an added id":  # which the library numbers itself, as the next one
+        vocabulary = tokenizer_json[1]["model"]["vocab"]
+        more = {f"word{i}": i for i in range(len(vocabulary), VOCABULARY)}
+        change = change | {"model": {"vocab": vocabulary | more}}
+    folder = written(tokenizer_json, tmp_path, change)
+    refuse(folder, f"not CLIP's|CLIP's end at {VOCABULARY - 1}|broken")
+
+
+def test_an_older_spelling_of_clips_steps_is_read(tokenizer_json, tmp_path):
+    steps = tokenizer_json[1]["pre_tokenizer"]["pretokenizers"]
+    words = steps[0]["pattern"]["Regex"].removeprefix(r"<\|startoftext\|>|<\|endoftext\|>|")
+    assert words != steps[0]["pattern"]["Regex"]
+    last = {name: value for name, value in steps[1].items() if name != "use_regex"}
+    older = {"type": "Sequence", "pretokenizers": [splitting({"Regex": words}), last]}
+    folder = written(tokenizer_json, tmp_path, {"pre_tokenizer": older})
+    prompts = ["a photo's <|endoftext|> end", "It's 12\u00bd o'clock"]
+    ours, theirs = (ClipTokenizer.from_folder(one) for one in (folder, tokenizer_json[0]))
+    np.testing.assert_array_equal(ours.encode(prompts).input_ids, theirs.encode(prompts).input_ids)

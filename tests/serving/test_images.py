@@ -1,5 +1,6 @@
-"""The images' own content, built without a container engine, serves a picture; without their system
-packages it says which ones are missing. Minutes and a gigabyte: `make test-image`, as root.
+"""The images' own content, built without a container engine, serves a picture and finds a face.
+
+Minutes and a gigabyte: `make test-image`, as root.
 """
 
 import base64
@@ -75,18 +76,7 @@ def test_a_container_serves_a_picture_and_stops_when_asked(image):
 def test_doctor_finds_the_sample_face_in_a_container(image):
     (*_, stage), (program, *_) = image
     done = subprocess.run(stage.command([program, "doctor", "--json"]), capture_output=True)
-    assert (done.returncode, json.loads(done.stdout)["face"]["works"]) == (0, True)
-
-
-def test_without_each_system_package_doctor_names_it(image):
-    """On copies of the last stage, with OpenCV's libraries taken away one at a time."""
-    (*_, stage), (program, *_) = image
-    for package, library in (("libgl1", "libGL.so.1"), ("libglib2.0-0", "libgthread-2.0.so.0")):
-        (found,) = [path for path in stage.folder.glob(f"usr/lib/*/{library}*")][:1]
-        aside = found.rename(found.with_name("aside"))
-        done = subprocess.run(stage.command([program, "doctor", "--json"]), capture_output=True)
-        aside.rename(found)
-        face = json.loads(done.stdout)["face"]
-        assert (done.returncode, face["works"]) == (1, False)
-        assert library in face["detail"]
-        assert package in face["hint"]
+    face = json.loads(done.stdout)["face"]
+    assert (done.returncode, face["works"]) == (0, True)
+    assert "own code (InsightFace is not installed)" in face["detail"]
+    assert not list(stage.folder.rglob("cv2"))

@@ -2,8 +2,10 @@ import re
 from pathlib import Path
 
 from fastface_trt.runtime.intake import MAX_ENTRIES, MAX_PARTS, MAX_SCANS
+from fastface_trt.runtime.tokenizer import LARGEST_LENGTH
+from fastface_trt.serving.http import protocol
 from fastface_trt.serving.pictures.checks import SECONDS
-from fastface_trt.serving.pictures.fetch import MAX_REDIRECTS
+from fastface_trt.serving.pictures.fetch import MAX_REDIRECTS, RESOLVING_THREADS
 from fastface_trt.serving.settings import ServerSettings, WorkerSettings
 
 TEXT = (Path(__file__).parents[2] / "docs" / "threat-model.md").read_text()
@@ -27,5 +29,12 @@ def test_numbers_are_those_of_the_code():
         f"{MAX_ENTRIES} EXIF entries",
         f"most {MAX_REDIRECTS} redirects",
         f"longer than {SECONDS:g} s",
+        f"at most {LARGEST_LENGTH:,} tokens",
+        f"{protocol.MAX_HEADERS} headers in {protocol.MAX_HEAD_BYTES:,} bytes",
+        f"{protocol.FREE_CHUNKS} chunks, and one more per {protocol.CHUNK_BYTES:,} bytes",
+        f"{protocol.MAX_CHUNK_LINE} bytes before a chunk",
+        f"pieces of {protocol.JOINED_BYTES:,} bytes",
+        f"after {protocol.REFUSAL_SECONDS:g} s, and is read for {protocol.LINGER_SECONDS:g} s more",
+        f"on {RESOLVING_THREADS} threads of their own",
     ):
         assert words in TEXT.replace("\n", " "), words

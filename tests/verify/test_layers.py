@@ -3,11 +3,13 @@
 import pytest
 
 from fastface_trt.engines.cache import EngineCache
+from fastface_trt.engines.files import describe_file
 from fastface_trt.errors import EngineFailed, InvalidRequest
 from fastface_trt.verify.inputs import module_inputs
 from fastface_trt.verify.layers import Float64Verdict, find_layer
 from fastface_trt.verify.marked_outputs import MarkableModule
 from fastface_trt.verify.modules import run_reference, verify_modules
+from tests.engines.tiny_models import write_module
 from tests.verify.wrong_backend import WrongBuilder, replaced, scaled, vanishing
 
 
@@ -76,12 +78,13 @@ def test_no_difference_no_search(search):
     assert report is None
 
 
-def test_a_reference_that_cannot_run_says_so(tiny_export, tmp_path):
-    folder, manifest = tiny_export
-    module = manifest.modules["vae_decoder"]
-    inputs = module_inputs(module, manifest, folder)
-    with pytest.raises(EngineFailed, match="the reference, cannot run vae_decoder"):
-        run_reference(module, tmp_path, inputs)
+def test_a_reference_that_cannot_run_says_so(tmp_path):
+    module = write_module(tmp_path)
+    path = tmp_path / module.files[0].path
+    path.write_bytes(path.read_bytes().replace(b"MatMul", b"MatSum"))
+    module = module.model_copy(update={"files": (describe_file(tmp_path, path),)})
+    with pytest.raises(EngineFailed, match="the reference, cannot run affine"):
+        run_reference(module, tmp_path, {})
 
 
 def test_inputs_fit_and_repeat(tiny_export):

@@ -55,6 +55,48 @@ def test_every_step_equals_the_recording(tmp_path, backend, plan):
         assert worst(written, recorded, case["name"]) < tolerance, case["name"]
 
 
+PORTRAIT = GOLDEN / "portrait"
+OF_PORTRAIT = {
+    "model": PORTRAIT / "model",
+    "shared": PORTRAIT,
+    "cases": PORTRAIT / "cases.json",
+    "tensors": PORTRAIT / "tensors.safetensors",
+}
+
+
+@pytest.mark.parametrize(
+    ("backend", "names"),
+    [
+        ("torch", ()),
+        pytest.param(
+            "onnxruntime",
+            ("one_face_cfg", "no_cfg", "dcg", "am1_dcg", "am2_dcg"),
+            marks=pytest.mark.engines,  # another UNet to export
+        ),
+        pytest.param("onnxruntime", ("unnorm_am1_dcg",), marks=pytest.mark.engines),
+    ],
+)
+def test_portraits_of_a_set_equal_the_recording_at_every_step(tmp_path, backend, names):
+    """One and five faces of the authors' own code in engines that take up to five."""
+    written = run(tmp_path, backend=backend, names=names, **OF_PORTRAIT)
+    recorded = load_file(OF_PORTRAIT["tensors"])
+    cases = [case["name"] for case in json.loads(OF_PORTRAIT["cases"].read_text())]
+    for case in names or cases:
+        ours = {name: written[name] for name in recorded if name.startswith(f"{case}.")}
+        assert ours
+        assert worst(ours, recorded, case) < (2e-3 if "am2" in case else 1e-3), case
+    assert {name.split(".")[0] for name in written} == {*(names or cases)}
+
+
+def test_a_set_without_a_unet_or_a_file_of_a_case_is_told(tmp_path):
+    with pytest.raises(WeightsError, match="unet folder"):
+        run(tmp_path, **(OF_PORTRAIT | {"shared": tmp_path}))
+    cases = json.loads(OF_PORTRAIT["cases"].read_text())
+    (tmp_path / "cases.json").write_text(json.dumps([cases[0] | {"adapter_file": "x.bin"}]))
+    with pytest.raises(UnknownName, match=r"x\.bin"):
+        run(tmp_path, **(OF_PORTRAIT | {"cases": tmp_path / "cases.json"}))
+
+
 def test_one_case_by_name(tmp_path):
     written = run(tmp_path, backend="torch", names=["hyper_dcg"])
     assert {name.split(".")[0] for name in written} == {"hyper_dcg"}

@@ -111,6 +111,13 @@ class Session : public Owned<fastface_session, &fastface_api_v1::destroy> {
     return Face(api_, face);
   }
 
+  // Of the same person in several pictures.
+  Face one_person(const std::vector<const fastface_face *> &faces) const {
+    fastface_face *face = nullptr;
+    check(api_, api_->one_person(handle_, faces.data(), faces.size(), &face));
+    return Face(api_, face);
+  }
+
   // Into memory of the caller's: exactly width * height * 3 bytes.
   fastface_result generate(const Request &request, const Face &face, uint8_t *pixels,
                            size_t bytes) const {

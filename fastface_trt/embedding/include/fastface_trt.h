@@ -97,7 +97,7 @@ typedef struct {
   size_t struct_size;
   uint32_t width, height;         /* pixels of a picture unless the request says otherwise */
   uint32_t steps;
-  uint32_t token_count, token_width;
+  uint32_t token_count, token_width; /* of all pictures of a person that the export takes */
 } fastface_description;
 
 /* Pixels in your memory, or the bytes of a PNG, JPEG, WebP, BMP or TIFF file. One of both. */
@@ -203,6 +203,11 @@ typedef struct fastface_api_v1 {
 
   /* What the last failed call of this thread says, UTF-8; valid until this thread's next call. */
   const char *(*last_error)(void);
+
+  /* One face of `count` that are of the same person in several pictures, for an export that takes
+   * several (FaceID-Portrait). The others may be released. Check struct_size before calling it. */
+  fastface_status (*one_person)(fastface_session *session, const fastface_face *const *faces,
+                                size_t count, fastface_face **face);
 } fastface_api_v1;
 
 /* The table of an ABI version, NULL where this library has none. The table lives for ever. */

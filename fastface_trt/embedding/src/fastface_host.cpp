@@ -4,6 +4,7 @@
 #include <array>
 #include <cstdint>
 #include <map>
+#include <vector>
 
 #include "handles.hpp"
 
@@ -128,6 +129,13 @@ py::object text(const char *utf8, const char *name) {
   return py::reinterpret_steal<py::object>(decoded);
 }
 
+// `count` things of `size` bytes; refused where the product is no size of memory.
+size_t times(size_t count, size_t size, const char *name) {
+  if (size != 0 && count > static_cast<size_t>(PTRDIFF_MAX) / size)
+    refuse(std::string(name) + " is larger than memory can be.");
+  return count * size;
+}
+
 py::object memory(const void *data, size_t bytes) {
   if (data == nullptr) return py::none();
   return py::memoryview::from_memory(data, static_cast<py::ssize_t>(bytes));
@@ -205,8 +213,9 @@ py::object target(const fastface_request &request) {
   if (request.pixels == nullptr) return py::none();
   if (request.pixels_on_gpu)
     return py::make_tuple(number(request.pixels), request.pixels_bytes);
+  const size_t bytes = times(request.pixels_bytes, 1, "pixels_bytes");
   return py::memoryview::from_memory(static_cast<void *>(request.pixels),
-                                     static_cast<py::ssize_t>(request.pixels_bytes));
+                                     static_cast<py::ssize_t>(bytes));
 }
 
 void generate(fastface_session *handle, const fastface_request *given, fastface_result *result) {
@@ -232,9 +241,11 @@ void generate(fastface_session *handle, const fastface_request *given, fastface_
         request_fields(request),
         request.parameters_json ? text(request.parameters_json, "parameters_json") : py::none(),
         face ? face->object : py::none(),
-        memory(request.image_tokens, request.image_tokens_count * sizeof(float)),
+        memory(request.image_tokens,
+               times(request.image_tokens_count, sizeof(float), "image_tokens_count")),
         capsule(std::move(tensor)),
-        memory(request.latents, request.latents_count * sizeof(float)), out,
+        memory(request.latents, times(request.latents_count, sizeof(float), "latents_count")),
+        out,
         py::make_tuple(number(request.stream), number(request.event), number(request.done)),
         py::cpp_function(on_progress));
     fastface_result values{};
@@ -291,8 +302,9 @@ void analyze(fastface_session *handle, const fastface_input_picture *given, uint
   *face = python([&](py::handle) {
     py::object file = py::none();
     if (picture.file)
-      file = py::bytes(reinterpret_cast<const char *>(picture.file), picture.file_bytes);
-    const size_t bytes = size_t{3} * picture.width * picture.height;
+      file = py::bytes(reinterpret_cast<const char *>(picture.file),
+                       times(picture.file_bytes, 1, "file_bytes"));
+    const size_t bytes = times(size_t{3} * picture.width, picture.height, "The picture");
     return add_face(session->host.attr("analyze")(
         file, memory(picture.rgb, bytes), py::make_tuple(picture.height, picture.width), index));
   });
@@ -308,9 +320,24 @@ void embed(fastface_session *handle, const fastface_embedding *given, fastface_f
     refuse("Give values or dlpack, one of both.");
   *face = python([&](py::handle) {
     return add_face(session->host.attr("embed")(
-        memory(embedding.values, embedding.count * sizeof(float)), capsule(std::move(tensor)),
+        memory(embedding.values, times(embedding.count, sizeof(float), "The embedding's count")),
+        capsule(std::move(tensor)),
         memory(embedding.crop_bgr, size_t{3} * 224 * 224),
         memory(embedding.portrait_bgr, size_t{3} * 512 * 512)));
+  });
+}
+
+void one_person(fastface_session *handle, const fastface_face *const *faces, size_t count,
+                fastface_face **face) {
+  auto session = library().sessions.get(handle);
+  if (face == nullptr) refuse("There is no place for the face.");
+  if (faces == nullptr && count != 0) refuse("There are no faces.");
+  std::vector<std::shared_ptr<Held>> held;
+  for (size_t i = 0; i < count; ++i) held.push_back(library().faces.get(faces[i]));
+  *face = python([&](py::handle) {
+    py::list all;
+    for (const auto &one : held) all.append(one->object);
+    return add_face(session->host.attr("one_person")(all));
   });
 }
 
@@ -377,6 +404,10 @@ const fastface_api_v1 kTable = {
     [](fastface_picture *picture) { running([&] { library().pictures.remove(picture); }); },
     [](fastface_session *session, uint64_t task) { running([&] { cancel(session, task); }); },
     [] { return message().c_str(); },
+    [](fastface_session *session, const fastface_face *const *faces, size_t count,
+       fastface_face **face) {
+      return running([&] { one_person(session, faces, count, face); });
+    },
 };
 
 }  // namespace

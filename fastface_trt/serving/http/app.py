@@ -10,7 +10,6 @@ from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from importlib.util import find_spec
-from typing import Any
 
 from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -48,6 +47,7 @@ from fastface_trt.serving.http.middleware import (
     record_of,
 )
 from fastface_trt.serving.http.openapi import document, refusals
+from fastface_trt.serving.http.reference import reference_router
 from fastface_trt.serving.http.registration import faces_router
 from fastface_trt.serving.http.responses import (
     HealthAnswer,
@@ -103,7 +103,7 @@ def create_app(
         title="FastFace-TRT",
         version=__version__,
         lifespan=lifespan,
-        redoc_url=None,
+        openapi_url=None,  # and no page that loads scripts from elsewhere: `reference`
         # A client that sends what no route takes gets an error, not a redirect to follow.
         redirect_slashes=False,
     )
@@ -111,13 +111,19 @@ def create_app(
     app.include_router(images_router())
     app.include_router(faces_router())
     app.include_router(about_router())
+    app.include_router(reference_router(lambda: document(app, secured=bool(settings.api_keys))))
     if settings.ui:
         app.include_router(page_router(manifest))
     _handle_errors(app)
-    _describe(app, secured=bool(settings.api_keys))
     # The last added is the first that a request passes.
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes, seconds=settings.body_timeout)
-    app.add_middleware(Gate, keys=context.keys, limit=context.limit, admission=context.admission)
+    app.add_middleware(
+        Gate,
+        keys=context.keys,
+        metrics_keys=ApiKeys(settings.metrics_keys) if settings.metrics_keys else None,
+        limit=context.limit,
+        admission=context.admission,
+    )
     app.add_middleware(RequestLog, metrics=context.metrics, tracing=context.tracing)
     if settings.allow_origins:  # outermost, since a page reads no error without these headers
         app.add_middleware(
@@ -192,17 +198,6 @@ def _handle_errors(app: FastAPI) -> None:
     @app.exception_handler(ClientDisconnect)
     async def gone(request: Request, error: ClientDisconnect) -> Response:
         return await known(request, ClientGone("The client has gone."))
-
-
-def _describe(app: FastAPI, *, secured: bool) -> None:
-    made: dict[str, Any] = {}
-
-    def openapi() -> dict[str, Any]:
-        if not made:
-            made.update(document(app, secured=secured))
-        return made
-
-    app.openapi = openapi  # type: ignore[method-assign]  # FastAPI's documented way
 
 
 def about_router() -> APIRouter:
@@ -281,6 +276,8 @@ def about_router() -> APIRouter:
     )
     async def metrics(request: Request) -> Response:
         """Prometheus' metrics."""
+        if context_of(request).settings.metrics_keys:
+            await has_passed_the_gate(request)
         return Response(context_of(request).metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
     return router
@@ -302,6 +299,7 @@ def _model(context: Context, id: str) -> ModelAnswer:
         checkpoint=manifest.checkpoint,
         adapter=manifest.adapter,
         adapter_kind=manifest.adapter_kind,
+        max_faces=manifest.max_faces,
         precision=manifest.precision,
         scheduler=str(manifest.scheduler["class"]),
     )

@@ -55,7 +55,8 @@ def log_json(stream: TextIO, level: int = logging.INFO) -> None:
         logger = logging.getLogger(name)
         logger.handlers = [handler] if name != "uvicorn.error" else []
         logger.propagate = name == "uvicorn.error"
-        logger.setLevel(level if name == LOGGER else logging.WARNING)
+        # uvicorn warns of every request that is none: lines for whoever wants a full disk.
+        logger.setLevel(level if name == LOGGER else logging.ERROR)
 
 
 def log_event(message: str, *, level: int = logging.INFO, **fields: Any) -> None:

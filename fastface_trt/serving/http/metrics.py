@@ -48,7 +48,17 @@ class Metrics:
         self._in_work = Gauge(
             "fastface_requests_in_work", "Requests without their answer.", registry=self._registry
         )
+        self._refused = Counter(
+            "fastface_refused_before_requests",
+            "What was refused before it was a request, by its status, or as a connection too many.",
+            ("reason",),
+            registry=self._registry,
+        )
         self._registry.register(_OfWorker(worker, state, faces))
+
+    def connection_refused(self, reason: str) -> None:
+        """A connection was refused: `connection`, or the status it was answered with."""
+        self._refused.labels(reason).inc()
 
     def request_began(self) -> None:
         """A request came in."""

@@ -38,6 +38,7 @@ MAX_BUCKETS = 10_000
 """Clients whose rate is remembered; the one that asked longest ago is forgotten first."""
 CLIENT_GONE = 499
 OUTCOMES = {408: "request_timeout", 413: "request_too_large", CLIENT_GONE: "disconnected"}
+NO_SNIFFING = (b"x-content-type-options", b"nosniff")
 WORKING = ("/v1/images/generations", "/v1/images/edits", "/v1/faces")
 PROBES = ("/health", "/healthz", "/v2/health/live", "/v2/health/ready", "/metrics")
 ROUTES = frozenset(
@@ -96,8 +97,8 @@ class RequestLog:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                headers = [*message.get("headers", ()), (b"x-request-id", record.id.encode())]
-                message = {**message, "headers": headers}
+                ours = [(b"x-request-id", record.id.encode()), NO_SNIFFING]
+                message = {**message, "headers": [*message.get("headers", ()), *ours]}
             await send(message)
 
         self._metrics.request_began()
@@ -163,22 +164,33 @@ def route_of(path: str) -> str:
 
 
 class Gate:
-    """Lets a request in by its key, its client's rate, and what is in work; before its body."""
+    """Lets a request in by its key, its client's rate, and what is in work; before its body.
+
+    /metrics has keys of its own, or none.
+    """
 
     def __init__(
-        self, app: ASGIApp, *, keys: "ApiKeys", limit: "RateLimit", admission: Admission
+        self,
+        app: ASGIApp,
+        *,
+        keys: "ApiKeys",
+        metrics_keys: "ApiKeys | None",
+        limit: "RateLimit",
+        admission: Admission,
     ) -> None:
         self._app, self._keys, self._limit, self._admission = app, keys, limit, admission
+        self._keys_of = {"/metrics": metrics_keys} if metrics_keys else {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or not path_of(scope).startswith("/v1/"):
+        path = path_of(scope) if scope["type"] == "http" else ""
+        if not path.startswith("/v1/") and path not in self._keys_of:
             await self._app(scope, receive, send)
             return
         record = record_of(scope)
         with ExitStack() as entered:
             try:
-                record.owner = self._owner(scope)
-                if scope["method"] == "POST" and path_of(scope) in WORKING:
+                record.owner = self._owner(scope, self._keys_of.get(path, self._keys))
+                if scope["method"] == "POST" and path in WORKING:
                     entered.enter_context(self._admission.enter())
             except FastFaceError as error:
                 record.outcome = error.code
@@ -186,9 +198,9 @@ class Gate:
                 return
             await self._app(scope, receive, send)
 
-    def _owner(self, scope: Scope) -> str:
+    def _owner(self, scope: Scope, keys: "ApiKeys") -> str:
         try:
-            owner = self._keys.owner_of(scope)
+            owner = keys.owner_of(scope)
         except InvalidApiKey:
             self._limit.take(address_of(scope))  # so that nobody tries many
             raise
@@ -233,38 +245,48 @@ class ApiKeys:
 
 
 def _bearer(scope: Scope) -> bytes:
-    for name, value in scope["headers"]:
-        if name == b"authorization":
-            kind, _, key = bytes(value).partition(b" ")
-            return key.strip() if kind.lower() == b"bearer" else b""
-    return b""
+    given = [bytes(value) for name, value in scope["headers"] if name == b"authorization"]
+    if len(given) != 1:  # of two, a proxy may have looked at the other
+        return b""
+    kind, _, key = given[0].partition(b" ")
+    return key.strip() if kind.lower() == b"bearer" else b""
 
 
 class RateLimit:
-    """A token bucket per client: `per_minute` requests at once, refilled evenly. Of one thread."""
+    """A token bucket per client: `count` at once, refilled evenly in `seconds`. Of one thread."""
 
-    def __init__(self, per_minute: int | None, clock: Callable[[], float] = time.monotonic) -> None:
-        self._per_minute, self._clock = per_minute, clock
+    def __init__(
+        self,
+        count: int | None,
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        seconds: float = 60.0,
+    ) -> None:
+        self._count, self._clock, self._seconds = count, clock, seconds
         self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()
 
     def take(self, client: str) -> None:
         """Count a request of a client. Raises `RateLimited` with the time until the next."""
-        if self._per_minute is None:
-            return
-        now, rate = self._clock(), self._per_minute / 60
-        tokens, since = self._buckets.pop(client, (float(self._per_minute), now))
-        tokens = min(float(self._per_minute), tokens + (now - since) * rate)
+        wait = self.wait(client)
+        if wait:
+            raise RateLimited(
+                f"More than {self._count} requests per minute.",
+                f"Try again in {math.ceil(wait)} s.",
+                retry_after=wait,
+            )
+
+    def wait(self, client: str) -> float:
+        """Count whatever a client does; the seconds until it may, 0 where it may now."""
+        if self._count is None:
+            return 0
+        now, rate = self._clock(), self._count / self._seconds
+        tokens, since = self._buckets.pop(client, (float(self._count), now))
+        tokens = min(float(self._count), tokens + (now - since) * rate)
         allowed = tokens >= 1
         self._buckets[client] = (tokens - 1 if allowed else tokens, now)
         if len(self._buckets) > MAX_BUCKETS:
             self._buckets.popitem(last=False)
-        if not allowed:
-            wait = (1 - tokens) / rate
-            raise RateLimited(
-                f"More than {self._per_minute} requests per minute.",
-                f"Try again in {math.ceil(wait)} s.",
-                retry_after=wait,
-            )
+        return 0 if allowed else (1 - tokens) / rate
 
 
 def address_of(scope: Scope) -> str:

@@ -103,6 +103,7 @@ class ModelAnswer(BaseModel):
     checkpoint: str
     adapter: str
     adapter_kind: str
+    max_faces: int
     precision: str
     scheduler: str
 

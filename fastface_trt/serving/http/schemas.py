@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from fastface_trt.engines.manifest import MOST_FACES
 from fastface_trt.runtime.guidance import FAMILIES, BranchPlan
 from fastface_trt.runtime.picture_file import QUALITY, PictureFormat
 from fastface_trt.runtime.presets import PRESETS
@@ -154,6 +155,17 @@ class GenerationBody(Closed):
     face_id: Annotated[str, Field(min_length=1, max_length=100)] | None = Field(
         None, description="A face registered with POST /v1/faces."
     )
+    face_ids: (
+        Annotated[
+            list[Annotated[str, Field(min_length=1, max_length=100)]],
+            Field(min_length=1, max_length=MOST_FACES),
+        ]
+        | None
+    ) = Field(
+        None,
+        description="Registered faces of one person in several pictures; only where the model's "
+        "max_faces is more than 1.",
+    )
     face_url: Annotated[str, Field(min_length=1, max_length=2048)] | None = Field(
         None, description="The address of a picture; only where the server fetches pictures."
     )
@@ -200,6 +212,11 @@ class GenerationBody(Closed):
         None, description="What the softmask normalises over [request]."
     )
     plan: BranchPlan | None = Field(None, description="Branch plan [exact].")
+    strength_for_tokens: bool | None = Field(
+        None,
+        description="Whether s of scale-power is adjusted to the number of image tokens, where "
+        "that varies with the number of pictures [true].",
+    )
     deadline: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
         None, description="Seconds from now after which the answer is of no use."
     )

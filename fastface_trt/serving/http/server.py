@@ -1,9 +1,4 @@
-"""A server's life: listen, say when it is ready, drain on a signal, leave in time.
-
-Its connections have a bound on how long a client may hold one without asking, or without taking
-its answer. uvicorn (0.54) ends a connection that is idle between two requests. It waits without end
-for a first byte, for headers that arrive one byte at a time, and for a client that does not read.
-"""
+"""A server's life: listen, say when it is ready, drain on a signal, leave in time."""
 
 import asyncio
 import ipaddress
@@ -11,7 +6,6 @@ import logging
 import os
 import socket
 import threading
-from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from types import FrameType
@@ -19,12 +13,11 @@ from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from fastface_trt.errors import InvalidRequest
 from fastface_trt.serving.http.context import Context
 from fastface_trt.serving.http.logs import log_event
-from fastface_trt.serving.http.middleware import client_of_address
+from fastface_trt.serving.http.protocol import BoundedListener, guarded_protocol
 from fastface_trt.serving.settings import ServerSettings
 from fastface_trt.serving.work import State, Worker
 
@@ -35,11 +28,10 @@ STATE_POLL_SECONDS = 0.25
 FINISH_SECONDS = 5
 """For answers that are on their way when all tasks have ended."""
 CLOSE_SECONDS = 15.0
-_REQUEST_TIMEOUT = (
-    b"HTTP/1.1 408 Request Timeout\r\nconnection: close\r\ncontent-length: 0\r\n"
-    b"content-type: text/plain; charset=utf-8\r\n\r\n"
-)
-_log = logging.getLogger(__name__)
+BACKLOG = 2048
+"""Connections that the system keeps until they are accepted."""
+ACCEPTED_AT_ONCE = 32
+"""Connections that are accepted before the loop looks at anything else."""
 
 
 def check_binding(settings: ServerSettings, *, allow_anonymous: bool) -> None:
@@ -67,7 +59,7 @@ def listen(settings: ServerSettings) -> socket.socket:
     host, port = settings.host, settings.port
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        return socket.create_server(address[:2], family=family, backlog=2048)
+        return socket.create_server(address[:2], family=family, backlog=BACKLOG)
     except OSError as error:
         raise InvalidRequest(
             f"The server cannot listen on {host} port {port}: {error.strerror or error}.",
@@ -106,6 +98,8 @@ class _Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Tell that it listens; from here on a signal finds its handler."""
         await super().startup(sockets)
+        for one in sockets or ():
+            one.listen(BACKLOG)  # asyncio has made it as short as what it accepts at once
         self._listening()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
@@ -129,9 +123,11 @@ class _Life:
     async def run(self, listener: socket.socket) -> int:
         loop = asyncio.get_running_loop()
         stop_asked = asyncio.Event()
+        protocol = guarded_protocol(self._settings, self._app.state.context.metrics)
+        listener = BoundedListener(listener, protocol.open_connections)
         config = uvicorn.Config(
             self._app,
-            http=guarded_protocol(self._settings),
+            http=protocol,
             ws="none",
             lifespan="on",
             log_config=None,
@@ -139,6 +135,7 @@ class _Life:
             server_header=False,
             proxy_headers=False,
             timeout_graceful_shutdown=FINISH_SECONDS,
+            backlog=ACCEPTED_AT_ONCE,
         )
         host, port = listener.getsockname()[:2]
         address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
@@ -212,151 +209,3 @@ def _in_thread(name: str, function: Callable[[], object]) -> "asyncio.Future[Non
 
     threading.Thread(target=run, name=name, daemon=True).start()
     return ended
-
-
-def guarded_protocol(settings: ServerSettings) -> "type[GuardedProtocol]":
-    """The `http` of a `uvicorn.Config`; every server needs one of its own, for it counts."""
-    connections = Connections(settings.max_connections, settings.max_connections_per_address)
-
-    class Guarded(GuardedProtocol):
-        open_connections = connections
-        header_seconds = settings.body_timeout
-        write_seconds = settings.write_timeout
-
-    return Guarded
-
-
-class GuardedProtocol(H11Protocol):
-    """uvicorn's HTTP/1.1 connection, with a time for headers and one for the client to read.
-
-    It builds on h11 and not on httptools, which gathers headers without a bound on their size.
-    `guarded_protocol` fills in the three attributes.
-    """
-
-    open_connections: "Connections"
-    header_seconds: float
-    write_seconds: float
-
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
-        self._address: str | None = None
-        self._request_timer: asyncio.TimerHandle | None = None
-        self._write_timer: asyncio.TimerHandle | None = None
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Begin to wait for the first request."""
-        super().connection_made(transport)
-        address = client_of_address(self.client[0]) if self.client else ""
-        if not self.open_connections.enter(address):
-            transport.abort()
-            return
-        self._address = address
-        self._start_request_timer()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        """Give back what the connection held."""
-        super().connection_lost(exc)
-        self._stop_request_timer()
-        self._stop_write_timer()
-        if self._address is not None:
-            self.open_connections.leave(self._address)
-            self._address = None
-
-    def data_received(self, data: bytes) -> None:
-        """Take in a part of a request."""
-        if self.transport.is_closing():
-            return
-        if not self._at_work:
-            self._start_request_timer()
-        super().data_received(data)
-        if self._at_work:
-            self._stop_request_timer()
-
-    def on_response_complete(self) -> None:
-        """Wait for the client to take the last of it; uvicorn itself waits for its next request."""
-        super().on_response_complete()
-        if self._at_work:  # the next one had already come
-            self._stop_request_timer()
-        if self.transport.get_write_buffer_size() and not self.flow.write_paused:
-            self._start_write_timer()
-
-    def pause_writing(self) -> None:
-        """The buffer to the client is full."""
-        super().pause_writing()
-        self._start_write_timer()
-
-    def resume_writing(self) -> None:
-        """The client has taken most of it."""
-        super().resume_writing()
-        self._stop_write_timer()
-
-    @property
-    def _at_work(self) -> bool:
-        return self.cycle is not None and not self.cycle.response_complete
-
-    def _start_request_timer(self) -> None:
-        # Not put off by further bytes: the time is for all of the headers.
-        if self._request_timer is None:
-            self._request_timer = self.loop.call_later(self.header_seconds, self._request_timed_out)
-
-    def _stop_request_timer(self) -> None:
-        if self._request_timer is not None:
-            self._request_timer.cancel()
-            self._request_timer = None
-
-    def _request_timed_out(self) -> None:
-        self._request_timer = None
-        if not self.transport.is_closing():
-            self.transport.write(_REQUEST_TIMEOUT)
-            self.transport.close()
-            self._start_write_timer()
-
-    def _start_write_timer(self) -> None:
-        self._stop_write_timer()
-        self._write_timer = self.loop.call_later(self.write_seconds, self._write_timed_out)
-
-    def _stop_write_timer(self) -> None:
-        if self._write_timer is not None:
-            self._write_timer.cancel()
-            self._write_timer = None
-
-    def _write_timed_out(self) -> None:
-        self._write_timer = None
-        # In the midst of an answer a little may lie there; it may have been written just now.
-        waits = self.flow.write_paused or not self._at_work
-        if waits and self.transport.get_write_buffer_size():
-            self.transport.abort()
-
-
-class Connections:
-    """How many connections are open, in total and by the clients' addresses."""
-
-    def __init__(self, limit: int, limit_per_address: int | None) -> None:
-        self._limit, self._limit_per_address = limit, limit_per_address
-        self._open: Counter[str] = Counter()
-        self.refused = 0
-
-    @property
-    def open(self) -> int:
-        """How many are open."""
-        return self._open.total()
-
-    def enter(self, address: str) -> bool:
-        """Count a new connection, unless it is one too many."""
-        limit = self._limit_per_address
-        if self._open.total() >= self._limit or (
-            limit is not None and self._open[address] >= limit
-        ):
-            # A line per refusal would give the flood a second way to do harm.
-            if self.refused % 1000 == 0:
-                _log.warning("connections are refused: too many are open (%d)", self._open.total())
-            self.refused += 1
-            return False
-        self._open[address] += 1
-        return True
-
-    def leave(self, address: str) -> None:
-        """A counted connection has ended."""
-        self._open[address] -= 1
-        if not self._open[address]:
-            del self._open[address]

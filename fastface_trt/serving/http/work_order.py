@@ -15,9 +15,9 @@ from starlette.requests import Request
 
 from fastface_trt.engines.manifest import ExportManifest
 from fastface_trt.errors import Busy, InvalidRequest, UnknownName, naming
-from fastface_trt.runtime.face import Face
+from fastface_trt.runtime.face import Face, one_person
 from fastface_trt.runtime.picture_file import PictureFormat, encode_picture
-from fastface_trt.runtime.request import GenerationRequest, parse_request
+from fastface_trt.runtime.request import GenerationRequest, check_pictures, parse_request
 from fastface_trt.serving.http.context import Context
 from fastface_trt.serving.http.errors import InvalidField
 from fastface_trt.serving.http.middleware import Record, record_of
@@ -28,7 +28,7 @@ from fastface_trt.serving.pictures.files import decode_base64, decode_picture
 from fastface_trt.serving.settings import ServerSettings
 from fastface_trt.serving.work import PictureDone, Pixels, Task
 
-FACE_FIELDS = ("face", "face_id", "face_url")
+FACE_FIELDS = ("face", "face_id", "face_ids", "face_url")
 
 
 @dataclass(frozen=True)
@@ -190,8 +190,8 @@ def check_one_face(body: GenerationBody, *, file: bool) -> None:
     if len(named) != 1:
         raise InvalidRequest(
             f"Several faces are given: {', '.join(named)}." if named else "No face is given.",
-            "Give one of face (base64), face_id (of /v1/faces), face_url, or in a form the file "
-            "image.",
+            "Give one of face (base64), face_id or face_ids (of /v1/faces), face_url, or in a form "
+            "the file image.",
         )
 
 
@@ -201,14 +201,16 @@ async def face_of(context: Context, body: GenerationBody, file: bytes | None, ow
     Raises `BadPicture`, `NoFaceFound`, `FaceIndexOutOfRange`, `UnknownFace`, `InvalidField`,
     `Refused`, `Unavailable`.
     """
-    if body.face_id is not None:
+    names = body.face_ids or ([] if body.face_id is None else [body.face_id])
+    if names:
         if body.face_index is not None:
             raise InvalidField(
                 "face_index goes with a picture.",
                 "A registered face is one already: leave it out.",
                 param="face_index",
             )
-        return (await context.faces.get(owner, body.face_id)).face
+        check_pictures(context.manifest, len(names), "face_ids")
+        return one_person([(await context.faces.get(owner, name)).face for name in names])
     if body.face is not None:
         file = await context.in_thread(decode_base64, body.face, context.settings)
     elif body.face_url is not None:

@@ -12,9 +12,12 @@ Sources of what is public: IANA's registries of special-purpose addresses (RFC 6
 
 import asyncio
 import contextlib
+import socket
 import ssl
 from collections.abc import Awaitable, Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cache
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address
 from typing import TypeAlias
 from urllib.parse import SplitResult, urljoin, urlsplit
@@ -40,8 +43,13 @@ Address: TypeAlias = IPv4Address | IPv6Address
 Resolve = Callable[[str, int], Awaitable[Iterable[str]]]
 MAX_REDIRECTS = 3
 MAX_URL = 2048
+RESOLVING_THREADS = 8
 MAX_ADDRESSES = 4
 """Addresses of a name that are tried, one after the other, within the time of the whole."""
+# A name server that never answers holds a thread for longer than anybody waits: not one of those
+# that submit other clients' pictures.
+_RESOLVING = ThreadPoolExecutor(RESOLVING_THREADS, thread_name_prefix="fastface-resolving")
+_trusted = cache(httpcore.default_ssl_context)  # reading all certificates takes a tenth of a second
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _NETWORK_ERRORS = (
     OSError,  # names that do not resolve, certificates that do not fit
@@ -68,7 +76,9 @@ _NOT_PUBLIC_4 = (
 
 async def resolve(host: str, port: int) -> list[str]:
     """All addresses of a host, as the system's resolver gives them."""
-    found = await asyncio.get_running_loop().getaddrinfo(host, port, type=1)  # SOCK_STREAM
+    found = await asyncio.get_running_loop().run_in_executor(
+        _RESOLVING, lambda: socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    )
     return [str(sockaddr[0]) for _, _, _, _, sockaddr in found]
 
 
@@ -120,7 +130,7 @@ async def fetch_picture(url: str, settings: ServerSettings, rules: Rules | None 
         raise InvalidRequest(
             "This server does not fetch pictures by address.", "Send the picture itself."
         )
-    rules = rules or Rules(tls=await asyncio.to_thread(httpcore.default_ssl_context))
+    rules = rules or Rules(tls=await asyncio.to_thread(_trusted))
     try:
         return await asyncio.wait_for(_follow(url, settings, rules), settings.body_timeout)
     except FastFaceError:

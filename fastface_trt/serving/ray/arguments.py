@@ -3,7 +3,7 @@
 import json
 from typing import Annotated, Any
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from fastface_trt.serving.settings import Count, Seconds, ServerSettings, Settings, WorkerSettings
 
@@ -46,10 +46,17 @@ class RayArguments(WorkerSettings, ServerSettings, Placement):
     """Let everybody in who reaches the proxies: needed where there are no `api_keys`, since a
     replica cannot know on which addresses they listen."""
 
-    @field_validator("api_keys", "allow_origins", "model_names", "checks", mode="before")
+    @field_validator(
+        *("api_keys", "metrics_keys", "allow_origins", "model_names", "checks"), mode="before"
+    )
     @classmethod
-    def _split(cls, value: Any) -> Any:
-        return tuple(filter(None, value.split(","))) if isinstance(value, str) else value
+    def _split(cls, value: Any, field: ValidationInfo) -> Any:
+        if not isinstance(value, str):
+            return value
+        parts = tuple(filter(None, map(str.strip, value.split(","))))
+        if not parts and str(field.field_name).endswith("_keys"):
+            raise ValueError("has no key in it: give some, or leave it out")
+        return parts
 
     @field_validator("engine_options", mode="before")
     @classmethod

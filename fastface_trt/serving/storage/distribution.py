@@ -20,6 +20,7 @@ from fastface_trt.engines.cache import CacheEntry, EngineCache
 from fastface_trt.engines.engine import EngineBuilder, Progress
 from fastface_trt.engines.files import (
     finished_folder,
+    possible_folder,
     storage_errors,
     verify_files,
     write_text_durably,
@@ -141,7 +142,7 @@ def obtain(address: str, *, home: Path | None = None, progress: Progress = _sile
     kept, `ManifestError`, `StorageError`, and as `resolve`.
     """
     pinned = resolve(address)
-    home = (home or _home()).expanduser().absolute()
+    home = possible_folder(home or _home())
     storage, objects = Storage(pinned.url), LocalObjects(home)
     content = _document(
         storage, release_name(pinned.reference), pinned.reference, RELEASE_LIMIT, home
@@ -172,7 +173,7 @@ def obtain_engines(
     Returns the names of their modules. Engines for other backends and GPUs are not fetched.
     Raises as `obtain`, and `EngineMismatch` for an engine that is not what its key says.
     """
-    home = (home or _home()).expanduser().absolute()
+    home = possible_folder(home or _home())
     storage, objects = Storage(obtained.address.url), LocalObjects(home)
     modules = obtained.manifest.modules
     wanted = {cache.key(module, builder) for module in modules.values()}

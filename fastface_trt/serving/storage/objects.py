@@ -27,6 +27,7 @@ from typing import Any
 from filelock import FileLock
 
 from fastface_trt.engines.files import atomic_file, sha256_file, storage_errors
+from fastface_trt.engines.manifest import open_file
 from fastface_trt.errors import (
     ExportIncomplete,
     FastFaceError,
@@ -47,7 +48,7 @@ class Storage:
     """One place in shared storage, by its URL or as a directory's path.
 
     Raises `MissingDependency` without fsspec or the package for that kind of URL, `InvalidRequest`
-    for a kind that fsspec does not know. Every method raises `StorageError` where the storage
+    for a URL that fsspec cannot make sense of. Every method raises `StorageError` where the storage
     refuses or is out of reach.
     """
 
@@ -62,9 +63,10 @@ class Storage:
             fs, root = url_to_fs(url)
         except ImportError as problem:
             raise MissingDependency(f"{url} cannot be opened: {problem}.", "") from None
-        except ValueError as problem:
+        except Exception as problem:  # each kind of storage raises what it likes
             raise InvalidRequest(
-                f"{url!r} is no storage: {problem}.", "Give a directory, s3://… or gs://…."
+                f"{url!r:.200} is no storage: {_why(problem)}.",
+                "Give a directory, s3://… or gs://….",
             ) from None
         self.url = url.rstrip("/")
         self._fs: Any = fs
@@ -99,7 +101,10 @@ class Storage:
         """The bytes under `name` from `start` on, in blocks; `ExportIncomplete` without it."""
         with self._reached(name, "read"):
             try:
-                file = self._fs.open(self._path(name), "rb", block_size=4 * BLOCK)
+                if self._directory is not None:  # a pipe there would be waited for
+                    file = open_file(self._directory / name)
+                else:
+                    file = self._fs.open(self._path(name), "rb", block_size=4 * BLOCK)
             except FileNotFoundError:
                 raise ExportIncomplete(
                     f"{self.url} has no {name}.", "Publish it, or publish it again."
@@ -151,9 +156,15 @@ class Storage:
             raise
         except Exception as problem:
             raise StorageError(
-                f"{self.url}/{name} cannot be {what}: {problem}.",
+                f"{self.url}/{name} cannot be {what}: {_why(problem)}.",
                 "Check the address, the credentials and the network, then run it again.",
             ) from problem
+
+
+def _why(problem: Exception) -> str:
+    """What a storage's client says in one line; the system's own words do without the path."""
+    text = problem.strerror if isinstance(problem, OSError) and problem.strerror else str(problem)
+    return " ".join(text.split())[:300] or type(problem).__name__
 
 
 def _write_to_directory(path: Path, blocks: Iterable[bytes]) -> None:

@@ -17,6 +17,7 @@ from typing import Literal, NamedTuple, TypeVar
 from pydantic import Field, ValidationError
 
 from fastface_trt.engines.manifest import (
+    MANIFEST_LIMIT,
     FileEntry,
     Strict,
     first_problem,
@@ -25,8 +26,6 @@ from fastface_trt.errors import InvalidRequest, ManifestError
 
 RELEASE_LIMIT = 1 << 20
 """Bytes of a release at most: it holds a few hundred bytes per engine."""
-MANIFEST_LIMIT = 64 << 20
-"""Bytes of a manifest at most: weight maps and layer lists of a UNet are some megabytes."""
 
 _HASH = re.compile("[0-9a-f]{64}")
 _TAG = re.compile("[A-Za-z0-9][A-Za-z0-9._-]{0,99}")

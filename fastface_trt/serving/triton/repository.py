@@ -232,8 +232,6 @@ def _copy_export(export: Export, target: Path) -> None:
     """What opening engines needs of an export; their ONNX files are read only to build."""
     target.mkdir(parents=True)
     shutil.copy2(export.folder / EXPORT_MANIFEST, target)
-    if isinstance(export.face_model, Path):
-        shutil.copytree(export.face_model, target / export.manifest.face_model)
     for entry in export.manifest.extra_files:
         place = target / entry.path
         place.parent.mkdir(parents=True, exist_ok=True)

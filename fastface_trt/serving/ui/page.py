@@ -44,12 +44,11 @@ FILES = (
     "style.css",
 )
 CONTENT_SECURITY_POLICY = (
-    "default-src 'self'; img-src 'self' data: blob:; object-src 'none'; base-uri 'none'; "
-    "form-action 'none'; frame-ancestors 'none'"
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+    "require-trusted-types-for 'script'; trusted-types 'none'"
 )
 HEADERS = {
-    "Content-Security-Policy": CONTENT_SECURITY_POLICY,
-    "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
     "Cross-Origin-Opener-Policy": "same-origin",
     # Asked for again each time, answered by 304: after an update, no old script meets a new page.
@@ -58,15 +57,16 @@ HEADERS = {
 
 
 class PageFile:
-    """One file in memory."""
+    """One file in memory, and the content security policy that it is shown under."""
 
-    def __init__(self, name: str, data: bytes) -> None:
+    def __init__(self, name: str, data: bytes, policy: str = CONTENT_SECURITY_POLICY) -> None:
         self._data, self._type = data, TYPES[name.rpartition(".")[2]]
+        self._policy = policy
         self._tag = f'"{hashlib.sha256(data).hexdigest()[:32]}"'
 
     def answer(self, request: Request) -> Response:
         """The file, or 304 where the browser has it."""
-        headers = {**HEADERS, "ETag": self._tag}
+        headers = {**HEADERS, "Content-Security-Policy": self._policy, "ETag": self._tag}
         if request.headers.get("if-none-match") == self._tag:
             return Response(status_code=304, headers=headers)
         return Response(self._data, media_type=self._type, headers=headers)

@@ -12,12 +12,12 @@ SOURCES = HERE.parents[2] / "engines" / "kernels"
 COMPILER = shutil.which("g++")
 
 
-def build(folder, head_size, dtype, heads_last=False, source="emulated.cpp"):
+def build(folder, head_size, dtype, heads_last=False, source="emulated.cpp", tokens=4):
     """Compile `source` for one head size, dtype and layout; the loaded library."""
-    library = folder / f"{source}-{head_size}-{np.dtype(dtype).name}-{int(heads_last)}.so"
+    library = folder / f"{source}-{head_size}-{np.dtype(dtype).name}-{int(heads_last)}-{tokens}.so"
     command = [COMPILER, "-std=c++20", "-O1", "-ffp-contract=off", "-shared", "-fPIC"]
     command += [f"-DHEAD_SIZE={head_size}", f"-DFLOAT32={int(dtype == np.float32)}"]
-    command += [f"-DHEADS_LAST={int(heads_last)}"]
+    command += [f"-DHEADS_LAST={int(heads_last)}", f"-DTOKENS={tokens}"]
     command += [f"-I{SOURCES}", f"-I{HERE}", str(HERE / source), "-o", str(library), "-ldl"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -51,10 +51,12 @@ class EmulatedAttention:
     def __init__(self, folder, dtype=np.float16, heads_last=False):
         self.folder, self.dtype, self.heads_last, self.built = folder, dtype, heads_last, {}
 
-    def __call__(self, q, k, v, manipulation, ip_scale, reverse=False, base=None):
+    def __call__(self, q, k, v, manipulation, ip_scale, reverse=False, base=None, mask=None):
         rows, heads, positions, size = q.shape
-        if size not in self.built:
-            self.built[size] = build(self.folder, size, self.dtype, self.heads_last).run
+        tokens = k.shape[2]
+        if (size, tokens) not in self.built:
+            made = build(self.folder, size, self.dtype, self.heads_last, tokens=tokens)
+            self.built[size, tokens] = made.run
         addend = None
         if self.heads_last:
             q, k, v = map(heads_inside, (q, k, v))
@@ -67,15 +69,15 @@ class EmulatedAttention:
             inputs.append(aligned(np.shape(x), dtype))
             inputs[-1][...] = x
         # Garbage where a kernel might rely on memory that nobody zeroed.
-        maps = aligned((rows, heads, positions, 4), np.float32, np.nan)
-        statistics = aligned((rows, heads, 3, 4), np.float32, np.nan)
+        maps = aligned((rows, heads, positions, tokens), np.float32, np.nan)
+        statistics = aligned((rows, heads, 3, tokens), np.float32, np.nan)
         out = aligned(q.shape, self.dtype, np.nan)
         sizes = (len(inputs[3]), rows, heads, positions)
-        buffers = (*inputs, *sizes, maps, statistics, out, addend, int(reverse))
+        buffers = (*inputs, *sizes, maps, statistics, out, addend, mask, int(reverse))
         arguments = [
             ctypes.c_void_p(x.ctypes.data) if isinstance(x, np.ndarray) else x for x in buffers
         ]
-        stuck = self.built[size](*arguments)
+        stuck = self.built[size, tokens](*arguments)
         assert stuck == 0, f"threads of launch {stuck} wait for each other"
         self.maps, self.statistics = maps, statistics
         return heads_outside(out, heads) if self.heads_last else out

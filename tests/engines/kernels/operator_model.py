@@ -11,7 +11,7 @@ from tests.export.reference import decoupled_attention as reference
 TYPES = {"float16": TensorProto.FLOAT16, "float32": TensorProto.FLOAT}
 
 
-def model(dtype="float16", base=False, heads=2, width=None, **attributes):
+def model(dtype="float16", base=False, heads=2, width=None, mask=False, **attributes):
     """Sizes have names, so that shape inference has something to carry on; `width` is H·D."""
     half, single = TYPES[np.dtype(dtype).name], TensorProto.FLOAT
     inputs = {
@@ -23,9 +23,14 @@ def model(dtype="float16", base=False, heads=2, width=None, **attributes):
     }
     if base:
         inputs["base"] = (half, ["rows", None, None])
+    if mask:
+        inputs["token_mask"] = (single, ["rows", None])
     values = [helper.make_tensor_value_info(name, *one) for name, one in inputs.items()]
     attributes = attributes or {"num_heads": heads}
-    node = helper.make_node(FUNCTION_NAME, [*inputs], ["made"], domain=KERNEL_DOMAIN, **attributes)
+    names = [*inputs]
+    if mask and not base:
+        names.insert(5, "")
+    node = helper.make_node(FUNCTION_NAME, names, ["made"], domain=KERNEL_DOMAIN, **attributes)
     last = helper.make_node("Identity", ["made"], ["out"])
     output = helper.make_tensor_value_info("out", half, None)
     graph = helper.make_graph([node, last], "g", values, [output])
@@ -41,12 +46,13 @@ def session(library, *arguments, **keywords):
     return onnxruntime.InferenceSession(made, options, providers=["CPUExecutionProvider"])
 
 
-def feeds(q, k, v, manipulation, ip_scale, base=None):
+def feeds(q, k, v, manipulation, ip_scale, base=None, mask=None):
     """Inputs of a session from [B,H,N,D] tensors."""
     given = {name: heads_inside(x) for name, x in (("q", q), ("k", k), ("v", v))}
     given["manipulation"] = np.asarray(manipulation, np.float32)
     given["ip_scale"] = np.asarray(ip_scale, np.float32)
-    return given if base is None else {**given, "base": heads_inside(base)}
+    given |= {} if base is None else {"base": heads_inside(base)}
+    return given if mask is None else {**given, "token_mask": mask}
 
 
 def expected(q, k, v, settings, ip_scale, base=None):

@@ -132,7 +132,13 @@ int launch(Handle handle, unsigned x, unsigned y, unsigned z, unsigned threads, 
   const auto count = [&](int i) { return *(int*)p[i]; };
   const auto in = [&](int i) { return *(const Scalar**)p[i]; };
   const auto single = [&](int i) { return *(const float**)p[i]; };
+#if TOKENS == 4
   const auto scratch = [&](int i) { return *(float4**)p[i]; };
+#define MASK(i)
+#else
+  const auto scratch = [&](int i) { return *(float**)p[i]; };
+#define MASK(i) , single(i)
+#endif
   std::unique_lock<std::mutex> lock(running);
   const int at = f.statistics ? 7 : 5, sizes = f.statistics ? 3 : 7;
   const uint64_t rows = (uint64_t)count(sizes + 1) * count(sizes + 2);
@@ -142,7 +148,7 @@ int launch(Handle handle, unsigned x, unsigned y, unsigned z, unsigned threads, 
     if (x != rows || y != 1 || threads != STATISTICS_THREADS) return INVALID;
     const bool done = emulation::emulate(decoupled_attention_statistics, {x, y, z}, threads, false,
                                          in(0), in(1), single(2), count(3), count(4), count(5),
-                                         count(6), scratch(7), scratch(8));
+                                         count(6), scratch(7), scratch(8) MASK(9));
     lock.unlock();
     usleep(pause);  // so that another thread's launch would come in between
     return done ? OK : INVALID;
@@ -152,7 +158,7 @@ int launch(Handle handle, unsigned x, unsigned y, unsigned z, unsigned threads, 
     return INVALID;
   return emulation::emulate(decoupled_attention, {x, y, z}, threads, false, in(0), in(1), in(2),
                             single(3), single(4), scratch(5), scratch(6), count(7), count(8),
-                            count(9), count(10), *(Scalar**)p[11], in(12))
+                            count(9), count(10), *(Scalar**)p[11], in(12) MASK(13))
              ? OK
              : INVALID;
 }

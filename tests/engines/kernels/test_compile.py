@@ -48,6 +48,22 @@ def test_other_head_sizes_compile(head_size):
     assert OUTPUT_KERNEL in compile_kernels("sm_80", head_size).code.decode()
 
 
+@pytest.mark.parametrize(
+    ("architecture", "dtype"), [("sm_80", "float32"), ("sm_90", "float16"), ("sm_120", "float16")]
+)
+@pytest.mark.parametrize("tokens", [16, 32, 48, 64, 80])
+def test_other_numbers_of_tokens_compile_without_spills(architecture, dtype, tokens):
+    compiled = compile_kernels(architecture, 64, dtype, "cubin", heads_last=True, tokens=tokens)
+    spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", compiled.log)
+    assert spills == [("0", "0")] * 2, compiled.log
+
+
+@pytest.mark.parametrize("tokens", [-1, 0, 1, 257])
+def test_numbers_of_tokens_out_of_range_are_refused(tokens):
+    with pytest.raises(InvalidRequest, match=f"no variant for {tokens} image tokens"):
+        compile_kernels("sm_80", tokens=tokens)
+
+
 @pytest.mark.parametrize("head_size", [0, 4, 63, 136, -8])
 def test_other_head_sizes_are_refused(head_size):
     with pytest.raises(InvalidRequest, match=f"heads of {head_size} elements"):

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from tests.engines.kernels.emulated import COMPILER, EmulatedAttention
+from fastface_trt.engines.contract import MASKED
+from tests.engines.kernels.emulated import COMPILER, EmulatedAttention, aligned
 from tests.export.reference import decoupled_attention as reference
 from tests.export.test_attention import SETTINGS, relative, row, tensors
 
@@ -172,3 +173,30 @@ def test_quantile_is_exact(single, positions, spread, repeats):
         for a, level in zip(maps, LEVELS, strict=True)
     ]
     np.testing.assert_allclose(quantile, np.maximum(expected, 1e-6), rtol=3e-7)
+
+
+@pytest.mark.parametrize("settings", [*SETTINGS, {"kind": "scale_power", "power": 0.0}])
+@pytest.mark.parametrize("tokens", [16, 18, 80])
+def test_any_number_of_tokens_with_a_mask(heads_last, settings, tokens):
+    """Requests with all tokens and with some of them, whatever lies in the others' place."""
+    there = (tokens, tokens // 2)
+    q, k, v = tensors(tokens, 4, 2, 45, 16, tokens)
+    mask = aligned((4, tokens), np.float32)
+    mask[2:, there[1] :] = MASKED
+    base = tensors(1, 4, 2, 45, 16)[0]
+    scales = [0.8, 1.1]
+    ours = heads_last[np.float32](q, k, v, [row(**settings)] * 2, scales, base=base, mask=mask)
+    for request, count in enumerate(there):
+        at = slice(2 * request, 2 * request + 2)
+        own_k, own_v = k[at, :, :count], v[at, :, :count]
+        expected = reference(q[at], own_k, own_v, ip_scale=scales[request], **settings)
+        assert relative(ours[at] - base[at], expected) < 2e-5
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize("shape", [(3, 2, 64, 64), (2, 1, 577, 24)])
+def test_many_tokens_without_a_mask_at_every_shape(single, settings, shape):
+    q, k, v = tensors(7, *shape, 16)
+    expected = reference(q, k, v, ip_scale=0.8, **settings)
+    ours = single(q, k, v, [row(**settings)], [0.8])
+    assert relative(ours, expected) < 2e-5

@@ -129,7 +129,7 @@ def test_constants_are_those_of_the_sources():
     text = "".join(path.read_text() for path in sorted(SOURCES.glob("*.cuh")))
     for name in ("STATISTICS_THREADS", "OUTPUT_THREADS", "OUTPUT_POSITIONS"):
         assert f"constexpr int {name} = {getattr(launching, name)};" in text
-    assert f"constexpr int T = {launching.TOKENS};" in text
+    assert f"#define TOKENS {launching.TOKENS}\n" in text
     from fastface_trt.engines.contract import KINDS, MANIPULATION_COLUMNS
 
     for index, column in enumerate(MANIPULATION_COLUMNS):

@@ -7,6 +7,7 @@ import numpy as np
 import onnxruntime
 import pytest
 
+from fastface_trt.engines.contract import MASKED
 from fastface_trt.engines.kernels import compile as compiling
 from fastface_trt.engines.kernels import operator_library
 from fastface_trt.engines.kernels.compile import ARCHITECTURES
@@ -70,6 +71,21 @@ def test_every_kind_equals_float64(library, dtype, base, settings):
         assert np.array_equal(run.run(None, single)[0], ours[at])
 
 
+@pytest.mark.parametrize("base", [False, True])
+@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize("tokens", [16, 80])
+def test_masked_tokens_are_as_if_they_were_not_there(library, settings, base, tokens):
+    there = tokens // 2
+    q, k, v = tensors(tokens, 2, 3, 33, 16, tokens)
+    addend = tensors(4, 2, 3, 33, 16)[0] if base else None
+    mask = np.zeros((2, tokens), np.float32)
+    mask[:, there:] = MASKED
+    run = session(library, "float32", base, heads=3, mask=True)
+    ours = run.run(None, feeds(q, k, v, [row(**settings)], [0.8], addend, mask))[0]
+    wanted = expected(q, k[:, :, :there], v[:, :, :there], [settings], [0.8], addend)
+    assert relative(ours, wanted) < 1e-5
+
+
 def test_every_fp16_number_comes_through(library):
     """λ = 0 leaves the base alone: all bit patterns, and where numbers of all sizes are rounded."""
     every = np.arange(2**16, dtype=np.uint16).view(np.float16)
@@ -121,7 +137,8 @@ def test_shapes_are_inferred_and_what_is_unknown_stays_open(library):
 BAD = [
     ({"q": (3, 40)}, "Invalid rank|q is"),
     ({"q": (3, 40, 33)}, r"q is \[3, 40, 33\] and has to be \[B, N, H \* D\] with H = 2"),
-    ({"k": (3, 5, 32)}, r"k is \[3, 5, 32\] and has to be \[3, 4, 32\], four image tokens"),
+    ({"k": (3, 5, 32)}, r"v is \[3, 4, 32\] and has to be \[3, 5, 32\], as many image tokens"),
+    ({"k": (3, 1, 32)}, r"k is \[3, 1, 32\]; 2 to 256 image tokens are taken"),
     ({"v": (2, 4, 32)}, r"v is \[2, 4, 32\]"),
     ({"ip_scale": (2,), "manipulation": (2, 8)}, "3 rows do not divide into 2 requests"),
     ({"ip_scale": (0,)}, "3 rows do not divide into 0 requests"),
@@ -222,7 +239,10 @@ def test_other_head_sizes_are_compiled(tmp_path, monkeypatch):
 def test_supports():
     assert supports(4, 64, "float16")
     assert supports(4, 16, "float32")
-    assert not supports(16, 64, "float16")
+    assert supports(16, 64, "float16")
+    assert supports(80, 64, "float16")
+    assert not supports(1, 64, "float16")
+    assert not supports(257, 64, "float16")
     assert not supports(4, 63, "float16")
     assert not supports(4, 64, "bfloat16")
 

@@ -7,6 +7,8 @@ import numpy as np
 import onnxruntime
 import pytest
 
+from fastface_trt.engines.contract import MASKED
+from fastface_trt.engines.kernels.operator_library import code_name
 from tests.engines.kernels.emulated import COMPILER, build
 from tests.engines.kernels.operator_model import expected, feeds, session
 from tests.export.test_attention import SETTINGS, relative, row, tensors
@@ -19,11 +21,11 @@ REFUSALS = (onnxruntime.capi.onnxruntime_pybind11_state.InvalidArgument,)
 
 
 class StandIn:
-    def __init__(self, folder, dtype):
+    def __init__(self, folder, dtype, tokens=4):
         self.dtype = np.dtype(dtype)
-        self.code = folder / f"decoupled_attention-{SIZE}-{self.dtype.name}-sm_90.cubin"
+        self.code = folder / code_name(SIZE, self.dtype.name, "sm_90", tokens)
         self.code.write_text("code of sm_90")
-        self.library = build(folder, SIZE, dtype, True, "stand_in.cpp")
+        self.library = build(folder, SIZE, dtype, True, "stand_in.cpp", tokens)
         self.path = self.library._name
         self.library.images.restype = ctypes.c_char_p
         for name in ("blocks", "modules", "launches"):
@@ -65,6 +67,11 @@ def built(tmp_path_factory):
     return {dtype: StandIn(folder, dtype) for dtype in (np.float16, np.float32)}
 
 
+@pytest.fixture(scope="module")
+def of_16_tokens(tmp_path_factory):
+    return StandIn(tmp_path_factory.mktemp("of_16_tokens"), np.float32, tokens=16)
+
+
 @pytest.fixture
 def half(built):
     yield built[np.float16]
@@ -82,6 +89,23 @@ def test_every_kind_equals_float64(built, dtype, base, settings):
     assert ours.dtype == dtype
     assert relative(ours, wanted) < (1e-3 if dtype == np.float16 else 1e-5)
     assert [launch[2:4] for launch in stand_in.launches()] == [[2 * rows, 1], [2, 2 * rows]]
+
+
+@pytest.mark.parametrize("settings", SETTINGS[:4])
+@pytest.mark.parametrize("base", [False, True])
+def test_many_tokens_are_launched_with_their_mask(of_16_tokens, settings, base):
+    q, k, v = tensors(5, 2, 2, 40, SIZE, 16)
+    addend = tensors(6, 2, 2, 40, SIZE)[0] if base else None
+    mask = np.zeros((2, 16), np.float32)
+    mask[:, 9:] = MASKED
+    run = of_16_tokens.session(base=base, mask=True)
+    ours = run.run(None, feeds(q, k, v, [row(**settings)], [0.8], addend, mask))[0]
+    wanted = expected(q, k[:, :, :9], v[:, :, :9], [settings], [0.8], addend)
+    assert relative(ours, wanted) < 1e-5
+    others = feeds(*tensors(5, 2, 2, 40, SIZE, 18), [row(**settings)], [0.8])
+    other = of_16_tokens.session()
+    with pytest.raises(FAILURES, match=f"no code for heads of {SIZE}-float32-18tokens"):
+        other.run(None, others)
 
 
 def test_scratch_is_one_block_per_stream_and_grows(half):

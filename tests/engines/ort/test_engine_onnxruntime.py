@@ -21,6 +21,7 @@ from fastface_trt.errors import (
     BuildFailed,
     EngineFailed,
     EngineMismatch,
+    ExportIncomplete,
     InvalidRequest,
 )
 from tests.engines.tiny_models import OUT, WIDTH, expected, tree, write_module
@@ -165,13 +166,21 @@ def test_a_graph_that_does_not_fit_its_manifest_is_not_built(tmp_path, cache):
     assert tree(cache.root) == []
 
 
-@pytest.mark.parametrize("content", [b"", b"not a graph" * 100])
-def test_a_file_that_is_no_graph_fails_with_one_sentence(tmp_path, cache, content):
+@pytest.mark.parametrize(
+    ("content", "error", "message"),
+    [
+        (b"", ExportIncomplete, "cannot be read"),
+        (b"not a graph" * 100, ExportIncomplete, "is not an ONNX model"),
+        # An operator that there is not.
+        (b"\x3a\x06\x0a\x04\x22\x02No", BuildFailed, "ONNX Runtime cannot build affine"),
+    ],
+)
+def test_a_file_that_is_no_graph_fails_with_one_sentence(tmp_path, cache, content, error, message):
     module = write_module(tmp_path)
     path = tmp_path / module.files[0].path
     path.write_bytes(content)
     module = module.model_copy(update={"files": (describe_file(tmp_path, path),)})
-    with pytest.raises(BuildFailed, match="ONNX Runtime cannot build affine") as caught:
+    with pytest.raises(error, match=message) as caught:
         cache.get(module, tmp_path, OnnxRuntimeBuilder())
     assert "\n" not in str(caught.value)
     assert tree(cache.root) == []

@@ -184,7 +184,7 @@ def test_without_a_library_the_graph_has_branches_and_that_is_told(bench, monkey
 def test_a_library_that_cannot_be_placed_is_told_and_done_without(bench, monkeypatch, why):
     opened, _, cache = bench
 
-    def fails(*_):
+    def fails(*_, **__):
         raise MissingDependency("There is no C++ compiler.", "Install g++.")
 
     if why == "compiler":

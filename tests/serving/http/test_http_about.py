@@ -1,7 +1,11 @@
 """What a server tells of itself: models, presets, health, metrics, logs, traces, its document."""
 
+import base64
+import hashlib
+import html
 import json
 import logging
+import re
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -9,6 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from fastface_trt.runtime.presets import PRESETS
 from fastface_trt.runtime.request import request_for
 from fastface_trt.serving.http.logs import LOGGER, JsonLines
+from fastface_trt.serving.http.reference import reference_page
 from fastface_trt.serving.http.tracing import Spans
 from fastface_trt.serving.work import State
 from tests.serving.http.http_parts import (
@@ -231,3 +236,49 @@ def test_events_of_a_stream_are_what_the_document_names(client):
     assert "text/event-stream" in told["content"]
     for name, _ in events_of(ask(client, stream=True, partial_images=1).text):
         assert name in told["description"]
+
+
+def test_the_reference_shows_every_operation_and_field_of_the_document(client):
+    document = client.get("/openapi.json").json()
+    page = html.unescape(re.sub(r"<[^>]*>", " ", client.get("/docs").text))
+    for path, operations in document["paths"].items():
+        for method, operation in operations.items():
+            assert f"{method.upper()} {path}" in page
+            assert operation["summary"] in page
+    for name, schema in document["components"]["schemas"].items():
+        for word in (name, *schema["properties"]):
+            assert re.search(rf"\b{word}\b", page), word
+        for field in schema["properties"].values():
+            assert field.get("description", "") in page
+
+
+def test_the_reference_is_closed_and_complete_in_itself(client):
+    answer = client.get("/docs")
+    assert "default-src 'none'" in answer.headers["content-security-policy"]
+    assert "script" not in answer.headers["content-security-policy"]
+    assert answer.headers["x-content-type-options"] == "nosniff"
+    assert not re.search(r"<script|\son\w+=|\sstyle=|\ssrc=|https?://", answer.text)
+    targets = set(re.findall(r'href="([^"]*)"', answer.text))
+    assert targets - {"openapi.json"} <= {
+        f"#{name}" for name in re.findall(r'id="(\w+)"', answer.text)
+    }
+    style = re.search("<style>(.*)</style>", answer.text, re.DOTALL)[1]
+    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    assert f"style-src 'sha256-{digest}'" in answer.headers["content-security-policy"]
+    assert client.get("/docs/oauth2-redirect").status_code == 404
+    assert client.get("/redoc").status_code == 404
+
+
+def test_words_of_the_document_are_no_markup_in_the_reference():
+    evil = "<b>&\"'"
+    document = {
+        "info": dict.fromkeys(("title", "version", "description"), evil),
+        "paths": {evil: {"get": {"summary": evil, "responses": {"200": {"description": evil}}}}},
+        "components": {"schemas": {evil: {"properties": {evil: {"const": evil}}}}},
+    }
+    assert evil[:3] not in reference_page(document)
+
+
+@pytest.mark.parametrize("path", ["/v1/models", "/nothing", "/metrics", "/openapi.json"])
+def test_no_answer_is_taken_for_another_type(client, path):
+    assert client.get(path).headers.get_list("x-content-type-options") == ["nosniff"]

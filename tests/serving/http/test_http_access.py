@@ -91,6 +91,39 @@ def test_with_a_key_a_prefix_changes_nothing():
         assert other.get("/v1/models").status_code == 200
 
 
+def test_two_keys_are_none(client):
+    """Of which a proxy may have looked at the other."""
+    headers = [("Authorization", f"Bearer {key}") for key in (KEYS[0], "other-key")]
+    for given in (headers, headers[::-1]):
+        error_of(client.get("/v1/models", headers=given), 401, "invalid_api_key")
+
+
+@pytest.mark.parametrize("api_keys", [(), KEYS])
+def test_metrics_have_keys_of_their_own(api_keys):
+    with client_of(api_keys=api_keys, metrics_keys=("of-a-scraper",)) as client:
+        for headers in ({}, bearer(KEYS[0]), bearer("of-a-scrape")):
+            error_of(client.get("/metrics", headers=headers), 401, "invalid_api_key")
+        assert "fastface_state" in client.get("/metrics", headers=bearer("of-a-scraper")).text
+        asked = client.get("/v1/models", headers=bearer("of-a-scraper"))
+        assert asked.status_code == (401 if api_keys else 200)
+        assert client.get("/v2/health/ready").status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/metrics", "/prefix/metrics", "//metrics", "/v1/../metrics"])
+@pytest.mark.parametrize("root", ["", "/", "/prefix", "/metrics"])
+def test_a_prefix_is_no_way_to_metrics(path, root):
+    with client_of(metrics_keys=("of-a-scraper",)) as client:
+        answer = TestClient(client.app, root_path=root).get(path)
+    assert answer.status_code in (401, 404)
+
+
+@pytest.mark.parametrize("path", ["/metrics", "/v1/models"])
+def test_should_the_gate_and_the_router_disagree_nobody_is_let_in(path, monkeypatch):
+    monkeypatch.setattr(middleware, "path_of", lambda scope: "/another")
+    with client_of(api_keys=KEYS, metrics_keys=KEYS) as client:
+        assert client.get(path, headers=bearer(KEYS[0])).status_code == 401
+
+
 def test_all_keys_are_compared_whichever_fits(client, monkeypatch):
     compared = []
 

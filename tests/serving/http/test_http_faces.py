@@ -6,6 +6,7 @@ import pytest
 from fastface_trt.errors import Busy
 from fastface_trt.serving.http.errors import UnknownFace
 from fastface_trt.serving.http.faces import FaceRegistry
+from tests.serving.http import http_parts
 from tests.serving.http.http_parts import FACE, FACE_BYTES, ask, client_of, error_of
 from tests.serving.loopback import wait_until
 from tests.serving.scripted_worker import make_face
@@ -68,6 +69,27 @@ def test_a_registered_face_is_one_already():
         one = register(client)
         error = error_of(ask(client, face_id=one["id"], face_index=1), 400, "invalid_request")
         assert error["param"] == "face_index"
+
+
+def test_registered_faces_of_one_person_are_joined_where_the_export_takes_several(monkeypatch):
+    portrait = {"adapter_kind": "faceid-portrait", "max_faces": 2, "image_token_count": 32}
+    manifest = http_parts.mini_manifest().model_copy(update=portrait)
+    with client_of() as client:  # the mini model takes one
+        ids = [register(client)["id"] for _ in range(2)]
+        error = error_of(ask(client, face=..., face_ids=ids), 400, "invalid_request")
+        assert error["param"] == "face_ids"
+        assert "one picture of a person" in error["message"]
+        assert ask(client, face=..., face_ids=ids[:1]).status_code == 200
+        assert client.get("/v1/models").json()["data"][0]["max_faces"] == 1
+    monkeypatch.setattr(http_parts, "mini_manifest", lambda: manifest)
+    with client_of() as client:
+        ids = [register(client)["id"] for _ in range(3)]
+        assert ask(client, face=..., face_ids=ids[:2]).status_code == 200
+        assert len(client.worker.submitted[-1].face.others) == 1
+        error_of(ask(client, face=..., face_ids=ids), 400, "invalid_request")
+        error_of(ask(client, face=..., face_ids=[ids[0], "face_none"]), 404, "unknown_face")
+        error_of(ask(client, face_ids=ids[:2]), 400, "invalid_request")  # and face
+        assert client.get("/v1/models").json()["data"][0]["max_faces"] == 2
 
 
 def test_faces_belong_to_the_key_that_made_them():

@@ -136,6 +136,26 @@ def test_a_worker_that_hangs_does_not_keep_the_process(monkeypatch):
         assert left(process)[0] == HUNG
 
 
+def test_what_is_refused_before_it_is_a_request_is_counted():
+    with running("patient") as process, contextlib.ExitStack() as stack:
+        address = ("127.0.0.1", int(process.url.rpartition(":")[2]))
+        for _ in range(300):
+            stack.enter_context(socket.create_connection(address))
+        other = stack.enter_context(socket.create_connection(address, None, ("127.0.0.2", 0)))
+        other.sendall(b"GET / HTTP/2.0\r\n\r\n")
+        assert other.recv(100).startswith(b"HTTP/1.1 505")
+        third = httpx.HTTPTransport(local_address="127.0.0.3")
+        with httpx.Client(transport=third, timeout=60) as client:
+            text = client.get(f"{process.url}/metrics").text
+        process.send_signal(signal.SIGTERM)
+        assert left(process) == (STOPPED, "closed")
+    refused = dict(re.findall(r'before_requests_total{reason="(\w+)"} (\S+)', text))
+    assert refused.keys() == {"505", "connection"}
+    assert 1 <= float(refused["connection"]) <= 100  # of 300, where 200 may be open
+    messages = [line["message"] for line in process.lines]
+    assert sum("connections are refused" in one for one in messages) == 1  # and no line for each
+
+
 def test_everybody_is_let_in_only_on_purpose():
     for host in ("127.0.0.1", "127.1.2.3", "::1", "localhost"):
         server.check_binding(ServerSettings(host=host), allow_anonymous=False)

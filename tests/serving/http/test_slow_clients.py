@@ -4,7 +4,7 @@ import socket
 
 import pytest
 
-from fastface_trt.serving.http.server import Connections, guarded_protocol
+from fastface_trt.serving.http.protocol import Connections, guarded_protocol
 from fastface_trt.serving.settings import ServerSettings
 from tests.serving.loopback import connect, exchange, read_to_end, serving, wait_until
 

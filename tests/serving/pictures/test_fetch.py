@@ -1,5 +1,9 @@
 import asyncio
+import socket
 import ssl
+import threading
+from asyncio.selector_events import BaseSelectorEventLoop
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from cryptography import x509
@@ -168,6 +172,57 @@ def test_a_name_that_leads_elsewhere_on_the_second_look_gains_nothing(site, port
     used = rules(port, ["127.0.0.1"], ["10.0.0.1"])
     assert fetch("http://pictures.example/face.png", used) == PICTURE
     assert used.resolve.asked == ["pictures.example"]
+
+
+@pytest.mark.parametrize(
+    ("answers", "reached"),
+    [
+        ([["93.184.215.14"], ["127.0.0.1"], ["169.254.169.254"]], ["93.184.215.14"]),
+        ([["127.0.0.1"], ["93.184.215.14"]], []),
+        ([["93.184.215.14", "127.0.0.1"], ["93.184.215.14"]], []),
+        ([["2606:4700::1111", "93.184.215.14"], ["::1"]], ["2606:4700::1111", "93.184.215.14"]),
+    ],
+)
+def test_the_system_is_asked_once_and_nothing_else_is_connected_to(answers, reached, monkeypatch):
+    """With the rules of production, over a resolver whose answers change from call to call."""
+    asked, connected = [], []
+
+    def getaddrinfo(host, port, *args, **options):
+        asked.append(host)
+        found = answers[len(asked) - 1]
+        return [
+            (socket.AF_INET6 if ":" in one else socket.AF_INET, 1, 6, "", (one, port))
+            for one in found
+        ]
+
+    async def sock_connect(_loop, _socket, address):
+        connected.append(address[:2])
+        raise ConnectionRefusedError
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    monkeypatch.setattr(BaseSelectorEventLoop, "sock_connect", sock_connect)
+    unreachable("https://pictures.example/face.png", None)
+    assert asked == ["pictures.example"]
+    assert connected == [(one, 443) for one in reached]
+
+
+def test_names_that_never_resolve_hold_no_thread_of_anybody_else(monkeypatch):
+    let_go = threading.Event()
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **options: let_go.wait(60))
+    settings = SETTINGS.model_copy(update={"body_timeout": 0.3})
+
+    async def crowd():
+        url = "https://pictures.example/"
+        asking = [asyncio.ensure_future(fetch_picture(url, settings)) for _ in range(100)]
+        await asyncio.wait(asking, timeout=30)
+        assert all(isinstance(one.exception(), BadPicture) for one in asking)
+        return await asyncio.wait_for(asyncio.to_thread(lambda: "done"), 20)
+
+    try:
+        with ThreadPoolExecutor(1) as loop:
+            assert loop.submit(asyncio.run, crowd()).result(60) == "done"
+    finally:
+        let_go.set()
 
 
 def test_redirects_pass_through_the_same_door(site, port):

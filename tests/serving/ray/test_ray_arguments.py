@@ -14,7 +14,7 @@ def test_arguments_come_as_text():
         {
             "export": "s3://bucket/models#production",
             "threads": "2",
-            "api_keys": "one,two",
+            "api_keys": "first-key,second-key",
             "max_replicas": "4",
             "num_gpus": "0.5",
             "latency_budget": "2.5",
@@ -28,7 +28,7 @@ def test_arguments_come_as_text():
         latency_budget=2.5,
         engine_options={"optimization": "basic"},
     )
-    assert arguments.server == ServerSettings(api_keys=("one", "two"), ai_mark=False)
+    assert arguments.server == ServerSettings(api_keys=("first-key", "second-key"), ai_mark=False)
     assert (arguments.max_replicas, arguments.num_gpus) == (4, 0.5)
 
 
@@ -42,6 +42,9 @@ def test_arguments_come_as_text():
         ({"min_replicas": "3", "max_replicas": "2"}, "less than min_replicas"),
         ({"allow_anonymous": "false"}, "no api_keys"),
         ({"threads": "many"}, "threads"),
+        ({"api_keys": " , "}, "no key in it"),
+        ({"api_keys": ","}, "no key in it"),
+        ({"metrics_keys": ""}, "no key in it"),
     ],
 )
 def test_what_makes_no_sense_is_refused(given, says):

@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import os
 import shutil
+import socket
 import uuid
 from pathlib import Path
 
@@ -282,6 +284,43 @@ def test_what_cannot_be_obtained_says_why(export, url, tmp_path):
     fs.pipe_file(f"{root}/tags/production", b"../../etc/passwd")
     with pytest.raises(ManifestError, match="not a hash"):
         obtain(f"{url}#production", home=home)
+
+
+def fifo(path):
+    os.mkfifo(path)
+
+
+def device(path):
+    path.symlink_to("/dev/zero")
+
+
+def folder(path):
+    path.mkdir()
+
+
+def unix_socket(path):
+    os.chdir(path.parent)  # names of sockets are short
+    with socket.socket(socket.AF_UNIX) as bound:
+        bound.bind("socket")
+    os.rename("socket", path)
+
+
+@pytest.mark.parametrize("strange", [fifo, device, folder, unix_socket])
+@pytest.mark.parametrize("kind", ["tags", "releases", "objects"])
+def test_what_is_no_file_in_a_directory_is_not_waited_for(
+    export, tmp_path, monkeypatch, strange, kind
+):
+    monkeypatch.chdir(tmp_path)
+    address = publish(export, str(tmp_path / "storage"), tag="production")
+    found = [path for path in (tmp_path / "storage" / kind).rglob("*") if path.is_file()]
+    assert found
+    for path in found:
+        path.unlink()
+        strange(path)
+    tag = f"{address.url}#production"
+    with pytest.raises(StorageError, match="cannot be read"):
+        obtain(tag if kind == "tags" else str(address), home=tmp_path / "home")
+    assert not list((tmp_path / "home").glob("exports/*/*"))
 
 
 def test_a_storage_that_fails_is_told_in_one_sentence(export, tmp_path, monkeypatch):

@@ -350,3 +350,56 @@ def test_no_width_needs_horizontal_scrolling(ada, width):
     assert dialog["x"] >= 0
     assert dialog["x"] + dialog["width"] <= width
     assert ada.overflow() == 0
+
+
+INJECTED = """
+const done = arguments[0], tried = {};
+const attempt = async (name, work) => {
+  try { tried[name] = String(await work()); } catch (error) { tried[name] = error.name; }
+};
+(async () => {
+  await attempt('markup', async () => {
+    const one = document.createElement('div');
+    one.innerHTML = '<img src="data:," onerror="window.ran = 1">';
+    await new Promise((next) => setTimeout(next, 200));
+    return window.ran;
+  });
+  await attempt('inline', () => {
+    const script = document.createElement('script');
+    script.append('window.ran = 2');
+    document.body.append(script);
+    return window.ran;
+  });
+  await attempt('elsewhere', () => fetch('http://127.0.0.1:1/'));
+  await attempt('handler', () => {
+    const one = document.createElement('p');
+    one.setAttribute('onclick', 'window.ran = 3');
+    one.click();
+    return window.ran;
+  });
+  await attempt('style', () => {
+    const one = document.createElement('style');
+    one.append('h1 { position: fixed }');
+    document.body.append(one);
+    return getComputedStyle(document.querySelector('h1')).position;
+  });
+  done(tried);
+})();
+"""
+
+
+@pytest.mark.parametrize("path", ["", "/docs"])
+def test_what_is_injected_into_a_page_does_nothing(page, ports, path):
+    page.open(ports["open"])
+    page.driver.get(page.origin + path)
+    page.check_console()
+    tried = page.driver.execute_async_script(INJECTED)
+    # Scripts of a page may not make markup of strings; /docs has no scripts that could.
+    strings = "undefined" if path else "TypeError"
+    assert tried == {
+        **{"markup": strings, "handler": strings, "inline": "undefined", "style": "static"},
+        "elsewhere": "TypeError",  # refused, as are connections to nobody
+    }
+    # Nothing but what the policy refused was complained about.
+    for entry in page.driver.get_log("browser"):
+        assert "Content Security Policy" in entry["message"] or "Trusted" in entry["message"]
