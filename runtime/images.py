@@ -201,8 +201,6 @@ def _opened(name: str, data: bytes, form: str) -> Image.Image:
         raise _broken(name, error) from None
 
 
-
-
 def _open_reader(name: str, boxed: str) -> None:
     """Make PIL read HEIC or AVIF; raises `BadPicture` where it cannot."""
     if boxed == "AVIF" and not features.check("avif"):
