@@ -54,7 +54,7 @@ test-onnxruntime-versions: setup
 test-onnxruntime-bounds: setup
 	$(BIN)/python -m benchmarks.onnxruntime_versions --bounds
 
-# Load, faults and fuzz against whole servers; the page in a headless Chromium, where there is one.
+# Load, attacks, faults and fuzz against whole servers; the page in a headless Chromium, where there is one.
 test-serving: setup
 	$(BIN)/pytest -m serving
 

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from fastface_trt.engines import dlpack
 from fastface_trt.engines.dtypes import ITEM_BYTES, TYPESTR, DType
+from fastface_trt.errors import EngineFailed
 
 Array: TypeAlias = NDArray[Any]
 
@@ -253,6 +254,10 @@ class Device(Protocol):
     def close(self) -> None:
         """Free what the device holds; its tensors must not be used afterwards."""
         ...
+
+
+class DeviceLost(EngineFailed):
+    """An error after which every call of this process to its device fails: only another helps."""
 
 
 class HostDevice:

@@ -29,12 +29,18 @@ class Answer:
 
 
 async def ask(
-    address: Address, method: str, path: str, body: object = None, *, timeout: float = 300
+    address: Address,
+    method: str,
+    path: str,
+    body: object = None,
+    *,
+    key: str = "",
+    timeout: float = 300,
 ) -> Answer:
-    """One request on a connection of its own."""
+    """One request on a connection of its own, with an API key if there is one."""
     started = perf_counter()
     try:
-        exchange = _exchange(address, method, path, body)
+        exchange = _exchange(address, method, path, body, key)
         status, headers, answer = await asyncio.wait_for(exchange, timeout)
     except (OSError, EOFError, ValueError, asyncio.TimeoutError) as error:
         status, headers, answer = 0, {}, repr(error).encode()
@@ -55,14 +61,15 @@ async def ask_when_due(
 
 
 async def _exchange(
-    address: Address, method: str, path: str, body: object
+    address: Address, method: str, path: str, body: object, key: str
 ) -> tuple[int, Mapping[str, str], bytes]:
     content = b"" if body is None else json.dumps(body).encode()
     reader, writer = await asyncio.open_connection(*address, limit=2**24)
     try:
         head = (
             f"{method} {path} HTTP/1.1\r\nHost: {address[0]}\r\nConnection: close\r\n"
-            f"Content-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
+            + (f"Authorization: Bearer {key}\r\n" if key else "")
+            + f"Content-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
         )
         writer.write(head.encode() + content)
         await writer.drain()

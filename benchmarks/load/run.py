@@ -54,10 +54,10 @@ class LoadReport:
     problems: list[str] = field(default_factory=list)
 
 
-async def register_face(address: Address) -> str:
+async def register_face(address: Address, key: str = "") -> str:
     """Register the face of all requests; its id."""
     body = {"image": base64.b64encode(face_file()).decode()}
-    answer = await ask(address, "POST", "/v1/faces", body)
+    answer = await ask(address, "POST", "/v1/faces", body, key=key)
     if answer.status != 201:
         raise RuntimeError(f"registering a face: {answer.status} {answer.body[:500]!r}")
     return str(answer.json()["id"])

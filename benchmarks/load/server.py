@@ -8,8 +8,10 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from time import monotonic
+
+import psutil
 
 from benchmarks.load.client import Address, ask
 
@@ -61,10 +63,16 @@ class Server:
         return self.process.wait(timeout=_PATIENCE)
 
     def close(self) -> None:
-        """End it, if it still runs."""
+        """End it, if it still runs, and workers that it leaves, which would hold its log open."""
+        left: list[psutil.Process] = []
         if self.process.poll() is None:
+            with suppress(psutil.NoSuchProcess):
+                left = psutil.Process(self.process.pid).children(recursive=True)
             self.process.kill()
         self.process.wait()
+        for worker in left:
+            with suppress(psutil.NoSuchProcess):
+                worker.kill()
         self._reader.join(timeout=5)
         assert self.process.stderr is not None
         self.process.stderr.close()

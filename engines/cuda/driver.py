@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Final
 
+from fastface_trt.engines.device import DeviceLost
 from fastface_trt.errors import (
     BackendUnavailable,
     EngineFailed,
@@ -306,7 +307,7 @@ def _failure(call: str, error: str) -> FastFaceError:
             "Close other programs that use it, or ask for fewer or smaller pictures at once.",
         )
     if error in _STICKY:
-        return EngineFailed(
+        return DeviceLost(
             f"The GPU stopped with {error} (in {call}); no further call in this process will work.",
             "Restart the process; if it comes back, report it with the request that led to it.",
         )

@@ -72,7 +72,11 @@ def _ray_options(command: Command) -> Command:
 @provider_option
 @click.option("--schedule-of", metavar="NAME", help="Sampler and steps of another checkpoint.")
 @click.option("--workers", type=_COUNT, help="Processes with engines [one per GPU, or one].")
-@_setting("max_waiting", _COUNT, "Pictures that wait for their first step; the next gets 429.")
+@click.option(
+    "--max-output-pixels", type=_COUNT, help="Of a picture [four times those of the model's size]."
+)
+@_setting("max_request_seconds", _SECONDS, "What one picture may take, as far as was measured.")
+@_setting("max_waiting", _COUNT, "Pictures that wait in each worker, shared out between clients.")
 @_setting("max_running", _COUNT, "Pictures on their way in each worker.")
 @click.option("--max-rows", type=_COUNT, help="Rows of a UNet call [what the engines take].")
 @click.option(
@@ -95,10 +99,16 @@ def _ray_options(command: Command) -> Command:
 )
 @click.option("--allow-anonymous", is_flag=True, help="Let everybody in, whatever the address.")
 @click.option("--requests-per-minute", type=_COUNT, help="Of each key, or address [any number].")
-@_setting("max_requests", _COUNT, "Requests in work at once; the next gets 503.")
+@_setting(
+    "max_requests",
+    _COUNT,
+    "Requests in work at once; the next gets 503, or 429 above its client's share.",
+)
+@_setting("max_bodies", _COUNT, "Bodies on their way in at once; the next gets 503.")
 @_setting("max_body_bytes", _COUNT, "Of one request.")
+@_setting("max_body_memory", _COUNT, "Bytes of all bodies on their way in; the next get 503.")
 @_setting("max_picture_pixels", _COUNT, "Of a face picture.")
-@_setting("max_faces", _COUNT, "Registered faces; the next gets 429.")
+@_setting("max_faces", _COUNT, "Registered faces; the next gets 429, as above its client's share.")
 @_setting("body_timeout", _SECONDS, "Seconds for headers, and for a body.")
 @_setting("write_timeout", _SECONDS, "Seconds for a client to take what was written.")
 @_setting(

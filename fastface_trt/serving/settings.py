@@ -30,11 +30,19 @@ class WorkerSettings(Settings):
     engine_options: dict[str, Any] | None = None
     licence_acknowledged: bool = False
     schedule_of: str | None = None
+    max_output_pixels: Count | None = None
+    """Of a picture that is made; None is four times as many as the export's own size has. Larger
+    ones take time and memory that nobody measured, in calls that cannot be interrupted."""
+    max_request_seconds: Seconds = 600
+    """A picture that by itself takes longer, as far as calls were measured, is refused at once."""
     max_waiting: Count = 64
-    """Tasks that wait for their first step; the next is refused, since its client would wait long
-    and a queue without end only hides that the machine is too small."""
+    """Tasks that wait for their first step, shared out between the owners who are there; the next
+    is refused, since its client would wait long and a queue without end only hides that the machine
+    is too small. One owner alone leaves an eighth free, and where the queue is full whoever has
+    less than a share takes the newest place of the one who has most."""
     max_running: Count = 8
-    """Tasks between their first step and their end; each holds latents and conditions in memory."""
+    """Tasks between their first step and their end; each holds latents and conditions in memory.
+    Where one owner has them all, others begin as many more as their shares are."""
     max_rows: int | None = None
     """Rows of one UNet call at most; None is what the engines take."""
     latency_budget: Seconds | None = None
@@ -44,8 +52,8 @@ class WorkerSettings(Settings):
     """How many UNet calls in a row may pass over a task that is ready for one, for the sake of a
     fuller call."""
     stall_seconds: Seconds = 300
-    """A worker process that has work and finishes no UNet call and no picture for this long is
-    killed and started again."""
+    """A worker process that is in one call of its engines for this long, or says nothing for this
+    long, is killed and started again."""
 
 
 class ServerSettings(Settings):
@@ -64,7 +72,15 @@ class ServerSettings(Settings):
     max_pictures: Count = 4
     """`n` of one request at most."""
     max_requests: Count = 512
-    """Requests in work at once, whatever they ask for; beyond it new ones get 503."""
+    """Requests in work at once, whatever they ask for; beyond it new ones get 503. Of these, of
+    bodies and of faces a client may hold three times what is free, and gets 429 beyond: alone three
+    quarters, less as others come, never all."""
+    max_bodies: Count = 256
+    """Bodies that are being read, or whose pictures are not decoded yet. Each may take
+    `body_timeout`, and holds no place among the requests in work meanwhile."""
+    max_body_memory: Count = 256_000_000
+    """Bytes of these bodies together, as far as they came, and `max_body_bytes` for a picture that
+    is fetched; two of those fit in any case."""
     body_timeout: Seconds = 20
     """A client that needs longer to send its headers and body is cut off (slow loris)."""
     write_timeout: Seconds = 60

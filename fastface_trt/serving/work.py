@@ -29,7 +29,8 @@ class Task:
     `id` is unique among the tasks of a worker. `deadline` is in seconds of `time.monotonic`, which
     all processes of a machine share and which no change of the clock moves; a task that passes it
     ends with `DeadlinePassed`, in the queue, between two steps, or before it is decoded.
-    `previews` asks for a small picture of the latents with every `StepDone`.
+    `previews` asks for a small picture of the latents with every `StepDone`. `owner` is who asks:
+    a key's id or an address over HTTP, "" elsewhere.
     """
 
     id: str
@@ -38,6 +39,7 @@ class Task:
     channel_order: ChannelOrder = "bgr"
     deadline: float | None = None
     previews: bool = False
+    owner: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,10 +125,12 @@ class Worker(Protocol):
         ...
 
     def submit(self, task: Task, on_event: OnEvent) -> None:
-        """Queue a task. Raises `Busy` when the queue is full, `Unavailable` unless READY.
+        """Queue a task. Raises `Busy` when its owner's part of the queue is full, `Unavailable`
+        unless READY, `InvalidRequest` for a picture that is not made here, and `DeadlinePassed` for
+        one that could not be in time.
 
-        Where it raises, `on_event` is never called. A worker that finds out later that it is too
-        busy ends the task with a `TaskFailed` of `Busy`. Raises ValueError for an id that is there.
+        Where it raises, `on_event` is never called. A worker that finds out later ends the task
+        with a `TaskFailed` of the same error. Raises ValueError for an id that is there.
         """
         ...
 
@@ -134,11 +138,11 @@ class Worker(Protocol):
         """End a task with `Cancelled` before its next step; unknown and ended ones are ignored."""
         ...
 
-    def analyze(self, pixels: Pixels, index: int | None = None) -> "Future[Face]":
+    def analyze(self, pixels: Pixels, index: int | None = None, owner: str = "") -> "Future[Face]":
         """Find a face: the largest, or the `index`-th by size, beside the UNet's work.
 
-        The future raises `NoFaceFound`, `FaceIndexOutOfRange`, `BadPicture`, `Unavailable`, `Busy`
-        where many pictures wait, and `EngineFailed`.
+        Owners take turns. The future raises `NoFaceFound`, `FaceIndexOutOfRange`, `BadPicture`,
+        `Unavailable`, `Busy` where many pictures of its owner wait, and `EngineFailed`.
         """
         ...
 

@@ -53,3 +53,26 @@ def exchange(port, data):
     """The answer to raw bytes, until the server closes."""
     with connect(port, data) as connection:
         return read_to_end(connection)
+
+
+def longest_gap(function):
+    """The longest time in seconds for which no other thread could run while `function` did."""
+    ended, longest = threading.Event(), 0.0
+    failures = []
+
+    def run():
+        try:
+            function()
+        except BaseException as error:
+            failures.append(error)
+        finally:
+            ended.set()
+
+    threading.Thread(target=run).start()
+    before = time.perf_counter()
+    while not ended.wait(0.01):
+        now = time.perf_counter()
+        longest, before = max(longest, now - before), now
+    if failures:
+        raise failures[0]
+    return max(longest, time.perf_counter() - before)

@@ -98,7 +98,7 @@ class ScriptedWorker:
                 self._empty.set()
             return ended
 
-    def analyze(self, pixels, index=None):
+    def analyze(self, pixels, index=None, owner=""):
         self.analysed.append((pixels, index))
         if self.analysis is not None:
             return self.analysis

@@ -4,7 +4,7 @@ import itertools
 import logging
 import threading
 import time
-from collections import deque
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -15,9 +15,24 @@ from fastface_trt.errors import Busy, EngineFailed, FastFaceError, Unavailable
 from fastface_trt.measure.memory import resident_bytes
 from fastface_trt.runtime.face import Face
 from fastface_trt.runtime.pipeline import FastFace
-from fastface_trt.serving.batching.cost import CostModel
-from fastface_trt.serving.batching.entry import Demand, Entry, LatencyBudget, remaining
-from fastface_trt.serving.batching.loop import Clock, EngineLoop, Preview, TaskTable
+from fastface_trt.serving.batching.cost import CostModel, Remaining
+from fastface_trt.serving.batching.entry import (
+    Demand,
+    Entry,
+    LatencyBudget,
+    check_deadline,
+    check_output,
+    check_price,
+)
+from fastface_trt.serving.batching.fairness import FairQueue, too_many
+from fastface_trt.serving.batching.loop import (
+    Clock,
+    EngineLoop,
+    OnCall,
+    OnDead,
+    Preview,
+    TaskTable,
+)
 from fastface_trt.serving.settings import WorkerSettings
 from fastface_trt.serving.work import Load, OnEvent, Pixels, State, Task
 
@@ -32,6 +47,7 @@ class Batcher(Closing):
 
     With `owns_fastface` closing it closes `fastface` too. `preview` makes the pictures of
     `StepDone` for tasks that ask for them. `clock` gives the seconds that deadlines are in.
+    `on_call` and `on_dead` are called on the engine thread.
     """
 
     def __init__(
@@ -42,6 +58,8 @@ class Batcher(Closing):
         preview: Preview | None = None,
         owns_fastface: bool = False,
         clock: Clock = time.monotonic,
+        on_call: OnCall | None = None,
+        on_dead: OnDead | None = None,
     ) -> None:
         self._fastface = fastface
         self._settings = settings
@@ -53,7 +71,15 @@ class Batcher(Closing):
         self._analysis = FaceAnalysis(fastface, settings.max_waiting)
         self._budget = LatencyBudget(settings.latency_budget, self._cost, clock)
         self._loop = EngineLoop(
-            fastface, settings, self._table, self._cost, self._budget, preview, clock
+            fastface,
+            settings,
+            self._table,
+            self._cost,
+            self._budget,
+            preview,
+            clock,
+            on_call,
+            on_dead,
         )
         self._thread = threading.Thread(target=self._loop.run, name="engines", daemon=True)
 
@@ -100,33 +126,34 @@ class Batcher(Closing):
             resident_bytes(),
         )
 
-    def submit(self, task: Task, on_event: OnEvent) -> None:
-        """Queue a task; a request that this export cannot do ends with `TaskFailed`.
+    def submit(self, task: Task, on_event: OnEvent, *, alone: bool = False) -> None:
+        """Queue a task; `alone` keeps others out of its UNet calls. See `Worker.submit`.
 
-        Raises `Busy` where it would wait behind too many or too long, `Unavailable` unless READY,
-        and ValueError for an id that is in work.
+        Raises `InvalidRequest` too for what this export cannot do.
         """
-        entry = Entry(next(self._orders), task, on_event, task.request, self._clock())
-        manifest = self._fastface.manifest
-        try:
-            entry.request = task.request.for_adapter(manifest.adapter_kind)
-            self._fastface.stages.check_size(entry.request)
-            positions = self._fastface.stages.text_positions(entry.request)
-            entry.demand = Demand.of(entry.request, manifest, positions)
-        except FastFaceError as error:
-            entry.refused = error
+        manifest, settings = self._fastface.manifest, self._settings
+        check_output(task.request, manifest, settings.max_output_pixels)
+        request = task.request.for_adapter(manifest.adapter_kind)
+        self._fastface.stages.check_size(request)
+        demand = Demand.of(request, manifest, self._fastface.stages.text_positions(request))
+        price = self._cost.seconds_alone(Remaining(demand.rows, demand.area))
+        now = self._clock()
+        entry = Entry(next(self._orders), task, on_event, request, now, demand, price, alone)
+        if self._cost.fresh:
+            check_price(price, settings.max_request_seconds)
+            check_deadline(entry, now)
         self._table.add(entry, lambda others: self._admit(entry, others))
 
     def cancel(self, task_id: str) -> None:
         """End a task with `Cancelled` before its next step; unknown and ended ones are ignored."""
         self._table.cancel(task_id)
 
-    def analyze(self, pixels: Pixels, index: int | None = None) -> "Future[Face]":
+    def analyze(self, pixels: Pixels, index: int | None = None, owner: str = "") -> "Future[Face]":
         """Find a face on a thread beside the engines.
 
-        The future also raises `Busy`, where as many pictures wait as `max_waiting` says.
+        The future also raises `Busy`, where the owner's share of `max_waiting` waits.
         """
-        return self._analysis.submit(pixels, index)
+        return self._analysis.submit(pixels, index, owner)
 
     def forget(self) -> None:
         """Drop every face and encoding that is kept for the next picture."""
@@ -146,19 +173,33 @@ class Batcher(Closing):
             self._fastface.close()
 
     def _admit(self, entry: Entry, others: Sequence[Entry]) -> None:
-        waiting = sum(other.sample is None for other in others)
-        if waiting >= self._settings.max_waiting:
+        waiting = [other for other in others if other.sample is None and other.refused is None]
+        held = Counter(other.owner for other in waiting)
+        most = self._settings.max_waiting
+        refusal = too_many(entry.owner, held, most, "pictures wait")
+        if refusal is None and len(waiting) >= most:
+            # Who has less than its share comes in, and whoever has most gives a place.
+            owner = max(held, key=lambda one: held[one])
+            if held[owner] <= held[entry.owner] + 1:
+                refusal = f"{len(waiting)} pictures wait already."
+        if refusal is not None:
             # Half of the queue is gone then, so that not all of those who come back are refused.
-            soon = self._backlog_seconds(others) / 2
-            raise _busy(f"{waiting} pictures wait already.", soon)
+            raise _busy(refusal, self._backlog_seconds(others) / 2)
         late = self._budget.late_by(entry, others, self._loop.policy)
         if late > 0:
             allowed = self._budget.seconds
             message = f"A picture would take about {late + allowed:.1f} s now; {allowed:g} s are"
             raise _busy(f"{message} allowed.", late)
+        if len(waiting) >= most:
+            newest = max((o for o in waiting if o.owner == owner), key=lambda one: one.order)
+            newest.refused = _busy(
+                "The queue is full, and others came who had less in it.",
+                self._backlog_seconds(others) / 2,
+            )
 
     def _backlog_seconds(self, entries: Sequence[Entry]) -> float:
-        return self._cost.backlog_seconds(remaining(entries), self._loop.policy.full_rows)
+        left = [entry.remaining() for entry in entries]
+        return self._cost.backlog_seconds(left, self._loop.policy.full_rows)
 
 
 def _busy(message: str, seconds: float) -> Busy:
@@ -173,13 +214,13 @@ class _WaitingPicture:
 
 
 class FaceAnalysis:
-    """A thread beside the engines that analyses one picture at a time; `max_waiting` may wait."""
+    """A thread beside the engines that analyses one picture at a time; `max_waiting` may wait,
+    and owners take turns."""
 
     def __init__(self, fastface: FastFace, max_waiting: int) -> None:
         self._fastface = fastface
-        self._max_waiting = max_waiting
         self._changed = threading.Condition()
-        self._waiting: deque[_WaitingPicture] = deque()
+        self._waiting: FairQueue[_WaitingPicture] = FairQueue(max_waiting, "pictures wait")
         self._closed = False
         self._thread = threading.Thread(target=self._serve, name="face-analysis", daemon=True)
 
@@ -187,20 +228,17 @@ class FaceAnalysis:
         """Start the thread."""
         self._thread.start()
 
-    def submit(self, pixels: Pixels, index: int | None) -> Future[Face]:
+    def submit(self, pixels: Pixels, index: int | None, owner: str = "") -> Future[Face]:
         """The face of a picture, later; the future raises `Busy` where too many wait already."""
         waiting = _WaitingPicture(pixels, index, Future())
         with self._changed:
-            error: FastFaceError | None = None
-            if self._closed:
-                error = Unavailable("This worker takes no more pictures.", "Try another.")
-            elif len(self._waiting) >= self._max_waiting:
-                error = Busy("Too many pictures wait for face analysis.", "Try again soon.")
-            if error is None:
-                self._waiting.append(waiting)
+            try:
+                if self._closed:
+                    raise Unavailable("This worker takes no more pictures.", "Try another.")
+                self._waiting.put(owner, waiting)
                 self._changed.notify()
-        if error is not None:
-            waiting.future.set_exception(error)
+            except FastFaceError as error:
+                waiting.future.set_exception(error)
         return waiting.future
 
     def close(self) -> None:
@@ -215,15 +253,15 @@ class FaceAnalysis:
         while (waiting := self._next()) is not None:
             if waiting.future.set_running_or_notify_cancel():
                 self._analyze(waiting)
-        for left in self._waiting:
+        while self._waiting:
+            left = self._waiting.pop()
             if left.future.set_running_or_notify_cancel():
                 left.future.set_exception(Unavailable("This worker was closed.", "Try another."))
-        self._waiting.clear()
 
     def _next(self) -> _WaitingPicture | None:
         with self._changed:
             self._changed.wait_for(lambda: self._closed or self._waiting)
-            return None if self._closed else self._waiting.popleft()
+            return None if self._closed else self._waiting.pop()
 
     def _analyze(self, waiting: _WaitingPicture) -> None:
         try:

@@ -9,9 +9,23 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from math import exp
+from time import monotonic
+from typing import Any
 
 WEIGHT = 0.2
 """Of the newest measurement: the mean follows a change within about five calls."""
+
+_OUTLIER = 2.0
+"""Times the mean: a measurement above it counts as this much, since requests are refused by these
+numbers, and one call during which the machine stood still must not refuse the next ones."""
+
+MOST_SIZES = 64
+"""Sizes of pictures that are remembered, the last ones: strangers may ask for thousands of them,
+and every estimate looks through those that are known."""
+
+FRESH_SECONDS = 30.0
+"""How old the newest measurement may be for a request to be refused by it; an older one lets a
+request in, which measures anew."""
 
 SLOWDOWN_SECONDS = 2.0
 """Over how long the slowdown is averaged: work of this age counts e times less than the newest."""
@@ -44,17 +58,27 @@ class CostModel:
         self._decodings: dict[int, float] = {}
         self._preparation: float | None = None
         self._spent = self._expected = 0.0
+        self._measured = -FRESH_SECONDS
+
+    @property
+    def fresh(self) -> bool:
+        """Whether a call was measured not long ago."""
+        return monotonic() - self._measured < FRESH_SECONDS
 
     def observe_call(self, area: int, rows: int, seconds: float) -> None:
         """A UNet call of that many rows took so long."""
         with self._lock:
-            known = self._calls.setdefault(area, {})
+            known = self._calls.pop(area, {})
+            self._calls[area] = known
+            _drop_oldest(self._calls)
             known[rows] = _mean(known.get(rows), seconds)
+            self._measured = monotonic()
 
     def observe_decoding(self, area: int, seconds: float) -> None:
         """Decoding a picture took so long."""
         with self._lock:
-            self._decodings[area] = _mean(self._decodings.get(area), seconds)
+            self._decodings[area] = _mean(self._decodings.pop(area, None), seconds)
+            _drop_oldest(self._decodings)
 
     def observe_preparation(self, seconds: float) -> None:
         """Encoding a prompt and a face took so long; little where both were known."""
@@ -132,18 +156,26 @@ class CostModel:
         return self.slowdown * max(shared, longest)
 
     def seconds_behind(
-        self, task: Remaining, ahead: Iterable[Remaining], full_rows: FullRows, company: int = 1
+        self,
+        task: Remaining,
+        ahead: Iterable[Remaining],
+        full_rows: FullRows,
+        company: int = 1,
+        others: Iterable[Iterable[Remaining]] = (),
     ) -> float:
-        """Until a new task is done behind those that are there.
+        """Until a new task is done behind those of its owner that are there.
 
         Their parts come first, then its own steps, which it does by itself or in turns with as
-        many others as `company` says, itself among them.
+        many others as `company` says, itself among them. `others` are the tasks of each other
+        owner, who takes turns: as long as all of these take, and no longer than its own.
         """
-        own = max(self.seconds_alone(task), company * self.seconds_shared(task, full_rows))
-        before = sum(
-            count * self.seconds_shared(other, full_rows) for other, count in Counter(ahead).items()
-        )
-        return self.slowdown * (before + own)
+
+        def shared(tasks: Iterable[Remaining]) -> float:
+            return sum(n * self.seconds_shared(one, full_rows) for one, n in Counter(tasks).items())
+
+        own = shared(ahead)
+        own += max(self.seconds_alone(task), company * self.seconds_shared(task, full_rows))
+        return self.slowdown * (own + sum(min(own, shared(tasks)) for tasks in others))
 
     def _around(self, task: Remaining) -> float:
         preparation = self.preparation_seconds() if task.unprepared else 0.0
@@ -151,7 +183,14 @@ class CostModel:
 
 
 def _mean(known: float | None, newest: float) -> float:
-    return newest if known is None else known + WEIGHT * (newest - known)
+    if known is None:
+        return newest
+    return known + WEIGHT * (min(newest, _OUTLIER * known) - known)
+
+
+def _drop_oldest(known: dict[int, Any]) -> None:
+    if len(known) > MOST_SIZES:
+        del known[next(iter(known))]
 
 
 def _nearest(known: Mapping[int, object], area: int) -> int | None:

@@ -1,12 +1,13 @@
 """A task inside the batcher: how far it is, what it will need, and whether it comes in time."""
 
+from collections import defaultdict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from math import inf
 
 from fastface_trt.engines.contract import TEXT_POSITIONS
 from fastface_trt.engines.manifest import ExportManifest
-from fastface_trt.errors import Cancelled, DeadlinePassed, FastFaceError
+from fastface_trt.errors import Cancelled, DeadlinePassed, FastFaceError, InvalidRequest, naming
 from fastface_trt.runtime.request import GenerationRequest
 from fastface_trt.runtime.sampling import Sample, shares_statistics
 from fastface_trt.serving.batching.cost import CostModel, Remaining
@@ -18,7 +19,8 @@ from fastface_trt.serving.work import OnEvent, Task
 class Entry:
     """A task from `submit` to its last event. Times are in seconds of the batcher's clock.
 
-    `refused` is what is wrong with the request, where something is: it has no demand then.
+    `price` are the seconds that it takes by itself, as far as was known when it came. `alone` keeps
+    others out of its calls. `refused` is why it must go no further, where there is a reason.
     """
 
     order: int
@@ -26,22 +28,35 @@ class Entry:
     on_event: OnEvent
     request: GenerationRequest
     submitted: float
-    demand: "Demand | None" = None
+    demand: "Demand"
+    price: float = 0.0
+    alone: bool = False
     refused: FastFaceError | None = None
     sample: Sample | None = None
     warnings: tuple[str, ...] = ()
     passed_over: int = 0
-    cancelled: bool = False
     called: float | None = None
     denoised: float | None = None
 
-    def ending(self, now: float) -> FastFaceError | None:
+    @property
+    def owner(self) -> str:
+        """Who asks for it."""
+        return self.task.owner
+
+    def cancel(self) -> None:
+        """Let it go no further."""
+        self.refused = Cancelled("The task was cancelled.")
+
+    def ending(self, now: float, cost: CostModel) -> FastFaceError | None:
         """Why it must go no further, or None."""
         if self.refused is not None:
             return self.refused
-        if self.cancelled:
-            return Cancelled("The task was cancelled.")
-        if self.task.deadline is not None and now >= self.task.deadline:
+        deadline = self.task.deadline
+        if deadline is None or now + self.price < deadline:
+            return None
+        # Half of what is left, since the machine may have become faster: a task that was let in
+        # is only ended where there is no hope.
+        if now + cost.seconds_alone(self.remaining()) / 2 >= deadline:
             return DeadlinePassed(
                 "The picture was not done by its deadline.",
                 "Allow more time, or try when there is less to do.",
@@ -53,17 +68,21 @@ class Entry:
         """Whether only decoding is left."""
         return self.sample is not None and self.sample.finished
 
+    @property
+    def step(self) -> int:
+        """How many of its steps are done."""
+        return 0 if self.sample is None else self.sample.step
+
     def candidate(self, latency_budget: float = inf) -> Candidate:
-        """What the policy wants to know; not for one that is refused or finished.
+        """What the policy wants to know; not for one that is finished.
 
         A task that is allowed so many seconds since it came has a deadline that only the order of
         the calls knows of.
         """
-        assert self.demand is not None
-        step = 0 if self.sample is None else self.sample.step
+        step = self.step
         return Candidate(
             self.order,
-            self.demand.sharing(step),
+            (self.order,) if self.alone else self.demand.sharing(step),
             self.demand.rows[step],
             self.demand.area,
             self.sample is not None,
@@ -74,15 +93,14 @@ class Entry:
                 self.submitted + latency_budget,
             ),
             not self.demand.shares_statistics,
+            self.owner,
         )
 
-    def remaining(self) -> Remaining | None:
-        """What is left to do; None for one that is refused. For any thread."""
+    def remaining(self) -> Remaining:
+        """What is left to do. For any thread."""
+        # The sample first: it may get one meanwhile, and never loses it.
         sample = self.sample
-        if self.demand is None:
-            return None
-        step = 0 if sample is None else sample.step
-        return Remaining(self.demand.rows[step:], self.demand.area, sample is None)
+        return Remaining(self.demand.rows[self.step :], self.demand.area, sample is None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,15 +155,56 @@ class LatencyBudget:
 
     def late_by(self, entry: Entry, ahead: Sequence[Entry], policy: Policy) -> float:
         """Seconds that a task would come too late behind `ahead`; 0 or less for in time."""
-        own = entry.remaining()
-        if self.seconds == inf or own is None:
+        if self.seconds == inf:
             return -inf
+        of_owner: dict[str, list[Remaining]] = defaultdict(list)
+        for other in ahead:
+            of_owner[other.owner].append(other.remaining())
+        own = of_owner.pop(entry.owner, [])
         expected = self._cost.seconds_behind(
-            own, remaining(ahead), policy.full_rows, company=policy.max_running
+            entry.remaining(),
+            own,
+            policy.full_rows,
+            company=policy.max_running,
+            others=of_owner.values(),
         )
         return self._clock() - entry.submitted + expected - self.seconds
 
 
-def remaining(entries: Sequence[Entry]) -> list[Remaining]:
-    """What is left to do for all of them."""
-    return [left for entry in entries if (left := entry.remaining()) is not None]
+OUTPUT_TIMES = 4
+"""Pixels of a picture over those of the export's own size, where the settings do not say more."""
+
+
+def check_output(
+    request: GenerationRequest, manifest: ExportManifest, max_pixels: int | None
+) -> None:
+    """Raise `InvalidRequest` for a picture with more pixels than may be asked for."""
+    most = max_pixels or OUTPUT_TIMES * manifest.width * manifest.height
+    if request.width * request.height > most:
+        with naming("size"):
+            raise InvalidRequest(
+                f"The size {request.width}x{request.height} has more than the {most:,} pixels "
+                "that may be asked for here.",
+                f"The model's own size is {manifest.width}x{manifest.height}.",
+            )
+
+
+def check_price(seconds: float, allowed: float) -> None:
+    """Raise `InvalidRequest` where a picture by itself takes more seconds than it may."""
+    if seconds > allowed:
+        raise InvalidRequest(
+            f"This picture would take about {seconds:.0f} s by itself, and one may take "
+            f"{allowed:g} s here.",
+            "Ask for fewer steps, a smaller picture, or fewer branches.",
+        )
+
+
+def check_deadline(entry: Entry, now: float) -> None:
+    """Raise `DeadlinePassed` where a picture would be late even if nobody else were there."""
+    deadline = entry.task.deadline
+    if deadline is not None and now + entry.price >= deadline:
+        raise DeadlinePassed(
+            f"This picture takes about {entry.price:.2g} s by itself, and its deadline is in "
+            f"{max(0.0, deadline - now):.2g} s.",
+            "Allow more time, or ask for fewer steps or a smaller picture.",
+        )

@@ -4,18 +4,23 @@ One thread for both, so that a task's events come in order and its last one once
 cancelled, late or closed meanwhile. As long as there are tasks, it
 
 1. ends those that are cancelled, late or refused;
-2. decodes one finished picture, if there is one;
+2. decodes one finished picture of the owner whose turn it is, if there is one;
 3. otherwise prepares the tasks that the policy begins, and makes one UNet call.
 
 Decoding goes before UNet calls: it is the shortest way to a picture in somebody's hands, and it
 frees the room that a waiting task needs, so that the next call is fuller. It cannot starve the
 steps, since between two UNet calls no more is decoded than the first one finished.
+
+Each owner is charged the seconds that were measured: of a call its rows' part. A call cannot be
+interrupted, so a task may end while it runs; what the call made of it is dropped then, and it is
+not tried again.
 """
 
 import logging
 import threading
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from time import perf_counter
 
 import numpy as np
@@ -26,10 +31,16 @@ from fastface_trt.runtime.face import CROP_SIZE, EMBEDDING_SIZE, PORTRAIT_SIZE, 
 from fastface_trt.runtime.pipeline import FastFace
 from fastface_trt.runtime.request import GenerationRequest
 from fastface_trt.runtime.sampling import Sample
-from fastface_trt.serving.batching.cost import CostModel
-from fastface_trt.serving.batching.entry import Entry, LatencyBudget
-from fastface_trt.serving.batching.measured_stages import MeasuredStages, for_client, latent_area
-from fastface_trt.serving.batching.policy import Policy
+from fastface_trt.serving.batching.cost import CostModel, Remaining
+from fastface_trt.serving.batching.entry import Demand, Entry, LatencyBudget
+from fastface_trt.serving.batching.fairness import Turns
+from fastface_trt.serving.batching.measured_stages import (
+    EnginesLost,
+    MeasuredStages,
+    for_client,
+    latent_area,
+)
+from fastface_trt.serving.batching.policy import Choice, Policy
 from fastface_trt.serving.settings import WorkerSettings
 from fastface_trt.serving.work import Event, PictureDone, Pixels, State, StepDone, TaskFailed
 
@@ -42,7 +53,14 @@ Clock = Callable[[], float]
 """Seconds, never going back."""
 
 Admit = Callable[[Sequence[Entry]], None]
-"""Raises where a new task must not come behind these."""
+"""Raises where a new task must not come behind these; may refuse others in its favour."""
+
+OnCall = Callable[[Sequence[str] | None], None]
+"""Told the ids of the tasks that the engines begin to work on, which are none where they are put to
+the test, and None when they are done."""
+
+OnDead = Callable[[FastFaceError], None]
+"""Told that the engines failed for good, before any task ends for it."""
 
 
 @dataclass(slots=True)
@@ -65,8 +83,13 @@ class EngineLoop:
         budget: LatencyBudget,
         preview: Preview | None,
         clock: Clock,
+        on_call: OnCall | None = None,
+        on_dead: OnDead | None = None,
     ) -> None:
         self.tally = Tally()
+        self._turns = Turns()
+        self._on_call = on_call or (lambda ids: None)
+        self._on_dead = on_dead or (lambda error: None)
         self._fastface = fastface
         self._settings = settings
         self._table = table
@@ -90,8 +113,9 @@ class EngineLoop:
                 self._round(entries)
         except Exception as error:
             # What a user can fix has a sentence; only a surprise needs a traceback.
-            surprise = not isinstance(error, FastFaceError)
+            surprise = not isinstance(error, (FastFaceError, EnginesLost))
             _log.critical("The engines failed for good: %s", error, exc_info=surprise)
+            self._on_dead(for_client(error))
             self._table.dead(for_client(error))
         finally:
             for entry in self._table.entries():
@@ -104,28 +128,59 @@ class EngineLoop:
             self._settings.max_passed_over,
             self._fastface.stages.request_counts,
             self._settings.max_rows,
-            self._cost.call_seconds,
+            call_seconds=self._cost.call_seconds,
         )
         self._policy = warm_up(self._fastface, self._stages, self._policy, self._cost)
+        ordinary = Demand.of(_request(self._fastface, _GUIDED), self._fastface.manifest)
+        self._turns.credit = self._cost.seconds_alone(Remaining(ordinary.rows, ordinary.area))
         self._table.ready()
 
     def _round(self, entries: Sequence[Entry]) -> None:
         alive = [entry for entry in entries if not self._ended(entry)]
         started = perf_counter()
-        finished = next((entry for entry in alive if entry.finished), None)
-        expected = self._call(alive) if finished is None else self._decode(finished)
+        claims = self._turns.claims({entry.owner for entry in alive}, self._clock())
+        finished = min(
+            (entry for entry in alive if entry.finished),
+            key=lambda entry: (claims[entry.owner], entry.order),
+            default=None,
+        )
+        candidates = [e.candidate(self._budget.seconds) for e in alive if not e.finished]
+        choice = self._policy.choose(candidates, claims)
+        if finished is not None and not (
+            choice.go and claims[choice.go[0].owner] < claims[finished.owner]
+        ):
+            expected = self._decode(finished)
+        else:
+            expected = self._call(alive, choice)
         self._cost.observe_round(expected, perf_counter() - started)
 
     def _ended(self, entry: Entry) -> bool:
-        error = entry.ending(self._clock())
+        error = entry.ending(self._clock(), self._cost)
         if error is not None:
             self._fail(entry, error)
         return error is not None
 
-    def _call(self, entries: Sequence[Entry]) -> float:
+    @contextmanager
+    def _working_on(self, *entries: Entry) -> Iterator[None]:
+        """The engines work on these tasks, whose owners are charged by their rows."""
+        rows = [entry.demand.rows[entry.step] if not entry.finished else 1 for entry in entries]
+        self._on_call([entry.task.id for entry in entries])
+        started, lost = perf_counter(), False
+        try:
+            yield
+        except EnginesLost:
+            lost = True
+            raise
+        finally:
+            if not lost:  # or it must stay known on whom they worked
+                self._on_call(None)
+                seconds = perf_counter() - started
+                for entry, count in zip(entries, rows, strict=True):
+                    self._turns.charge(entry.owner, seconds * count / sum(rows))
+
+    def _call(self, entries: Sequence[Entry], choice: Choice) -> float:
         """One UNet call; the seconds that it was expected to take."""
         by_order = {entry.order: entry for entry in entries}
-        choice = self._policy.choose([e.candidate(self._budget.seconds) for e in entries])
         running = [entry for entry in entries if entry.sample is not None]
         going, expected = [], 0.0
         for entry in (by_order[one.order] for one in choice.go):
@@ -145,7 +200,8 @@ class EngineLoop:
         samples = [entry.sample for entry in going if entry.sample is not None]
         expected += sum(self._expected_seconds(sample) for sample in samples)
         rows = sum(len(sample.guidance.branches) for sample in samples)
-        stepped = self._stages.step(samples)
+        with self._working_on(*going):
+            stepped = self._stages.step(samples, lambda index: self._wanted(going[index]))
         if stepped.out_of_memory:
             self._policy = self._policy.with_fewer_rows(rows)
             _log.warning("UNet calls have %d rows at most now.", self._policy.max_rows)
@@ -154,9 +210,14 @@ class EngineLoop:
             if error is None:
                 self._stepped(entry)
             else:
-                self._fail(entry, error)
+                self._fail(entry, entry.refused or error)
         self._test_suspect_engines()
         return expected
+
+    def _wanted(self, entry: Entry) -> bool:
+        """Whether a task whose call failed is tried again."""
+        entry.refused = entry.ending(self._clock(), self._cost)
+        return entry.refused is None
 
     def _expected_seconds(self, sample: Sample) -> float:
         rows = len(sample.guidance.branches)
@@ -172,7 +233,8 @@ class EngineLoop:
 
     def _prepared(self, entry: Entry) -> bool:
         try:
-            entry.sample, entry.warnings = self._stages.prepare(entry.task, entry.request)
+            with self._working_on(entry):
+                entry.sample, entry.warnings = self._stages.prepare(entry.task, entry.request)
         except FastFaceError as error:
             self._fail(entry, error)
             self._test_suspect_engines()
@@ -199,7 +261,8 @@ class EngineLoop:
         assert entry.denoised is not None
         expected = self._cost.decoding_seconds(latent_area(entry.sample))
         try:
-            pixels = self._stages.decode(entry.sample)
+            with self._working_on(entry):
+                pixels = self._stages.decode(entry.sample)
         except FastFaceError as error:
             self._fail(entry, error)
             self._test_suspect_engines()
@@ -218,7 +281,9 @@ class EngineLoop:
         """Raise what a picture of nobody fails with, once too much failed to be the requests."""
         if self._stages.suspect:
             _log.error("Too many failures in a row: the engines are put to the test.")
+            self._on_call(())
             self_test(self._fastface, self._stages)
+            self._on_call(None)
 
     def _fail(self, entry: Entry, error: FastFaceError) -> None:
         self._end(entry, TaskFailed(entry.task.id, error))
@@ -273,7 +338,7 @@ class TaskTable:
         """Mark a task; the engine thread ends it."""
         with self._changed:
             if task_id in self._entries:
-                self._entries[task_id].cancelled = True
+                self._entries[task_id].cancel()
 
     def remove(self, entry: Entry) -> None:
         """A task ended."""
@@ -350,8 +415,9 @@ def warm_up(fastface: FastFace, stages: MeasuredStages, policy: Policy, cost: Co
     """Make pictures with every number of branches, alone and in the fullest call.
 
     The fullest call claims its memory now: where there is too little, the policy that is returned
-    has fewer rows, so that this shows before the first client and not under load. Everything is
-    made twice, since a first call pays for allocations, and the cost model has the second times.
+    has fewer rows, so that this shows before the first client and not under load. Calls of larger
+    pictures have no more pixels than it. Everything is made twice, since a first call pays for
+    allocations, and the cost model has the second times.
     Raises what fails.
     """
     plain, guided = (_request(fastface, preset) for preset in (_PLAIN, _GUIDED))
@@ -359,9 +425,11 @@ def warm_up(fastface: FastFace, stages: MeasuredStages, policy: Policy, cost: Co
         stages.make([request], blank_face())
     policy = _fitting(guided, stages, policy)
     cost.clear()
-    for requests in ([plain], [guided], [guided] * _most(guided, policy)):
+    most = _most(guided, policy)
+    for requests in ([plain], [guided], [guided] * most):
         stages.make(requests, blank_face())
-    return policy
+    area = Demand.of(guided, fastface.manifest).area
+    return replace(policy, max_area=most * _rows(guided) * area)
 
 
 def self_test(fastface: FastFace, stages: MeasuredStages) -> None:

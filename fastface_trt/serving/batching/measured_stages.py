@@ -14,8 +14,8 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from fastface_trt.engines.device import Tensor
-from fastface_trt.errors import EngineFailed, FastFaceError, OutOfMemory
+from fastface_trt.engines.device import DeviceLost, Tensor
+from fastface_trt.errors import Cancelled, EngineFailed, FastFaceError, OutOfMemory
 from fastface_trt.runtime.face import Face
 from fastface_trt.runtime.pipeline import FastFace
 from fastface_trt.runtime.request import GenerationRequest
@@ -37,6 +37,10 @@ class Stepped:
 
     errors: Sequence[FastFaceError | None]
     out_of_memory: bool = False
+
+
+class EnginesLost(Exception):
+    """The device works no more; no error of a task, which may have had no part in it."""
 
 
 def for_client(error: Exception) -> FastFaceError:
@@ -77,17 +81,18 @@ class MeasuredStages:
         self._cost.observe_preparation(seconds)
         return prepared
 
-    def step(self, samples: Sequence[Sample]) -> Stepped:
+    def step(self, samples: Sequence[Sample], wanted: Callable[[int], bool]) -> Stepped:
         """Take the samples one step further.
 
-        A call of several that fails is made again for each of them by itself: one request must not
-        take others with it.
+        A call of several that fails is made again for each of them by itself, as far as it is still
+        `wanted`: one request must not take others with it. Raises `EnginesLost`, as all here do.
         """
         out_of_memory = False
         if len(samples) > 1:
             try:
                 self._call(samples)
             except Exception as error:
+                self._require_device(error)
                 out_of_memory = isinstance(error, OutOfMemory)
                 message = "A UNet call of %d samples failed: one by one."
                 _log.warning(message, len(samples), exc_info=True)
@@ -95,7 +100,10 @@ class MeasuredStages:
                 self._failures["step"] = 0
                 return Stepped([None] * len(samples))
         errors: list[FastFaceError | None] = []
-        for sample in samples:
+        for index, sample in enumerate(samples):
+            if len(samples) > 1 and not wanted(index):
+                errors.append(Cancelled("Nobody waits for this step any more."))
+                continue
             try:
                 self._single("step", partial(self._call, [sample]))
                 errors.append(None)
@@ -142,6 +150,7 @@ class MeasuredStages:
         try:
             made = work()
         except Exception as error:
+            self._require_device(error)
             visible = for_client(error)
             if isinstance(visible, EngineFailed):
                 self._failures[stage] += 1
@@ -149,6 +158,17 @@ class MeasuredStages:
             raise visible from None
         self._failures[stage] = 0
         return made, perf_counter() - started
+
+    def _require_device(self, error: Exception) -> None:
+        """Raise `EnginesLost` where that is why; a device tells when it is waited for."""
+        try:
+            if isinstance(error, DeviceLost):
+                raise error
+            self._stages.device.synchronize()
+        except DeviceLost as lost:
+            raise EnginesLost(lost.message) from error
+        except EngineFailed:
+            return
 
 
 def latent_area(sample: Sample) -> int:

@@ -7,13 +7,21 @@ from fastface_trt.runtime.export_folder import Export
 from fastface_trt.runtime.pipeline import FastFace
 from fastface_trt.runtime.preview import LatentPreview
 from fastface_trt.serving.batching.batcher import Batcher
+from fastface_trt.serving.batching.loop import OnCall, OnDead
 from fastface_trt.serving.settings import WorkerSettings
 
 
-def open_batcher(settings: WorkerSettings, *, build: bool = True) -> Batcher:
+def open_batcher(
+    settings: WorkerSettings,
+    *,
+    build: bool = True,
+    on_call: OnCall | None = None,
+    on_dead: OnDead | None = None,
+) -> Batcher:
     """Open the engines that the settings name, after a look at the free memory, and warm them up.
 
-    With `build=False` a missing engine is an error instead of minutes of building. Raises what
+    With `build=False` a missing engine is an error instead of minutes of building; see `Batcher`
+    for the rest. Raises what
     `FastFace.load` raises, `OutOfMemory`, and `EngineFailed` when the warm-up's pictures are not
     finite.
     """
@@ -33,7 +41,14 @@ def open_batcher(settings: WorkerSettings, *, build: bool = True) -> Batcher:
     except BaseException:
         fastface.close()
         raise
-    batcher = Batcher(fastface, settings, preview=preview.rgb, owns_fastface=True)
+    batcher = Batcher(
+        fastface,
+        settings,
+        preview=preview.rgb,
+        owns_fastface=True,
+        on_call=on_call,
+        on_dead=on_dead,
+    )
     batcher.start()
     return batcher
 

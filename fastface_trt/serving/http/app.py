@@ -25,7 +25,12 @@ from fastface_trt.errors import FastFaceError, MissingDependency, install_hint
 from fastface_trt.runtime.presets import DESCRIPTIONS, PRESETS, preset_fields
 from fastface_trt.runtime.request import request_for
 from fastface_trt.serving.http.admission import Admission
-from fastface_trt.serving.http.context import PICTURE_THREADS, Context, context_of
+from fastface_trt.serving.http.context import (
+    PICTURE_THREADS,
+    Context,
+    context_of,
+    give_memory_back,
+)
 from fastface_trt.serving.http.errors import (
     RETRY_AFTER_UNAVAILABLE,
     UnknownModel,
@@ -145,7 +150,7 @@ def _context(
     tracing: Tracing | None,
     faces: Faces | None,
 ) -> Context:
-    admission = Admission(worker, settings.max_requests)
+    admission = Admission(worker, settings)
     faces = faces or OwnFaces(settings.faces_ttl, settings.max_faces)
     if tracing is None:
         tracing = Spans() if settings.telemetry else Tracing()
@@ -168,14 +173,20 @@ def _context(
 
 
 async def _sweep(context: Context) -> None:
-    """Drop faces whose time is over, and as often what workers keep of any face."""
-    forgotten = time.monotonic()
+    """Drop faces whose time is over, and as often what workers keep of any face.
+
+    Memory of bodies and their pictures goes back to the system, which the C library keeps for long.
+    """
+    forgotten, bytes_read = time.monotonic(), 0
     while True:
         await asyncio.sleep(min(SWEEP_SECONDS, context.settings.faces_ttl))
         await context.faces.forget_expired()
         if time.monotonic() - forgotten >= context.settings.faces_ttl:
             forgotten = time.monotonic()
             context.worker.forget()
+        if context.admission.bytes_read != bytes_read:
+            bytes_read = context.admission.bytes_read
+            await asyncio.to_thread(give_memory_back)
 
 
 def _handle_errors(app: FastAPI) -> None:

@@ -13,6 +13,7 @@ from typing import Protocol
 
 from fastface_trt.errors import Busy
 from fastface_trt.runtime.face import Face
+from fastface_trt.serving.http.admission import Shares
 from fastface_trt.serving.http.errors import UnknownFace
 
 
@@ -35,6 +36,7 @@ class FaceRegistry:
         self, ttl: float, capacity: int, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._ttl, self._capacity, self._clock = ttl, capacity, clock
+        self._shares = Shares(capacity)
         self._faces: dict[str, RegisteredFace] = {}  # in the order in which they expire
 
     def __len__(self) -> int:
@@ -42,16 +44,19 @@ class FaceRegistry:
         return len(self._faces)
 
     def add(self, owner: str, face: Face) -> RegisteredFace:
-        """Keep a face. Raises `Busy` when there are as many as there may be.
+        """Keep a face. Raises `Busy` when there are as many as there may be, or for this owner.
 
         None is dropped for a new one, or whoever registers many would delete those of others.
         """
-        self.forget_expired()
         now, wall = self._clock(), time.time()
-        if len(self._faces) >= self._capacity:
-            first = next(iter(self._faces.values()))
+        mine = self.of(owner)
+        if not self._shares.allows(owner):
+            full = self._shares.is_full()
+            first = next(iter(self._faces.values())) if full else mine[0]
             raise Busy(
-                f"The server keeps {self._capacity} faces already.",
+                f"The server keeps {self._capacity} faces already."
+                if full
+                else f"You keep {len(mine)} faces, which is the share of one client now.",
                 "Delete those of yours that you need no more, or try again later.",
                 retry_after=first.expires - now,
             )
@@ -64,6 +69,7 @@ class FaceRegistry:
             int(wall + self._ttl),
         )
         self._faces[one.id] = one
+        self._shares.take(owner)
         return one
 
     def get(self, owner: str, name: str) -> RegisteredFace:
@@ -83,19 +89,24 @@ class FaceRegistry:
 
     def delete(self, owner: str, name: str) -> None:
         """Forget a face now. Raises `UnknownFace`."""
-        del self._faces[self.get(owner, name).id]
+        self._drop(self.get(owner, name))
 
     def forget_expired(self) -> None:
         """Drop what is over; a server calls it from time to time even when nobody asks."""
         now = self._clock()
-        for name, one in list(self._faces.items()):
+        for one in list(self._faces.values()):
             if one.expires > now:
                 break
-            del self._faces[name]
+            self._drop(one)
 
     def clear(self) -> None:
         """Forget all."""
-        self._faces.clear()
+        for one in list(self._faces.values()):
+            self._drop(one)
+
+    def _drop(self, one: RegisteredFace) -> None:
+        del self._faces[one.id]
+        self._shares.give_back(one.owner)
 
 
 class Faces(Protocol):

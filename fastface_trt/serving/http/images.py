@@ -15,7 +15,7 @@ from fastface_trt.errors import FastFaceError
 from fastface_trt.serving.http.bodies import form_body, json_body, media_type
 from fastface_trt.serving.http.context import context_of
 from fastface_trt.serving.http.errors import error_event, is_internal
-from fastface_trt.serving.http.middleware import has_passed_the_gate
+from fastface_trt.serving.http.middleware import has_passed_the_gate, record_of
 from fastface_trt.serving.http.openapi import either, event_stream, form_of, json_of, refusals
 from fastface_trt.serving.http.responses import (
     ImagesAnswer,
@@ -55,8 +55,7 @@ def images_router() -> APIRouter:
     )
     async def generations(request: Request) -> Response:
         """Pictures of the person of `face`, `face_id` or `face_url`, as the prompt says."""
-        body = await json_body(request, GenerationBody)
-        return await _answer(request, body, None, "image_generation")
+        return await _answer(request, "image_generation")
 
     @router.post(
         "/v1/images/edits",
@@ -67,28 +66,34 @@ def images_router() -> APIRouter:
     )
     async def edits(request: Request) -> Response:
         """The same from a form, whose file `image` is the picture with the face, or from JSON."""
-        if media_type(request) == "application/json":
-            body, file = await json_body(request, GenerationBody), None
-        else:
-            limit = context_of(request).settings.max_body_bytes
-            body, file = await form_body(request, GenerationBody, limit)
-        return await _answer(request, body, file, "image_edit")
+        form = media_type(request) != "application/json"
+        return await _answer(request, "image_edit", form=form)
 
     return router
 
 
-async def _answer(
-    request: Request, body: GenerationBody, file: bytes | None, prefix: str
-) -> Response:
-    ordering = work_order(context_of(request), request, body, file)
-    if body.stream:
-        order = await unless_disconnected(request.receive, ordering)
+async def _ordered(request: Request, form: bool) -> WorkOrder:
+    """The order of a request's body, of which nothing stays in memory but what the order has.
+
+    The request is in work from when its body is there until its answer was sent.
+    """
+    context, record = context_of(request), record_of(request.scope)
+    with context.admission.reading(record.owner) as reading:
+        file = None
+        if form:
+            body, file = await form_body(context, request, reading, GenerationBody)
+        else:
+            body = await json_body(context, request, reading, GenerationBody)
+        record.held.enter_context(context.admission.enter(record.owner))
+        ordering = work_order(context, request, reading, body, file)
+        return await unless_disconnected(request.receive, ordering)
+
+
+async def _answer(request: Request, prefix: str, *, form: bool = False) -> Response:
+    order = await _ordered(request, form)
+    if order.body.stream:
         return PictureStream(order, prefix)
-
-    async def work() -> Response:
-        return json_answer(await _made(await ordering))
-
-    return await unless_disconnected(request.receive, work())
+    return json_answer(await unless_disconnected(request.receive, _made(order)))
 
 
 async def _made(order: WorkOrder) -> ImagesAnswer:

@@ -66,6 +66,8 @@ class Record:
     prompt: str | None = None
     failure: FastFaceError | None = None
     seconds: list[Mapping[str, float]] = field(default_factory=list)
+    held: ExitStack = field(default_factory=ExitStack)
+    """Places that the request has taken; they are free again when its answer was sent."""
 
 
 def record_of(scope: MutableMapping[str, Any]) -> Record:
@@ -187,11 +189,11 @@ class Gate:
             await self._app(scope, receive, send)
             return
         record = record_of(scope)
-        with ExitStack() as entered:
+        with record.held:
             try:
                 record.owner = self._owner(scope, self._keys_of.get(path, self._keys))
                 if scope["method"] == "POST" and path in WORKING:
-                    entered.enter_context(self._admission.enter())
+                    self._admission.check(record.owner)
             except FastFaceError as error:
                 record.outcome = error.code
                 await error_answer(error, record.id)(scope, receive, send)

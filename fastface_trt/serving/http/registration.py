@@ -31,23 +31,26 @@ def faces_router() -> APIRouter:
     async def register(request: Request) -> Response:
         """Find the face of a picture and keep what the model needs of it, for a time, in memory."""
         context, record = context_of(request), record_of(request.scope)
-        if media_type(request) == "multipart/form-data":
-            form, file = await form_body(request, FaceForm, context.settings.max_body_bytes)
-            if file is None:
-                raise InvalidField(
-                    "The file 'image' is missing.", "Send the picture as image.", param="image"
+        owner = record.owner
+        with context.admission.reading(owner) as reading:
+            if media_type(request) == "multipart/form-data":
+                form, file = await form_body(context, request, reading, FaceForm)
+                if file is None:
+                    raise InvalidField(
+                        "The file 'image' is missing.", "Send the picture as image.", param="image"
+                    )
+                index = form.face_index
+            else:
+                body = await json_body(context, request, reading, FaceBody)
+                file, index = (
+                    await context.in_thread(owner, decode_base64, body.image, context.settings),
+                    body.face_index,
                 )
-            index = form.face_index
-        else:
-            body = await json_body(request, FaceBody)
-            file, index = (
-                await context.in_thread(decode_base64, body.image, context.settings),
-                body.face_index,
+            record.held.enter_context(context.admission.enter(owner))
+            deadline = record.arrived + context.settings.default_deadline
+            face = await unless_disconnected(
+                request.receive, within(deadline, analysed(context, file, index, owner))
             )
-        deadline = record.arrived + context.settings.default_deadline
-        face = await unless_disconnected(
-            request.receive, within(deadline, analysed(context, file, index))
-        )
         one = await context.faces.add(record.owner, face)
         return json_answer(_face_answer(one), status=201)
 

@@ -24,11 +24,14 @@ from fastface_trt.runtime.request import (
 from fastface_trt.serving.http.clients import as_sent
 from fastface_trt.serving.http.errors import InvalidField
 
+PICTURE_FIELDS = frozenset({"face", "image", "images"})
+"""The only fields that may be long."""
 MAX_PROMPT_LENGTH = 8000
 """Characters; an export reads 75 or 225 tokens, and what it cuts is said in a warning."""
 
 Number = Annotated[float, Field(allow_inf_nan=False, ge=-1000, le=1000)]
-PerStep = Number | Annotated[list[Number], Field(min_length=1, max_length=1000)]
+PerStep = Number | Annotated[list[Number], Field(min_length=1, max_length=1000, fail_fast=True)]
+"""One error is told in any case: a list of nothing but errors would make thousands."""
 Phi = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Prompt = Annotated[str, Field(max_length=MAX_PROMPT_LENGTH)]
 

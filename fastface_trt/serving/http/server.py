@@ -15,7 +15,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from fastface_trt.errors import InvalidRequest
-from fastface_trt.serving.http.context import Context
+from fastface_trt.serving.http.context import Context, keep_no_large_memory
 from fastface_trt.serving.http.logs import log_event
 from fastface_trt.serving.http.protocol import BoundedListener, guarded_protocol
 from fastface_trt.serving.settings import ServerSettings
@@ -81,6 +81,7 @@ def run_server(
     second one ends everything at once. The worker is closed on the way out. Where something hangs
     past all of its times, `give_up` is called with `HUNG`, from a thread.
     """
+    keep_no_large_memory()
     with listener:
         return asyncio.run(_Life(app, worker, settings, give_up).run(listener))
 

@@ -46,7 +46,7 @@ class SubmittedTasks:
             await asyncio.to_thread(self._submit)
         except BaseException as error:
             if isinstance(error, Busy):
-                self._admission.remember(error)
+                self._admission.remember(self._tasks[0].owner, error)
             self._leave()
             raise
         return self

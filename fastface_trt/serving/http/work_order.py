@@ -18,6 +18,7 @@ from fastface_trt.errors import Busy, InvalidRequest, UnknownName, naming
 from fastface_trt.runtime.face import Face, one_person
 from fastface_trt.runtime.picture_file import PictureFormat, encode_picture
 from fastface_trt.runtime.request import GenerationRequest, check_pictures, parse_request
+from fastface_trt.serving.http.admission import Reading
 from fastface_trt.serving.http.context import Context
 from fastface_trt.serving.http.errors import InvalidField
 from fastface_trt.serving.http.middleware import Record, record_of
@@ -97,11 +98,11 @@ class WorkOrder:
                 data = context.signer.sign(data, self.format)
             return base64.b64encode(data).decode("ascii")
 
-        return await context.in_thread(encode)
+        return await context.in_thread(self.record.owner, encode)
 
 
 async def work_order(
-    context: Context, request: Request, body: GenerationBody, file: bytes | None
+    context: Context, request: Request, reading: Reading, body: GenerationBody, file: bytes | None
 ) -> WorkOrder:
     """Check a request, find its face, and make its tasks.
 
@@ -119,12 +120,12 @@ async def work_order(
     if context.settings.log_prompts:
         record.prompt = body.prompt
     await within(deadline, context.checks.check_prompt(requests[0]))
-    face = await within(deadline, face_of(context, body, file, record.owner))
+    face = await within(deadline, face_of(context, reading, body, file))
     record.tasks = len(requests)
     return WorkOrder(
         context,
         record,
-        body,
+        body.model_copy(update={"face": None}),  # megabytes, for as long as pictures are made
         tuple(
             Task(
                 f"{record.id}-{index}",
@@ -134,6 +135,7 @@ async def work_order(
                 deadline=deadline,
                 # A preview that nobody checked would show what the check then keeps back.
                 previews=bool(body.partial_images) and not context.checks.looks_at_results,
+                owner=record.owner,
             )
             for index, one in enumerate(requests)
         ),
@@ -195,12 +197,15 @@ def check_one_face(body: GenerationBody, *, file: bool) -> None:
         )
 
 
-async def face_of(context: Context, body: GenerationBody, file: bytes | None, owner: str) -> Face:
+async def face_of(
+    context: Context, reading: Reading, body: GenerationBody, file: bytes | None
+) -> Face:
     """Whichever one face the request has; see `check_one_face`.
 
     Raises `BadPicture`, `NoFaceFound`, `FaceIndexOutOfRange`, `UnknownFace`, `InvalidField`,
-    `Refused`, `Unavailable`.
+    `Refused`, `Unavailable`, and what `Reading.add` raises.
     """
+    owner = reading.owner
     names = body.face_ids or ([] if body.face_id is None else [body.face_id])
     if names:
         if body.face_index is not None:
@@ -212,31 +217,32 @@ async def face_of(context: Context, body: GenerationBody, file: bytes | None, ow
         check_pictures(context.manifest, len(names), "face_ids")
         return one_person([(await context.faces.get(owner, name)).face for name in names])
     if body.face is not None:
-        file = await context.in_thread(decode_base64, body.face, context.settings)
+        file = await context.in_thread(owner, decode_base64, body.face, context.settings)
     elif body.face_url is not None:
-        file = await _fetched(context, body.face_url)
+        file = await _fetched(context, reading, body.face_url)
     assert file is not None
-    return await analysed(context, file, body.face_index)
+    return await analysed(context, file, body.face_index, owner)
 
 
-async def analysed(context: Context, file: bytes, index: int | None) -> Face:
+async def analysed(context: Context, file: bytes, index: int | None, owner: str) -> Face:
     """The face of a picture file: the largest, or the `index`-th by size.
 
     Raises `BadPicture`, `Refused`, `NoFaceFound`, `FaceIndexOutOfRange`, `Busy`,
     `Unavailable`.
     """
-    pixels = await context.in_thread(decode_picture, file, context.settings)
-    await context.checks.check_face(pixels)
-    # A worker may have to send megabytes of pixels to another process.
-    future = await context.in_thread(context.worker.analyze, pixels, index)
-    try:
-        return await asyncio.wrap_future(future)
-    except Busy as error:
-        context.admission.remember(error)
-        raise
+    async with context.pictures_in_hand.of(owner):
+        pixels = await context.in_thread(owner, decode_picture, file, context.settings)
+        await context.checks.check_face(pixels)
+        # A worker may have to send megabytes of pixels to another process.
+        future = await context.in_thread(owner, context.worker.analyze, pixels, index, owner)
+        try:
+            return await asyncio.wrap_future(future)
+        except Busy as error:
+            context.admission.remember(owner, error)
+            raise
 
 
-async def _fetched(context: Context, url: str) -> bytes:
+async def _fetched(context: Context, reading: Reading, url: str) -> bytes:
     if not context.settings.fetch_urls:
         raise InvalidField(
             "This server fetches no pictures.",
@@ -245,4 +251,5 @@ async def _fetched(context: Context, url: str) -> bytes:
         )
     from fastface_trt.serving.pictures.fetch import fetch_picture
 
+    reading.add(context.settings.max_body_bytes)  # nobody knows how many come
     return await fetch_picture(url, context.settings)

@@ -1,8 +1,10 @@
 """A worker's process: a `Batcher` behind a pipe.
 
 Why a process: a crash in an engine, or the system's out-of-memory killer, takes only this worker
-with it; the pool gives its tasks to another and starts a new one. It ends with the server, whatever
-its engines do at that moment, so a killed server leaves nothing behind.
+with it; the pool gives its tasks to another and starts a new one. The same where its engines fail
+for good, as those of a GPU do after some errors: it leaves, and its tasks are made elsewhere. It
+ends with the server, whatever its engines do at that moment, so a killed server leaves nothing
+behind.
 """
 
 import logging
@@ -15,15 +17,18 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from fastface_trt.engines.children import leave_with_parent
+from fastface_trt.engines.device import DeviceLost
 from fastface_trt.engines.engine import Closing
 from fastface_trt.errors import EngineFailed, FastFaceError
 from fastface_trt.runtime.face import Face
 from fastface_trt.serving.batching.opening import open_batcher
 from fastface_trt.serving.settings import WorkerSettings
-from fastface_trt.serving.work import State, TaskFailed
+from fastface_trt.serving.work import TaskFailed
 from fastface_trt.serving.workers.messages import (
+    DEAD_ENGINES,
     Analyze,
     Analyzed,
+    CallRecord,
     Cancel,
     Close,
     Forget,
@@ -34,8 +39,6 @@ from fastface_trt.serving.workers.messages import (
     Submit,
 )
 
-DEAD_ENGINES = 70
-"""Exit status of a worker whose engines failed for good; EX_SOFTWARE of sysexits.h."""
 _SECONDS_BETWEEN_REPORTS = 0.1
 
 log = logging.getLogger(__name__)
@@ -44,11 +47,15 @@ log = logging.getLogger(__name__)
 class _Child(Closing):
     """Answers the pool's messages until it is told to leave."""
 
-    def __init__(self, connection: "Connection[Any, Any]", settings: WorkerSettings) -> None:
+    def __init__(
+        self, connection: "Connection[Any, Any]", settings: WorkerSettings, record: CallRecord
+    ) -> None:
         self._connection = connection
         self._outbox = Outbox(connection, "worker outbox")
         self._left = threading.Event()
-        self._batcher = open_batcher(settings)
+        self._opened = False
+        self._batcher = open_batcher(settings, on_call=record.write, on_dead=self._die)
+        self._opened = True
         self._reports = threading.Thread(target=self._report, name="worker reports", daemon=True)
         self._reports.start()
 
@@ -60,9 +67,9 @@ class _Child(Closing):
             except (EOFError, OSError):
                 return
             match message:
-                case Submit(task):
+                case Submit(task, alone):
                     try:
-                        self._batcher.submit(task, self._outbox.put)
+                        self._batcher.submit(task, self._outbox.put, alone=alone)
                     except FastFaceError as error:
                         self._outbox.put(TaskFailed(task.id, error))
                 case Cancel(task_id):
@@ -91,11 +98,13 @@ class _Child(Closing):
 
     def _report(self) -> None:
         while not self._left.wait(_SECONDS_BETWEEN_REPORTS):
-            state = self._batcher.state
-            self._outbox.put(Report(state, self._batcher.load()))
-            if state is State.DEAD:
-                self._outbox.close(5)
-                os._exit(DEAD_ENGINES)  # engines that failed for good may not close either
+            self._outbox.put(Report(self._batcher.state, self._batcher.load()))
+
+    def _die(self, error: FastFaceError) -> None:
+        """Leave before any task ends for it: whoever comes next makes them again."""
+        if self._opened:
+            self._outbox.close(5)
+            os._exit(DEAD_ENGINES)  # engines that failed for good may not close either
 
     def close(self) -> None:
         """End what is left with `Unavailable` and free the engines."""
@@ -105,7 +114,7 @@ class _Child(Closing):
 
 
 def main() -> None:
-    """Talk to the pool over the file descriptor that the command line names."""
+    """Talk to the pool over the first descriptor of the command line; the second is the record."""
     leave_with_parent(int(sys.argv[1]))
     # The server decides when its workers leave, whoever else is sent these.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -118,7 +127,9 @@ def main() -> None:
         return
     assert isinstance(message, Open)
     try:
-        child = _Child(connection, message.settings)
+        child = _Child(connection, message.settings, CallRecord(int(sys.argv[2])))
+    except DeviceLost:
+        sys.exit(DEAD_ENGINES)  # another process may have more luck
     except FastFaceError as error:
         connection.send(OpenFailed(error))
         return

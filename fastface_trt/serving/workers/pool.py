@@ -14,6 +14,7 @@ from fastface_trt.engines.engine import Closing
 from fastface_trt.errors import Busy, FastFaceError, Unavailable
 from fastface_trt.measure.memory import resident_bytes
 from fastface_trt.runtime.face import Face
+from fastface_trt.serving.batching.fairness import places_of
 from fastface_trt.serving.settings import WorkerSettings
 from fastface_trt.serving.work import (
     Load,
@@ -32,7 +33,13 @@ from fastface_trt.serving.workers.messages import (
     OpenFailed,
     Report,
 )
-from fastface_trt.serving.workers.process import WORKER_PROGRAM, Ledger, Slot, WorkerProcess
+from fastface_trt.serving.workers.process import (
+    WORKER_PROGRAM,
+    Ledger,
+    Slot,
+    WorkerProcess,
+    crashed,
+)
 
 _SECONDS_BETWEEN_CHECKS = 0.1
 _SECONDS_TO_LEAVE = 10.0
@@ -62,7 +69,7 @@ class WorkerPool(Closing):
             for index, environment in enumerate(environments or [{}] * count)
         ]
         self._changed = threading.Condition()
-        self._ledger = Ledger(self._changed)
+        self._ledger = Ledger(self._changed, self._ready, settings.max_waiting)
         self._draining = False
         self._closed = False
         self._monitor = threading.Thread(target=self._watch, name="workers", daemon=True)
@@ -128,14 +135,15 @@ class WorkerPool(Closing):
         """Give a task to the least busy worker; see `Worker.submit`.
 
         What a worker refuses by itself, such as a task that would miss the latency budget, arrives
-        as a `TaskFailed` with `Busy`.
+        as a `TaskFailed`.
         """
         with self._changed:
             process = self._require_ready()
-            most = self._settings.max_waiting + self._settings.max_running
-            if self._ledger.tasks_of(process) >= most:
+            held = self._ledger.tasks_of(process)
+            most = places_of(task.owner, held, self._settings.max_waiting)
+            if held[task.owner] >= most + self._settings.max_running:
                 raise Busy(
-                    "The server has as much to do as it may take on.",
+                    f"{held[task.owner]} of your pictures are in work already.",
                     "Try again later.",
                     retry_after=max(1.0, process.load.backlog_seconds),
                 )
@@ -144,11 +152,12 @@ class WorkerPool(Closing):
     def cancel(self, task_id: str) -> None:
         self._ledger.cancel(task_id)
 
-    def analyze(self, pixels: Pixels, index: int | None = None) -> "Future[Face]":
+    def analyze(self, pixels: Pixels, index: int | None = None, owner: str = "") -> "Future[Face]":
         with self._changed:
             try:
-                return self._ledger.analyze(pixels, index, self._require_ready())
-            except Unavailable as error:
+                self._require_ready()
+                return self._ledger.analyze(pixels, index, owner)
+            except (Busy, Unavailable) as error:
                 future: Future[Face] = Future()
                 future.set_exception(error)
                 return future
@@ -185,18 +194,13 @@ class WorkerPool(Closing):
 
     def _require_ready(self) -> WorkerProcess:
         """With the lock: the least busy worker; raises `Unavailable` where none takes tasks."""
-        process = self._least_busy()
+        process = self._ledger.least_busy()
         if self.state is not State.READY or process is None:
             raise Unavailable(f"The server is {self.state.value}.", "Try again in a few seconds.")
         return process
 
-    def _least_busy(self) -> WorkerProcess | None:
-        ready = [slot.process for slot in self._slots if slot.process and slot.ready]
-        return min(
-            ready,
-            key=lambda one: (self._ledger.tasks_of(one), one.load.backlog_seconds),
-            default=None,
-        )
+    def _ready(self) -> list[WorkerProcess]:
+        return [slot.process for slot in self._slots if slot.process and slot.ready]
 
     def _start(self, slot: Slot) -> None:
         try:
@@ -220,7 +224,7 @@ class WorkerPool(Closing):
         match message:
             case Report():
                 with self._changed:
-                    self._slot_of(process).reported(process, monotonic())
+                    self._slot_of(process).reported(monotonic())
                     self._changed.notify_all()
             case OpenFailed(error):
                 with self._changed:
@@ -238,12 +242,17 @@ class WorkerPool(Closing):
 
     def _on_death(self, process: WorkerProcess, status: int) -> None:
         """A worker has gone: its tasks wait for another, and its slot for a new process."""
+        call = process.record.read()
+        ids = () if call is None else call.ids
         with self._changed:
             slot = self._slot_of(process)
-            slot.died(monotonic())
-            lost = self._ledger.lost_by(process)
+            slot.died(monotonic(), blamed=bool(ids) or self._ledger.looks_at_face(process))
+            lost = self._ledger.lost_by(process, ids, by_itself=crashed(process, status))
             if not self._closed:
-                log.error("%s ended with status %d and left %d tasks.", slot.name, status, lost)
+                log.error(
+                    "%s ended with status %d and left %d tasks; it was working on %s.",
+                    *(slot.name, status, lost, ", ".join(ids) or "none"),
+                )
                 self._decide_whether_dead(
                     Unavailable(
                         "Every worker died again and again.", "See the server's log for the reason."
@@ -273,8 +282,9 @@ class WorkerPool(Closing):
                     elif slot.stalled(now, self._settings.stall_seconds):
                         log.error("%s makes no progress and is killed.", slot.name)
                         assert slot.process is not None
+                        slot.process.stalled = True
                         slot.process.kill()
-                endings = self._ledger.hand_out(now, self._least_busy)
+                endings = self._ledger.hand_out(now)
                 failure = self.failure
             for end in endings:
                 end()

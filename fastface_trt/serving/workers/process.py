@@ -3,6 +3,13 @@
 `WorkerProcess` starts a child, talks to it and notices its death. A `Slot` is a worker's place: the
 process in it, and when the next may start. The `Ledger` has what workers were given and what has
 not ended yet: every task ends exactly once there.
+
+A death counts against the tasks that the engines were working on, as `CallRecord` says, and then
+not against the slot. Who was alone in a call that crashed or stood still is not made again. Several
+in one call are made again once, each in calls of its own, which shows which of them it was; so is
+who was alone when the process was killed from outside or lost its GPU, which may have had another
+reason. All others are made again as if nothing had been. An owner whose requests did it again and
+again is let in no more for a while.
 """
 
 import itertools
@@ -11,23 +18,28 @@ import signal
 import socket
 import subprocess
 import threading
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import Connection
+from time import monotonic
 from typing import Any
 
 from fastface_trt.engines.children import start_child
 from fastface_trt.errors import (
     BackendUnavailable,
+    Busy,
     Cancelled,
     DeadlinePassed,
+    EngineFailed,
     FastFaceError,
     Unavailable,
 )
 from fastface_trt.runtime.face import Face
+from fastface_trt.serving.batching.fairness import FairQueue
 from fastface_trt.serving.settings import WorkerSettings
 from fastface_trt.serving.work import (
     Event,
@@ -40,8 +52,10 @@ from fastface_trt.serving.work import (
     TaskFailed,
 )
 from fastface_trt.serving.workers.messages import (
+    DEAD_ENGINES,
     Analyze,
     Analyzed,
+    CallRecord,
     Cancel,
     Close,
     FromWorker,
@@ -54,16 +68,26 @@ from fastface_trt.serving.workers.messages import (
 
 WORKER_PROGRAM = ("-m", "fastface_trt.serving.workers.child")
 MAX_DEATHS = 5
-"""Deaths in a row, with no picture between them, after which a slot stays empty."""
+"""Deaths in a row that no task is to blame for, with no picture between them, after which a slot
+stays empty."""
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.2, 10.0
-MAX_ATTEMPTS = 2
-"""A task that was there when two workers died is given up: it may be what kills them."""
+MAX_ATTEMPTS = 5
+"""Workers that had a task and died, each time in the call of somebody else or in none."""
+FACE_ATTEMPTS = 2
+"""Workers that died while they looked for a face in a picture."""
+PIXELS_OF_A_PLACE = 2_500_000
+"""Of a picture that waits for its face to be found: larger ones take several of the `max_waiting`
+places, so that those who wait take half a gigabyte, whatever their size; a whole one at most."""
+MAX_STRIKES, STRIKE_SECONDS = 3, 600.0
+"""Requests of one owner that killed workers in the last so many seconds: with these its next ones
+are refused, since everybody waits while a worker starts again."""
 
 
 class WorkerProcess:
     """One child. `on_message` and `on_death` are called on its reader's thread, death last.
 
-    `state` and `load` are what it reported last; DEAD once it has gone.
+    `state` and `load` are what it reported last; DEAD once it has gone. `record` is what its
+    engines are at, or were at when it went. `stalled` says that it was killed for standing still.
     """
 
     def __init__(
@@ -81,13 +105,20 @@ class WorkerProcess:
         self.load = Load()
         self._on_message, self._on_death = on_message, on_death
         ours, theirs = _pair()
-        with theirs:
-            self._child = start_child(
-                [*program, str(theirs.fileno())],
-                environment,
-                pass_fds=(theirs.fileno(),),
-                stdin=subprocess.DEVNULL,
-            )
+        record = CallRecord.new_file()
+        try:
+            with theirs:
+                shared = theirs.fileno(), record
+                self._child = start_child(
+                    [*program, *map(str, shared)],
+                    environment,
+                    pass_fds=shared,
+                    stdin=subprocess.DEVNULL,
+                )
+            self.record = CallRecord(record)
+        finally:
+            os.close(record)
+        self.stalled = False
         self._connection: Connection[Any, Any] = Connection(ours.detach())
         self._outbox = Outbox(self._connection, f"{name} outbox")
         self.send(Open(settings))
@@ -146,6 +177,15 @@ def _pair() -> tuple[socket.socket, socket.socket]:
     return socket.socketpair()
 
 
+def crashed(process: WorkerProcess, status: int) -> bool:
+    """Whether a process that ended with this status crashed or stood still.
+
+    Whoever was killed from outside, or lost its GPU, may have had no part in it.
+    """
+    outside = (0, DEAD_ENGINES, -signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT)
+    return process.stalled or status not in outside
+
+
 class Slot:
     """One place; all methods are called with the pool's lock held, times are monotonic seconds."""
 
@@ -155,7 +195,7 @@ class Slot:
         self.process: WorkerProcess | None = None
         self._deaths = 0
         self._start_at: float | None = None
-        self._progress: tuple[Load, float] | None = None
+        self._reported: float | None = None
 
     @property
     def ready(self) -> bool:
@@ -176,13 +216,16 @@ class Slot:
         if not self.given_up:
             self._deaths = 0
 
-    def died(self, now: float) -> None:
-        """Its process has gone; the next starts after a pause that doubles with every death."""
+    def died(self, now: float, *, blamed: bool = False) -> None:
+        """Its process has gone, and tasks are to blame for it or not.
+
+        The next starts after a pause, which doubles with every death that no task is to blame for.
+        """
         self.process = None
-        self._progress = None
-        self._deaths += 1
-        pause = min(_LONGEST_PAUSE, _FIRST_PAUSE * 2 ** (self._deaths - 1))
-        self._start_at = None if self.given_up else now + pause
+        self._reported = None
+        self._deaths += not blamed
+        pause = _FIRST_PAUSE if blamed else _FIRST_PAUSE * 2 ** (self._deaths - 1)
+        self._start_at = None if self.given_up else now + min(_LONGEST_PAUSE, pause)
 
     def due(self, now: float) -> bool:
         """Whether a new process should be started now."""
@@ -191,35 +234,33 @@ class Slot:
         self._start_at = None
         return True
 
-    def reported(self, process: WorkerProcess, now: float) -> None:
+    def reported(self, now: float) -> None:
         """Its process said how it is."""
-        before = self._progress
-        load = process.load
-        if before is None or load.running == 0 or _work(before[0]) != _work(load):
-            self._progress = load, now
+        self._reported = now
 
     def stalled(self, now: float, seconds: float) -> bool:
-        """Whether its process has work and got nothing done for so long."""
-        if self._progress is None or now - self._progress[1] < seconds:
-            return False
-        # Also when it reports no more, as a process that is stopped.
-        self._progress = None
-        return True
-
-
-def _work(load: Load) -> tuple[int, int, int]:
-    return load.calls, load.running, load.waiting
+        """Whether its process is in one call, or says nothing, for so long."""
+        if self.process is None or self._reported is None or self.process.stalled:
+            return False  # it is still opening its engines, or dying
+        call = self.process.record.read()
+        since = self._reported if call is None else min(call.since, self._reported)
+        return now - since >= seconds
 
 
 @dataclass(slots=True)
 class _Assignment:
-    """A task and who works on it (None: it waits for a worker); `attempts` workers had it."""
+    """A task and who works on it (None: it waits for a worker); `attempts` workers had it.
+
+    suspect: it was in the call in which a worker died; guilty: and nobody else can have been it.
+    """
 
     task: Task
     on_event: OnEvent
     process: WorkerProcess | None
     attempts: int = 1
     cancelled: bool = False
+    suspect: bool = False
+    guilty: bool = False
 
     def ending(self, now: float) -> FastFaceError | None:
         """Why it must not go on to another worker, None where it may."""
@@ -229,33 +270,51 @@ class _Assignment:
             return DeadlinePassed(
                 "The picture was not done by its deadline.", "Allow more time, or try later."
             )
+        if self.guilty:
+            return EngineFailed(
+                "A worker died of this picture, which is not tried again.",
+                "Ask for another size or other settings, and look at the server's log.",
+            )
         if self.attempts >= MAX_ATTEMPTS:
-            return Unavailable("Two workers died while they had this picture.", "Try again later.")
+            return Unavailable(
+                f"{MAX_ATTEMPTS} workers died while they had this picture.", "Try again later."
+            )
         return None
 
 
 @dataclass(slots=True)
 class _Analysis:
-    """A face that is looked for."""
+    """A face that is looked for; `failed` where that killed workers."""
 
     message: Analyze
     future: "Future[Face]"
-    process: WorkerProcess | None
+    owner: str
+    process: WorkerProcess | None = None
     attempts: int = 1
+    failed: bool = False
 
 
 class Ledger:
     """Tasks and analyses of all workers. `changed` is the pool's lock, and clients' callbacks
-    are called without it.
+    are called without it. `ready` gives the workers that take tasks, with the lock.
 
-    Methods that say "with the lock" expect that the caller holds it.
+    Methods that say "with the lock" expect that the caller holds it. Faces wait here, since a
+    worker looks at one at a time: owners take turns, and no pipe is full of pictures.
     """
 
-    def __init__(self, changed: threading.Condition) -> None:
+    def __init__(
+        self,
+        changed: threading.Condition,
+        ready: Callable[[], Sequence[WorkerProcess]],
+        max_waiting: int,
+    ) -> None:
         self._changed = changed
+        self._ready = ready
         self._tasks: dict[str, _Assignment] = {}
+        self._faces: FairQueue[_Analysis] = FairQueue(max_waiting, "pictures wait for their face")
         self._analyses: dict[int, _Analysis] = {}
         self._keys = itertools.count()
+        self._strikes: list[tuple[float, str]] = []
 
     def __len__(self) -> int:
         """How many tasks have not ended."""
@@ -266,14 +325,26 @@ class Ledger:
         """With the lock: how many tasks wait for a worker."""
         return sum(one.process is None for one in self._tasks.values())
 
-    def tasks_of(self, process: WorkerProcess) -> int:
-        """With the lock: how many tasks a worker has."""
-        return sum(one.process is process for one in self._tasks.values())
+    def tasks_of(self, process: WorkerProcess) -> Counter[str]:
+        """With the lock: how many tasks of each owner a worker has."""
+        return Counter(one.task.owner for one in self._tasks.values() if one.process is process)
+
+    def least_busy(self) -> WorkerProcess | None:
+        """With the lock: who gets the next task; None where nobody is ready."""
+        return min(
+            self._ready(),
+            key=lambda one: (self.tasks_of(one).total(), one.load.backlog_seconds),
+            default=None,
+        )
 
     def submit(self, task: Task, on_event: OnEvent, process: WorkerProcess) -> None:
-        """With the lock: give a task to a worker; raises ValueError for an id that is there."""
+        """With the lock: give a task to a worker.
+
+        Raises `Busy` where its owner's killed too many, and ValueError for an id that is there.
+        """
         if task.id in self._tasks:
             raise ValueError(f"a task {task.id} is there already")
+        self._require_few_strikes(task.owner)
         self._tasks[task.id] = _Assignment(task, on_event, process)
         process.send(Submit(task))
 
@@ -289,13 +360,15 @@ class Ledger:
                 return
         self.finish(TaskFailed(task_id, Cancelled("The task was cancelled.")))
 
-    def analyze(self, pixels: Pixels, index: int | None, process: WorkerProcess) -> "Future[Face]":
-        """With the lock: give a picture to a worker."""
+    def analyze(self, pixels: Pixels, index: int | None, owner: str) -> "Future[Face]":
+        """With the lock: a picture for the next worker that looks at none. Raises `Busy`."""
+        self._require_few_strikes(owner)
         future: Future[Face] = Future()
         future.set_running_or_notify_cancel()
-        message = Analyze(next(self._keys), pixels, index)
-        self._analyses[message.key] = _Analysis(message, future, process)
-        process.send(message)
+        analysis = _Analysis(Analyze(next(self._keys), pixels, index), future, owner)
+        places = pixels.shape[0] * pixels.shape[1] // PIXELS_OF_A_PLACE
+        self._faces.put(owner, analysis, max(1, places))
+        self._hand_out_faces()
         return future
 
     def stepped(self, event: StepDone) -> None:
@@ -317,6 +390,7 @@ class Ledger:
         """Pass a face, or why there is none, on to whoever waits for it."""
         with self._changed:
             analysis = self._analyses.pop(message.key, None)
+            self._hand_out_faces()
         if analysis is None:
             return
         if isinstance(message.result, Face):
@@ -324,20 +398,48 @@ class Ledger:
         else:
             analysis.future.set_exception(message.result)
 
-    def lost_by(self, process: WorkerProcess) -> int:
-        """With the lock: what a dead worker had waits for another; how many tasks it had."""
+    def lost_by(self, process: WorkerProcess, ids: Sequence[str], *, by_itself: bool) -> int:
+        """With the lock: what a dead worker had waits for another; how many tasks it had.
+
+        `ids` are the tasks on which its engines worked. `by_itself` is whether it crashed or stood
+        still.
+        """
         lost = [one for one in self._tasks.values() if one.process is process]
         for assigned in lost:
             assigned.process = None
+            if assigned.task.id in ids:
+                assigned.guilty = assigned.suspect or (by_itself and len(ids) == 1)
+                assigned.suspect = True
+                if assigned.guilty:
+                    self._strikes.append((monotonic(), assigned.task.owner))
         for analysis in self._analyses.values():
             if analysis.process is process:
                 analysis.process = None
+                alone = by_itself and not ids
+                analysis.failed = alone or analysis.attempts >= FACE_ATTEMPTS
+                if analysis.failed:
+                    self._strikes.append((monotonic(), analysis.owner))
         return len(lost)
 
-    def hand_out(
-        self, now: float, choose: Callable[[], WorkerProcess | None]
-    ) -> list[Callable[[], None]]:
-        """With the lock: give what waits to workers; `choose` gives None where none is ready.
+    def _require_few_strikes(self, owner: str) -> None:
+        """With the lock: raise `Busy` where too many of an owner's requests killed workers."""
+        now = monotonic()
+        self._strikes = [one for one in self._strikes if now - one[0] < STRIKE_SECONDS]
+        times = [when for when, whose in self._strikes if whose == owner]
+        if owner and len(times) >= MAX_STRIKES:
+            left = times[-MAX_STRIKES] + STRIKE_SECONDS - now
+            raise Busy(
+                f"{len(times)} of your requests ended a worker in the last ten minutes.",
+                "Try again later, with others.",
+                retry_after=left,
+            )
+
+    def looks_at_face(self, process: WorkerProcess) -> bool:
+        """With the lock: whether a worker looks for a face."""
+        return any(one.process is process for one in self._analyses.values())
+
+    def hand_out(self, now: float) -> list[Callable[[], None]]:
+        """With the lock: give what waits to workers.
 
         Returns what to call without the lock, to end those that must not go on.
         """
@@ -346,25 +448,41 @@ class Ledger:
             error = assigned.ending(now)
             if error is not None:
                 endings.append(partial(self.finish, TaskFailed(assigned.task.id, error)))
-            elif (process := choose()) is not None:
+            elif (process := self.least_busy()) is not None:
                 assigned.process = process
                 assigned.attempts += 1
-                process.send(Submit(assigned.task))
-        for analysis in [one for one in self._analyses.values() if one.process is None]:
-            if analysis.attempts >= MAX_ATTEMPTS:
-                refusal = Unavailable("Two workers died while they had this face.", "Try another.")
-                endings.append(partial(self.found, Analyzed(analysis.message.key, refusal)))
-            elif (process := choose()) is not None:
-                analysis.process = process
-                analysis.attempts += 1
-                process.send(analysis.message)
+                process.send(Submit(assigned.task, assigned.suspect))
+        refusal = Unavailable("Workers died while they had this face.", "Try another.")
+        for key in [key for key, one in self._analyses.items() if one.failed]:
+            endings.append(partial(self.found, Analyzed(key, refusal)))
+        self._hand_out_faces()
         return endings
+
+    def _hand_out_faces(self) -> None:
+        """With the lock: one picture to each worker that looks at none."""
+        left = [one for one in self._analyses.values() if one.process is None and not one.failed]
+        for process in sorted(self._ready(), key=lambda one: self.tasks_of(one).total()):
+            if self.looks_at_face(process):
+                continue
+            if left:
+                analysis = left.pop()
+                analysis.attempts += 1
+            elif self._faces:
+                analysis = self._faces.pop()
+                self._analyses[analysis.message.key] = analysis
+            else:
+                return
+            analysis.process = process
+            process.send(analysis.message)
 
     def end_all(self, error: FastFaceError) -> None:
         """End everything that is left with `error`."""
         with self._changed:
-            tasks, analyses = list(self._tasks), list(self._analyses)
+            tasks, analyses = list(self._tasks), list(self._analyses.values())
+            self._analyses.clear()
+            while self._faces:
+                analyses.append(self._faces.pop())
         for task_id in tasks:
             self.finish(TaskFailed(task_id, error))
-        for key in analyses:
-            self.found(Analyzed(key, error))
+        for analysis in analyses:
+            analysis.future.set_exception(error)

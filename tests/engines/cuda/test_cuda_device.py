@@ -9,7 +9,7 @@ import pytest
 
 from fastface_trt.engines.cuda.device import CudaDevice, SharedDevice
 from fastface_trt.engines.cuda.graphs import GraphKey
-from fastface_trt.engines.device import DeviceTensor, HostDevice
+from fastface_trt.engines.device import DeviceLost, DeviceTensor, HostDevice
 from fastface_trt.errors import BackendUnavailable, EngineFailed, EngineMismatch, OutOfMemory
 from tests.engines.gpu_double import simulated_gpu
 
@@ -237,8 +237,8 @@ def test_types_that_no_engine_takes_are_named(device):
 @pytest.mark.parametrize(
     ("code", "error", "words"),
     [
-        ("CUDA_ERROR_ILLEGAL_ADDRESS", EngineFailed, "no further call in this process"),
-        ("CUDA_ERROR_LAUNCH_FAILED", EngineFailed, "Restart the process"),
+        ("CUDA_ERROR_ILLEGAL_ADDRESS", DeviceLost, "no further call in this process"),
+        ("CUDA_ERROR_LAUNCH_FAILED", DeviceLost, "Restart the process"),
         ("CUDA_ERROR_OUT_OF_MEMORY", OutOfMemory, "out of memory"),
         ("CUDA_ERROR_INVALID_VALUE", EngineFailed, "CUDA_ERROR_INVALID_VALUE in cuMemcpyHtoD"),
     ],
@@ -247,6 +247,7 @@ def test_errors_are_sentences(device, cuda, code, error, words):
     cuda.fail["cuMemcpyHtoDAsync"] = code
     with pytest.raises(error, match=words) as caught:
         device.upload(random(3))
+    assert type(caught.value) is error
     assert caught.value.hint
 
 

@@ -4,7 +4,9 @@ What a UNet call does is said by words in the prompts of its rows:
 
 - "engine raises": the whole call fails, as when a kernel crashes;
 - "engine nan": the rows of that request are not numbers;
-- "preparation raises": encoding the prompt fails.
+- "preparation raises": encoding the prompt fails;
+- "engine loses its device": as after an illegal access, nothing works any more. It happens unless
+  `fastface.unet.loses_device` is a file, which it makes.
 
 `fastface.unet.hold()` stops calls at their start until `release()`; `fastface.unet.broken` makes
 all fail, `fastface.decoder.broken` every decoding, and `fastface.unet.memory_rows` is how many rows
@@ -21,7 +23,7 @@ import numpy as np
 
 from fastface_trt import FastFace
 from fastface_trt.engines import contract
-from fastface_trt.engines.device import HostDevice
+from fastface_trt.engines.device import DeviceLost, HostDevice
 from fastface_trt.errors import NoFaceFound, OutOfMemory
 from fastface_trt.runtime.export_folder import Export
 from fastface_trt.runtime.sampling import Condition
@@ -34,9 +36,21 @@ ENGINE_RAISES, ENGINE_NAN, PREPARATION_RAISES = (
     "engine nan",
     "preparation raises",
 )
-_MARKS = {ENGINE_RAISES: 1000.0, ENGINE_NAN: 2000.0}
+ENGINE_LOST = "engine loses its device"
+_MARKS = {ENGINE_RAISES: 1000.0, ENGINE_NAN: 2000.0, ENGINE_LOST: 3000.0}
 WAIT = 60
 """Seconds that a test waits for what must happen; it decides nothing but when to give up."""
+
+
+class FragileDevice(HostDevice):
+    """The host, until it is lost: then waiting for it tells so, as a GPU's driver does."""
+
+    lost = False
+
+    def synchronize(self):
+        if self.lost:
+            raise DeviceLost("The GPU stopped with CUDA_ERROR_ILLEGAL_ADDRESS.")
+        super().synchronize()
 
 
 class ArithmeticUNet:
@@ -46,7 +60,8 @@ class ArithmeticUNet:
     """
 
     def __init__(self, request_counts=None):
-        self.device = HostDevice()
+        self.device = FragileDevice()
+        self.loses_device = None
         self.request_counts = request_counts
         self.calls = []
         self.broken = False
@@ -92,6 +107,11 @@ class ArithmeticUNet:
         if self.seconds_per_row:
             time.sleep(self.seconds_per_row * rows)
         marks = inputs[contract.POOLED_TEXT][:, 0]
+        if (marks == _MARKS[ENGINE_LOST]).any() and not self.loses_device.exists():
+            self.loses_device.write_text("lost")
+            self.device.lost = True
+        if self.device.lost:
+            raise RuntimeError("CUDA failure 700: an illegal memory access was encountered")
         if self.broken or (marks == _MARKS[ENGINE_RAISES]).any():
             raise RuntimeError("a secret of the engine: kernel 17 at 0xdeadbeef")
         if self.memory_rows is not None and rows > self.memory_rows:
@@ -180,12 +200,12 @@ class ArithmeticModules(dict):
     def __init__(self, request_counts):
         self.export = Export.open()
         self.manifest = self.export.manifest
-        self.device = HostDevice()
         self.builder = SimpleNamespace(backend="arithmetic")
         super().__init__(
             unet=ArithmeticUNet(request_counts),
             vae_decoder=ArithmeticDecoder(self.manifest.vae_scale_factor),
         )
+        self.device = self["unet"].device
 
     def close(self):
         pass

@@ -284,13 +284,17 @@ def test_cancelling_frees_the_row_before_the_next_step(fastface, start):
     events.check(["a", "b", "c"])
 
 
-def test_what_the_export_cannot_do_fails_by_itself(fastface, start):
+def test_what_the_export_cannot_do_is_refused_at_once(fastface, start):
     batcher, events = start(), Events()
+    fastface.unet.hold()
+    batcher.submit(task(fastface, "runs"), events)
+    fastface.unet.wait_until_held()
     odd = task(fastface, "odd")
-    batcher.submit(replace(odd, request=replace(odd.request, width=90)), events)
-    batcher.submit(task(fastface, "fine"), events)
-    assert isinstance(failure(events, "odd"), InvalidRequest)
-    assert isinstance(events.ending("fine"), PictureDone)
+    with pytest.raises(InvalidRequest):
+        batcher.submit(replace(odd, request=replace(odd.request, width=90)), events)
+    fastface.unet.release()
+    assert isinstance(events.ending("runs"), PictureDone)
+    events.check(["runs"])
 
 
 def test_an_id_is_taken_while_its_task_is_in_work(fastface, start):

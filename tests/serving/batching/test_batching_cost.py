@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from fastface_trt.serving.batching.cost import WEIGHT, CostModel, Remaining
+from fastface_trt.serving.batching.cost import MOST_SIZES, WEIGHT, CostModel, Remaining
 
 AREA = 100
 
@@ -105,6 +105,16 @@ def test_company_takes_turns(cost):
     alone, part = cost.seconds_alone(task), cost.seconds_shared(task, lambda rows: 6)
     assert cost.seconds_behind(task, [], lambda rows: 6, company=1) == pytest.approx(alone)
     assert cost.seconds_behind(task, [], lambda rows: 6, company=8) == pytest.approx(8 * part)
+
+
+def test_any_number_of_sizes_is_known_by_the_last_ones(cost):
+    for area in range(1000, 1000 + 3 * MOST_SIZES):
+        cost.observe_call(area, 2, float(area))
+        cost.observe_decoding(area, 0.5)
+        cost.observe_call(AREA, 2, 2.0)  # the size that is asked for most
+    assert len(cost._calls) == len(cost._decodings) == MOST_SIZES
+    assert cost.call_seconds(AREA, 2) == pytest.approx(2.0)
+    assert cost.call_seconds(1000, 2) == pytest.approx(1000.0)
 
 
 def test_what_was_measured_can_be_forgotten(cost):

@@ -273,7 +273,7 @@ def test_a_registered_picture_of_two_people_says_so_once_and_with_every_picture(
     from tests.serving.scripted_worker import ScriptedWorker, make_face
 
     class Looking(ScriptedWorker):
-        def analyze(self, pixels, index=None):
+        def analyze(self, pixels, index=None, owner=""):
             future = super().analyze(pixels, index)
             found = replace(make_face(index=index or 0), by_index=index is not None)
             future = type(future)()

@@ -44,9 +44,10 @@ def outcomes(app):
 def test_while_the_body_is_sent(server, worker):
     app, port = server
     connection = connect(port, request()[:1000])
-    wait_until(lambda: app.state.context.admission.in_work == 1)
+    wait_until(lambda: app.state.context.admission.bodies == 1)
+    assert app.state.context.admission.in_work == 0
     connection.close()
-    wait_until(lambda: app.state.context.admission.in_work == 0)
+    wait_until(lambda: app.state.context.admission.bodies == 0)
     assert worker.analysed == []
     assert ['status="499"' in line for line in outcomes(app)] == [True]
 

@@ -252,7 +252,7 @@ def test_a_body_that_is_too_large():
 def test_too_many_requests_in_work():
     with client_of(max_requests=1) as client:
         context = client.app.state.context
-        with context.admission.enter():
+        with context.admission.enter("somebody"):
             answer = ask(client)
         error_of(answer, 503, "overloaded")
         assert "retry-after" in answer.headers

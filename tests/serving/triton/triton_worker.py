@@ -48,7 +48,7 @@ class ScriptedWorker:
             self.cancelled.append(task_id)
             self._change.notify_all()
 
-    def analyze(self, pixels, index=None):
+    def analyze(self, pixels, index=None, owner=""):
         self.analysed.append((pixels, index))
         future = Future()
         if isinstance(self.face, Exception):
