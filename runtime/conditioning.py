@@ -69,8 +69,10 @@ class Conditioner:
             ClipTokenizer.from_folder(export.folder / name) for name in ("tokenizer", "tokenizer_2")
         ]
         self._parser = FaceParser(export.face_parser) if export.face_parser else None
-        (text,) = (one for one in modules.manifest.modules["unet"].inputs if one.name == TEXT)
-        self.most_windows = MAX_WINDOWS if isinstance(text.shape[1], str) else 1
+        # An export that is being calibrated has no UNet yet; the one to come takes all windows.
+        unet = modules.manifest.modules.get("unet")
+        lengths = [] if unet is None else [i.shape[1] for i in unet.inputs if i.name == TEXT]
+        self.most_windows = 1 if any(isinstance(one, int) for one in lengths) else MAX_WINDOWS
         self._texts: Recent[TextEmbedding] = Recent(256)
         self._tokens: Recent[Tensor] = Recent(64)
 

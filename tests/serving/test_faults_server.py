@@ -19,7 +19,6 @@ from benchmarks.load.run import GENERATE, register_face
 from benchmarks.load.server import serve
 from fastface_trt import FastFace
 from fastface_trt.engines.cache import EngineCache
-from fastface_trt.serving.settings import WorkerSettings
 
 pytestmark = pytest.mark.serving
 PATIENCE = 120
@@ -101,9 +100,8 @@ def test_a_server_that_is_killed_leaves_no_worker_behind(made):
 def test_no_worker_computes_on_for_a_server_that_has_gone(made, number):
     """The engine is in one call of minutes, in which a worker reads no message and no signal."""
     huge = {"prompt": "photo", "size": "2048x2048", "steps": 1}
-    larger = "max_output_pixels" in WorkerSettings.model_fields
-    options = ("--max-output-pixels", str(2048**2)) if larger else ()
-    with serve("--threads", "1", "--drain-seconds", "1", *options) as server:
+    options = ("--threads", "1", "--drain-seconds", "1", "--max-output-pixels", str(2048**2))
+    with serve(*options) as server:
         address = server.wait_until_ready()
         (worker,) = workers_of(server)
         huge["face_id"] = asyncio.run(register_face(address))

@@ -42,9 +42,14 @@ def quiet(line):
 
 @pytest.fixture(scope="module")
 def calibrated():
-    """The inputs of six pictures, made with the mini model's other modules."""
+    """The inputs of six pictures, made with the mini model's other modules.
+
+    As in an export, whose UNet is written when it was calibrated.
+    """
     unet = RecordingUNet()
-    manifest = read_manifest(folders.EXPORT / EXPORT_MANIFEST, ExportManifest)
+    whole = read_manifest(folders.EXPORT / EXPORT_MANIFEST, ExportManifest)
+    there = {n: m for n, m in whole.modules.items() if n not in ("unet", "guidance_step")}
+    manifest = whole.model_copy(update={"modules": there})
     run = PipelineCalibration(default_prompts(), default_faces()[:2], pictures=6)
     return unet.calls, run.run(unet, manifest, folders.EXPORT, quiet), manifest, run
 
