@@ -1,5 +1,6 @@
-"""Memory of a process in bytes, on every system; imports nothing that must be installed."""
+"""Memory of a process in bytes, and how it goes back; imports nothing that must be installed."""
 
+import ctypes
 import os
 import sys
 from contextlib import suppress
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import Final
 
 GB: Final = 2**30
+_M_MMAP_THRESHOLD: Final = -3  # glibc's number of the parameter
 
 
 def resident_bytes() -> int:
@@ -33,3 +35,23 @@ def peak_bytes() -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux kB
+
+
+def keep_no_large_memory() -> None:
+    """From now on freed memory of a megabyte and more goes back to the system, also from threads.
+
+    glibc keeps 20 MB per thread otherwise, which `give_memory_back` does not reach. Not for a
+    process with engines, which would have to ask for their buffers again and again.
+    """
+    _glibc("mallopt", _M_MMAP_THRESHOLD, 1 << 20)
+
+
+def give_memory_back() -> None:
+    """Return to the system what the C library keeps of freed memory, where it is glibc."""
+    _glibc("malloc_trim", 0)
+
+
+def _glibc(function: str, *arguments: int) -> None:
+    if sys.platform == "linux":
+        with suppress(AttributeError):  # musl keeps little, and has no such function
+            getattr(ctypes.CDLL(None), function)(*arguments)

@@ -22,6 +22,7 @@ from starlette.responses import Response
 from fastface_trt import __version__
 from fastface_trt.engines.manifest import ExportManifest
 from fastface_trt.errors import FastFaceError, MissingDependency, install_hint
+from fastface_trt.measure.memory import give_memory_back
 from fastface_trt.runtime.presets import DESCRIPTIONS, PRESETS, preset_fields
 from fastface_trt.runtime.request import request_for
 from fastface_trt.serving.http.admission import Admission
@@ -29,7 +30,6 @@ from fastface_trt.serving.http.context import (
     PICTURE_THREADS,
     Context,
     context_of,
-    give_memory_back,
 )
 from fastface_trt.serving.http.errors import (
     RETRY_AFTER_UNAVAILABLE,

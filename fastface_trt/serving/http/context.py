@@ -1,8 +1,6 @@
 """What the routes of one server share, and who closes it."""
 
 import asyncio
-import ctypes
-import sys
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -30,7 +28,6 @@ PICTURES_IN_HAND = 4
 """Pictures that are being decoded or analysed, one of each owner: 120 MB each at the largest, for a
 file of some kilobytes, and seconds of an engine that analyses them in order of arrival."""
 
-_M_MMAP_THRESHOLD = -3
 Value = TypeVar("Value")
 
 
@@ -137,26 +134,6 @@ class Context:
         self.threads.shutdown(wait=False, cancel_futures=True)
         if self.signer is not None:
             self.signer.close()
-
-
-def keep_no_large_memory() -> None:
-    """From now on freed memory of a megabyte and more goes back to the system, also from threads.
-
-    glibc keeps 20 MB per thread otherwise, which `give_memory_back` does not reach. Not for a
-    process with engines, which would have to ask for their buffers again and again.
-    """
-    _glibc("mallopt", _M_MMAP_THRESHOLD, 1 << 20)
-
-
-def give_memory_back() -> None:
-    """Return to the system what the C library keeps of freed memory, where it is glibc."""
-    _glibc("malloc_trim", 0)
-
-
-def _glibc(function: str, *arguments: int) -> None:
-    if sys.platform == "linux":
-        with suppress(AttributeError):  # musl keeps little, and has no such function
-            getattr(ctypes.CDLL(None), function)(*arguments)
 
 
 def context_of(connection: HTTPConnection) -> Context:

@@ -15,7 +15,8 @@ import uvicorn
 from fastapi import FastAPI
 
 from fastface_trt.errors import InvalidRequest
-from fastface_trt.serving.http.context import Context, keep_no_large_memory
+from fastface_trt.measure.memory import keep_no_large_memory
+from fastface_trt.serving.http.context import Context
 from fastface_trt.serving.http.logs import log_event
 from fastface_trt.serving.http.protocol import BoundedListener, guarded_protocol
 from fastface_trt.serving.settings import ServerSettings

@@ -20,6 +20,7 @@ from fastface_trt.engines.children import leave_with_parent
 from fastface_trt.engines.device import DeviceLost
 from fastface_trt.engines.engine import Closing
 from fastface_trt.errors import EngineFailed, FastFaceError
+from fastface_trt.measure.memory import give_memory_back
 from fastface_trt.runtime.face import Face
 from fastface_trt.serving.batching.opening import open_batcher
 from fastface_trt.serving.settings import WorkerSettings
@@ -40,6 +41,8 @@ from fastface_trt.serving.workers.messages import (
 )
 
 _SECONDS_BETWEEN_REPORTS = 0.1
+_LARGE_PICTURE = 12_000_000
+"""Bytes of a picture whose analysis leaves so much freed memory behind that it goes back."""
 
 log = logging.getLogger(__name__)
 
@@ -93,6 +96,8 @@ class _Child(Closing):
                 self._outbox.put(
                     Analyzed(key, EngineFailed("The analysis of the face failed.", "Try again."))
                 )
+            if pixels.nbytes > _LARGE_PICTURE:
+                give_memory_back()
 
         self._batcher.analyze(pixels, index).add_done_callback(answer)
 

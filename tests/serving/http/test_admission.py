@@ -358,7 +358,7 @@ def test_memory_that_threads_have_freed_is_not_the_processes_any_more():
     program = """
 import os
 from concurrent.futures import ThreadPoolExecutor
-from fastface_trt.serving.http.context import give_memory_back, keep_no_large_memory
+from fastface_trt.measure.memory import give_memory_back, keep_no_large_memory
 from fastface_trt.serving.http.errors import InvalidField
 from fastface_trt.serving.http.json_text import read_json
 
