@@ -91,7 +91,7 @@ def manipulated(a_BHNT, rows_RP):
     if kind == "scale_power":
         return np.minimum(row["scale"] * a_BHNT ** row["power"], row["upper_bound"])
     columns = {k: torch.tensor([v]).double()[:, None, None, None, None] for k, v in row.items()}
-    return _softmask(torch.from_numpy(a_BHNT[None]), columns)[0].numpy()
+    return _softmask(torch.from_numpy(a_BHNT[None]), columns, torch.ones(()))[0].numpy()
 
 
 @pytest.mark.parametrize("preset", ["am1+dcg", "am2+dcg"])

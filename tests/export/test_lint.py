@@ -5,6 +5,7 @@ import onnx
 import pytest
 from onnx import helper
 
+from fastface_trt.engines.files import describe_file
 from fastface_trt.engines.manifest import (
     EXPORT_MANIFEST,
     MODULE_NAMES,
@@ -64,6 +65,7 @@ def spoiled(tmp_path, change):
     model = onnx.load(path)
     change(model)
     onnx.save(model, path)
+    module = module.model_copy(update={"files": (describe_file(tmp_path, path),)})
     return lint(module, tmp_path, {"x": np.ones((2, WIDTH), np.float32)})
 
 

@@ -30,7 +30,7 @@ def worker(server):
     _, worker, admission = server
     yield worker
     worker.capacity = 100
-    admission._refused = None
+    admission._refused.clear()
 
 
 @pytest.fixture
