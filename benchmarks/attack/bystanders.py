@@ -112,7 +112,8 @@ def _honest(port: int, key: str) -> None:
 
     def one(kind: str, number: int) -> int:
         nonlocal own
-        request: dict[str, object] = {"prompt": PROMPTS[number % 2], "seed": number, "steps": 1}
+        request: dict[str, object] = {"prompt": PROMPTS[number % 2], "seed": number}
+        request["preset"] = "am1+dcg"  # as README asks
         if kind == "upload":
             return ask_as(key, port, "POST", "/v1/images/generations", request | {"face": picture})[
                 0
