@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from safetensors import safe_open
 from fastface_trt.mini import folders
 
 ASSETS = folders.MINI
+ROOT = Path(__file__).parents[2]
 DETECTOR_SIZES = (640, 576, 512, 448, 384, 320)
 
 
@@ -134,3 +137,11 @@ def test_assets_are_small() -> None:
         path for path in ASSETS.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")
     ]
     assert sum(path.stat().st_size for path in weights) < 30e6
+
+
+@pytest.mark.parametrize("program", ["train", "preview"])
+def test_the_programs_that_make_and_judge_them_start(program: str) -> None:
+    command = [sys.executable, "-m", f"tools.mini_model.{program}", "--help"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "usage:" in done.stdout

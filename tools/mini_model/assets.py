@@ -10,9 +10,10 @@ import torch
 from diffusers import UNet2DConditionModel
 from PIL import Image
 
-from ...mini.identity import sample_identity
-from ...mini.prompts import Scene
-from ...mini.scene import Placement, draw_people, draw_portrait
+from fastface_trt.mini.identity import sample_identity
+from fastface_trt.mini.prompts import Scene
+from fastface_trt.mini.scene import Placement, draw_people, draw_portrait
+
 from .adapter import Adapter
 from .detector import Detector
 from .face_models import export_onnx

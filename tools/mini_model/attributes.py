@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from ...mini.identity import BEARDS, GLASSES, HAIR_STYLES, Identity, sample_identity
+from fastface_trt.mini.identity import BEARDS, GLASSES, HAIR_STYLES, Identity, sample_identity
 
 
 def attributes(person: Identity) -> npt.NDArray[np.float32]:

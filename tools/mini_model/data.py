@@ -19,9 +19,10 @@ import numpy as np
 import numpy.typing as npt
 from insightface.utils.face_align import norm_crop
 
-from ...mini.identity import sample_identity
-from ...mini.prompts import ACTION_NAMES, PLACE_NAMES, STYLE_NAMES, Scene
-from ...mini.scene import draw_portrait
+from fastface_trt.mini.identity import sample_identity
+from fastface_trt.mini.prompts import ACTION_NAMES, PLACE_NAMES, STYLE_NAMES, Scene
+from fastface_trt.mini.scene import draw_portrait
+
 from .files import save_array
 
 Bytes = npt.NDArray[np.uint8]

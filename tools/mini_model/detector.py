@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ...mini.identity import sample_identity
-from ...mini.prompts import ACTION_NAMES, PLACE_NAMES, STYLE_NAMES, Scene
-from ...mini.scene import Face, Placement, draw_people
+from fastface_trt.mini.identity import sample_identity
+from fastface_trt.mini.prompts import ACTION_NAMES, PLACE_NAMES, STYLE_NAMES, Scene
+from fastface_trt.mini.scene import Face, Placement, draw_people
+
 from .layers import ConvBlock, ResidualBlock, channels_last
 from .loop import Schedule, train
 

@@ -14,13 +14,14 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-from ...mini.prompts import (
+from fastface_trt.mini.prompts import (
     ACTION_NAMES,
     PLACE_NAMES,
     all_scenes,
     canonical_prompt,
     varied_prompt,
 )
+
 from .data import Portraits
 from .files import load_state, save_state
 from .text import Reader, load_tokenizers, tokenize

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ...mini.prompts import ACTION_NAMES, PLACE_NAMES, STYLE_NAMES
+from fastface_trt.mini.prompts import ACTION_NAMES, PLACE_NAMES, STYLE_NAMES
+
 from .data import Portraits
 from .face_models import export_onnx
 from .layers import channels_last

@@ -21,16 +21,17 @@ from insightface.utils.face_align import norm_crop
 from PIL import Image
 from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
 
-from ...mini.folders import FACE_MODEL
-from ...mini.identity import sample_identity
-from ...mini.prompts import (
+from fastface_trt.mini.folders import FACE_MODEL
+from fastface_trt.mini.identity import sample_identity
+from fastface_trt.mini.prompts import (
     ACTION_NAMES,
     PLACE_NAMES,
     STYLE_NAMES,
     Scene,
     canonical_prompt,
 )
-from ...mini.scene import draw_portrait
+from fastface_trt.mini.scene import draw_portrait
+
 from .assets import ADAPTER_FILE
 from .unet import LATENT_SIZE, time_ids
 

@@ -18,7 +18,14 @@ from transformers import (
     CLIPTokenizer,
 )
 
-from ...mini.prompts import ACTION_NAMES, PLACE_NAMES, STYLE_NAMES, all_scenes, varied_prompt
+from fastface_trt.mini.prompts import (
+    ACTION_NAMES,
+    PLACE_NAMES,
+    STYLE_NAMES,
+    all_scenes,
+    varied_prompt,
+)
+
 from .loop import Schedule, train
 
 SCHEDULE = Schedule(steps=500, learning_rate=1e-3, warmup=50)

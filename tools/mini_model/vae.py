@@ -11,7 +11,8 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 from torch.nn import functional
 
-from ...mini.scene import PICTURE_SIZE
+from fastface_trt.mini.scene import PICTURE_SIZE
+
 from .data import Bytes, Portraits
 from .loop import Schedule, train
 
