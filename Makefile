@@ -58,8 +58,9 @@ test-onnxruntime-bounds: setup
 test-serving: setup
 	$(BIN)/pytest -m serving
 
-# What the CPU's image holds, built in folders by debootstrap and chroot, without a container engine:
-# as root, where debootstrap and curl are, about two minutes. FASTFACE_TEST_IMAGES=gpu builds the other.
+# What the images hold, built in folders by debootstrap and chroot, without a container engine: as
+# root, where debootstrap and curl are, four minutes. The GPU's is built without TensorRT, whose
+# gigabytes lie on NVIDIA's index; FASTFACE_TEST_IMAGES=gpu builds the whole of it.
 test-image: setup
 	$(BIN)/pytest -m image
 

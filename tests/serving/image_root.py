@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 from tests.serving.dockerfile_reader import bases, read_dockerfile
@@ -18,6 +19,7 @@ RELEASES = {
 }
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 CERTIFICATES = "/etc/ssl/certs/ca-certificates.crt"
+OURS = "/etc/certificates-of-the-builder.crt"  # a name that no package of the image writes
 INHERITED = ("http_proxy", "https_proxy", "no_proxy", "HTTPS_PROXY", "HTTP_PROXY", "NO_PROXY")
 
 
@@ -29,14 +31,15 @@ def minimal_root(image, folder):
         command += ["--include=python3,python3-venv"]
     elif release == "noble":
         command += ["--components=main,universe"]
-    run([*command, release, folder, mirror])
+    # Debian's debootstrap may not know a release by its name; Ubuntu's all have one script.
+    script = [] if release == "bookworm" else ["/usr/share/debootstrap/scripts/gutsy"]
+    run([*command, release, folder, mirror, *script])
     if image.startswith("python:"):
         (folder / "usr/local/bin/python").symlink_to("/usr/bin/python3")
     # Names and certificates as this machine has them, so that apt and pip reach what it reaches.
     shutil.copy("/etc/resolv.conf", folder / "etc/resolv.conf")
     if Path(CERTIFICATES).is_file():
-        (folder / CERTIFICATES[1:]).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(CERTIFICATES, folder / CERTIFICATES[1:])
+        shutil.copy(CERTIFICATES, folder / OURS[1:])
 
 
 def run(command, **options):
@@ -89,11 +92,14 @@ class Stage:
                 run(["cp", "-a", "--reflink=auto", "-T", origin / source.lstrip("/"), destination])
         elif name == "RUN":
             given = {key: os.environ[key] for key in INHERITED if key in os.environ}
-            run(self.command(["sh", "-c", text], PIP_CERT=CERTIFICATES, **given))
+            run(self.command(["sh", "-c", text], PIP_CERT=OURS, **given))
 
 
-def build(dockerfile, context, folder):
-    """A Dockerfile's stages in order, built below `folder`, and its ENTRYPOINT with its CMD."""
+def build(dockerfile, context, folder, without=""):
+    """A Dockerfile's stages in order, built below `folder`, and its ENTRYPOINT with its CMD.
+
+    `without` is an extra that pip does not install.
+    """
     instructions = read_dockerfile(dockerfile)
     roots, stages, words = {}, {}, {}
     for number, (image, name) in enumerate(bases(instructions), start=1):
@@ -108,6 +114,8 @@ def build(dockerfile, context, folder):
         run(["cp", "-a", "--reflink=auto", origin, stage.folder])
         for one in instructions:
             if one.stage == number:
+                if one.name == "RUN" and without:
+                    one = replace(one, text=one.text.replace(f",{without}]", "]"))
                 stage.do(one, context, stages)
                 if one.name in ("ENTRYPOINT", "CMD"):
                     words[one.name] = one.words
