@@ -19,6 +19,7 @@ from fastface_trt.runtime import face_files
 from fastface_trt.runtime.export_folder import Export
 from fastface_trt.runtime.face import FaceAnalyzer
 from fastface_trt.runtime.face_files import PACKS, Pack
+from fastface_trt.runtime.images import load_picture
 from tests.helpers import face_models
 
 
@@ -117,7 +118,8 @@ def export(tmp_path):
 
 
 def test_an_exports_face_model_is_what_its_manifest_names(export):
-    FaceAnalyzer.of_export(export).load()
+    face = FaceAnalyzer.of_export(export).analyze(load_picture(folders.SAMPLE_FACES / "ada.png"))
+    assert face.count == 1
 
 
 @pytest.mark.parametrize(

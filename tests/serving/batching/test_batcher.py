@@ -34,30 +34,6 @@ class Clock:
         return self.now
 
 
-@pytest.fixture
-def fastface():
-    return ArithmeticFastFace()
-
-
-@pytest.fixture
-def start(fastface):
-    """Start a batcher with these settings; it is closed after the test."""
-    started = []
-
-    def start(preview=None, clock=None, **settings):
-        clocks = {} if clock is None else {"clock": clock}
-        batcher = Batcher(fastface, WorkerSettings(**settings), preview=preview, **clocks)
-        started.append(batcher)
-        batcher.start()
-        fastface.unet.calls.clear()
-        return batcher
-
-    yield start
-    fastface.unet.release()
-    for batcher in started:
-        batcher.close()
-
-
 def failure(events, task_id):
     ending = events.ending(task_id)
     assert isinstance(ending, TaskFailed)

@@ -8,13 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastface_trt.errors import Busy, DeadlinePassed, InvalidRequest
-from fastface_trt.serving.batching import Batcher
 from fastface_trt.serving.batching.cost import CostModel, Remaining
 from fastface_trt.serving.batching.fairness import FairQueue, Turns, places_of
 from fastface_trt.serving.batching.policy import Candidate, Policy
-from fastface_trt.serving.settings import WorkerSettings
 from fastface_trt.serving.work import PictureDone, TaskFailed
-from tests.serving.batching.batching_fakes import ArithmeticFastFace, Events, task
+from tests.serving.batching.batching_fakes import Events, task
 
 WAIT = 60
 
@@ -27,28 +25,6 @@ def flat(area, rows):
 def linear(area, rows):
     """Every row costs the same, as on a small CPU."""
     return float(area * rows)
-
-
-@pytest.fixture
-def fastface():
-    return ArithmeticFastFace()
-
-
-@pytest.fixture
-def start(fastface):
-    started = []
-
-    def start(**settings):
-        batcher = Batcher(fastface, WorkerSettings(**settings))
-        started.append(batcher)
-        batcher.start()
-        fastface.unet.calls.clear()
-        return batcher
-
-    yield start
-    fastface.unet.release()
-    for batcher in started:
-        batcher.close()
 
 
 def of(owner, one):
